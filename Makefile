@@ -1,0 +1,57 @@
+# make demo    set everything up and watch GRPO improve the nano policy (about ten minutes on two cores)
+# make test    set everything up and run the tests
+# make install only the set-up: .venv with the package (editable) and the development tools
+# make lint    ruff
+# make bench   speed of sampling, with and without the key-value cache
+# make nano    train the bundled nano world again
+#
+# Variables: PYTHON=python3.12   the Python to make .venv with, 3.10 or newer
+#            PIP_ARGS="..."      more arguments for pip, for instance an index with CPU-only torch wheels
+#            DEMO=runs/demo      where the demo goes
+
+PYTHON ?= python3
+PIP_ARGS ?=
+DEMO ?= runs/demo
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test lint bench nano
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.10 or newer, or say PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "make: $(PYTHON) is too old; Python 3.10 or newer is needed, for instance make PYTHON=python3.12" >&2; exit 2; }
+	@echo "Installing into $(VENV), a few minutes the first time."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	@touch $@
+
+# A finished demo is shown again, an interrupted one is continued, otherwise it starts.
+demo: install
+	@if [ -d "$(DEMO)/policy" ]; then \
+		echo "The demo has been run already:"; \
+		echo "before and after   $(DEMO)/before_after.png"; \
+		echo "curves             $(DEMO)/curves.png"; \
+		echo "trained policy     $(DEMO)/policy"; \
+		echo "To run it afresh: make demo DEMO=runs/demo-2 (or remove $(DEMO) first)"; \
+	elif [ -f "$(DEMO)/recipe.yaml" ]; then \
+		$(BIN)/argrpo train --resume "$(DEMO)"; \
+	else \
+		$(BIN)/argrpo train nano/c2i --out "$(DEMO)"; \
+	fi
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python -m argrpo_cli.bench
+
+nano: install
+	$(BIN)/python -m argrpo_cli.nano.build

@@ -1,0 +1,65 @@
+"""Rebuilds every network of the nano world from a fixed seed, then measures them: `make nano`.
+
+    python -m argrpo_cli.nano.build [--out build/nano] [--install] [--only NAME ...]
+
+The order matters: the policy learns the tokenizer's codes; the rewards learn from the tokenizer's damaged pictures and,
+the critic, from the policy's samples; the judge learns from scenes alone. A network that already lies in the output
+folder is kept, so an interrupted build goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shutil
+import time
+from pathlib import Path
+
+from argrpo_cli.nano.training import WEIGHTS
+
+ORDER = {
+    "nano-vq": "argrpo_cli.nano.train_tokenizer",
+    "nano-c2i": "argrpo_cli.nano.train_policy",
+    "nano-clip": "argrpo_cli.nano.train_clip",
+    "nano-quality": "argrpo_cli.nano.train_quality",
+    "nano-critic": "argrpo_cli.nano.train_critic",
+    "nano-judge": "argrpo_cli.nano.train_judge",
+}
+
+
+def build(out: Path, only: list[str] | None = None, seed: int = 0, log=print) -> None:
+    """Train what is missing below `out`, in order; each trainer finds the earlier networks in the same folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, module in ORDER.items():
+        if (out / name).is_dir() or (only and name not in only):
+            continue
+        started = time.time()
+        earlier = {} if name == "nano-vq" else {"weights": out}
+        importlib.import_module(module).train(out / name, seed=seed, log=log, **earlier)
+        log(f"{name}: built in {(time.time() - started) / 60:.1f} min")
+
+
+def install(out: Path) -> None:
+    """Copy a complete build over the package's own weights."""
+    missing = [name for name in ORDER if not (out / name).is_dir()]
+    if missing:
+        raise SystemExit(f"not installed: {out} lacks {', '.join(missing)}")
+    for name in ORDER:
+        shutil.rmtree(WEIGHTS / name, ignore_errors=True)
+        shutil.copytree(out / name, WEIGHTS / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Rebuild the networks of the nano world.")
+    parser.add_argument("--out", type=Path, default=Path("build/nano"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", choices=list(ORDER), help="build only these, if they are missing")
+    parser.add_argument("--install", action="store_true", help="replace the weights inside the package")
+    args = parser.parse_args()
+    build(args.out, args.only, args.seed, log=lambda line: print(line, flush=True))
+    if args.install:
+        install(args.out)
+
+
+if __name__ == "__main__":
+    main()

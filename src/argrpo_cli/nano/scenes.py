@@ -1,0 +1,294 @@
+"""The nano world's truth: 64x64 scenes composed of colour emoji with COCO names, and captions in GenEval's grammar.
+
+Rendering needs the font Noto Color Emoji (Debian: fonts-noto-color-emoji; or NANO_EMOJI_FONT=.../NotoColorEmoji.ttf).
+Only the builder and the check of the tokenizer render; sampling, scoring, training and judging use the bundled weights.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from argrpo_cli.errors import UserError
+
+IMAGE_SIZE = 64
+CLASSES: dict[str, str] = {
+    "bicycle": "🚲",
+    "car": "🚗",
+    "airplane": "✈️",
+    "bus": "🚌",
+    "train": "🚂",
+    "boat": "⛵",
+    "traffic light": "🚦",
+    "bird": "🐦",
+    "cat": "🐈",
+    "dog": "🐕",
+    "horse": "🐎",
+    "sheep": "🐑",
+    "elephant": "🐘",
+    "zebra": "🦓",
+    "giraffe": "🦒",
+    "backpack": "🎒",
+    "umbrella": "☂️",
+    "banana": "🍌",
+    "apple": "🍎",
+    "pizza": "🍕",
+    "donut": "🍩",
+    "cake": "🍰",
+    "clock": "⏰",
+    "teddy bear": "🧸",
+}
+CLASS_NAMES = tuple(CLASSES)
+# GenEval's colour words that stay distinct on 64 pixels (black and white would vanish into outlines and highlights).
+COLORS: dict[str, tuple[float, float, float]] = {
+    "red": (0.86, 0.12, 0.12),
+    "orange": (0.96, 0.52, 0.08),
+    "yellow": (0.96, 0.84, 0.10),
+    "green": (0.14, 0.62, 0.22),
+    "blue": (0.12, 0.34, 0.88),
+    "purple": (0.52, 0.18, 0.70),
+    "pink": (0.98, 0.50, 0.72),
+    "brown": (0.48, 0.29, 0.13),
+}
+NUMBER_WORDS = {1: "a", 2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+SINGLE_SIZES = (40, 60)  # side of a lone object's box in pixels, inclusive
+HUE_RANGE = 18.0  # degrees either way; more would turn apples into plums
+_FONT_PLACES = (
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
+    "/System/Library/Fonts/NotoColorEmoji.ttf",
+)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One object: class, side of its box, top-left corner (pixels), mirrored, hue turn in degrees, colour word."""
+
+    class_id: int
+    size: int
+    x: int
+    y: int
+    mirror: bool = False
+    hue: float = 0.0
+    color: str | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects (drawn in order) on a plain background, RGB in [0, 1]."""
+
+    objects: tuple[Placed, ...]
+    background: tuple[float, float, float]
+    caption: str
+    tag: str = "single_object"
+    class_id: int | None = None
+    facts: dict = field(default_factory=dict, hash=False, compare=False)
+
+
+def with_article(name: str) -> str:
+    """'a dog', 'an apple'."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def plural(name: str) -> str:
+    """The plural that GenEval's counting prompts use for the nano objects."""
+    irregular = {"sheep": "sheep", "bus": "buses"}
+    return irregular.get(name, name + "s")
+
+
+def find_font(path: str | None = None) -> Path:
+    """Path of Noto Color Emoji; raises UserError when it is nowhere."""
+    for place in (path, os.environ.get("NANO_EMOJI_FONT"), *_FONT_PLACES):
+        if place and Path(place).is_file():
+            return Path(place)
+    raise UserError(
+        "font NotoColorEmoji.ttf not found: install fonts-noto-color-emoji or set NANO_EMOJI_FONT to its path"
+    )
+
+
+@lru_cache(maxsize=1)
+def _sprites() -> list[Image.Image]:
+    """One square RGBA picture per class, cropped to what is drawn."""
+    font = ImageFont.truetype(str(find_font()), 109)  # the only size of this bitmap font
+    sprites = []
+    for emoji in CLASSES.values():
+        canvas = Image.new("RGBA", (200, 180))
+        ImageDraw.Draw(canvas).text((16, 16), emoji, font=font, embedded_color=True)
+        drawn = canvas.crop(canvas.getbbox())
+        side = max(drawn.size)
+        square = Image.new("RGBA", (side, side))
+        square.paste(drawn, ((side - drawn.width) // 2, (side - drawn.height) // 2))
+        sprites.append(square)
+    return sprites
+
+
+@lru_cache(maxsize=8192)
+def _sized(class_id: int, size: int, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Colour [s, s, 3] in [0, 1] (not premultiplied) and alpha [s, s, 1] of a class at one size."""
+    rgba = np.asarray(_sprites()[class_id], dtype=np.float32) / 255
+    premultiplied = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
+    planes = [
+        np.asarray(
+            Image.fromarray(premultiplied[..., c]).resize(
+                (size, size), Image.Resampling.BOX if size < 30 else Image.Resampling.BILINEAR
+            )
+        )
+        for c in range(4)
+    ]
+    out = np.clip(np.stack(planes, -1), 0, 1)
+    alpha = out[..., 3:]
+    color = np.where(alpha > 1e-3, out[..., :3] / np.maximum(alpha, 1e-3), 0).clip(0, 1)
+    if mirror:
+        color, alpha = color[:, ::-1], alpha[:, ::-1]
+    return np.ascontiguousarray(color), np.ascontiguousarray(alpha)
+
+
+@lru_cache(maxsize=512)
+def hue_matrix(degrees: float) -> np.ndarray:
+    """3x3 rotation of RGB about the grey axis: turns the hue, keeps greys and the sum of the channels."""
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    third, root = (1 - cos) / 3, sin * np.sqrt(1 / 3)
+    a, b, c = cos + third, third - root, third + root
+    return np.array([[a, b, c], [c, a, b], [b, c, a]], dtype=np.float32)
+
+
+def tinted(color: np.ndarray, name: str) -> np.ndarray:
+    """Repaint an object in a colour word: its light and shade are kept, its hues are not."""
+    luma = color @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    luma = luma[..., None]
+    paint = np.array(COLORS[name], dtype=np.float32)
+    dark = paint * np.clip(luma / 0.55, 0.15, 1)
+    return dark + (1 - dark) * np.clip((luma - 0.75) / 0.25, 0, 1) * 0.75
+
+
+def object_pixels(placed: Placed) -> tuple[np.ndarray, np.ndarray]:
+    """Colour [s, s, 3] and alpha [s, s, 1] of a placed object, float32 in [0, 1]."""
+    color, alpha = _sized(placed.class_id, placed.size, placed.mirror)
+    if placed.color is not None:
+        color = tinted(color, placed.color)
+    elif placed.hue:
+        color = np.clip(color @ hue_matrix(placed.hue).T, 0, 1)
+    return color, alpha
+
+
+def render(scene: Scene) -> np.ndarray:
+    """uint8 [64, 64, 3]."""
+    image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
+    image[:] = scene.background
+    for placed in scene.objects:
+        color, alpha = object_pixels(placed)
+        window = image[placed.y : placed.y + placed.size, placed.x : placed.x + placed.size]
+        window += alpha * (color - window)
+    return (image * 255 + 0.5).astype(np.uint8)
+
+
+def random_background(rng: np.random.Generator) -> tuple[float, float, float]:
+    """A plain pastel."""
+    return colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.08, 0.35), rng.uniform(0.88, 1.0))
+
+
+def class_scene(rng: np.random.Generator, class_id: int | None = None) -> Scene:
+    """A scene of the class-conditional task: one object; position, size, mirror image, hue and background vary."""
+    class_id = int(rng.integers(len(CLASS_NAMES))) if class_id is None else class_id
+    size = int(rng.integers(SINGLE_SIZES[0], SINGLE_SIZES[1] + 1))
+    x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - size + 1, 2))
+    hue = float(rng.integers(-6, 7)) * HUE_RANGE / 6  # a grid of 13, so that turned colours can be cached
+    placed = Placed(class_id, size, x, y, bool(rng.integers(2)), hue)
+    return Scene(
+        (placed,), random_background(rng), f"a photo of {with_article(CLASS_NAMES[class_id])}", class_id=class_id
+    )
+
+
+def caption_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
+    """A scene of the text task; `tag` is one of GenEval's six categories, drawn uniformly when None."""
+    tags = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+    tag = tag or tags[rng.integers(len(tags))]
+    background = random_background(rng)
+    pick = lambda n: [int(i) for i in rng.choice(len(CLASS_NAMES), n, replace=False)]  # noqa: E731
+    if tag == "single_object":
+        return class_scene(rng)
+    if tag == "counting":
+        count, class_id = int(rng.integers(1, 5)), pick(1)[0]
+        cells = _cells(rng, count)
+        objects = tuple(_in_cell(rng, class_id, cell) for cell in cells)
+        name = CLASS_NAMES[class_id]
+        words = with_article(name) if count == 1 else f"{NUMBER_WORDS[count]} {plural(name)}"
+        return Scene(objects, background, f"a photo of {words}", tag, facts={"class": name, "count": count})
+    if tag == "colors":
+        class_id, color = pick(1)[0], list(COLORS)[rng.integers(len(COLORS))]
+        size = int(rng.integers(SINGLE_SIZES[0], SINGLE_SIZES[1] + 1))
+        x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - size + 1, 2))
+        placed = Placed(class_id, size, x, y, bool(rng.integers(2)), 0.0, color)
+        text = f"a photo of {with_article(color)} {CLASS_NAMES[class_id]}"
+        return Scene((placed,), background, text, tag, facts={"class": CLASS_NAMES[class_id], "color": color})
+    first, second = pick(2)
+    names = CLASS_NAMES[first], CLASS_NAMES[second]
+    if tag == "position":
+        relation = RELATIONS[rng.integers(4)]
+        axis = "row" if relation in ("left of", "right of") else "column"
+        cells = _cells(rng, 2, axis)
+        if relation in ("right of", "below"):
+            cells = cells[::-1]
+        objects = (_in_cell(rng, first, cells[0]), _in_cell(rng, second, cells[1]))
+        text = f"a photo of {with_article(names[0])} {relation} {with_article(names[1])}"
+        return Scene(objects, background, text, tag, facts={"classes": names, "relation": relation})
+    cells = _cells(rng, 2)
+    if tag == "two_object":
+        objects = (_in_cell(rng, first, cells[0]), _in_cell(rng, second, cells[1]))
+        text = f"a photo of {with_article(names[0])} and {with_article(names[1])}"
+        return Scene(objects, background, text, tag, facts={"classes": names})
+    if tag == "color_attr":
+        colors = [list(COLORS)[i] for i in rng.choice(len(COLORS), 2, replace=False)]
+        objects = tuple(
+            _in_cell(rng, c, cell, color) for c, cell, color in zip((first, second), cells, colors, strict=True)
+        )
+        text = f"a photo of {with_article(colors[0])} {names[0]} and {with_article(colors[1])} {names[1]}"
+        return Scene(objects, background, text, tag, facts={"classes": names, "colors": tuple(colors)})
+    raise UserError(f"scene category '{tag}' is unknown: choose one of {', '.join(tags)}")
+
+
+def _cells(rng: np.random.Generator, count: int, axis: str | None = None) -> list[tuple[int, int, int, int]]:
+    """`count` boxes (x0, y0, x1, y1) that do not overlap, in random order unless an axis is asked for."""
+    half, full = IMAGE_SIZE // 2, IMAGE_SIZE
+    if count == 1:
+        return [(4, 4, full - 4, full - 4)]
+    if count == 2:
+        row = axis == "row" if axis else bool(rng.integers(2))
+        cells = [(0, 0, half, full), (half, 0, full, full)] if row else [(0, 0, full, half), (0, half, full, full)]
+    else:
+        cells = [(0, 0, half, half), (half, 0, full, half), (0, half, half, full), (half, half, full, full)]
+    if axis is None:
+        cells = [cells[i] for i in rng.permutation(len(cells))]
+    return cells[:count]
+
+
+def _in_cell(
+    rng: np.random.Generator, class_id: int, cell: tuple[int, int, int, int], color: str | None = None
+) -> Placed:
+    x0, y0, x1, y1 = cell
+    side = min(x1 - x0, y1 - y0)
+    size = int(rng.integers(max(22, side - 8), side + 1)) if side <= 32 else int(rng.integers(40, side + 1))
+    x, y = int(rng.integers(x0, x1 - size + 1)), int(rng.integers(y0, y1 - size + 1))
+    hue = 0.0 if color else float(rng.integers(-6, 7)) * HUE_RANGE / 6
+    return Placed(class_id, size, x, y, bool(rng.integers(2)), hue, color)
+
+
+def class_batch(rng: np.random.Generator, count: int, balanced: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [B, 3, 64, 64] and class ids int64 [B] of the class-conditional task."""
+    ids = np.arange(count) % len(CLASS_NAMES) if balanced else rng.integers(len(CLASS_NAMES), size=count)
+    images = np.stack([render(class_scene(rng, int(i))) for i in ids])
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), ids.astype(np.int64)
+
+
+def caption_batch(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[Scene]]:
+    """Images uint8 [B, 3, 64, 64] and their scenes, categories drawn uniformly."""
+    scenes = [caption_scene(rng) for _ in range(count)]
+    return np.ascontiguousarray(np.stack([render(s) for s in scenes]).transpose(0, 3, 1, 2)), scenes

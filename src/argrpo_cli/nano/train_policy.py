@@ -1,0 +1,118 @@
+"""Trains nano-c2i, the class-conditional LlamaGen of the nano world, by maximum likelihood on tokenised scenes (eq. 2).
+
+    python -m argrpo_cli.nano.train_policy [OUT_DIR] [--steps 2600]
+
+One class in ten is replaced by the null class, so that classifier-free guidance has its unconditional half.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from argrpo_cli.files import write_json
+from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, class_batch
+from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup, save_half
+from argrpo_cli.policy.config import LlamaGenConfig
+from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.vq import VQModel, from_uint8
+
+GEOMETRY = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
+BATCH = 64
+CLASS_DROPOUT = 0.1
+POOL = 64_000  # scenes tokenised up front; about two and a half passes over them
+
+
+@torch.inference_mode()
+def tokenised_scenes(tokenizer: VQModel, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+    """Tokens int16 [count, T] and class ids int64 [count] of fresh class scenes."""
+    tokens, classes = [], []
+    for _ in range(count // 250):
+        images, ids = class_batch(rng, 250)
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):  # the ids must be those of float32 encoding
+            tokens.append(tokenizer.encode(from_uint8(torch.from_numpy(images))).to(torch.int16))
+        classes.append(torch.from_numpy(ids))
+    return torch.cat(tokens), torch.cat(classes)
+
+
+def next_token_loss(model: LlamaGenForImageGeneration, classes: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross entropy in nats over all image tokens given the class and the tokens before."""
+    inputs = torch.cat([classes[:, None], tokens[:, :-1]], dim=1)
+    logits = model(inputs).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+
+
+def train(
+    out_dir: str | Path,
+    seed: int = 0,
+    steps: int = 2600,
+    weights: Path = WEIGHTS,
+    snapshot: str | Path | None = None,
+    log=print,
+) -> LlamaGenForImageGeneration:
+    """Train from a fixed seed on the tokens of `weights`/nano-vq and save a policy folder, weights in float16."""
+    torch.manual_seed(seed)
+    vq = VQModel.from_pretrained(weights / "nano-vq", dtype=torch.float32).eval()
+    pool, pool_classes = tokenised_scenes(vq, np.random.default_rng(seed + 1), POOL)
+    held, held_classes = (t[:1000] for t in tokenised_scenes(vq, np.random.default_rng(seed + 20_000), 1000))
+    model = LlamaGenForImageGeneration(
+        LlamaGenConfig(
+            vocab_size=vq.config.codebook_size,
+            block_size=pool.shape[1],
+            num_classes=len(CLASS_NAMES),
+            class_dropout_prob=CLASS_DROPOUT,
+            **GEOMETRY,
+        )
+    ).train()
+    parameters = sum(p.numel() for p in model.parameters())
+    log(f"nano-c2i: {parameters / 1e6:.2f} M parameters, {len(pool)} scenes tokenised")
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=1.5e-3, betas=(0.9, 0.95)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(150, steps))
+    generator = torch.Generator().manual_seed(seed)
+    started, running = time.time(), None
+    for step in range(steps):
+        rows = torch.randint(len(pool), (BATCH,), generator=generator)
+        classes = pool_classes[rows]
+        dropped = torch.rand(BATCH, generator=generator) < CLASS_DROPOUT
+        classes = torch.where(dropped, len(CLASS_NAMES), classes)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = next_token_loss(model, classes, pool[rows].long())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        if step % 200 == 199 or step == steps - 1:
+            with torch.inference_mode():
+                unseen = next_token_loss(model, held_classes, held.long()).item()
+            log(
+                f"nano-c2i step {step + 1}/{steps}: loss {running:.3f}, unseen {unseen:.3f} nats a token, "
+                f"{time.time() - started:.0f} s"
+            )
+            if snapshot:
+                save_policy(model, snapshot)
+    save_policy(model.eval(), out_dir)
+    return model
+
+
+def save_policy(model: LlamaGenForImageGeneration, folder: str | Path) -> None:
+    """Save the weights and what `load_policy` needs beside them."""
+    save_half(model, folder)
+    facts = {"tokenizer": "nano-vq", "classes": list(CLASS_NAMES), "image_size": IMAGE_SIZE, "base": "nano-c2i"}
+    write_json(Path(folder) / "policy.json", facts)
+
+
+if __name__ == "__main__":
+    from argrpo_cli.nano.training import trainer_cli
+
+    trainer_cli(train, "nano-c2i")

@@ -1,0 +1,51 @@
+"""What the trainers of the nano world share: the learning-rate curve, half-precision saving, a small command line."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def cosine_with_warmup(warmup: int, steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate: linear from 0 to 1 over `warmup` steps, then half a cosine down to 0 at `steps`."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+    return factor
+
+
+def save_half(model: PreTrainedModel, folder: str | Path) -> None:
+    """Save a copy in float16 safetensors; the folder is replaced only once the new one is complete."""
+    folder = Path(folder)
+    fresh = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    half = copy.deepcopy(model).to(torch.float16)
+    half.save_pretrained(fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def trainer_cli(train: Callable, name: str) -> None:
+    """`python -m argrpo_cli.nano.train_x [OUT] [--seed] [--steps] [--weights] [--snapshot]`."""
+    parser = argparse.ArgumentParser(description=f"Train {name} of the nano world.")
+    parser.add_argument("out", nargs="?", type=Path, default=WEIGHTS / name)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--weights", type=Path, help="folder of the earlier networks (default: the package's own)")
+    parser.add_argument("--snapshot", type=Path, help="also save here at every report")
+    given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
+    out = given.pop("out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    train(out, log=lambda line: print(line, flush=True), **given)
