@@ -1,0 +1,1 @@
+"""What happens around the updates: measuring, saving, grids, stopping, and showing it all."""

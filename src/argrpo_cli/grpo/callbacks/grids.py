@@ -1,0 +1,81 @@
+"""The same conditions and seeds drawn again and again, so that one sees the policy change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from argrpo_cli.files import save_png
+from argrpo_cli.grids import image_grid
+from argrpo_cli.grpo.rollout import image_seed
+
+if TYPE_CHECKING:
+    from argrpo_cli.conditions import Condition
+    from argrpo_cli.grpo.run import RunDirectory
+    from argrpo_cli.policy import Policy
+    from argrpo_cli.recipe import Recipe
+
+GRID_STEP = -1  # stands for "no step" in the seeds: no rollout ever draws a grid's image
+
+
+class Gallery:
+    """Draws `logging.grid_images` images, spread over the conditions, from the policy as it is.
+
+    Attributes:
+        conditions: what is shown, repeating only when there are fewer conditions than images.
+        columns: of a grid.
+        scale: how often each pixel is repeated, so that small images can be seen.
+    """
+
+    def __init__(self, recipe: Recipe, policy: Policy, conditions: Sequence[Condition]) -> None:
+        count = recipe.logging.grid_images
+        self.policy, self.sampling = policy, recipe.sampling
+        if count < len(conditions):  # evenly spread, first one included
+            self.conditions = [conditions[index * len(conditions) // count] for index in range(count)]
+        else:
+            self.conditions = sorted(
+                (conditions[index % len(conditions)] for index in range(count)), key=list(conditions).index
+            )
+        self.seeds = [image_seed(recipe.seed, GRID_STEP, index) for index in range(count)]
+        self.columns = min(count, 8 if count > 12 else 6)
+        self.scale = 2 if policy.image_size < 128 else 1
+
+    @property
+    def labels(self) -> list[str]:
+        """A short name under each image."""
+        names = self.policy.class_names
+        return [names[one.class_id] if one.class_id is not None else one.prompt for one in self.conditions]
+
+    def draw(self) -> Tensor:
+        """Images uint8 [N, 3, H, W] on the CPU, always from the same seeds."""
+        with torch.inference_mode():
+            tokens = self.policy.sample(
+                self.conditions,
+                cfg_scale=self.sampling.cfg_scale,
+                temperature=self.sampling.temperature,
+                top_k=self.sampling.top_k,
+                top_p=self.sampling.top_p,
+                seeds=self.seeds,
+            )
+            return self.policy.decode(tokens).cpu()
+
+    def save(self, run: RunDirectory, step: int) -> Tensor:
+        """Draw, write the grid of `step`, and return the images."""
+        images = self.draw()
+        save_png(run.grid_file(step), image_grid(images, self.columns, labels=self.labels, scale=self.scale))
+        return images
+
+
+class GridCallback(TrainerCallback):
+    """Writes a grid every `every` steps; the one after the last step is drawn when training is over."""
+
+    def __init__(self, gallery: Gallery, run: RunDirectory, every: int) -> None:
+        self.gallery, self.run, self.every = gallery, run, every
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.global_step % self.every == 0 and not control.should_training_stop:
+            self.gallery.save(self.run, state.global_step)

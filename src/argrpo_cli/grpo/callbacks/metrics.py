@@ -1,0 +1,125 @@
+"""Turns what TRL logs and what we measure into one record per update: a line of metrics.jsonl, shown on the display."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.grpo.reward_functions import LEFT_OUT, WITHIN_GROUP_STD
+
+if TYPE_CHECKING:
+    from argrpo_cli.grpo.callbacks.display import RunDisplay
+    from argrpo_cli.grpo.rollout import Stopwatch
+    from argrpo_cli.grpo.run import RunDirectory
+    from argrpo_cli.grpo.trainer import RatioMeter
+
+DIGITS = 6  # significant digits of a logged number
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes the record of each update.
+
+    Args:
+        names: of the rewards.
+        images: drawn per batch, for images per second.
+        seconds_before: training time of the run before it was resumed.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        display: RunDisplay,
+        stopwatch: Stopwatch,
+        names: list[str],
+        images: int,
+        seconds_before: float,
+    ) -> None:
+        self.run, self.display, self.stopwatch, self.names, self.images = run, display, stopwatch, names, images
+        self.seconds = seconds_before  # training time of the whole run, interruptions left out
+        self.ratio_meter: RatioMeter | None = None  # the trainer's, which is built after its callbacks
+        self._last_step_end = self._step_start = self._step_seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last_step_end = time.monotonic()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step_start = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self._step_seconds = now - self._step_start
+        self.seconds += now - self._last_step_end  # with the grid and the checkpoint after the step before
+        self._last_step_end = now
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:  # the trainer's summary at its end
+            return
+        record = self._record(state.global_step, logs)
+        if not state.is_world_process_zero:
+            return
+        self.run.append_metrics(record)
+        self.display.step(record)
+        grad_norm = logs.get("grad_norm")
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            raise UserError(
+                f"the gradient of step {state.global_step} is not a number, so training stops; lower "
+                f"grpo.learning_rate, and continue from the last checkpoint with --resume {self.run.root}"
+            )
+
+    def _record(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
+        times = self.stopwatch.take()
+        rollout, reward = times.get("rollout", 0.0), times.get("reward", 0.0)
+        measured = self.ratio_meter.take() if self.ratio_meter is not None else None
+        mean_ratio, deviation = measured or (None, None)
+        fields = {
+            "reward": logs.get("reward"),
+            "within_group_std": logs.get(WITHIN_GROUP_STD),
+            "rewards": {
+                name: {
+                    "mean": _number(logs.get(f"rewards/{name}/mean")),
+                    "std": _number(logs.get(f"rewards/{name}/std")),
+                }
+                for name in self.names
+            },
+            "kl": logs.get("kl"),
+            "entropy": logs.get("entropy"),
+            "clip_low": logs.get("clip_ratio/low_mean"),
+            "clip_high": logs.get("clip_ratio/high_mean"),
+            "ratio": mean_ratio,
+            "ratio_deviation": deviation,
+            "loss": logs["loss"],
+            "grad_norm": logs.get("grad_norm"),
+            "learning_rate": logs.get("learning_rate"),
+            "images_left_out": logs.get(LEFT_OUT),
+            # A step that reuses the images of the one before draws none.
+            "images_per_second": self.images / self._step_seconds if rollout else None,
+            "seconds_rollout": rollout,
+            "seconds_reward": reward,
+            "seconds_update": self._step_seconds - rollout - reward,
+            "seconds_total": self.seconds,
+        }
+        return {"step": step} | {
+            name: value if isinstance(value, dict) else _number(value) for name, value in fields.items()
+        }
+
+
+def _number(value: float | None) -> float | None:
+    """A number as JSON has it: no NaN, and no more digits than mean anything."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{DIGITS}g}")

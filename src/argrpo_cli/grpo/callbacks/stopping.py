@@ -1,0 +1,76 @@
+"""Stopping in good order: Ctrl-C and SIGTERM, and the recipe's time limit."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as shells have it
+
+
+class StopRequest:
+    """Remembers that a signal asked the run to stop; the update in progress is finished first."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should exit with, 0 when nobody asked."""
+        return EXIT_CODES[self.signal] if self.signal is not None else 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals while inside. A second one of them does not wait: it raises KeyboardInterrupt."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python gives signals to the main thread only; whoever started this thread decides
+            return
+        before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        second = self.signal is not None
+        self.signal = signal.Signals(number)
+        if second:
+            raise KeyboardInterrupt
+
+
+class StopCallback(TrainerCallback):
+    """Ends training after the step during which a signal came, or when the time is up.
+
+    Args:
+        updates_per_batch: a checkpoint between two updates of one batch could not be resumed exactly, so training goes
+            on to the end of the batch.
+        time_limit: seconds of training, or None.
+    """
+
+    def __init__(
+        self, request: StopRequest, metrics: MetricsCallback, updates_per_batch: int, time_limit: float | None
+    ) -> None:
+        self.request, self.metrics, self.updates_per_batch = request, metrics, updates_per_batch
+        self.time_limit = time_limit
+        self.out_of_time = False
+        self._last_seconds = metrics.seconds
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        seconds = self.metrics.seconds
+        step_seconds, self._last_seconds = seconds - self._last_seconds, seconds
+        if state.global_step % self.updates_per_batch:
+            return
+        if self.time_limit is not None and seconds + step_seconds * self.updates_per_batch > self.time_limit:
+            self.out_of_time = True  # one more step would pass the limit
+        if self.request.signal is not None or self.out_of_time:
+            control.should_training_stop = True

@@ -1,0 +1,106 @@
+"""The reward models as TRL reward functions: one function per reward, all scores of a batch computed once (eq. 10)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.grpo.objective import group_std
+
+if TYPE_CHECKING:
+    from argrpo_cli.conditions import Condition
+    from argrpo_cli.grpo.rollout import Stopwatch
+    from argrpo_cli.recipe import Recipe
+
+RewardFunction = Callable[..., list[float | None]]
+
+# Names under which the reward functions hand their measurements to TRL's log.
+WITHIN_GROUP_STD = "reward_within_group_std"
+LEFT_OUT = "images_left_out"
+
+
+class Rewards(Protocol):
+    """What training needs of a set of rewards; `argrpo_cli.rewards.load_rewards` gives one."""
+
+    names: Sequence[str]
+    family: dict[str, str]
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        """Raw scores, float32 [B] each, of images uint8 [B, 3, H, W]; NaN where there is none."""
+        ...
+
+
+def reward_weights(recipe: Recipe, family: dict[str, str]) -> dict[str, float]:
+    """lambda_family * weight * factor of each reward of the recipe, in its order (eq. 10).
+
+    Raises:
+        UserError: all weights are 0, so that nothing would be trained.
+    """
+    section = recipe.rewards
+    lambdas = {
+        "conditional": section.lambda_conditional,
+        "quality": section.lambda_quality,
+        "realism": section.lambda_realism,
+    }
+    weights = {term.name: lambdas[family[term.name]] * term.weight * term.factor for term in section.terms}
+    if not any(weights.values()):
+        raise UserError(
+            "rewards: every reward has weight 0 (lambda x weight x factor), so there is nothing to train; "
+            "set one of rewards.lambda_conditional, lambda_quality, lambda_realism above 0"
+        )
+    return weights
+
+
+@dataclass
+class BatchScorer:
+    """Scores a batch when the first reward function asks, and answers the others from memory."""
+
+    rewards: Rewards
+    weights: dict[str, float]
+    group_size: int
+    stopwatch: Stopwatch
+    _images: list[Tensor] | None = field(default=None, init=False, repr=False)
+    _scores: dict[str, list[float | None]] = field(default_factory=dict, init=False, repr=False)
+
+    def functions(self) -> list[RewardFunction]:
+        """One TRL reward function per reward, named after it (TRL logs it under that name)."""
+        return [self._function(name) for name in self.weights]
+
+    def _function(self, name: str) -> RewardFunction:
+        def reward(
+            images: list[Tensor], conditions: list[Condition], log_metric: Callable[[str, float], None], **_: Any
+        ) -> list[float | None]:
+            # TRL passes the same list to every reward function of a batch, and a new one for the next batch.
+            if images is not self._images:
+                self._scores = self._score(images, conditions, log_metric)
+                self._images = images
+            return self._scores[name]
+
+        reward.__name__ = name
+        return reward
+
+    def _score(
+        self, images: list[Tensor], conditions: list[Condition], log_metric: Callable[[str, float], None]
+    ) -> dict[str, list[float | None]]:
+        with self.stopwatch.measure("reward"), torch.inference_mode():
+            raw = self.rewards.score(torch.stack(images), conditions)
+        table = torch.stack([raw[name].detach().double().cpu() for name in self.weights], dim=1)
+        table[~table.isfinite()] = torch.nan
+        weights = torch.tensor(list(self.weights.values()), dtype=table.dtype)
+        # TRL sums the rewards of a sample with nansum, which would count a missing one as 0. A sample that lacks any
+        # reward that counts gets None for all: TRL then leaves it out of its group and sets its advantage to 0.
+        missing = table[:, weights != 0].isnan().any(dim=1)
+        table[missing] = torch.nan
+        total = (table.nan_to_num() * weights).sum(dim=1).masked_fill(missing, torch.nan)
+        spread = group_std(total.view(-1, self.group_size)).nanmean().item()
+        if not math.isnan(spread):
+            log_metric(WITHIN_GROUP_STD, spread)
+        log_metric(LEFT_OUT, float(missing.sum()))
+        columns = zip(self.weights, table.T.tolist(), strict=True)
+        return {name: [None if math.isnan(score) else score for score in column] for name, column in columns}

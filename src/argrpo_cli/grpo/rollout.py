@@ -1,0 +1,140 @@
+"""The adapter to TRL's rollout interface: draw a batch of guided images from the current policy and decode it.
+
+TRL calls `Rollout` with one prompt per image (each prompt already repeated group_size times) and the trainer, and wants
+back one entry per prompt: `prompt_ids`, `completion_ids`, `logprobs`; every other list goes to the reward functions.
+TRL calls this interface experimental, so nothing else in the package knows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from trl.models import unwrap_model_for_generation
+
+from argrpo_cli.conditions import Condition
+from argrpo_cli.errors import UserError
+from argrpo_cli.policy.sampling import sample_tokens
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+    from argrpo_cli.recipe import Recipe
+
+CHUNK = 64  # images sampled and decoded at a time
+
+
+def image_seed(seed: int, step: int, index: int) -> int:
+    """The seed of image `index` of the batch drawn after `step` updates: the same whenever and wherever it is drawn."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # 63 bits, what every torch generator takes
+
+
+def is_dropped(image: int, probability: float) -> bool:
+    """Whether the image with seed `image` loses its condition in training (condition dropout)."""
+    digest = hashlib.blake2b(f"drop/{image}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < probability
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent under each name since the last `take`."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The times so far; counting starts again."""
+        taken, self.seconds = dict(self.seconds), defaultdict(float)
+        return taken
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Draws the images of one batch.
+
+    Attributes:
+        recipe: `sampling`, `grpo.logprob`, `grpo.condition_dropout` and `seed` are read.
+        conditions: what the prompts of `prompts.prompt_dataset` count into.
+        decode: token ids int64 [B, T] to images uint8 [B, 3, H, W].
+        null_class: class id that stands for no condition.
+    """
+
+    recipe: Recipe
+    conditions: Sequence[Condition]
+    decode: Callable[[Tensor], Tensor]
+    null_class: int
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        """One image per prompt, in order.
+
+        Returns:
+            prompt_ids: the class id of each image, or the null class where the condition is dropped: those images are
+                drawn for their class, but train the unconditional distribution, as in the policy's pre-training.
+            completion_ids: its T token ids.
+            logprobs: their log-probabilities under the distribution that `grpo.logprob` trains; None for dropped ones,
+                which were drawn from another.
+            images: uint8 [3, H, W] each.
+            conditions: what each image was asked to show.
+        """
+        with self.stopwatch.measure("rollout"):
+            asked = [self.conditions[int(prompt)] for prompt in prompts]
+            # global_step counts finished updates, so an interrupted and resumed run draws the same images.
+            first = trainer.accelerator.process_index * len(prompts)
+            seeds = [
+                image_seed(self.recipe.seed, trainer.state.global_step, first + index) for index in range(len(prompts))
+            ]
+            dropped = [is_dropped(seed, self.recipe.grpo.condition_dropout) for seed in seeds]
+            with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+                drawn = [
+                    self._draw(model, asked[at : at + CHUNK], seeds[at : at + CHUNK], trainer)
+                    for at in range(0, len(asked), CHUNK)
+                ]
+            images = [image for tokens, _ in drawn for image in self.decode(tokens)]
+            prompt_ids = [[self.null_class if drop else one.class_id] for drop, one in zip(dropped, asked, strict=True)]
+            logprobs = [row for _, chunk in drawn for row in chunk.tolist()]
+            return {
+                "prompt_ids": prompt_ids,
+                "completion_ids": [row for tokens, _ in drawn for row in tokens.tolist()],
+                "logprobs": [[None] * len(row) if drop else row for drop, row in zip(dropped, logprobs, strict=True)],
+                "images": images,
+                "conditions": asked,
+            }
+
+    def _draw(
+        self, model: Any, conditions: Sequence[Condition], seeds: Sequence[int], trainer: GRPOTrainer
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B, T] and their log-probabilities float32 [B, T]."""
+        sampling = self.recipe.sampling
+        class_ids = torch.tensor([one.class_id for one in conditions], device=trainer.accelerator.device)
+        try:
+            with trainer.accelerator.autocast():  # the precision of the training pass, or the ratio is not 1
+                return sample_tokens(
+                    model,
+                    class_ids,
+                    cfg_scale=sampling.cfg_scale,
+                    temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                    seeds=seeds,
+                    return_logprobs=self.recipe.grpo.logprob,
+                )
+        except UserError as error:  # the sampler's word for weights that are not numbers
+            step = trainer.state.global_step
+            raise UserError(f"after step {step}: {error}; if training diverged, lower grpo.learning_rate") from error

@@ -1,0 +1,229 @@
+"""`run_training`: a recipe in, a run directory out. Everything `argrpo train` does."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from argrpo_cli.devices import resolve_device
+from argrpo_cli.errors import UserError
+from argrpo_cli.files import cannot_write, save_png
+from argrpo_cli.grids import before_after
+from argrpo_cli.grpo.callbacks.checkpoints import CheckpointCallback
+from argrpo_cli.grpo.callbacks.display import RunDisplay, duration
+from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
+from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
+from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
+from argrpo_cli.grpo.plots import draw_curves
+from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards, reward_weights
+from argrpo_cli.grpo.rollout import Rollout, Stopwatch
+from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
+from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from argrpo_cli.conditions import Condition
+    from argrpo_cli.policy import Policy
+    from argrpo_cli.recipe import Recipe
+
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+TORCH_WRITER = "inline_container"  # torch.save says no more than this file of its own when the disk is full
+
+
+def run_training(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    *,
+    rewards: Rewards | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Train a policy by GRPO as the recipe says.
+
+    Args:
+        recipe: what to do; a resumed run is given its own (`recipe.yaml` in the run directory).
+        out: the run directory (`run.py` says what it holds). New or empty, unless `resume`.
+        resume: continue from the newest checkpoint in `out`, or from the start where there is none. On a CPU the
+            result is bit for bit that of a run that was never interrupted.
+        rewards: rewards of your own, with the names that `recipe.rewards.terms` uses; by default those of the package.
+        console: where progress is shown; standard output by default.
+
+    Returns:
+        The run directory, with the trained policy in `policy/`.
+
+    Raises:
+        UserError: something the user can mend; nothing is written when it shows before training starts.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved. It is a SystemExit with code 130 or 143.
+    """
+    out = Path(out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training with several processes is not in this version; start one process, without a launcher")
+    request = StopRequest()
+    with quiet_libraries(), request.listening():
+        if not resume:
+            refuse_used(out)
+        policy = _load_base_policy(recipe, out, resume)
+        conditions = _conditions(recipe, policy)
+        rewards = rewards or _load_rewards(recipe, policy)
+        weights = reward_weights(recipe, rewards.family)
+        with open_run(out, recipe, resume) as run:
+            job = _Job(recipe, run, policy, conditions, rewards, weights, request, console)
+            job.train(resume)
+    return out
+
+
+class _Job:
+    """One call of `run_training`, from the opened run directory on."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        policy: Policy,
+        conditions: list[Condition],
+        rewards: Rewards,
+        weights: dict[str, float],
+        request: StopRequest,
+        console: Console | None,
+    ) -> None:
+        self.recipe, self.run, self.policy, self.request = recipe, run, policy, request
+        self.conditions, self.rewards, self.weights = conditions, rewards, weights
+        minutes = recipe.grpo.time_limit_minutes
+        self.time_limit = None if minutes is None else 60 * minutes
+        self.display = RunDisplay(
+            recipe.name, recipe.grpo.steps, recipe.logging.log_every, self.time_limit, console=console
+        )
+        self.gallery = Gallery(recipe, policy, conditions)
+
+    def train(self, resume: bool) -> None:
+        recipe, run = self.recipe, self.run
+        checkpoint = run.latest_checkpoint() if resume else None
+        start = int(checkpoint.name.rpartition("_")[2]) if checkpoint is not None else 0
+        kept = run.forget_metrics_after(start)
+        seconds = kept[-1]["seconds_total"] if kept else 0.0
+        if self._nothing_left(start):
+            return
+        trainer, metrics, stop = self._assemble(seconds)
+        run.note(base_policy=os.path.abspath(self.policy.model.config._name_or_path), finished=None)
+        self.display.note(
+            f"{recipe.name}: {recipe.grpo.steps} updates of {recipe.grpo.batch_size} images "
+            f"({recipe.grpo.batch_size // recipe.grpo.group_size} groups of {recipe.grpo.group_size}) in {run.root}"
+            + (f", continuing after step {start}" if start else "")
+        )
+        before = self.gallery.save(run, 0)  # the base policy: a checkpoint is loaded only when training starts
+        if self.request.signal is not None:
+            self._interrupted(start)
+
+        shutil.rmtree(run.policy_dir, ignore_errors=True)  # of an earlier end of this run, overtaken now
+        self._update(trainer, checkpoint, start)
+        step = trainer.state.global_step
+        draw_curves(run.metrics(), run.root / "curves.png", title=recipe.name)
+        if self.request.signal is not None and step < recipe.grpo.steps and not stop.out_of_time:
+            self._interrupted(step)
+
+        after = self.gallery.save(run, step)
+        picture = before_after(before, after, self.gallery.labels, self.gallery.columns, scale=self.gallery.scale)
+        save_png(run.root / "before_after.png", picture)
+        self._save_policy()
+        limit = recipe.grpo.time_limit_minutes
+        run.note(finished={"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit})
+        ending = "the time limit" if stop.out_of_time else "the last step"
+        self.display.note(f"finished at {ending}: {step} updates in {duration(metrics.seconds)}")
+
+    def _nothing_left(self, start: int) -> bool:
+        """Whether the run came to its end before, and the recipe allows neither more steps nor more time since."""
+        finished = self.run.notes().get("finished")
+        if finished is None or finished["step"] != start:
+            return False
+        same_limit = finished["time_limit_minutes"] == self.recipe.grpo.time_limit_minutes
+        if start >= self.recipe.grpo.steps:
+            limit = "grpo.steps"
+        elif finished["out_of_time"] and same_limit:
+            limit = "grpo.time_limit_minutes"
+        else:
+            return False
+        self.display.note(f"{self.run.root} is finished after step {start}; raise {limit} with --set to go on")
+        return True
+
+    def _assemble(self, seconds_before: float) -> tuple[ImageGRPOTrainer, MetricsCallback, StopCallback]:
+        recipe, run, policy = self.recipe, self.run, self.policy
+        grpo, logging = recipe.grpo, recipe.logging
+        stopwatch = Stopwatch()
+        rollout = Rollout(recipe, self.conditions, policy.decode, policy.model.config.num_classes, stopwatch)
+        scorer = BatchScorer(self.rewards, self.weights, grpo.group_size, stopwatch)
+        metrics = MetricsCallback(run, self.display, stopwatch, list(self.weights), grpo.batch_size, seconds_before)
+        stop = StopCallback(self.request, metrics, grpo.updates_per_batch, self.time_limit)
+        # The order counts: measure, decide whether to stop, then save and draw.
+        callbacks = [
+            metrics,
+            stop,
+            CheckpointCallback(
+                run, policy.save_card, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
+            ),
+            GridCallback(self.gallery, run, logging.grid_every),
+        ]
+        trainer = build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks)
+        metrics.ratio_meter = trainer.ratio_meter
+        return trainer, metrics, stop
+
+    def _update(self, trainer: ImageGRPOTrainer, checkpoint: Path | None, start: int) -> None:
+        """All updates that are left, with the display on."""
+        self.display.start(start)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        except KeyboardInterrupt:  # a second signal: the user does not want to wait for the end of the step
+            self.display.stop()
+            latest = self.run.checkpoint_steps()
+            self._interrupted(latest[-1] if latest else 0)
+        except OSError as error:
+            if error.errno not in WRITE_ERRORS:  # rewards may fail in ways of their own, such as a lost connection
+                raise
+            raise cannot_write(self.run.root, error) from error
+        except SafetensorError as error:  # carries the system's reason in its text, a full disk for instance
+            raise UserError(f"cannot write a checkpoint to {self.run.checkpoints_dir}: {error}") from error
+        except RuntimeError as error:
+            if TORCH_WRITER not in str(error):
+                raise
+            raise UserError(
+                f"cannot write a checkpoint to {self.run.checkpoints_dir}: the file system takes no more data"
+            ) from error
+        finally:
+            self.display.stop()
+            shutil.rmtree(self.run.partial_dir, ignore_errors=True)
+
+    def _interrupted(self, step: int) -> None:
+        self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
+        raise Interrupted(self.request.exit_code)
+
+    def _save_policy(self) -> None:
+        partial = self.run.root / ".policy.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.policy.save(partial)
+        replace_folder(partial, self.run.policy_dir)
+
+
+def _load_base_policy(recipe: Recipe, out: Path, resume: bool) -> Policy:
+    """The policy that training starts from; a resumed run takes the folder that it started from then."""
+    from argrpo_cli.policy import load_policy
+
+    noted = RunDirectory(out).notes().get("base_policy") if resume else None
+    # Weights stay in float32 whatever policy.dtype says: bfloat16 is autocast, or small updates would be rounded away.
+    return load_policy(noted or recipe.policy.checkpoint, device=resolve_device(recipe.policy.device), dtype="float32")
+
+
+def _conditions(recipe: Recipe, policy: Policy) -> list[Condition]:
+    """What the recipe asks to draw, in a fixed order."""
+    classes = recipe.conditions.classes
+    return policy.conditions(policy.class_names if classes == "all" else classes)
+
+
+def _load_rewards(recipe: Recipe, policy: Policy) -> Rewards:
+    from argrpo_cli.rewards import load_rewards
+
+    return load_rewards([term.name for term in recipe.rewards.terms], device=str(policy.model.device))

@@ -1,0 +1,87 @@
+"""Rewards on their way to TRL: weights, one scoring per batch, missing scores."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.grpo.objective import group_std
+from argrpo_cli.grpo.reward_functions import LEFT_OUT, WITHIN_GROUP_STD, BatchScorer, reward_weights
+from argrpo_cli.grpo.rollout import Stopwatch
+from argrpo_cli.recipe import Recipe
+from tests.grpo.tiny import FakeRewards
+
+NAN = float("nan")
+FAMILY = {"a": "conditional", "b": "quality", "c": "realism"}
+
+
+def recipe(**rewards: object) -> Recipe:
+    terms = [{"name": "a", "factor": 5.0}, {"name": "b", "weight": 0.5}, {"name": "c"}]
+    return Recipe.model_validate({"name": "r", "rewards": {"terms": terms, **rewards}})
+
+
+def scored(weights: dict[str, float], **columns: list[float]) -> tuple[dict[str, list[float | None]], dict[str, float]]:
+    """What TRL gets from each function for one group of images with these raw scores, and what was logged."""
+    rewards = FakeRewards(
+        **{name: lambda images, column=column: torch.tensor(column) for name, column in columns.items()}
+    )
+    scorer = BatchScorer(rewards, weights, len(next(iter(columns.values()))), Stopwatch())
+    images = list(torch.zeros(len(next(iter(columns.values()))), 3, 2, 2, dtype=torch.uint8))
+    logged: dict[str, float] = {}
+    results = {
+        function.__name__: function(
+            images=images, conditions=[None] * len(images), log_metric=logged.__setitem__, completions=[], prompts=[]
+        )
+        for function in scorer.functions()
+    }
+    assert rewards.calls == 1  # for all functions together
+    return results, logged
+
+
+def test_weight_is_lambda_times_weight_times_factor() -> None:
+    assert reward_weights(recipe(lambda_conditional=2.0, lambda_quality=3.0), FAMILY) == {"a": 10.0, "b": 1.5, "c": 1.0}
+    assert reward_weights(recipe(lambda_realism=0.0), FAMILY)["c"] == 0.0
+
+
+def test_all_weights_zero_is_refused() -> None:
+    with pytest.raises(UserError, match="nothing to train"):
+        reward_weights(recipe(lambda_conditional=0.0, lambda_quality=0.0, lambda_realism=0.0), FAMILY)
+
+
+def test_functions_return_raw_scores_under_their_names() -> None:
+    results, logged = scored({"a": 10.0, "b": 1.5}, a=[0.25, 0.5], b=[1.0, -1.0])
+    assert results == {"a": [0.25, 0.5], "b": [1.0, -1.0]}
+    total = torch.tensor([[10 * 0.25 + 1.5, 10 * 0.5 - 1.5]])
+    assert logged[WITHIN_GROUP_STD] == pytest.approx(group_std(total).item())
+    assert logged[LEFT_OUT] == 0
+
+
+def test_one_missing_score_leaves_the_image_out_of_all() -> None:
+    results, logged = scored({"a": 1.0, "b": 1.0}, a=[1.0, 2.0, 3.0], b=[0.0, NAN, math.inf])
+    assert results == {"a": [1.0, None, None], "b": [0.0, None, None]}
+    assert logged[LEFT_OUT] == 2
+    assert WITHIN_GROUP_STD not in logged  # one image is no group
+
+
+def test_missing_score_of_a_reward_that_does_not_count_costs_nothing() -> None:
+    results, logged = scored({"a": 1.0, "b": 0.0}, a=[1.0, 2.0], b=[0.0, NAN])
+    assert results == {"a": [1.0, 2.0], "b": [0.0, None]}
+    assert logged[LEFT_OUT] == 0
+    assert logged[WITHIN_GROUP_STD] == pytest.approx(math.sqrt(0.5))
+
+
+def test_every_batch_is_scored_anew() -> None:
+    rewards = FakeRewards(a=lambda images: images.float().mean(dim=(1, 2, 3)))
+    scorer = BatchScorer(rewards, {"a": 1.0}, 2, Stopwatch())
+    (function,) = scorer.functions()
+
+    def ask(value: int) -> list[float | None]:
+        images: list[Tensor] = list(torch.full((2, 3, 2, 2), value, dtype=torch.uint8))
+        return function(images=images, conditions=[None] * 2, log_metric=lambda name, number: None)
+
+    assert (ask(1), ask(2)) == ([1.0, 1.0], [2.0, 2.0])
+    assert rewards.calls == 2
