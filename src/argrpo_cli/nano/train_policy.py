@@ -23,9 +23,9 @@ from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
 from argrpo_cli.policy.vq import VQModel, from_uint8
 
 GEOMETRY = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
-BATCH = 64
+BATCH = 32
 CLASS_DROPOUT = 0.1
-POOL = 64_000  # scenes tokenised up front; about two and a half passes over them
+POOL = 48_000  # scenes tokenised up front; under two passes over them
 
 
 @torch.inference_mode()

@@ -94,7 +94,6 @@ def train(
     out_dir: str | Path,
     seed: int = 0,
     steps: int = 4000,
-    decoder_steps: int = 1500,
     snapshot: str | Path | None = None,
     log=print,
 ) -> VQModel:
@@ -143,39 +142,8 @@ def train(
                 raise RuntimeError(f"nano-vq diverged at step {step + 1}")
             if snapshot:
                 save_half(model, snapshot)
-    finish_decoder(model, seed, decoder_steps, log)
     save_half(model.eval(), out_dir)
     return model
-
-
-def finish_decoder(model: VQModel, seed: int, steps: int, log=print) -> None:
-    """Train the decoder alone, codes and encoder fixed: tokens stay what they are, pictures become crisper."""
-    rng = np.random.default_rng(seed + 1_000_000)
-    trained = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=8e-4, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(50, steps))
-    held_out = torch.from_numpy(class_batch(np.random.default_rng(seed + 10_000), 512, balanced=True)[0])
-    started = time.time()
-    for step in range(steps):
-        target = from_uint8(scene_batch(rng, BATCH)).to(memory_format=torch.channels_last)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latent = model.latent(target)
-        tokens = model.quantize.nearest(latent.float())
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model.decode_latent(model.quantize.entries(tokens, *latent.shape[2:]))
-        error = output.float() - target
-        loss = 4 * error.square().mean() + 0.25 * error.abs().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 250 == 249 or step == steps - 1:
-            psnr, used = measure(model.eval(), held_out)
-            log(
-                f"nano-vq decoder step {step + 1}/{steps}: loss {loss.item():.4f}, PSNR {psnr:.2f} dB unseen, "
-                f"codebook in use {used:.0%}, {time.time() - started:.0f} s"
-            )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""What the trainers of the reward networks and the judge share: the material to learn from, and its variations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from argrpo_cli.nano.corrupt import Corrupted, Pool, corrupt, make_pool
+from argrpo_cli.policy.vq import VQModel
+
+
+@dataclass
+class Study:
+    """Clean scenes and broken ones: `broken.images[i]` was scene `rows[i]` of the pool."""
+
+    pool: Pool
+    rows: Tensor
+    broken: Corrupted
+
+
+def load_tokenizer(folder: str | Path) -> VQModel:
+    """nano-vq in float32, evaluation mode."""
+    return VQModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def make_study(vq: VQModel, seed: int, clean: int, broken_per_scene: int, log: Callable[[str], None]) -> Study:
+    """`clean` scenes and `broken_per_scene` corruptions of each, from a seed."""
+    rng = np.random.default_rng(seed)
+    pool = make_pool(vq, rng, clean)
+    log(f"{clean} scenes tokenised")
+    rows = torch.arange(clean).repeat(broken_per_scene)
+    broken = corrupt(pool, rows, vq, rng)
+    log(f"{len(rows)} corruptions, mean damage {broken.damage.mean():.2f}")
+    return Study(pool, rows, broken)
+
+
+def augmented(*pictures: Tensor, generator: torch.Generator, reach: int = 4) -> list[Tensor]:
+    """The same variation for each of the given uint8 [B, 3, H, W].
+
+    Mirrored half of the time and shifted by up to `reach` pixels half of the time; the border is repeated. (Tokens
+    leave traces on a grid of 8 pixels: half of the pictures stay on it.)
+    """
+    count, size = len(pictures[0]), pictures[0].shape[-1]
+    flip = torch.rand(count, generator=generator) < 0.5
+    offset = torch.randint(0, 2 * reach + 1, (2, count), generator=generator)
+    offset[:, torch.rand(count, generator=generator) < 0.5] = reach
+    y = offset[0, :, None] + torch.arange(size)
+    x = offset[1, :, None] + torch.arange(size)
+    x = torch.where(flip[:, None], x.flip(1), x)
+    rows = torch.arange(count)[:, None, None]
+    out = []
+    for images in pictures:
+        padded = F.pad(images.float(), (reach,) * 4, mode="replicate").to(images.dtype)
+        out.append(padded[rows, :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2))
+    return out
+
+
+def rank_agreement(score: Tensor, truth: Tensor) -> float:
+    """Spearman's rank correlation of two float [B]."""
+    ranks = torch.stack([score.argsort().argsort().float(), truth.argsort().argsort().float()])
+    return torch.corrcoef(ranks)[0, 1].item()

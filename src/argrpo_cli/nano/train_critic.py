@@ -1,0 +1,112 @@
+"""Trains nano-critic: scenes against samples of the base policy.
+
+    python -m argrpo_cli.nano.train_critic [OUT_DIR] [--steps 1400]
+
+Real are reconstructions, so that the tokenizer's softness tells nothing. Generated are samples of nano-c2i under several
+guidance scales; a small part are broken scenes, so that the critic has an opinion on pictures that no base policy
+draws. Smoothed labels, dropout and varied pictures keep its logits from running away: a critic that is sure of
+everything ranks nothing within a group.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from argrpo_cli.nano.scenes import CLASS_NAMES
+from argrpo_cli.nano.study import augmented, load_tokenizer, make_study
+from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
+from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.rewards.nano_critic import CriticNet, soft_limit
+from argrpo_cli.rewards.weights import save_network, to_unit
+
+CONFIG = {"widths": [32, 64, 112], "dropout": 0.3}
+SCENES, SAMPLES, UNSEEN = 4800, 3600, 480
+GUIDANCE = (1.0, 1.5, 2.0)
+REAL, GENERATED, BROKEN = 32, 26, 6  # of a batch
+BROKEN_WEIGHT = 0.5
+SMOOTH = 0.1  # labels 0.95 and 0.05
+
+
+def sampled(policy: Policy, seed: int, count: int) -> Tensor:
+    """Images uint8 [count, 3, 64, 64] of the policy, classes in equal shares under each guidance scale."""
+    conditions = policy.conditions([i % len(CLASS_NAMES) for i in range(count)])
+    images = []
+    for index, scale in enumerate(GUIDANCE):
+        part = slice(index * count // len(GUIDANCE), (index + 1) * count // len(GUIDANCE))
+        seeds = list(range(seed, seed + count))[part]
+        images.append(policy.decode(policy.sample(conditions[part], cfg_scale=scale, seeds=seeds, batch_size=100)))
+    return torch.cat(images)
+
+
+def train(
+    out_dir: str | Path,
+    seed: int = 0,
+    steps: int = 1400,
+    tokenizer: str | Path = WEIGHTS / "nano-vq",
+    policy: str | Path = WEIGHTS / "nano-c2i",
+    snapshot: str | Path | None = None,
+    log=print,
+) -> CriticNet:
+    """Train from a fixed seed and save half-precision weights under `out_dir`; returns the network."""
+    started = time.time()
+    torch.manual_seed(seed)
+    say = lambda line: log(f"nano-critic: {line}, {time.time() - started:.0f} s")  # noqa: E731
+    vq = load_tokenizer(tokenizer)
+    study = make_study(vq, seed + 5, SCENES, 1, say)
+    drawer = load_policy(policy)
+    # Seeds far from those that users and evaluation take; a critic that knew a sample by heart would be no judge of it.
+    generated = sampled(drawer, 50_000_000 + seed, SAMPLES)
+    say(f"{len(generated)} samples drawn")
+    unseen = make_study(vq, seed + 50_000, UNSEEN, 1, lambda line: None)
+    unseen_generated = sampled(drawer, 60_000_000 + seed, UNSEEN)
+    network = CriticNet(**CONFIG).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.8, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.cat([torch.full((REAL,), 1 - SMOOTH / 2), torch.full((GENERATED + BROKEN,), SMOOTH / 2)])
+    weight = torch.cat([torch.ones(REAL + GENERATED), torch.full((BROKEN,), BROKEN_WEIGHT)])
+    pick = lambda of, count: of[torch.randint(len(of), (count,), generator=generator)]  # noqa: E731
+    for step in range(steps):
+        parts = [pick(study.pool.images, REAL), pick(generated, GENERATED), pick(study.broken.images, BROKEN)]
+        (images,) = augmented(torch.cat(parts), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(to_unit(images).to(memory_format=torch.channels_last)).float()
+        loss = (F.binary_cross_entropy_with_logits(logits, label, reduction="none") * weight).mean()
+        loss = loss + 0.005 * logits.square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 199 or step == steps - 1:
+            report = measure(network.eval(), unseen.pool.images, unseen_generated, unseen.broken.images)
+            network.train()
+            say(f"step {step + 1}/{steps}, loss {loss.item():.3f}; unseen: {report}")
+            if snapshot:
+                save_network(snapshot, network, CONFIG)
+    network.eval()
+    save_network(out_dir, network, CONFIG)
+    return network
+
+
+@torch.inference_mode()
+def measure(network: CriticNet, real: Tensor, generated: Tensor, broken: Tensor) -> str:
+    """Scores of pictures that training did not see, and how often a real one beats a generated one, in words."""
+    scores = {
+        name: torch.cat([soft_limit(network(to_unit(chunk))) for chunk in images.split(120)])
+        for name, images in (("real", real), ("generated", generated), ("broken", broken))
+    }
+    beats = (scores["real"][:, None] > scores["generated"][None]).float().mean()
+    means = ", ".join(f"{name} {s.mean():.2f} ± {s.std():.2f}" for name, s in scores.items())
+    return f"{means}, real above generated {beats:.1%}"
+
+
+if __name__ == "__main__":
+    from argrpo_cli.nano.training import trainer_cli
+
+    trainer_cli(train, "nano-critic")

@@ -1,0 +1,108 @@
+"""Trains nano-quality: from a picture alone, how far was the scene damaged?
+
+    python -m argrpo_cli.nano.train_quality [OUT_DIR] [--steps 1500]
+
+Targets come from the truth: exp(-distance / tau) to the clean reconstruction (`corrupt.py`), and, to teach it where to
+look, the same within each 8x8 cell. Clean examples are reconstructions, since a policy can produce nothing sharper.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from argrpo_cli.nano.corrupt import damage_of
+from argrpo_cli.nano.study import Study, augmented, load_tokenizer, make_study, rank_agreement
+from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
+from argrpo_cli.rewards.nano_quality import QualityNet
+from argrpo_cli.rewards.weights import save_network, to_unit
+
+CONFIG = {"widths": [32, 48, 80], "blocks": [1, 2, 2]}
+BATCH = 64
+CLEAN_SHARE = 0.25
+SCENES, BROKEN_PER_SCENE = 4800, 2
+LOCAL_WEIGHT = 0.3
+
+
+def local_damage(images: Tensor, clean: Tensor) -> Tensor:
+    """Damage of each 8x8 cell, float [B, 8, 8]."""
+    squared = ((images.float() - clean.float()) / 255).square().mean(1, keepdim=True)
+    return damage_of(F.avg_pool2d(squared, images.shape[-1] // 8)[:, 0].sqrt())
+
+
+def train(
+    out_dir: str | Path,
+    seed: int = 0,
+    steps: int = 1500,
+    tokenizer: str | Path = WEIGHTS / "nano-vq",
+    snapshot: str | Path | None = None,
+    log=print,
+    study: Study | None = None,
+) -> QualityNet:
+    """Train from a fixed seed and save half-precision weights under `out_dir`; returns the network."""
+    started = time.time()
+    torch.manual_seed(seed)
+    say = lambda line: log(f"nano-quality: {line}, {time.time() - started:.0f} s")  # noqa: E731
+    vq = load_tokenizer(tokenizer)
+    study = study or make_study(vq, seed + 2, SCENES, BROKEN_PER_SCENE, say)
+    unseen = make_study(vq, seed + 30_000, 240, 2, lambda line: None)
+    network = QualityNet(**CONFIG).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
+    clean_count = round(BATCH * CLEAN_SHARE)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        clean = torch.randint(len(study.pool), (clean_count,), generator=generator)
+        broken = torch.randint(len(study.rows), (BATCH - clean_count,), generator=generator)
+        images = torch.cat([study.pool.images[clean], study.broken.images[broken]])
+        truth = torch.cat([study.pool.images[clean], study.pool.images[study.rows[broken]]])
+        quality = torch.cat([torch.ones(clean_count), 1 - study.broken.damage[broken]])
+        # A joined picture is nearer to another scene than to its own row half of the time: no map for those.
+        mapped = torch.cat([torch.ones(clean_count), torch.ones(BATCH - clean_count)])
+        joined = [study.broken.kind[i] in ("drift", "stray") for i in broken.tolist()]
+        mapped[clean_count:][torch.tensor(joined)] = 0
+        images, truth = augmented(images, truth, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            logit, cells = network(to_unit(images).to(memory_format=torch.channels_last))
+        local = F.binary_cross_entropy_with_logits(cells.float(), local_damage(images, truth), reduction="none")
+        local = (local.mean((1, 2)) * mapped).sum() / mapped.sum()
+        whole = F.binary_cross_entropy_with_logits(logit.float(), quality.clamp(0.01, 0.99))
+        loss = whole + LOCAL_WEIGHT * local
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 199 or step == steps - 1:
+            report = measure(network.eval(), unseen)
+            network.train()
+            say(f"step {step + 1}/{steps}, loss {loss.item():.3f}; unseen: " + report)
+            if snapshot:
+                save_network(snapshot, network, CONFIG)
+    network.eval()
+    save_network(out_dir, network, CONFIG)
+    return network
+
+
+@torch.inference_mode()
+def measure(network: QualityNet, unseen: Study) -> str:
+    """How well quality follows damage on scenes that training did not see, in words."""
+    clean = network(to_unit(unseen.pool.images))[0].sigmoid()
+    broken = network(to_unit(unseen.broken.images))[0].sigmoid()
+    error = (broken - (1 - unseen.broken.damage)).abs().mean()
+    order = (clean[unseen.rows] > broken).float().mean()
+    rank = rank_agreement(broken, 1 - unseen.broken.damage)
+    return (
+        f"clean {clean.mean():.3f}, broken {broken.mean():.3f} (truth {1 - unseen.broken.damage.mean():.3f}), "
+        f"error {error:.3f}, rank correlation {rank:.3f}, clean above broken {order:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    from argrpo_cli.nano.training import trainer_cli
+
+    trainer_cli(train, "nano-quality")
