@@ -1,0 +1,116 @@
+"""Published LlamaGen checkpoints to our model and back; every key and every shape is checked."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.policy.config import LlamaGenConfig
+from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+
+# Published name -> ours. The names inside a layer are the same.
+RENAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "cls_embedding.embedding_table.weight": "model.class_embedding.weight",
+    "cls_embedding.cap_proj.fc1.weight": "model.caption_mlp.fc1.weight",
+    "cls_embedding.cap_proj.fc2.weight": "model.caption_mlp.fc2.weight",
+    "cls_embedding.uncond_embedding": "model.null_caption",
+}
+RENAMES_BACK = {ours: published for published, ours in RENAMES.items()}
+
+# A training checkpoint holds the weights under one of these; a consolidated one is the state dict itself.
+WRAPPERS = ("model", "module", "state_dict")
+
+# The rotary table: computed, never loaded. Some published files carry it.
+COMPUTED = frozenset({"freqs_cis"})
+
+
+def to_published(model: LlamaGenForImageGeneration) -> dict[str, Tensor]:
+    """The model's state dict under the published names."""
+    state = model.state_dict()
+    return {RENAMES_BACK.get(key) or key.removeprefix("model."): value for key, value in state.items()}
+
+
+def from_published(
+    state: Mapping[str, Tensor], config: LlamaGenConfig, source: str = "the state dict"
+) -> LlamaGenForImageGeneration:
+    """A float32 model with the weights of a published state dict.
+
+    Raises:
+        UserError: naming missing, unexpected and wrongly shaped keys (`source` says of what).
+    """
+    with torch.device("meta"):
+        model = LlamaGenForImageGeneration(config)
+    expected = {key: tuple(value.shape) for key, value in to_published(model).items()}
+    given = {key: value for key, value in state.items() if key not in COMPUTED}
+    problems = []
+    if missing := sorted(expected.keys() - given.keys()):
+        problems.append(f"missing {_some(missing)}")
+    if unexpected := sorted(given.keys() - expected.keys()):
+        problems.append(f"unexpected {_some(unexpected)}")
+    shapes = [
+        f"{key} is {_shape(given[key])}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in given and _shape(given[key]) != list(shape)
+    ]
+    if shapes:
+        problems.append(f"wrong shape: {_some(shapes)}")
+    if problems:
+        raise UserError(f"{source} does not fit {_describe(config)}: {'; '.join(problems)}")
+    ours = {RENAMES.get(key) or f"model.{key}": value.float() for key, value in given.items()}
+    model.load_state_dict(ours, strict=True, assign=True)
+    return model.eval()
+
+
+def load_published(path: str | Path, config: LlamaGenConfig) -> LlamaGenForImageGeneration:
+    """Open a published `.pt` file; no pickled code is run (`weights_only`).
+
+    Raises:
+        UserError: the file is absent, is no torch checkpoint of weights, or does not fit `config`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint file {path}")
+    try:
+        # LlamaGen's trainer stored its command-line arguments beside the weights; Namespace is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a readable torch checkpoint of weights: {first_line}") from error
+    return from_published(unwrap_state(content, str(path)), config, str(path))
+
+
+def unwrap_state(content: object, source: str) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint's content; UserError if there is none."""
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{source} holds no state dict, neither on top nor under {', '.join(WRAPPERS)}")
+    return content
+
+
+def _shape(value: object) -> list[int] | str:
+    return list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _describe(config: LlamaGenConfig) -> str:
+    return (
+        f"a {config.condition}-conditional LlamaGen of width {config.hidden_size}, "
+        f"{config.num_hidden_layers} layers, {config.vocab_size} codes"
+    )

@@ -1,0 +1,130 @@
+"""Geometry of a LlamaGen policy, and the published sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+CONDITIONS = ("class", "caption")
+
+# Published geometries: width, layers, heads. All use a vocabulary of 16384 codes.
+SIZES: dict[str, dict[str, int]] = {
+    "B": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "L": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "XL": {"hidden_size": 1280, "num_hidden_layers": 36, "num_attention_heads": 20},
+    "XXL": {"hidden_size": 1536, "num_hidden_layers": 48, "num_attention_heads": 24},
+    "3B": {"hidden_size": 3200, "num_hidden_layers": 24, "num_attention_heads": 32},
+}
+
+
+def swiglu_size(hidden_size: int, multiple_of: int = 256) -> int:
+    """Width of the feed-forward layer: two thirds of 4 * hidden_size, rounded up to `multiple_of`."""
+    return math.ceil(int(2 * 4 * hidden_size / 3) / multiple_of) * multiple_of
+
+
+class LlamaGenConfig(PreTrainedConfig):
+    """Configuration of `LlamaGenForImageGeneration`.
+
+    Args:
+        block_size: image tokens per image, a square number (rows and columns of the token grid).
+        cls_token_num: condition tokens before the image tokens; 1 for a class.
+        condition: "class" (an embedding table of `num_classes` rows and one null row) or "caption"
+            (text features of width `caption_dim` through a two-layer MLP).
+        num_key_value_heads: None means one per attention head.
+        intermediate_size: None means the SwiGLU rule, `swiglu_size(hidden_size)`.
+        class_dropout_prob: share of conditions the policy was pre-trained without. Kept for the record;
+            the network itself never drops anything.
+    """
+
+    model_type = "llamagen"
+
+    def __init__(
+        self,
+        vocab_size: int = 16384,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        num_key_value_heads: int | None = None,
+        intermediate_size: int | None = None,
+        block_size: int = 256,
+        cls_token_num: int = 1,
+        condition: str = "class",
+        num_classes: int = 1000,
+        caption_dim: int = 2048,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        class_dropout_prob: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.intermediate_size = intermediate_size or swiglu_size(hidden_size)
+        self.block_size = block_size
+        self.cls_token_num = cls_token_num
+        self.condition = condition
+        self.num_classes = num_classes
+        self.caption_dim = caption_dim
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.class_dropout_prob = class_dropout_prob
+        self._check()
+        # The embedding and the head are separate matrices; TRL reads `auto_map` of any custom model.
+        kwargs.setdefault("tie_word_embeddings", False)
+        kwargs.setdefault("auto_map", {})
+        super().__init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid_size(self) -> int:
+        """Rows (and columns) of the square token grid."""
+        return math.isqrt(self.block_size)
+
+    def _check(self) -> None:
+        if self.condition not in CONDITIONS:
+            raise ValueError(f"condition is {self.condition!r}; it must be one of {', '.join(CONDITIONS)}")
+        if self.condition == "class" and self.cls_token_num != 1:
+            raise ValueError(f"cls_token_num is {self.cls_token_num}; a class takes exactly 1 token")
+        if self.grid_size**2 != self.block_size:
+            raise ValueError(f"block_size is {self.block_size}; a square token grid needs a square number")
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} over {self.num_attention_heads} heads: the head width must "
+                "be a multiple of 4 (half of its pairs rotate by row, half by column)"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+
+def published_config(
+    size: str, image_size: int = 256, downsample: int = 16, condition: str = "class"
+) -> LlamaGenConfig:
+    """Configuration of a published LlamaGen: `size` from `SIZES`, T = (image_size / downsample)^2 tokens.
+
+    Raises:
+        ValueError: unknown size, or an image size that the tokenizer cannot divide.
+    """
+    if size not in SIZES:
+        raise ValueError(f"unknown LlamaGen size {size!r}; published sizes: {', '.join(SIZES)}")
+    if image_size % downsample:
+        raise ValueError(f"image size {image_size} is not a multiple of {downsample}, the downsampling")
+    return LlamaGenConfig(
+        **SIZES[size],
+        block_size=(image_size // downsample) ** 2,
+        cls_token_num=1 if condition == "class" else 120,
+        condition=condition,
+        class_dropout_prob=0.1,
+    )

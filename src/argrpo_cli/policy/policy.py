@@ -1,0 +1,304 @@
+"""A policy as a user meets it: a LlamaGen, its image tokenizer and its class names, opened by name or path.
+
+A policy folder holds what `save_pretrained` writes (config.json, model.safetensors, ...) and `policy.json`:
+
+    {"tokenizer": "nano-vq", "classes": ["airplane", ...], "image_size": 64, "base": "nano-c2i"}
+
+where the tokenizer is a bundled one or a folder relative to this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from argrpo_cli.conditions import Condition, class_prompt
+from argrpo_cli.devices import resolve_device
+from argrpo_cli.errors import UserError, did_you_mean
+from argrpo_cli.files import cannot_write, make_dir, read_text, write_json
+from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.sampling import sample_tokens
+from argrpo_cli.policy.vq import VQModel, to_uint8
+
+CARD = "policy.json"
+WEIGHTS = Path(__file__).parents[1] / "nano" / "weights"
+BUNDLED_POLICIES = ("nano-c2i",)
+BUNDLED_TOKENIZERS = ("nano-vq",)
+DTYPES = ("float32", "bfloat16", "float16")
+DECODE_PIXELS = 2**20  # decoded at a time; at 256 px with VQ-16 about half a gigabyte for each activation
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@dataclass
+class Policy:
+    """What `load_policy` gives.
+
+    Attributes:
+        model: the LlamaGen, in evaluation mode.
+        tokenizer: image tokenizer, always float32 (token ids must not depend on the policy's dtype).
+        tokenizer_name: name of a bundled tokenizer, None if it came from a folder.
+        class_names: names of the class ids 0, 1, ...
+        image_size: pixels a side.
+        base: the policy this one descends from.
+    """
+
+    model: LlamaGenForImageGeneration
+    tokenizer: VQModel
+    tokenizer_name: str | None
+    class_names: list[str]
+    image_size: int
+    base: str
+
+    def conditions(self, names_or_ids: Iterable[str | int]) -> list[Condition]:
+        """Class names or ids (numbers, also written as text) to conditions with their text prompts.
+
+        Raises:
+            UserError: no such class.
+        """
+        ids = [self._class_id(given) for given in names_or_ids]
+        return [Condition(class_prompt(self.class_names[index]), index) for index in ids]
+
+    def sample(
+        self,
+        conditions: Sequence[Condition],
+        cfg_scale: float = 2.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Draw one image per condition; `sampling.sample_tokens` explains the arguments.
+
+        Returns:
+            Token ids int64 [B, T] on the model's device, in the order of the conditions.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size} is not positive")
+        if seeds is not None and len(seeds) != len(conditions):
+            raise UserError(f"{len(seeds)} seeds for {len(conditions)} conditions; give one each")
+        class_ids = torch.tensor([self._known_id(one) for one in conditions], dtype=torch.long)
+        drawn = [torch.empty(0, self.model.config.block_size, dtype=torch.long, device=self.model.device)]
+        for start in range(0, len(conditions), batch_size):
+            part = slice(start, start + batch_size)
+            drawn.append(
+                sample_tokens(
+                    self.model,
+                    class_ids[part].to(self.model.device),
+                    cfg_scale=cfg_scale,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    seeds=None if seeds is None else seeds[part],
+                )
+            )
+        return torch.cat(drawn)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [B, T] to images uint8 [B, 3, image_size, image_size] on the same device."""
+        at_once = max(1, DECODE_PIXELS // self.image_size**2)
+        images = [to_uint8(self.tokenizer.decode_tokens(chunk)) for chunk in tokens.split(at_once)]
+        return torch.cat(images)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a policy folder; files of the same name are replaced one by one, `policy.json` last.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        folder = make_dir(folder)
+        save_model(self.model, folder)
+        self.save_card(folder)
+
+    def save_card(self, folder: str | Path) -> None:
+        """Add to a folder with the model's own files what makes it a policy folder."""
+        folder = Path(folder)
+        if self.tokenizer_name is None:
+            save_model(self.tokenizer, make_dir(folder / "tokenizer"))
+        card = {
+            "tokenizer": self.tokenizer_name or "tokenizer",
+            "classes": self.class_names,
+            "image_size": self.image_size,
+            "base": self.base,
+        }
+        write_json(folder / CARD, card)
+
+    def _class_id(self, given: str | int) -> int:
+        if isinstance(given, str) and given in self.class_names:
+            return self.class_names.index(given)
+        count = len(self.class_names)
+        if isinstance(given, int) or given.strip().isdecimal():
+            if 0 <= int(given) < count:
+                return int(given)
+            raise UserError(f"no class {given}: this policy has the ids 0 to {count - 1}")
+        hint = did_you_mean(given, self.class_names)
+        if not hint and count <= 40:
+            hint = f"; the classes are {', '.join(self.class_names)}"
+        raise UserError(f"no class {given!r} among this policy's {count} classes{hint}")
+
+    def _known_id(self, condition: Condition) -> int:
+        if condition.class_id is None:
+            raise UserError(f"condition {condition.prompt!r} has no class id, and this policy draws classes")
+        return condition.class_id
+
+
+def load_policy(name_or_path: str | Path, device: str = "cpu", dtype: str = "float32") -> Policy:
+    """Open a policy.
+
+    Args:
+        name_or_path: a bundled name ("nano-c2i"), a policy folder, a checkpoint folder of a run, or a run
+            directory (its newest checkpoint, or its final policy where there are none).
+        device: a torch device, or "auto" for a GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16", for the model; the tokenizer stays in float32.
+
+    Raises:
+        UserError: nothing there, or something that is not a whole policy; in one line that names the path.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    device = resolve_device(device)
+    folder = find_policy(name_or_path)
+    card = _read_card(folder)
+    model = load_pretrained(LlamaGenForImageGeneration, folder, getattr(torch, dtype))
+    bundled = card["tokenizer"] in BUNDLED_TOKENIZERS
+    tokenizer_folder = (WEIGHTS if bundled else folder) / card["tokenizer"]
+    if not tokenizer_folder.is_dir():
+        raise UserError(f"the image tokenizer of {folder} is missing: no folder {tokenizer_folder}")
+    tokenizer = load_pretrained(VQModel, tokenizer_folder, torch.float32)
+    _check_fit(folder, model, tokenizer, card)
+    return Policy(
+        model=model.to(device),
+        tokenizer=tokenizer.to(device),
+        tokenizer_name=card["tokenizer"] if bundled else None,
+        class_names=card["classes"],
+        image_size=card["image_size"],
+        base=card.get("base", str(name_or_path)),
+    )
+
+
+def find_policy(name_or_path: str | Path) -> Path:
+    """The policy folder behind a name, a policy folder or a run directory; UserError if there is none."""
+    if str(name_or_path) in BUNDLED_POLICIES:
+        return WEIGHTS / str(name_or_path)
+    path = Path(name_or_path)
+    names = ", ".join(BUNDLED_POLICIES)
+    if not path.exists():
+        hint = did_you_mean(name_or_path, BUNDLED_POLICIES)
+        raise UserError(f"no policy {str(name_or_path)!r}: not a folder, and the bundled policies are {names}{hint}")
+    if (path / CARD).is_file():
+        return path
+    checkpoints = [
+        folder for folder in path.glob("checkpoints/step_*") if folder.name[5:].isdigit() and (folder / CARD).is_file()
+    ]
+    if checkpoints:
+        return max(checkpoints, key=lambda folder: int(folder.name[5:]))
+    if (path / "policy" / CARD).is_file():
+        return path / "policy"
+    raise UserError(f"{path} is no policy: it has no {CARD}, no checkpoints/step_* and no policy/ folder with one")
+
+
+def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype) -> Model:
+    """`from_pretrained` from a local folder that accepts nothing less than the complete weights of this kind.
+
+    Raises:
+        UserError: files missing or damaged, another kind of model, keys or shapes that do not fit.
+    """
+    config = _read_json(folder / "config.json")
+    expected = kind.config_class.model_type
+    if config.get("model_type") != expected:
+        raise UserError(f"{folder} holds a {config.get('model_type')!r} model; expected {expected!r}")
+    try:
+        with quiet_transformers():
+            model, info = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"cannot load {folder}: {lines[0] if lines else type(error).__name__}") from error
+    for what in ("missing_keys", "unexpected_keys"):
+        if keys := sorted(info[what]):
+            raise UserError(f"cannot load {folder}: {len(keys)} {what.replace('_', ' ')} such as {keys[0]}")
+    for key, saved, ours in sorted(info["mismatched_keys"]):
+        raise UserError(f"cannot load {folder}: {key} is {list(saved)}, config.json says {list(ours)}")
+    return model
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained` beside and then into a folder, so that no file in it is ever half written."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as fresh, quiet_transformers():
+            model.save_pretrained(fresh)
+            for file in sorted(Path(fresh).iterdir()):
+                os.replace(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error if isinstance(error, OSError) else OSError(str(error))) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load reports: loading either works or raises one line."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, expected an object")
+    return content
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    card = _read_json(folder / CARD)
+    for key, kind in (("tokenizer", str), ("classes", list), ("image_size", int)):
+        if not isinstance(card.get(key), kind):
+            raise UserError(f"{folder / CARD}: {key!r} is {card.get(key)!r}, expected a {kind.__name__}")
+    return card
+
+
+def _check_fit(folder: Path, model: LlamaGenForImageGeneration, tokenizer: VQModel, card: dict[str, Any]) -> None:
+    """The parts of a policy folder must belong together; a wrong tokenizer would only show as noise."""
+    config = model.config
+    if config.condition != "class":
+        raise UserError(f"{folder} is conditioned on captions; only class-conditional policies can be opened")
+    pairs = [
+        ("codes in the tokenizer", tokenizer.config.codebook_size, "vocab_size", config.vocab_size),
+        ("class names", len(card["classes"]), "num_classes", config.num_classes),
+        (
+            "tokens at this image size",
+            (card["image_size"] // tokenizer.config.downsample) ** 2,
+            "block_size",
+            config.block_size,
+        ),
+    ]
+    for what, count, field, expected in pairs:
+        if count != expected:
+            raise UserError(f"{folder}: {count} {what}, but the model's {field} is {expected}")

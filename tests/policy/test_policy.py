@@ -1,0 +1,368 @@
+"""Opening, using and saving policies by name and path, with a miniature policy in place of a trained one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from argrpo_cli.conditions import Condition
+from argrpo_cli.errors import UserError
+from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.checkpoints import from_published, to_published
+from argrpo_cli.policy.config import LlamaGenConfig
+from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.policy import WEIGHTS, class_prompt
+from argrpo_cli.policy.vq import VQConfig, VQModel, to_uint8
+from tests.formula import formula_weights
+
+CLASSES = ["dog", "umbrella", "hot dog"]
+
+
+def miniature() -> Policy:
+    """16 x 16 pixels, 4 x 4 tokens of 32 codes, 3 classes; formula weights, so that it draws of everything."""
+    torch.manual_seed(0)
+    tokenizer = VQModel(
+        VQConfig(
+            codebook_size=32,
+            ch=32,
+            encoder_ch_mult=[1, 1],
+            decoder_ch_mult=[1, 1],
+            num_res_blocks=1,
+            z_channels=32,
+            patch_size=2,
+        )
+    )
+    config = LlamaGenConfig(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        block_size=16,
+        num_classes=len(CLASSES),
+    )
+    shapes = {key: value.shape for key, value in to_published(LlamaGenForImageGeneration(config)).items()}
+    model = from_published(formula_weights(shapes), config)
+    return Policy(model, tokenizer.eval(), None, list(CLASSES), 16, "miniature")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A policy folder."""
+    folder = tmp_path_factory.mktemp("policies") / "miniature"
+    miniature().save(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    """A policy folder to spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "policy"))
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# --- use ---
+
+
+def test_saving_and_loading_print_nothing(saved, tmp_path, capfd):
+    load_policy(saved).save(tmp_path / "again")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_save_and_load_give_the_same_images(saved):
+    before, after = miniature(), load_policy(saved)
+    conditions = before.conditions(CLASSES)
+    tokens = before.sample(conditions, seeds=[1, 2, 3])
+    assert torch.equal(after.sample(conditions, seeds=[1, 2, 3]), tokens)
+    assert torch.equal(after.decode(tokens), before.decode(tokens))
+    assert (after.class_names, after.image_size, after.base) == (CLASSES, 16, "miniature")
+    assert not after.model.training and not after.tokenizer.training
+
+
+def test_saved_files_carry_no_path_and_no_leftovers(saved):
+    names = {file.name for file in saved.iterdir()}
+    assert {"config.json", "model.safetensors", "policy.json", "tokenizer"} <= names
+    assert not [name for name in names if name.startswith(".")]
+    for file in saved.rglob("*.json"):
+        assert str(saved.parent) not in file.read_text()
+
+
+def test_saving_again_keeps_the_other_files_of_the_folder(copied):
+    (copied / "optimizer.pt").write_bytes(b"state")
+    policy = load_policy(copied)
+    with torch.no_grad():
+        policy.model.model.norm.weight.fill_(0.5)
+    policy.save(copied)
+    assert (copied / "optimizer.pt").read_bytes() == b"state"
+    assert torch.equal(load_policy(copied).model.model.norm.weight, torch.full((32,), 0.5))
+
+
+def test_the_models_config_knows_its_folder(saved):
+    """TRL loads the reference model from there."""
+    assert load_policy(saved).model.config._name_or_path == str(saved)
+
+
+def test_conditions_by_name_and_id():
+    policy = miniature()
+    assert policy.conditions(["umbrella", 0, "2", "hot dog"]) == [
+        Condition("a photo of an umbrella", 1),
+        Condition("a photo of a dog", 0),
+        Condition("a photo of a hot dog", 2),
+        Condition("a photo of a hot dog", 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("umbrela", "no class 'umbrela' among this policy's 3 classes; did you mean 'umbrella'?"),
+        ("zebra", "the classes are dog, umbrella, hot dog"),
+        (3, "no class 3: this policy has the ids 0 to 2"),
+        ("17", "no class 17: this policy has the ids 0 to 2"),
+        (-1, "no class -1"),
+    ],
+)
+def test_an_unknown_class_is_named(given, message):
+    with pytest.raises(UserError) as caught:
+        miniature().conditions(["dog", given])
+    assert message in str(caught.value)
+
+
+def test_prompts_take_the_right_article():
+    assert [class_prompt(name) for name in ("apple", "Orange", "banana", "tv")] == [
+        "a photo of an apple",
+        "a photo of an Orange",
+        "a photo of a banana",
+        "a photo of a tv",
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_sampling_does_not_depend_on_the_batch_size(batch_size):
+    policy = miniature()
+    conditions, seeds = policy.conditions([0, 1, 2, 1, 0]), [4, 5, 6, 7, 8]
+    tokens = policy.sample(conditions, seeds=seeds, batch_size=batch_size)
+    assert tokens.shape == (5, 16) and tokens.dtype == torch.int64
+    assert torch.equal(tokens, policy.sample(conditions, seeds=seeds, batch_size=5))
+
+
+def test_sampling_settings_reach_the_sampler():
+    policy = miniature()
+    conditions, seeds = policy.conditions([0, 1, 2]), [1, 2, 3]
+    default = policy.sample(conditions, seeds=seeds)
+    assert torch.equal(default, policy.sample(conditions, 2.0, 1.0, 0, 1.0, seeds))
+    for change in ({"cfg_scale": 1.0}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}):
+        assert not torch.equal(policy.sample(conditions, seeds=seeds, **change), default), change
+
+
+def test_no_conditions_give_no_images():
+    policy = miniature()
+    assert policy.sample([]).shape == (0, 16)
+
+
+def test_sampling_refuses_what_does_not_fit():
+    policy = miniature()
+    with pytest.raises(UserError, match="1 seeds for 2 conditions"):
+        policy.sample(policy.conditions([0, 1]), seeds=[1])
+    with pytest.raises(UserError, match="'a photo of love' has no class id"):
+        policy.sample([Condition("a photo of love")])
+    with pytest.raises(UserError, match="batch size 0"):
+        policy.sample(policy.conditions([0]), batch_size=0)
+
+
+def test_decoding_is_the_tokenizers_rounded_once_in_chunks(monkeypatch):
+    policy = miniature()
+    tokens = policy.sample(policy.conditions([0, 1, 2, 0, 1]), seeds=range(5))
+    monkeypatch.setattr("argrpo_cli.policy.policy.DECODE_PIXELS", 2 * 16 * 16)
+    images = policy.decode(tokens)
+    assert images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8
+    with torch.no_grad():
+        expected = to_uint8(policy.tokenizer.decode_tokens(tokens))
+    assert (images.int() - expected.int()).abs().max() <= 1
+    assert torch.equal(images[:2], policy.decode(tokens[:2]))
+    assert images.float().std() > 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_dtype_is_the_models_and_not_the_tokenizers(saved, dtype):
+    policy = load_policy(saved, dtype=dtype)
+    assert policy.model.dtype == getattr(torch, dtype)
+    assert policy.tokenizer.dtype == torch.float32
+    assert policy.decode(policy.sample(policy.conditions([0]), seeds=[1])).shape == (1, 3, 16, 16)
+
+
+def test_half_precision_weights_are_opened_as_float32(copied):
+    policy = load_policy(copied)
+    policy.model.to(torch.float16).save_pretrained(copied)
+    assert load_policy(copied).model.dtype == torch.float32
+
+
+# --- finding ---
+
+
+def run_directory(saved: Path, root: Path, steps=(20, 100, 40), final=True) -> Path:
+    for step in steps:
+        shutil.copytree(saved, root / "checkpoints" / f"step_{step:06d}")
+        edit_json(root / "checkpoints" / f"step_{step:06d}" / "policy.json", base=f"step {step}")
+    if final:
+        shutil.copytree(saved, root / "policy")
+        edit_json(root / "policy" / "policy.json", base="final")
+    return root
+
+
+@pytest.mark.parametrize("steps", [(20, 100, 40), (7, 5, 60), (300, 200, 10), (2, 1000000, 999999)])
+def test_a_run_directory_means_its_newest_checkpoint(saved, tmp_path, steps):
+    run = run_directory(saved, tmp_path / "run", steps)
+    assert load_policy(run).base == f"step {max(steps)}"
+    assert load_policy(run / "checkpoints" / f"step_{steps[0]:06d}").base == f"step {steps[0]}"
+    assert load_policy(run / "policy").base == "final"
+
+
+def test_an_unfinished_checkpoint_is_passed_over(saved, tmp_path):
+    run = run_directory(saved, tmp_path / "run")
+    (run / "checkpoints" / "step_000100" / "policy.json").unlink()
+    (run / "checkpoints" / "step_000100.partial").mkdir()
+    assert load_policy(run).base == "step 40"
+
+
+def test_a_run_directory_without_checkpoints_means_its_final_policy(saved, tmp_path):
+    assert load_policy(run_directory(saved, tmp_path / "run", steps=())).base == "final"
+
+
+def test_an_unknown_name_lists_the_bundled_ones(tmp_path):
+    with pytest.raises(UserError, match=r"no policy 'nano-c2j'.*bundled policies are nano-c2i; did you mean"):
+        load_policy("nano-c2j")
+    with pytest.raises(UserError, match=r"is no policy: it has no policy\.json"):
+        load_policy(tmp_path)
+
+
+# --- what is wrong with a folder is said in one line ---
+
+
+def drop_card(folder):
+    (folder / "policy.json").write_text("{")
+
+
+def drop_classes(folder):
+    edit_json(folder / "policy.json", classes=None)
+
+
+def another_model(folder):
+    edit_json(folder / "config.json", model_type="llama")
+
+
+def bad_geometry(folder):
+    edit_json(folder / "config.json", block_size=15)
+
+
+def wider_model(folder):
+    edit_json(folder / "config.json", intermediate_size=512)
+
+
+def fewer_layers(folder):
+    edit_json(folder / "config.json", num_hidden_layers=1)
+
+
+def more_layers(folder):
+    edit_json(folder / "config.json", num_hidden_layers=3)
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def no_tokenizer(folder):
+    shutil.rmtree(folder / "tokenizer")
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def wrong_classes(folder):
+    edit_json(folder / "policy.json", classes=["dog"])
+
+
+def wrong_size(folder):
+    edit_json(folder / "policy.json", image_size=32)
+
+
+def wrong_codebook(folder):
+    tokenizer = VQModel.from_pretrained(folder / "tokenizer")
+    tokenizer.config.codebook_size = 16
+    VQModel(tokenizer.config).save_pretrained(folder / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop_card, "policy.json is not JSON"),
+        (drop_classes, "'classes' is None, expected a list"),
+        (another_model, "holds a 'llama' model; expected 'llamagen'"),
+        (bad_geometry, "block_size is 15"),
+        (wider_model, "w1.weight is [256, 32], config.json says [512, 32]"),
+        (fewer_layers, "unexpected keys"),
+        (more_layers, "missing keys"),
+        (no_weights, "cannot load"),
+        (cut_weights, "cannot load"),
+        (no_tokenizer, "tokenizer"),
+        (no_config, "config.json"),
+        (wrong_classes, "1 class names, but the model's num_classes is 3"),
+        (wrong_size, "64 tokens at this image size, but the model's block_size is 16"),
+        (wrong_codebook, "16 codes in the tokenizer, but the model's vocab_size is 32"),
+    ],
+)
+def test_a_spoiled_folder_is_explained_in_one_line(copied, spoil, message, capfd):
+    spoil(copied)
+    capfd.readouterr()
+    with pytest.raises(UserError) as caught:
+        load_policy(copied)
+    assert capfd.readouterr() == ("", "")
+    assert message in str(caught.value)
+    assert str(copied) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_dtype_or_device_is_named(saved):
+    with pytest.raises(UserError, match="unknown dtype 'int8'"):
+        load_policy(saved, dtype="int8")
+    with pytest.raises(UserError, match="device"):
+        load_policy(saved, device="cuda:99")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="file"):
+        miniature().save(tmp_path / "file" / "policy")
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, argrpo_cli.policy; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- the bundled policy ---
+
+
+@pytest.mark.skipif(not (WEIGHTS / "nano-c2i").is_dir(), reason="the bundled weights are not built yet")
+def test_the_bundled_policy_opens_and_draws():
+    policy = load_policy("nano-c2i")
+    assert policy.tokenizer_name == "nano-vq"
+    conditions = policy.conditions(policy.class_names[:2])
+    images = policy.decode(policy.sample(conditions, seeds=[0, 0]))
+    assert images.shape == (2, 3, policy.image_size, policy.image_size)
+    assert not torch.equal(images[0], images[1])
+    assert Path(policy.model.config._name_or_path).is_dir()

@@ -1,0 +1,323 @@
+"""The sampler: published decoding, filters, the sampled distribution and its log-probabilities, seeds."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.policy.checkpoints import from_published, to_published
+from argrpo_cli.policy.config import LlamaGenConfig
+from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.sampling import decode, filter_logits, inverse_cdf, sample_tokens
+from tests.formula import formula_weights
+from tests.goldens import TOLERANCE, cases, golden_model, max_difference, tensors
+
+GREEDY_RUNS = [
+    pytest.param(name, run, id=f"{name}-{run['key']}")
+    for name in ("A_c2i", "B_t2i8", "B_t2i120")
+    for run in cases()[name]["greedy_runs"]
+]
+
+
+@cache
+def tiny_model(vocab_size: int = 8, block_size: int = 4) -> LlamaGenForImageGeneration:
+    """A policy small enough to enumerate what it can draw."""
+    config = LlamaGenConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        block_size=block_size,
+        num_classes=5,
+    )
+    shapes = {k: v.shape for k, v in to_published(LlamaGenForImageGeneration(config)).items()}
+    return from_published(formula_weights(shapes), config)
+
+
+def teacher_forced(model, class_ids, tokens, guidance=None) -> torch.Tensor:
+    """Logits [B, T, V] from which each of the given tokens is drawn."""
+    model.guidance_scale = guidance
+    with torch.no_grad():
+        logits = model(torch.cat([class_ids[:, None], tokens[:, :-1]], dim=1)).logits
+    model.guidance_scale = None
+    return logits
+
+
+def condition_of(name, data, masked=True):
+    """Condition and mask of a golden case."""
+    if name == "A_c2i":
+        return data["in/gen_labels"], None
+    return data["out/c_indices"], data["out/c_emb_masks"] if masked else None
+
+
+# --- the published decoding ---
+
+
+@pytest.mark.parametrize(("name", "run"), GREEDY_RUNS)
+def test_greedy_decoding_and_the_logits_of_every_step(name, run):
+    data, model = tensors(name), golden_model(name)
+    condition, mask = condition_of(name, data, run["emb_masks_given"] or name == "A_c2i")
+    steps = []
+
+    def most_likely(logits, conditional, index):
+        steps.append(logits.clone())
+        return logits.argmax(-1)
+
+    settings = {"cfg_scale": run["cfg_scale"], "cfg_interval": run["cfg_interval"], "condition_mask": mask}
+    tokens = decode(model, condition, most_likely, **settings)
+    expected = data[f"out/greedy_ids_{run['key']}"].long()
+    assert torch.equal(tokens, expected)
+    assert max_difference(torch.stack(steps, dim=1), data[f"out/greedy_step_logits_{run['key']}"]) < TOLERANCE
+    assert torch.equal(sample_tokens(model, condition, greedy=True, **settings), expected)
+
+
+@pytest.mark.parametrize("name", ["A_c2i", "B_t2i8", "B_t2i120"])
+def test_cached_decoding_equals_the_published_cache_and_the_teacher_forced_pass(name):
+    data, model = tensors(name), golden_model(name)
+    given, steps = data["in/tokens"], []
+
+    def forced(logits, conditional, index):
+        steps.append(logits.clone())
+        return given[:, index]
+
+    if name == "A_c2i":
+        condition, mask = data["in/labels"], None
+    else:
+        condition, mask = condition_of(name, data)
+    assert torch.equal(decode(model, condition, forced, condition_mask=mask), given)
+    actual = torch.stack(steps, dim=1)
+    length = given.shape[1]
+    for output in ("kv_logits", "tf_logits"):  # the last position predicts nothing
+        assert max_difference(actual, data[f"out/{output}"][:, -length - 1 : -1]) < TOLERANCE
+
+
+def test_decoding_works_with_grouped_queries():
+    """The published cache cannot; ours must agree with the teacher-forced pass."""
+    model, class_ids = golden_model("C_rope", "gqa_kv2"), torch.tensor([1, 7])
+    tokens, logprobs = sample_tokens(model, class_ids, cfg_scale=1.0, seeds=[0, 1], return_logprobs="guided")
+    logp = teacher_forced(model, class_ids, tokens).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    assert max_difference(logprobs, logp) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("cfg_scale", "cfg_interval", "guided_tokens"),
+    [(1.0, -1, 0), (0.5, -1, 0), (2.0, -1, 16), (2.0, 0, 2), (2.0, 5, 7)],
+)
+def test_the_null_half_runs_only_where_guidance_needs_it(cfg_scale, cfg_interval, guided_tokens, monkeypatch):
+    model = copy.deepcopy(golden_model("A_c2i"))
+    backbone_batches, head_batches = [], []
+    run, head = model.model.run, model.lm_head.forward
+    monkeypatch.setattr(model.model, "run", lambda x, *rest: backbone_batches.append(len(x)) or run(x, *rest))
+    monkeypatch.setattr(model.lm_head, "forward", lambda h: head_batches.append(len(h)) or head(h))
+    sample_tokens(model, torch.tensor([3, 4]), cfg_scale=cfg_scale, cfg_interval=cfg_interval, seeds=[0, 1])
+    assert backbone_batches == [4] * guided_tokens + [2] * (16 - guided_tokens)
+    assert head_batches == [2] * 16, "one head pass a token, for the conditional batch only"
+
+
+# --- filters ---
+
+
+@pytest.mark.parametrize("run", cases()["D_filter"]["filter_runs"], ids=lambda run: run["key"])
+def test_filters(run):
+    data = tensors("D_filter")
+    logits = data["in/logits"].clone()
+    actual = filter_logits(logits, run["temperature"], run["top_k"], run["top_p"]).softmax(-1)
+    expected = data[f"out/{run['key']}"]
+    assert torch.equal(actual > 0, expected > 0)
+    assert max_difference(actual, expected) < 1e-5
+    assert torch.equal(logits, data["in/logits"]), "the argument is left as it is"
+
+
+def test_tokens_that_tie_with_the_kth_stay():
+    data = tensors("D_filter")
+    actual = filter_logits(data["in/logits_ties"], 1.0, 5, 1.0).softmax(-1)
+    assert ((actual > 0).sum(-1) == 7).all()
+    assert max_difference(actual, data["out/ties_probs_k5_p1_T1"]) < 1e-5
+
+
+def test_temperature_zero_is_one_hot():
+    data = tensors("D_filter")
+    actual = filter_logits(data["in/logits"], 0.0).softmax(-1)
+    assert max_difference(actual, data["out/probs_k0_p1_T0"]) < 1e-5
+
+
+def test_top_p_zero_keeps_one_token_and_a_large_top_k_keeps_all():
+    logits = tensors("D_filter")["in/logits"]
+    one = filter_logits(logits, 1.0, 0, 0.0)
+    assert torch.equal(one.isfinite().sum(-1), torch.ones(4, dtype=torch.long))
+    assert torch.equal(one.argmax(-1), logits.argmax(-1))
+    assert torch.equal(filter_logits(logits, 1.0, 1000, 1.0), logits)
+
+
+def test_the_inverse_cdf_skips_impossible_tokens_at_both_ends():
+    inf = float("inf")
+    logits = torch.tensor([[-inf, 0.0, -inf, 0.0, -inf]])
+    below_one = 1 - 2**-53
+    for uniform, token in [(0.0, 1), (0.49999, 1), (0.5, 3), (below_one, 3)]:
+        assert inverse_cdf(logits, torch.tensor([uniform], dtype=torch.float64)).item() == token
+
+
+def test_the_inverse_cdf_is_right_where_the_probabilities_do_not_sum_to_one():
+    """In float32 they sum to a little less or more than 1; the last token is impossible here."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 1000, generator=generator) * 3
+    logits[:, -1] = float("-inf")
+    tokens = inverse_cdf(logits, torch.full((64,), 1 - 2**-53, dtype=torch.float64))
+    assert (tokens < 999).all()
+
+
+def test_the_inverse_cdf_resolves_a_published_vocabulary():
+    cells, some = 16384, torch.arange(0, 16384, 101)
+    middles = (some.double() + 0.5) / cells
+    assert torch.equal(inverse_cdf(torch.zeros(len(some), cells), middles), some)
+
+
+def test_the_inverse_cdf_cuts_the_unit_interval_by_the_probabilities():
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    uniforms = torch.tensor([0.05, 0.15, 0.29, 0.31, 0.59, 0.61, 0.99], dtype=torch.float64)
+    tokens = inverse_cdf(logits.expand(7, -1), uniforms)
+    assert tokens.tolist() == [0, 1, 1, 2, 2, 3, 3]
+
+
+# --- what is sampled, and its log-probability ---
+
+
+def test_guided_logprob_equals_the_teacher_forced_guided_pass():
+    model, class_ids = golden_model("A_c2i"), torch.tensor([0, 3, 9, 10])
+    tokens, logprobs = sample_tokens(model, class_ids, cfg_scale=3.0, seeds=range(4), return_logprobs="guided")
+    logp = teacher_forced(model, class_ids, tokens, guidance=3.0).log_softmax(-1)
+    assert max_difference(logprobs, logp.gather(-1, tokens[..., None])[..., 0]) < TOLERANCE
+    assert logprobs.dtype == torch.float32 and not logprobs.requires_grad
+
+
+def test_conditional_logprob_equals_the_teacher_forced_conditional_pass():
+    model, class_ids = golden_model("A_c2i"), torch.tensor([0, 3, 9, 10])
+    settings = {"temperature": 0.8, "top_k": 20}
+    tokens, logprobs = sample_tokens(
+        model, class_ids, cfg_scale=3.0, seeds=range(4), return_logprobs="conditional", **settings
+    )
+    logp = (teacher_forced(model, class_ids, tokens) / 0.8).log_softmax(-1)
+    assert max_difference(logprobs, logp.gather(-1, tokens[..., None])[..., 0]) < TOLERANCE
+
+
+def test_guided_logprob_knows_temperature_and_filters():
+    model, class_ids = golden_model("A_c2i"), torch.tensor([0, 3, 9])
+    settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    tokens, logprobs = sample_tokens(
+        model, class_ids, cfg_scale=2.0, seeds=range(3), return_logprobs="guided", **settings
+    )
+    logits = teacher_forced(model, class_ids, tokens, guidance=2.0)
+    logp = filter_logits(logits.flatten(0, 1), **settings).log_softmax(-1).view_as(logits)
+    assert max_difference(logprobs, logp.gather(-1, tokens[..., None])[..., 0]) < TOLERANCE
+
+
+def test_asking_for_logprobs_changes_no_token():
+    model, class_ids = golden_model("A_c2i"), torch.tensor([0, 3, 9])
+    plain = sample_tokens(model, class_ids, cfg_scale=2.0, seeds=range(3))
+    for kind in ("guided", "conditional"):
+        tokens, _ = sample_tokens(model, class_ids, cfg_scale=2.0, seeds=range(3), return_logprobs=kind)
+        assert torch.equal(tokens, plain)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+def test_sampled_frequencies_match_the_guided_distribution(cfg_scale):
+    """Chi-square on the first two tokens of 20,000 images; 63 degrees of freedom, limit at p = 1e-4."""
+    model, draws, label = tiny_model(), 20_000, 2
+    tokens = sample_tokens(model, torch.full((draws,), label), cfg_scale=cfg_scale, seeds=range(draws))
+    counts = torch.bincount(tokens[:, 0] * 8 + tokens[:, 1], minlength=64).double()
+
+    def chi_square(guidance):
+        prefixes = torch.zeros(8, 4, dtype=torch.long)
+        prefixes[:, 0] = torch.arange(8)
+        probs = teacher_forced(model, torch.full((8,), label), prefixes, guidance).double().softmax(-1)
+        expected = (probs[:, 0].gather(1, prefixes[:, :1]) * probs[:, 1]).flatten() * draws
+        return ((counts - expected) ** 2 / expected).sum().item()
+
+    assert chi_square(cfg_scale) < 113.5
+    assert chi_square(1.5) > 500, "the test must be able to tell another guidance scale"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_condition_and_a_seed_give_the_same_image_in_any_batch(batch_size):
+    model = golden_model("A_c2i")
+    class_ids, seeds = torch.tensor([0, 1, 2, 3, 4, 3, 3, 9]), [5, 6, 7, 8, 9, 8, 10, 2**40]
+    whole = sample_tokens(model, class_ids, cfg_scale=2.0, seeds=seeds)
+    parts = [
+        sample_tokens(model, class_ids[i : i + batch_size], cfg_scale=2.0, seeds=seeds[i : i + batch_size])
+        for i in range(0, 8, batch_size)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(whole[3], whole[5]), "same class, same seed"
+    assert not torch.equal(whole[3], whole[6]), "same class, another seed"
+
+
+def test_without_seeds_the_global_generator_decides():
+    model, class_ids = golden_model("A_c2i"), torch.tensor([3, 3])
+    torch.manual_seed(11)
+    first, second = (sample_tokens(model, class_ids, cfg_scale=1.0) for _ in range(2))
+    torch.manual_seed(11)
+    assert torch.equal(sample_tokens(model, class_ids, cfg_scale=1.0), first)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_seeds_do_not_touch_the_global_generator():
+    model = golden_model("A_c2i")
+    before = torch.get_rng_state()
+    sample_tokens(model, torch.tensor([3]), cfg_scale=2.0, seeds=[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_top_k_one_is_greedy():
+    model, class_ids = golden_model("A_c2i"), torch.tensor([0, 5])
+    greedy = sample_tokens(model, class_ids, cfg_scale=2.0, greedy=True)
+    assert torch.equal(sample_tokens(model, class_ids, cfg_scale=2.0, top_k=1, seeds=[1, 2]), greedy)
+
+
+def test_sampling_leaves_the_model_able_to_train():
+    model = copy.deepcopy(golden_model("A_c2i"))
+    tokens = sample_tokens(model, torch.tensor([1]), cfg_scale=2.0, seeds=[0])
+    ids = torch.cat([torch.tensor([[1]]), tokens.clone()], dim=1)
+    model(ids, labels=ids).loss.backward()
+    assert model.lm_head.weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sampling_in_half_precision_and_under_autocast(dtype):
+    model, class_ids = golden_model("A_c2i"), torch.tensor([1, 2])
+    kwargs = {"cfg_scale": 2.0, "seeds": [0, 1], "return_logprobs": "guided"}
+    tokens, logprobs = sample_tokens(copy.deepcopy(model).to(dtype), class_ids, **kwargs)
+    assert tokens.shape == (2, 16) and logprobs.dtype == torch.float32 and logprobs.isfinite().all()
+    with torch.autocast("cpu", dtype=dtype):
+        tokens, logprobs = sample_tokens(model, class_ids, **kwargs)
+    assert tokens.shape == (2, 16) and logprobs.isfinite().all()
+
+
+def test_broken_weights_are_reported_instead_of_sampled():
+    model = copy.deepcopy(golden_model("A_c2i"))
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        sample_tokens(model, torch.tensor([1]), cfg_scale=2.0, seeds=[0])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"condition": torch.tensor([11])}, "0 .. 10"),
+        ({"condition": torch.tensor([-1])}, "0 .. 10"),
+        ({"seeds": [1, 2]}, "2 seeds for 1 conditions"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"return_logprobs": "both"}, "'both'"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    arguments = {"condition": torch.tensor([0]), "cfg_scale": 1.0, **kwargs}
+    with pytest.raises(ValueError, match=message):
+        sample_tokens(golden_model("A_c2i"), **arguments)
