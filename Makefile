@@ -5,7 +5,7 @@
 # make bench   speed of sampling, with and without the key-value cache
 # make nano    train the bundled nano world again
 #
-# Variables: PYTHON=python3.12   the Python to make .venv with, 3.10 or newer
+# Variables: PYTHON=python3.12   the Python to make .venv with, 3.11 or newer
 #            PIP_ARGS="..."      more arguments for pip, for instance an index with CPU-only torch wheels
 #            DEMO=runs/demo      where the demo goes
 
@@ -21,9 +21,9 @@ STAMP := $(VENV)/.installed
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.10 or newer, or say PYTHON=..." >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-		echo "make: $(PYTHON) is too old; Python 3.10 or newer is needed, for instance make PYTHON=python3.12" >&2; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or say PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: $(PYTHON) is too old; Python 3.11 or newer is needed, for instance make PYTHON=python3.12" >&2; exit 2; }
 	@echo "Installing into $(VENV), a few minutes the first time."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'

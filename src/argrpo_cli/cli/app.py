@@ -1,0 +1,107 @@
+"""The `argrpo` command: its sub-commands, and the one place where errors become a line and an exit code.
+
+Every module below cli/ imports heavy libraries inside its functions, so that `argrpo --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from argrpo_cli import __version__
+from argrpo_cli.cli.entropy import entropy
+from argrpo_cli.cli.evaluate import evaluate
+from argrpo_cli.cli.sample import sample
+from argrpo_cli.cli.score import score
+from argrpo_cli.cli.train import train
+from argrpo_cli.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+# Typer has carried click as a dependency and as a copy of its own; this finds the class it really raises.
+ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="argrpo",
+    help="GRPO fine-tuning of autoregressive image models: draw, score, train, evaluate.",
+    no_args_is_help=False,
+    rich_markup_mode=None,  # plain help: quick to start and easy to pipe
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"argrpo {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command(help=sample.__doc__)(sample)
+app.command(help=score.__doc__)(score)
+app.command(help=train.__doc__)(train)
+app.command("eval", help=evaluate.__doc__)(evaluate)
+app.command(help=entropy.__doc__)(entropy)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        code = app(args=arguments, prog_name="argrpo", standalone_mode=False)
+        sys.stdout.flush()
+    except UserError as error:
+        return _complain(str(error))
+    except ClickException as error:
+        return _complain(_with_value(error, arguments))
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (head, a pager) has gone; the interpreter must not flush to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _complain(f"the system refused{where}: {error.strerror or error}")
+    if code == INTERRUPTED:  # Typer turns KeyboardInterrupt into this code
+        print("argrpo: interrupted", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    sys.exit(run())
+
+
+def _complain(message: str) -> int:
+    line = " ".join(message.split())
+    print(f"argrpo: error: {line}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _with_value(error: Exception, arguments: Sequence[str]) -> str:
+    """Typer's message, with the value given for the option it complains about, which it leaves out."""
+    message = error.format_message().replace("Input should be", "must be").replace("Value error, ", "")
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        for position, argument in enumerate(arguments):
+            name, equals, value = argument.partition("=")
+            if name == option and (equals or position + 1 < len(arguments)):
+                value = value if equals else arguments[position + 1]
+                return f"{option} {value}: {message.partition(': ')[2] or message}"
+    return message

@@ -1,0 +1,37 @@
+"""The options that mean the same in every command."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(StrEnum):
+    """Number formats a policy can be run in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+PolicyOption = Annotated[
+    str,
+    typer.Option("--policy", help="A policy: a name such as nano-c2i, a run directory, a checkpoint folder."),
+]
+CfgScaleOption = Annotated[
+    float, typer.Option("--cfg-scale", min=1.0, help="Classifier-free guidance scale; 1 is no guidance.")
+]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="Softmax temperature.")]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Keep the k likeliest tokens; 0 keeps all.")]
+TopPOption = Annotated[
+    float,
+    typer.Option("--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens up to this probability; 1 keeps all."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="First seed.")]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time; changes only the speed.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the policy.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Output folder.")]

@@ -1,0 +1,68 @@
+"""`argrpo sample`: draw images from a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from argrpo_cli.cli.options import (
+    BatchSizeOption,
+    CfgScaleOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    PolicyOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+)
+
+
+def sample(
+    out: Annotated[Path, typer.Option("--out", help="Output folder, new or empty.")],
+    policy: PolicyOption = "nano-c2i",
+    class_: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME|ID", help="What to draw; repeatable.  [default: every class]"),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Images per class.")] = 8,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", min=0, help="Seed of each class's first image; the next take seed + 1, ..."),
+    ] = 0,
+    cfg_scale: CfgScaleOption = 2.0,
+    temperature: TemperatureOption = 1.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    batch_size: BatchSizeOption = 64,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    npz: Annotated[
+        bool, typer.Option("--npz", help="Also write samples.npz (arr_0, uint8 [N, H, W, 3]) for FID tools.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the samples in --out.")] = False,
+) -> None:
+    """Draw images from a policy: PNGs, a grid and metadata.jsonl.
+
+    The same command on an unfinished folder draws what is missing there.
+    """
+    from argrpo_cli.sampling_job import SamplingSettings, run_sampling
+
+    settings = SamplingSettings(
+        policy=policy,
+        classes=tuple(class_ or ()),
+        n=n,
+        seed=seed,
+        cfg_scale=cfg_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        dtype=dtype.value,
+    )
+    result = run_sampling(
+        settings, out, batch_size=batch_size, device=device, npz=npz, overwrite=overwrite, show_progress=True
+    )
+    kept = f" ({result.kept} were there already)" if result.kept else ""
+    print(f"{result.count} images{kept} in {out}, overview in {result.grid}")

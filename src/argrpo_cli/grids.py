@@ -1,0 +1,111 @@
+"""Many images as one picture: a labelled grid, and two grids side by side for before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
+
+
+def image_grid(
+    images: Any, columns: int, labels: Sequence[str] | None = None, pad: int = 2, scale: int = 1
+) -> Image.Image:
+    """Images row by row, `columns` to a row.
+
+    Args:
+        images: uint8 [B, 3, H, W], a torch tensor on any device or a numpy array.
+        labels: a text above each row (one per row) or below each image (one per image).
+            With one column the two readings agree in number; the text then goes above.
+        pad: white pixels around each image.
+        scale: each pixel becomes scale x scale pixels, so that 64-pixel images can be seen on a screen.
+    """
+    pixels = _as_array(images)
+    count, _, height, width = pixels.shape
+    if count == 0 or columns < 1:
+        raise ValueError(f"a grid needs at least one image and one column, got {count} and {columns}")
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    height, width = height * scale, width * scale
+    if labels is not None and len(labels) not in (rows, count):
+        raise ValueError(f"{len(labels)} labels for {count} images in {rows} rows; give one per row or per image")
+    by_row = labels is not None and len(labels) == rows
+    font = _font(max(11, min(18, width // 6)))
+    text = _line_height(font) if labels is not None else 0
+    cell_height, cell_width = height + 2 * pad + text, width + 2 * pad
+
+    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for index in range(count):
+        row, column = divmod(index, columns)
+        x, y = column * cell_width + pad, row * cell_height + pad
+        tile = Image.fromarray(np.ascontiguousarray(pixels[index].transpose(1, 2, 0)))
+        if scale != 1:
+            tile = tile.resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(tile, (x, y + text if by_row else y))
+        if labels is not None and not by_row:
+            draw.text((x, y + height), _fit(labels[index], font, width), fill=INK, font=font)
+    if by_row:
+        for row, label in enumerate(labels):
+            draw.text((pad, row * cell_height + pad), _fit(label, font, sheet.width - pad), fill=INK, font=font)
+    return sheet
+
+
+def before_after(
+    before: Any,
+    after: Any,
+    labels: Sequence[str] | None = None,
+    columns: int = 4,
+    scale: int = 2,
+    captions: tuple[str, str] = ("before", "after"),
+) -> Image.Image:
+    """Two grids of the same conditions and seeds side by side, captioned, image for image in the same place.
+
+    Args:
+        before, after: uint8 [B, 3, H, W].
+        labels, columns, scale: as in `image_grid`, for each of the two.
+        captions: what stands above them.
+    """
+    left = image_grid(before, columns, labels, scale=scale)
+    right = image_grid(after, columns, labels, scale=scale)
+    if left.size != right.size:
+        raise ValueError(f"before has {len(before)} images and after {len(after)}; they must be the same conditions")
+    font = _font(20)
+    gap, head = 24, _line_height(font) + 8
+    sheet = Image.new("RGB", (left.width * 2 + gap, left.height + head), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for x, caption, grid in ((0, captions[0], left), (left.width + gap, captions[1], right)):
+        draw.text((x + 2, 4), _fit(caption, font, grid.width), fill=INK, font=font)
+        sheet.paste(grid, (x, head))
+    x = left.width + gap // 2
+    draw.line([(x, 4), (x, sheet.height - 4)], fill=(200, 200, 200), width=1)
+    return sheet
+
+
+def _as_array(images: Any) -> np.ndarray:
+    if hasattr(images, "detach"):  # a torch tensor; this module itself needs no torch
+        images = images.detach().cpu().numpy()
+    pixels = np.asarray(images)
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != np.uint8:
+        raise ValueError(f"expected images as uint8 [B, 3, H, W], got {pixels.dtype} {list(pixels.shape)}")
+    return pixels
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def _line_height(font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
+    return round(font.getbbox("Ågjy|")[3]) + 3
+
+
+def _fit(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, cut with an ellipsis where it would be wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,150 @@
+"""The recipe schema: every key of a training run, its type, its range and its default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A block of keys. Unknown keys and wrong types are errors; a whole number may stand for a float."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class PolicySection(Section):
+    """The model that is trained."""
+
+    checkpoint: str = "nano-c2i"  # a name, a policy folder, a run directory or a checkpoint
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"  # auto: a GPU when there is one
+
+
+class ConditionSection(Section):
+    """What the policy is asked to draw."""
+
+    source: Literal["classes"] = "classes"
+    classes: Literal["all"] | Annotated[list[str | int], Field(min_length=1)] = "all"  # names or ids
+
+
+class SamplingSection(Section):
+    """The distribution the rollouts are drawn from (section 3.1 of the paper)."""
+
+    cfg_scale: Annotated[float, Field(ge=1)] = 2.0  # guidance s in l_u + s (l_c - l_u); 1 is none
+    temperature: Positive = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0 keeps every token
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1 keeps every token
+
+
+class RewardTerm(Section):
+    """One reward; its family (conditional, quality or realism) decides which lambda applies to it."""
+
+    name: str
+    factor: float = 1.0  # brings the raw score to the scale of the other rewards
+    weight: float = 1.0  # how much it counts within its family
+
+
+class RewardSection(Section):
+    """The reward: R = lambda_C R_conditional + lambda_I R_quality + lambda_R R_realism (section 3.3)."""
+
+    lambda_conditional: NonNegative = 1.0
+    lambda_quality: NonNegative = 1.0
+    lambda_realism: NonNegative = 1.0
+    terms: Annotated[list[RewardTerm], Field(min_length=1)] = [
+        RewardTerm(name="nano-clip"),
+        RewardTerm(name="nano-quality"),
+        RewardTerm(name="nano-critic"),
+    ]
+
+    @model_validator(mode="after")
+    def _each_reward_once(self) -> RewardSection:
+        names = [term.name for term in self.terms]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the reward {name!r} is listed twice in terms; give it one weight instead")
+        return self
+
+
+class GrpoSection(Section):
+    """The optimisation (sections 3.2 and 3.4)."""
+
+    logprob: Literal["conditional", "guided"] = "conditional"  # whose log-probability is trained
+    group_size: Annotated[int, Field(ge=2)] = 8  # images per condition whose rewards are compared
+    batch_size: Count = 64  # images per update, a multiple of group_size
+    micro_batch_size: Count | None = None  # images per forward pass; null takes batch_size
+    steps: Count = 100  # updates
+    time_limit_minutes: Positive | None = None  # stop earlier, with everything saved
+    beta: NonNegative = 0.1  # weight of the KL estimator of eq. 6; 0 needs no reference model
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2  # clip range of the ratio
+    updates_per_batch: Count = 1  # 1 is on-policy
+    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "grpo"
+    learning_rate: Positive = 1e-5
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.95]  # AdamW
+    weight_decay: NonNegative = 0.05
+    max_grad_norm: Positive = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    condition_dropout: Probability = 0.0  # how often a condition is replaced by the null condition
+    allow_filtered_sampling: bool = False  # accept top_k or top_p although the trained distribution has neither
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> GrpoSection:
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}; "
+                f"use for instance {max(1, round(self.batch_size / self.group_size)) * self.group_size}"
+            )
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}")
+        return self
+
+
+class LoggingSection(Section):
+    """What the run directory keeps."""
+
+    log_every: Count = 1
+    grid_every: Count = 20  # steps between grids of fixed seeds
+    grid_images: Count = 24
+    save_every: Count = 20  # steps between checkpoints
+    keep_checkpoints: Count = 2  # older ones are removed
+
+
+class Recipe(Section):
+    """One training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    out: str | None = None  # run directory; null is runs/<name>
+    policy: PolicySection = PolicySection()
+    conditions: ConditionSection = ConditionSection()
+    sampling: SamplingSection = SamplingSection()
+    rewards: RewardSection = RewardSection()
+    grpo: GrpoSection = GrpoSection()
+    logging: LoggingSection = LoggingSection()
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run is written unless the caller says otherwise."""
+        return Path(self.out) if self.out else Path("runs") / self.name
+
+    @model_validator(mode="after")
+    def _sampler_and_trained_distribution_agree(self) -> Recipe:
+        filtered = self.sampling.top_k != 0 or self.sampling.top_p != 1
+        if filtered and not self.grpo.allow_filtered_sampling:
+            raise ValueError(
+                f"sampling.top_k {self.sampling.top_k} and sampling.top_p {self.sampling.top_p:g} draw from "
+                "another distribution than the one GRPO trains; use 0 and 1, "
+                "or set grpo.allow_filtered_sampling: true"
+            )
+        return self

@@ -1,0 +1,273 @@
+"""Drawing a folder of images from a policy: what `argrpo sample` does.
+
+The folder holds `sampling.json` (the settings, written first), one PNG per image, grid.png, and
+metadata.jsonl (written last, so its presence means the folder is complete).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from argrpo_cli.conditions import Condition
+from argrpo_cli.errors import UserError
+from argrpo_cli.files import atomic_path, cannot_write, make_dir, read_text, save_png, write_json, write_jsonl
+from argrpo_cli.images import read_image
+from argrpo_cli.progress import progress
+
+if TYPE_CHECKING:
+    from argrpo_cli.policy import Policy
+
+SETTINGS, METADATA, GRID, NPZ = "sampling.json", "metadata.jsonl", "grid.png", "samples.npz"
+OUR_IMAGE = re.compile(r"\d{3,}-[a-z0-9-]*-\d{5,}\.png")
+GRID_COLUMNS, GRID_ROWS = 8, 32  # a look at the samples, not all of them
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What decides the images. Batch size and device change only the speed, so they are not part of it."""
+
+    policy: str
+    classes: tuple[str, ...] = ()  # names or ids; none means every class
+    n: int = 8  # images per class
+    seed: int = 0  # of the first image of each class; the next take seed + 1, ...
+    cfg_scale: float = 2.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class SamplingResult:
+    """Where the images are, how many, and how many of them an earlier, interrupted run had drawn."""
+
+    folder: Path
+    grid: Path
+    count: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class _Shot:
+    """One image to draw."""
+
+    condition: Condition
+    class_name: str
+    seed: int
+    file: str
+
+
+def run_sampling(
+    settings: SamplingSettings,
+    out: Path,
+    *,
+    batch_size: int = 64,
+    device: str = "auto",
+    npz: bool = False,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> SamplingResult:
+    """Draw the images into `out`.
+
+    An `out` that an interrupted call with the same settings left is completed. Anything else in it is an
+    error, unless `overwrite`, which removes the samples of an earlier call (and no other file) first.
+
+    Raises:
+        UserError: a setting out of range, an unknown policy or class, an `out` in use or not writable.
+    """
+    from argrpo_cli.devices import resolve_device
+    from argrpo_cli.policy import load_policy
+
+    _check(settings)
+    _check_folder(out, overwrite)
+    policy = load_policy(settings.policy, device=resolve_device(device), dtype=settings.dtype)
+    shots = _plan(policy, settings)
+    identity = {**asdict(settings), "classes": list(settings.classes), "weights": _fingerprint(policy)}
+    _prepare_folder(out, identity, overwrite)
+
+    missing = [shot for shot in shots if not (out / shot.file).is_file()]
+    if show_progress and missing:
+        with progress("sampling", len(missing)) as advance:
+            _draw(policy, settings, missing, out, batch_size, advance)
+    else:
+        _draw(policy, settings, missing, out, batch_size, lambda count: None)
+
+    grid = _write_grid(shots, settings.n, out)
+    if npz:
+        _write_npz([out / shot.file for shot in shots], out / NPZ)
+    write_jsonl(out / METADATA, [_row(shot, settings) for shot in shots])
+    return SamplingResult(folder=out, grid=grid, count=len(shots), kept=len(shots) - len(missing))
+
+
+def file_name(class_id: int, class_name: str, seed: int) -> str:
+    """`003-dog-00000.png`: the class and the seed, so that a name always means the same image."""
+    slug = re.sub(r"[^a-z0-9]+", "-", class_name.lower()).strip("-")[:40]
+    return f"{class_id:03d}-{slug}-{seed:05d}.png"
+
+
+def _check(settings: SamplingSettings) -> None:
+    for name, allowed in (
+        ("cfg_scale", "1 or more"),
+        ("temperature", "0 or more"),
+        ("top_p", "above 0, at most 1"),
+    ):
+        value = getattr(settings, name)
+        good = (
+            math.isfinite(value)
+            and {
+                "cfg_scale": value >= 1,
+                "temperature": value >= 0,
+                "top_p": 0 < value <= 1,
+            }[name]
+        )
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {allowed}")
+    for name, least in (("n", 1), ("seed", 0), ("top_k", 0)):
+        if getattr(settings, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be {least} or more")
+    if settings.seed + settings.n > 2**63:
+        raise UserError(f"--seed {settings.seed}: must be below 2**63")
+
+
+def _plan(policy: Policy, settings: SamplingSettings) -> list[_Shot]:
+    """The images to draw, class by class in the order asked for, each class once."""
+    wanted: Sequence[str | int] = settings.classes or range(len(policy.class_names))
+    shots = []
+    for condition in dict.fromkeys(policy.conditions(list(wanted))):
+        name = policy.class_names[condition.class_id]
+        for seed in range(settings.seed, settings.seed + settings.n):
+            shots.append(_Shot(condition, name, seed, file_name(condition.class_id, name, seed)))
+    return shots
+
+
+def _draw(
+    policy: Policy,
+    settings: SamplingSettings,
+    shots: Sequence[_Shot],
+    out: Path,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> None:
+    from PIL import Image
+
+    for start in range(0, len(shots), batch_size):
+        batch = shots[start : start + batch_size]
+        tokens = policy.sample(
+            [shot.condition for shot in batch],
+            cfg_scale=settings.cfg_scale,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seeds=[shot.seed for shot in batch],
+            batch_size=batch_size,
+        )
+        pixels = policy.decode(tokens).permute(0, 2, 3, 1).cpu().numpy()
+        for shot, image in zip(batch, pixels, strict=True):
+            save_png(out / shot.file, Image.fromarray(image))
+        advance(len(batch))
+
+
+def _row(shot: _Shot, settings: SamplingSettings) -> dict[str, Any]:
+    return {
+        "file": shot.file,
+        "prompt": shot.condition.prompt,
+        "class_id": shot.condition.class_id,
+        "class_name": shot.class_name,
+        "seed": shot.seed,
+        "policy": settings.policy,
+        "cfg_scale": settings.cfg_scale,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "dtype": settings.dtype,
+    }
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    """What can be refused before the policy is loaded."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"cannot write to {out}: it is a file, not a folder")
+    if out.is_dir() and not overwrite and _others(out) and not (out / SETTINGS).is_file():
+        raise UserError(f"{out} is not empty; choose another --out")
+
+
+def _prepare_folder(out: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Make `out` ready: new, emptied of older samples, or an unfinished one of the same `identity`."""
+    settings = out / SETTINGS
+    if settings.is_file() and not overwrite:
+        try:
+            held = json.loads(read_text(settings))
+        except ValueError:
+            held = None
+        if held != identity:
+            raise UserError(f"{out} holds samples of other settings; choose another --out, or --overwrite to replace")
+        return
+    make_dir(out)
+    if settings.is_file():
+        for path in _ours(out):
+            try:
+                path.unlink()
+            except OSError as error:
+                raise cannot_write(path, error) from error
+    write_json(settings, identity)
+
+
+def _ours(out: Path) -> list[Path]:
+    """The files in `out` that an earlier call wrote; metadata first, for it vouches for the others."""
+    fixed = [out / name for name in (METADATA, GRID, NPZ) if (out / name).is_file()]
+    return fixed + [path for path in out.iterdir() if OUR_IMAGE.fullmatch(path.name)]
+
+
+def _others(out: Path) -> bool:
+    try:
+        return any(not path.name.startswith(".") for path in out.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot read the folder {out}: {error.strerror}") from error
+
+
+def _fingerprint(policy: Policy) -> str:
+    """A hash over a thousand numbers of every weight: enough to tell two checkpoints of one run apart."""
+    digest = hashlib.sha256()
+    for module in (policy.model, policy.tokenizer):
+        for name, tensor in module.state_dict().items():
+            flat = tensor.detach().flatten()
+            some = flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy()
+            digest.update(name.encode() + np.ascontiguousarray(some).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_grid(shots: Sequence[_Shot], per_class: int, out: Path) -> Path:
+    """grid.png: a row per class, as many as fit a sheet."""
+    from argrpo_cli.grids import image_grid
+
+    columns = min(per_class, GRID_COLUMNS)
+    rows = [shots[start : start + columns] for start in range(0, len(shots), per_class)][:GRID_ROWS]
+    images = np.stack([read_image(out / shot.file) for row in rows for shot in row])
+    scale = max(1, 128 // images.shape[-1])
+    save_png(out / GRID, image_grid(images, columns, [row[0].class_name for row in rows], scale=scale))
+    return out / GRID
+
+
+def _write_npz(paths: Sequence[Path], target: Path) -> None:
+    """arr_0 uint8 [N, H, W, 3] in the order of metadata.jsonl, streamed so that any number fits in memory."""
+    first = read_image(paths[0])
+    shape = (len(paths), *first.shape[1:], 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with (
+        atomic_path(target) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, header)
+        for path in paths:
+            member.write(np.ascontiguousarray(read_image(path).transpose(1, 2, 0)).tobytes())

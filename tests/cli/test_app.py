@@ -1,0 +1,165 @@
+"""The command as a whole: help, versions, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import argrpo_cli
+from argrpo_cli.cli.app import app, run
+
+COMMANDS = ("sample", "score", "train", "eval", "entropy")
+HEAVY = (
+    "torch",
+    "transformers",
+    "trl",
+    "open_clip",
+    "numpy",
+    "PIL",
+    "matplotlib",
+    "pydantic",
+    "yaml",
+    "rich",
+)
+
+
+def test_help_lists_the_commands_and_is_what_no_argument_shows(capsys):
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in result.output
+    assert run([]) == 0
+    assert "Commands:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0 and "Usage:" in result.output
+
+
+def test_the_version_is_the_package_s(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"argrpo {argrpo_cli.__version__}\n"
+
+
+def test_help_in_a_fresh_process_imports_no_heavy_library():
+    code = (
+        "import sys\n"
+        "from argrpo_cli.cli.app import run\n"
+        "assert run(['--help']) == 0\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_python_dash_m_is_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "argrpo_cli", "train", "nowhere"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("argrpo: error: no recipe 'nowhere'") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smaple"], "smaple"),
+        (["sample"], "--out"),
+        (["sample", "--out", "x", "--n", "0"], "--n 0: "),
+        (["sample", "--out", "x", "--n", "many"], "--n many: "),
+        (["sample", "--out", "x", "--dtype", "float8"], "--dtype float8: "),
+        (["sample", "--out", "x", "--cfg-scale=0.5"], "--cfg-scale 0.5: "),
+        (["sample", "--out", "x", "--temprature", "1"], "--temprature"),
+        (["sample", "--out", "x", "--cfg-scale", "nan"], "--cfg-scale nan: "),
+        (["sample", "--out", "x", "--top-p", "0"], "--top-p 0: must be above 0, at most 1"),
+        (["sample", "--out", "x", "--seed", str(2**63)], "must be below 2**63"),
+        (["score"], "DIR"),
+        (["score", "x", "--rewards", ","], "--rewards is empty"),
+        (["score", "x", "--rewards", "nano-clip,nano-clip"], "names 'nano-clip' twice"),
+        (["score", "no-such-folder"], "no folder no-such-folder"),
+        (["train"], "train needs a recipe"),
+        (["train", "nano/c2i", "--set", "grpo.bta=1"], "unknown key 'grpo.bta'"),
+        (["train", "nano/c2i", "--resume", "x"], "leave out the recipe and --out"),
+        (["train", "--resume", "x"], "cannot resume x: it is no run directory"),
+        (["eval"], "BENCHMARK"),
+        (["eval", "geneval"], "eval geneval is not in this version"),
+        (["eval", "imagenet"], "eval imagenet is not in this version"),
+        (["eval", "drawbench"], "eval drawbench is not in this version"),
+        (["eval", "nanno"], "no benchmark 'nanno'; there is nano; did you mean 'nano'?"),
+        (["entropy"], "entropy is not in this version"),
+        (["entropy", "--split", "val"], "entropy is not in this version"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_code_2(arguments, message, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message.lower() in fails(*arguments).lower()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    from argrpo_cli.recipe import load_recipe
+
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", "nano/c2i", "--set", "grpo.beta=0.5", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "r.yaml").write_text(printed)
+    assert load_recipe(tmp_path / "r.yaml") == load_recipe("nano/c2i", ["grpo.beta=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rewards.terms=[{name: nano-clop}]", "'nano-clop' is unknown; there are nano-clip"),
+        ("policy.checkpoint=nano-c3i", "no policy 'nano-c3i'"),
+    ],
+)
+def test_a_dry_run_checks_the_names_in_the_recipe(override, message, fails):
+    assert message in fails("train", "nano/c2i", "--set", override, "--dry-run")
+
+
+def test_a_resumed_run_keeps_its_recipe(fails, capsys, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("name: x\n")
+    line = fails("train", "--resume", tmp_path, "--set", "grpo.beta=1", "--dry-run")
+    assert "a resumed run keeps its recipe" in line
+    assert run(["train", "--resume", str(tmp_path), "--set", "grpo.steps=500", "--dry-run"]) == 0
+    assert "steps: 500" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_one_line_and_code_130(capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("argrpo_cli.recipe.load_recipe", interrupted)
+    assert run(["train", "nano/c2i"]) == 130
+    assert capsys.readouterr().err == "argrpo: interrupted\n"
+
+
+def test_an_os_error_is_told_in_the_system_s_words(fails, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "some/file")
+
+    monkeypatch.setattr("argrpo_cli.recipe.load_recipe", full)
+    assert "some/file: No space left on device" in fails("train", "nano/c2i")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("argrpo_cli.recipe.load_recipe", broken)
+    with pytest.raises(ZeroDivisionError):
+        run(["train", "nano/c2i"])
+
+
+def test_completion_can_be_printed():
+    result = CliRunner().invoke(app, ["--show-completion", "bash"])
+    assert result.exit_code in (0, 1, 2)  # it depends on the shell the tests run in; it must not crash
+    assert result.exception is None or isinstance(result.exception, SystemExit)

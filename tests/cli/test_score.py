@@ -1,0 +1,208 @@
+"""`argrpo score` with rewards that need no network; the real ones have their own tests."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from argrpo_cli.cli.app import run
+from argrpo_cli.files import read_jsonl, write_jsonl
+from argrpo_cli.scoring import prompt_from_file_name
+
+
+class Rewards:
+    """Brightness as a quality reward, and the length of the prompt as a conditional one."""
+
+    family = {"bright": "quality", "words": "conditional"}  # noqa: RUF012
+
+    def __init__(self, names, device):
+        self.names, self.batches = names, []
+
+    def score(self, images, conditions, batch_size=64):
+        assert images.dtype == torch.uint8 and images.shape[1] == 3
+        self.batches.append(tuple(images.shape))
+        scores = {
+            "bright": images.float().mean(dim=(1, 2, 3)),
+            "words": torch.tensor([float(len(one.prompt.split())) for one in conditions]),
+        }
+        return {name: scores[name] for name in self.names}
+
+
+@pytest.fixture(autouse=True)
+def rewards(monkeypatch):
+    made = []
+
+    def load(names, device="cpu"):
+        made.append(Rewards(names, device))
+        return made[-1]
+
+    monkeypatch.setattr("argrpo_cli.rewards.load_rewards", load)
+    return made
+
+
+def _save(path, value, size=4, mode="RGB"):
+    colour = {"RGB": (value,) * 3, "L": value, "RGBA": (value, value, value, 0)}[mode]
+    Image.new(mode, (size, size), colour).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index, value in enumerate((10, 20, 60)):
+        _save(tmp_path / f"dog-{index}.png", value)
+    return tmp_path
+
+
+def test_scores_and_their_statistics(folder, capsys):
+    assert run(["score", str(folder), "--rewards", "bright"]) == 0
+    rows = read_jsonl(folder / "scores.jsonl")
+    assert [row["file"] for row in rows] == ["dog-0.png", "dog-1.png", "dog-2.png"]
+    assert [row["scores"]["bright"] for row in rows] == [10, 20, 60]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["images"] == 3
+    error = math.sqrt((400 + 100 + 900) / 2 / 3)
+    assert summary["rewards"]["bright"] == {
+        "family": "quality", "mean": 30, "standard_error": pytest.approx(error), "min": 10, "max": 60,
+    }  # fmt: skip
+    out = capsys.readouterr().out
+    for text in ("bright", "30.0000", f"{error:.4f}", "10.0000", "60.0000", str(folder / "scores.jsonl")[:20]):
+        assert text in out
+
+
+def test_one_image_has_no_standard_error(tmp_path, capsys):
+    _save(tmp_path / "a.png", 5)
+    assert run(["score", str(tmp_path), "--rewards", "bright"]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["rewards"]["bright"]["standard_error"] is None
+
+
+def test_metadata_says_what_is_scored_and_what_it_shows(folder):
+    rows = [
+        {"file": "dog-2.png", "prompt": "one two three", "class_id": 7, "seed": 3},
+        {"file": "dog-0.png", "prompt": "x"},
+    ]
+    write_jsonl(folder / "metadata.jsonl", rows)
+    assert run(["score", str(folder), "--rewards", "words,bright"]) == 0
+    assert read_jsonl(folder / "scores.jsonl") == [
+        {
+            "file": "dog-2.png",
+            "prompt": "one two three",
+            "class_id": 7,
+            "seed": 3,
+            "scores": {"words": 3, "bright": 60},
+        },
+        {"file": "dog-0.png", "prompt": "x", "class_id": None, "scores": {"words": 1, "bright": 10}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        (["--prompt", "hello there"], "hello there"),
+        (["--class", "orange"], "a photo of an orange"),
+        ([], "a photo of a dog"),
+    ],
+)
+def test_without_metadata_the_prompt_is_given_or_read_from_the_file_name(folder, arguments, prompt, capsys):
+    assert run(["score", str(folder), "--rewards", "words", *arguments]) == 0
+    assert {row["prompt"] for row in read_jsonl(folder / "scores.jsonl")} == {prompt}
+    assert ("read from the file names" in " ".join(capsys.readouterr().out.split())) == (not arguments)
+
+
+@pytest.mark.parametrize(
+    ("stem", "prompt"),
+    [
+        ("003-dog-00012", "a photo of a dog"),
+        ("golden_retriever", "a photo of a golden retriever"),
+        ("a_photo_of_two_cats_007", "a photo of two cats"),
+        ("umbrella (2)", "a photo of an umbrella"),
+        ("IMG_0012", None),
+        ("000123", None),
+        ("image-1", None),
+    ],
+)
+def test_file_names_that_are_words_are_prompts(stem, prompt):
+    assert prompt_from_file_name(stem) == prompt
+
+
+def test_images_of_any_kind_and_size_are_scored_as_rgb_in_batches(tmp_path, rewards):
+    _save(tmp_path / "a.png", 10)
+    _save(tmp_path / "b.jpg", 20)
+    _save(tmp_path / "c.png", 30, size=6, mode="L")
+    _save(tmp_path / "d.png", 40, size=6, mode="RGBA")  # fully transparent: white
+    _save(tmp_path / "grid.png", 99)
+    assert run(["score", str(tmp_path), "--rewards", "bright", "--batch-size", "3"]) == 0
+    assert [row["scores"]["bright"] for row in read_jsonl(tmp_path / "scores.jsonl")] == [10, 20, 30, 255]
+    assert rewards[0].batches == [(2, 3, 4, 4), (2, 3, 6, 6)]
+
+
+def test_the_scores_can_go_elsewhere(folder, tmp_path):
+    before = sorted(os.listdir(folder))
+    assert run(["score", str(folder), "--rewards", "bright", "--out", str(tmp_path / "new" / "out")]) == 0
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == ["scores.jsonl", "summary.json"]
+    assert sorted(os.listdir(folder)) == sorted([*before, "new"])
+
+
+def _no_scores(folder):
+    return not (folder / "scores.jsonl").exists() and not (folder / "summary.json").exists()
+
+
+def test_an_unreadable_image_is_named(folder, fails):
+    (folder / "dog-1.png").write_bytes(b"not a picture")
+    assert "dog-1.png: it is not an image, or a damaged one" in fails("score", folder, "--rewards", "bright")
+    assert _no_scores(folder)
+
+
+def test_a_cut_off_image_is_named(folder, fails):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "dog-1.png")
+    whole = (folder / "dog-1.png").read_bytes()
+    (folder / "dog-1.png").write_bytes(whole[: len(whole) // 2])
+    assert "dog-1.png" in fails("score", folder, "--rewards", "bright")
+    assert _no_scores(folder)
+
+
+def test_an_empty_folder_and_a_file_are_named(tmp_path, fails):
+    assert f"no images in {tmp_path}" in fails("score", tmp_path, "--rewards", "bright")
+    (tmp_path / "file").write_text("")
+    assert "is a file, not a folder of images" in fails("score", tmp_path / "file", "--rewards", "bright")
+
+
+def test_a_conditional_reward_needs_to_know_what_the_image_should_show(tmp_path, fails):
+    _save(tmp_path / "000123.png", 1)
+    assert run(["score", str(tmp_path), "--rewards", "bright", "--out", str(tmp_path / "o")]) == 0
+    line = fails("score", tmp_path, "--rewards", "bright,words")
+    assert "words needs to know what" in line and "000123.png" in line and "--prompt or --class" in line
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ('{"file": "gone.png", "prompt": "x"}\n', "lists gone.png, which is not there"),
+        ('{"prompt": "x"}\n', "image 1: 'file' is missing"),
+        ('{"file": "dog-0.png", "prompt": 3}\n', "dog-0.png: prompt = 3: must be text"),
+        ('{"file": "dog-0.png", "class_id": "3"}\n', "class_id = '3': must be a whole number"),
+        ('{"file": \n', "line 1: not JSON"),
+        ("", "lists no images"),
+    ],
+)
+def test_malformed_metadata_is_told(folder, fails, metadata, message):
+    (folder / "metadata.jsonl").write_text(metadata)
+    assert message in fails("score", folder, "--rewards", "bright")
+    assert _no_scores(folder)
+
+
+def test_two_sources_of_prompts_are_one_too_many(folder, fails):
+    assert "not both" in fails("score", folder, "--rewards", "words", "--prompt", "x", "--class", "y")
+    write_jsonl(folder / "metadata.jsonl", [{"file": "dog-0.png", "prompt": "x"}])
+    assert "leave out --prompt and --class" in fails("score", folder, "--rewards", "words", "--class", "y")
+
+
+def test_an_unwritable_output_is_told(folder, fails):
+    (folder / "file").write_text("")
+    assert "cannot create the folder" in fails("score", folder, "--rewards", "bright", "--out", folder / "file")

@@ -1,0 +1,72 @@
+"""What a recipe may say."""
+
+from __future__ import annotations
+
+import pytest
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.recipe import load_recipe
+
+REFUSED = [
+    ("grpo.bta=1", "unknown key 'grpo.bta'; the keys of grpo are", "did you mean 'beta'?"),
+    ("foo=1", "unknown key 'foo'; the keys are name, description"),
+    ("rewards.terms.1.nam=2", "unknown key 'rewards.terms.1.nam'", "did you mean 'name'?"),
+    ("grpo.beta=-1", "grpo.beta = -1: must be greater than or equal to 0"),
+    ("grpo.beta=x", "grpo.beta = 'x': must be a number"),
+    ("grpo.beta=.inf", "grpo.beta = inf: must be a finite number"),
+    ("grpo.beta='0.1'", "grpo.beta = '0.1': must be a number"),
+    ("grpo.epsilon=1", "grpo.epsilon = 1: must be less than 1"),
+    ("grpo.group_size=1", "grpo.group_size = 1: must be greater than or equal to 2"),
+    ("grpo.steps=1.5", "grpo.steps = 1.5: must be an integer"),
+    ("seed=true", "seed = True: must be an integer"),
+    ("grpo.betas=[0.9]", "grpo.betas = [0.9]: must have at least 2 entries"),
+    ("grpo.betas=[0.9,1.5]", "grpo.betas.1 = 1.5: must be less than 1"),
+    (
+        "grpo.logprob=guide",
+        "grpo.logprob = 'guide': must be 'conditional' or 'guided'",
+        "did you mean 'guided'?",
+    ),
+    ("grpo=3", "grpo = 3: must be a mapping with the keys logprob"),
+    ("rewards.terms=[]", "rewards.terms = []: must have at least 1 entries"),
+    ("rewards.terms=[{name: a}, {name: a}]", "the reward 'a' is listed twice"),
+    ("conditions.classes=dog", "conditions.classes = 'dog': must be 'all' or a list of class names or ids"),
+    ("conditions.classes=[]", "conditions.classes = []: must be 'all' or a list"),
+    ("policy.dtype=float16", "policy.dtype = 'float16': must be 'float32' or 'bfloat16'"),
+    ("sampling.cfg_scale=0.5", "sampling.cfg_scale = 0.5: must be greater than or equal to 1"),
+    ("name=a/b", "name = 'a/b': must be made of letters"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=[case[0] for case in REFUSED])
+def test_a_bad_key_or_value_is_named_with_what_is_allowed(case):
+    override, *parts = case
+    with pytest.raises(UserError) as caught:
+        load_recipe("nano/c2i", [override])
+    message = str(caught.value)
+    assert message.startswith(f"--set {override}: ") and "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_batch_is_whole_groups():
+    with pytest.raises(UserError, match="batch_size 50 is not a multiple of group_size 8; use for instance 48"):
+        load_recipe("nano/c2i", ["grpo.batch_size=50"])
+    with pytest.raises(UserError, match="micro_batch_size 5 does not divide batch_size 48"):
+        load_recipe("nano/c2i", ["grpo.batch_size=48", "grpo.micro_batch_size=5"])
+
+
+@pytest.mark.parametrize("override", ["sampling.top_k=100", "sampling.top_p=0.9"])
+def test_a_sampler_that_differs_from_the_trained_distribution_must_be_asked_for(override):
+    with pytest.raises(UserError, match=r"another distribution .* grpo\.allow_filtered_sampling: true"):
+        load_recipe("nano/c2i", [override])
+    assert load_recipe("nano/c2i", [override, "grpo.allow_filtered_sampling=true"])
+
+
+def test_a_whole_number_is_a_float_too():
+    recipe = load_recipe("nano/c2i", ["grpo.beta=0", "sampling.cfg_scale=3"])
+    assert recipe.grpo.beta == 0.0 and isinstance(recipe.sampling.cfg_scale, float)
+
+
+def test_several_faults_are_counted():
+    with pytest.raises(UserError, match=r"\(and 2 more\)$"):
+        load_recipe("nano/c2i", ["grpo.a=1", "grpo.b=1", "grpo.c=1"])
