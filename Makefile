@@ -3,7 +3,7 @@
 # make install only the set-up: .venv with the package (editable) and the development tools
 # make lint    ruff
 # make bench   speed of sampling, with and without the key-value cache
-# make nano    train the bundled nano world again
+# make nano    train the nano world again (hours; in build/nano), put it into the package and measure it
 #
 # Variables: PYTHON=python3.12   the Python to make .venv with, 3.11 or newer
 #            PIP_ARGS="..."      more arguments for pip, for instance an index with CPU-only torch wheels
@@ -54,4 +54,4 @@ bench: install
 	$(BIN)/python -m argrpo_cli.bench
 
 nano: install
-	$(BIN)/python -m argrpo_cli.nano.build
+	$(BIN)/python -m argrpo_cli.nano.build --install

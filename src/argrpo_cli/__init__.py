@@ -2,4 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+# TRL reports every trainer it builds to its makers unless told otherwise before it is imported; users' runs are theirs.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
 __version__ = "0.1.0"

@@ -116,27 +116,18 @@ def file_name(class_id: int, class_name: str, seed: int) -> str:
 
 
 def _check(settings: SamplingSettings) -> None:
-    for name, allowed in (
-        ("cfg_scale", "1 or more"),
-        ("temperature", "0 or more"),
-        ("top_p", "above 0, at most 1"),
+    for name, value, good, allowed in (
+        ("cfg_scale", settings.cfg_scale, settings.cfg_scale >= 1, "1 or more"),
+        ("temperature", settings.temperature, settings.temperature >= 0, "0 or more"),
+        ("top_p", settings.top_p, 0 < settings.top_p <= 1, "above 0, at most 1"),
     ):
-        value = getattr(settings, name)
-        good = (
-            math.isfinite(value)
-            and {
-                "cfg_scale": value >= 1,
-                "temperature": value >= 0,
-                "top_p": 0 < value <= 1,
-            }[name]
-        )
-        if not good:
+        if not (good and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {allowed}")
     for name, least in (("n", 1), ("seed", 0), ("top_k", 0)):
         if getattr(settings, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be {least} or more")
-    if settings.seed + settings.n > 2**63:
-        raise UserError(f"--seed {settings.seed}: must be below 2**63")
+    if settings.seed + settings.n > 2**32:  # torch's CPU generator looks at no more bits: images would repeat
+        raise UserError(f"--seed {settings.seed}: must be below 2**32")
 
 
 def _plan(policy: Policy, settings: SamplingSettings) -> list[_Shot]:

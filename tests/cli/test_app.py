@@ -79,7 +79,7 @@ def test_python_dash_m_is_the_command():
         (["sample", "--out", "x", "--temprature", "1"], "--temprature"),
         (["sample", "--out", "x", "--cfg-scale", "nan"], "--cfg-scale nan: "),
         (["sample", "--out", "x", "--top-p", "0"], "--top-p 0: must be above 0, at most 1"),
-        (["sample", "--out", "x", "--seed", str(2**63)], "must be below 2**63"),
+        (["sample", "--out", "x", "--seed", str(2**32)], "must be below 2**32"),
         (["score"], "DIR"),
         (["score", "x", "--rewards", ","], "--rewards is empty"),
         (["score", "x", "--rewards", "nano-clip,nano-clip"], "names 'nano-clip' twice"),

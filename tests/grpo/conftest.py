@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from argrpo_cli.grpo.reward_functions import BatchScorer, reward_weights
+from argrpo_cli.grpo.reward_functions import BatchScorer
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
 from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, quiet_libraries
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.recipe import Recipe
+from argrpo_cli.rewards.shaping import reward_weights
 from tests.grpo.tiny import CLASSES, FakeRewards, count_of_3, paint, save_tiny_policy, tiny_recipe
 
 
@@ -43,7 +44,9 @@ def new_trainer(policy: Policy, tmp_path: Path) -> Callable[..., ImageGRPOTraine
         rewards = rewards or FakeRewards(threes=count_of_3)
         recipe: Recipe = tiny_recipe(rewards=rewards.names, **grpo)
         rollout = Rollout(recipe, policy.conditions(range(CLASSES)), paint, CLASSES)
-        scorer = BatchScorer(rewards, reward_weights(recipe, rewards.family), recipe.grpo.group_size, Stopwatch())
+        scorer = BatchScorer(
+            rewards, reward_weights(recipe.rewards, rewards.family), recipe.grpo.group_size, Stopwatch()
+        )
         return build_trainer(recipe, policy, rollout, scorer, tmp_path / "trainer", callbacks=[])
 
     return build

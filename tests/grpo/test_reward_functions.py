@@ -8,20 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.objective import group_std
-from argrpo_cli.grpo.reward_functions import LEFT_OUT, WITHIN_GROUP_STD, BatchScorer, reward_weights
+from argrpo_cli.grpo.reward_functions import LEFT_OUT, WITHIN_GROUP_STD, BatchScorer
 from argrpo_cli.grpo.rollout import Stopwatch
-from argrpo_cli.recipe import Recipe
 from tests.grpo.tiny import FakeRewards
 
 NAN = float("nan")
-FAMILY = {"a": "conditional", "b": "quality", "c": "realism"}
-
-
-def recipe(**rewards: object) -> Recipe:
-    terms = [{"name": "a", "factor": 5.0}, {"name": "b", "weight": 0.5}, {"name": "c"}]
-    return Recipe.model_validate({"name": "r", "rewards": {"terms": terms, **rewards}})
 
 
 def scored(weights: dict[str, float], **columns: list[float]) -> tuple[dict[str, list[float | None]], dict[str, float]]:
@@ -40,16 +32,6 @@ def scored(weights: dict[str, float], **columns: list[float]) -> tuple[dict[str,
     }
     assert rewards.calls == 1  # for all functions together
     return results, logged
-
-
-def test_weight_is_lambda_times_weight_times_factor() -> None:
-    assert reward_weights(recipe(lambda_conditional=2.0, lambda_quality=3.0), FAMILY) == {"a": 10.0, "b": 1.5, "c": 1.0}
-    assert reward_weights(recipe(lambda_realism=0.0), FAMILY)["c"] == 0.0
-
-
-def test_all_weights_zero_is_refused() -> None:
-    with pytest.raises(UserError, match="nothing to train"):
-        reward_weights(recipe(lambda_conditional=0.0, lambda_quality=0.0, lambda_realism=0.0), FAMILY)
 
 
 def test_functions_return_raw_scores_under_their_names() -> None:

@@ -72,7 +72,7 @@ def small_model() -> VQModel:
 
 @torch.no_grad()
 def test_folded_network_keeps_pixel_places():
-    """With patch_size 4 a change of pixels in one cell is seen by the first layer in that cell and its neighbours only."""
+    """With patch_size 4 the first layer sees a change of pixels in their cell and its neighbours only."""
     model = small_model()
     images = torch.zeros(1, 3, 32, 32)
     changed = images.clone()

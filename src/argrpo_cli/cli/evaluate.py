@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from argrpo_cli.cli.options import CfgScaleOption, PolicyOption, SeedOption
+from argrpo_cli.cli.options import (
+    BatchSizeOption,
+    CfgScaleOption,
+    DeviceOption,
+    PolicyOption,
+    SeedOption,
+    TemperatureOption,
+)
 from argrpo_cli.errors import UserError, did_you_mean
 
 HERE, LATER = ("nano",), ("imagenet", "geneval", "drawbench")
@@ -21,13 +29,32 @@ def evaluate(
     ] = None,
     n: Annotated[int, typer.Option("--n", min=2, help="Images per policy.")] = 2016,
     cfg_scale: CfgScaleOption = 2.0,
+    temperature: TemperatureOption = 1.0,
     seed: SeedOption = 0,
+    batch_size: BatchSizeOption = 64,
+    device: DeviceOption = "auto",
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the numbers here, as JSON.")] = None,
 ) -> None:
-    """Measure a policy, alone or against a baseline."""
+    """Measure a policy, alone or against a baseline with the same classes and seeds."""
     if benchmark in LATER:
         raise UserError(f"eval {benchmark} is not in this version; eval nano is")
     if benchmark not in HERE:
         raise UserError(f"no benchmark {benchmark!r}; there is nano{did_you_mean(benchmark, HERE + LATER)}")
-    from argrpo_cli.evals.nano import evaluate as evaluate_nano
+    from rich.console import Console
 
-    evaluate_nano(policy=policy, baseline=baseline, n=n, cfg_scale=cfg_scale, seed=seed)
+    from argrpo_cli.evals.nano import evaluate as measure
+    from argrpo_cli.evals.nano import table
+    from argrpo_cli.files import write_json
+
+    result = measure(
+        [policy] if baseline is None else [policy, baseline],
+        n=n,
+        cfg_scale=cfg_scale,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+    )
+    if out is not None:
+        write_json(out, result)
+    Console().print(table(result))

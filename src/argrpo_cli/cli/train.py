@@ -46,6 +46,10 @@ def train(
             raise UserError(f"cannot resume {resume}: it is no run directory (it has no recipe.yaml)")
         _check_resume_overrides(set_ or [])
         loaded, run_dir = load_recipe(resume / "recipe.yaml", set_ or ()), resume
+        if loaded.grpo.schedule != "constant" and any(text.startswith("grpo.steps") for text in set_ or []):
+            raise UserError(
+                f"--set grpo.steps: the {loaded.grpo.schedule} learning-rate schedule of this run depends on it"
+            )
     elif recipe is None:
         raise UserError("train needs a recipe, for instance `argrpo train nano/c2i`, or --resume RUN_DIR")
     else:

@@ -10,8 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run_training"]
 
-# Both are read when the libraries are imported, so they are set before any module of this package imports them.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer it builds otherwise
+# Read when TRL is imported, so it is set before any module of this package does.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout.py is written, and tested, for that interface
 
 

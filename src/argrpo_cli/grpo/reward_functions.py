@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.objective import group_std
 
 if TYPE_CHECKING:
     from argrpo_cli.conditions import Condition
     from argrpo_cli.grpo.rollout import Stopwatch
-    from argrpo_cli.recipe import Recipe
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -34,27 +32,6 @@ class Rewards(Protocol):
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """Raw scores, float32 [B] each, of images uint8 [B, 3, H, W]; NaN where there is none."""
         ...
-
-
-def reward_weights(recipe: Recipe, family: dict[str, str]) -> dict[str, float]:
-    """lambda_family * weight * factor of each reward of the recipe, in its order (eq. 10).
-
-    Raises:
-        UserError: all weights are 0, so that nothing would be trained.
-    """
-    section = recipe.rewards
-    lambdas = {
-        "conditional": section.lambda_conditional,
-        "quality": section.lambda_quality,
-        "realism": section.lambda_realism,
-    }
-    weights = {term.name: lambdas[family[term.name]] * term.weight * term.factor for term in section.terms}
-    if not any(weights.values()):
-        raise UserError(
-            "rewards: every reward has weight 0 (lambda x weight x factor), so there is nothing to train; "
-            "set one of rewards.lambda_conditional, lambda_quality, lambda_realism above 0"
-        )
-    return weights
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 TRL calls `Rollout` with one prompt per image (each prompt already repeated group_size times) and the trainer, and wants
 back one entry per prompt: `prompt_ids`, `completion_ids`, `logprobs`; every other list goes to the reward functions.
-TRL calls this interface experimental, so nothing else in the package knows it.
+TRL calls this interface experimental. Beside this file only trainer.py (log_probs of TRL's fused head,
+sampling_per_token_logps) and reward_functions.py (one list of images per batch) know TRL's insides.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ CHUNK = 64  # images sampled and decoded at a time
 def image_seed(seed: int, step: int, index: int) -> int:
     """The seed of image `index` of the batch drawn after `step` updates: the same whenever and wherever it is drawn."""
     digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # 63 bits, what every torch generator takes
+    return int.from_bytes(digest, "big") >> 1  # 63 bits; a CPU generator uses the low 32
 
 
-def is_dropped(image: int, probability: float) -> bool:
-    """Whether the image with seed `image` loses its condition in training (condition dropout)."""
-    digest = hashlib.blake2b(f"drop/{image}".encode(), digest_size=8).digest()
+def is_dropped(seed: int, probability: float) -> bool:
+    """Whether the image with this seed loses its condition in training (condition dropout)."""
+    digest = hashlib.blake2b(f"drop/{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < probability
 
 
@@ -89,7 +90,7 @@ class Rollout:
                 drawn for their class, but train the unconditional distribution, as in the policy's pre-training.
             completion_ids: its T token ids.
             logprobs: their log-probabilities under the distribution that `grpo.logprob` trains; None for dropped ones,
-                which were drawn from another.
+                which were drawn from another. They feed `RatioMeter` alone: TRL computes pi_old itself.
             images: uint8 [3, H, W] each.
             conditions: what each image was asked to show.
         """

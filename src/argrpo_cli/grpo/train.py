@@ -20,10 +20,11 @@ from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
 from argrpo_cli.grpo.plots import draw_curves
-from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards, reward_weights
+from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
 from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
 from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, quiet_libraries
+from argrpo_cli.rewards.shaping import reward_weights
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,7 +72,7 @@ def run_training(
         policy = _load_base_policy(recipe, out, resume)
         conditions = _conditions(recipe, policy)
         rewards = rewards or _load_rewards(recipe, policy)
-        weights = reward_weights(recipe, rewards.family)
+        weights = reward_weights(recipe.rewards, rewards.family)
         with open_run(out, recipe, resume) as run:
             job = _Job(recipe, run, policy, conditions, rewards, weights, request, console)
             job.train(resume)

@@ -98,7 +98,12 @@ class RatioMeter:
 
 
 class ImageGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer that also measures the ratio of trained to sampled probabilities. The objective is TRL's."""
+    """GRPOTrainer that also measures the ratio of trained to sampled probabilities. The objective is TRL's.
+
+    The way to the gradient: TRL replaces the model's forward by one with a fused head (backbone -> last_hidden_state ->
+    lm_head in tiles -> output.log_probs), so LlamaGenForImageGeneration.forward and its logits take no part. The
+    backbone's `guidance_scale` is what makes the log-probabilities guided.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Rebuilds every network of the nano world from a fixed seed, then measures them: `make nano`.
+"""Rebuilds every network of the nano world from a fixed seed: `make nano`, which also installs and measures them.
 
     python -m argrpo_cli.nano.build [--out build/nano] [--install] [--only NAME ...]
 
@@ -49,16 +49,28 @@ def install(out: Path) -> None:
         shutil.copytree(out / name, WEIGHTS / name)
 
 
+def measure() -> None:
+    """Print the quality table of the base policy, as `argrpo eval nano` does."""
+    from rich.console import Console
+
+    from argrpo_cli.evals.nano import evaluate, table
+
+    Console().print(table(evaluate(["nano-c2i"])))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild the networks of the nano world.")
     parser.add_argument("--out", type=Path, default=Path("build/nano"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", choices=list(ORDER), help="build only these, if they are missing")
-    parser.add_argument("--install", action="store_true", help="replace the weights inside the package")
+    parser.add_argument(
+        "--install", action="store_true", help="replace the weights inside the package and measure them"
+    )
     args = parser.parse_args()
     build(args.out, args.only, args.seed, log=lambda line: print(line, flush=True))
     if args.install:
         install(args.out)
+        measure()
 
 
 if __name__ == "__main__":

@@ -83,19 +83,18 @@ def nearest_distances(features: Tensor, k: int) -> Tensor:
     return distances.kthvalue(k + 1, dim=1).values  # the nearest of all is the row itself
 
 
-def precision_recall(generated: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019) as ADM computes them.
+def precision_recall(generated: Tensor, reference: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019) as ADM computes them, row by row.
 
-    Precision is the share of generated rows within the k-th neighbour distance of some reference row; recall the share
-    of reference rows within that of some generated row; squared distances, the bound included.
+    Features [G, D] and [R, D] to bool [G]: within the k-th neighbour distance of some reference row (the mean is
+    precision); and bool [R]: within that of some generated row (recall). Squared distances, the bound included.
     """
     distances = torch.cdist(generated, reference, compute_mode="donot_use_mm_for_euclid_dist").square()
     precision = (distances <= nearest_distances(reference, k)[None]).any(1)
     recall = (distances <= nearest_distances(generated, k)[:, None]).any(0)
-    return precision.float().mean().item(), recall.float().mean().item()
+    return precision, recall
 
 
-def diversity(features: Tensor, class_ids: Tensor) -> float:
-    """Mean distance between the features of two pictures of one class, averaged over the classes."""
-    means = [F.pdist(features[class_ids == one]).mean() for one in class_ids.unique() if (class_ids == one).sum() > 1]
-    return torch.stack(means).mean().item()
+def diversity(features: Tensor, class_ids: Tensor) -> Tensor:
+    """Mean distance between the features of two pictures of one class, one value for each class in ascending order."""
+    return torch.stack([F.pdist(features[class_ids == one]).mean() for one in class_ids.unique()])

@@ -1,6 +1,6 @@
 """Trains nano-clip, an open_clip CLIP on scenes and their captions, that also feels damage.
 
-    python -m argrpo_cli.nano.train_clip [OUT_DIR] [--steps 1100]
+    python -m argrpo_cli.nano.train_clip [OUT_DIR] [--steps 800]
 
 Three lessons in one loss: name the scene among all captions of the batch and of all classes (contrastive, as CLIP);
 keep the similarity of a clean scene and its caption high; and for a broken picture fall below its clean original by an
@@ -25,7 +25,7 @@ from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
 from argrpo_cli.rewards.nano_clip import WordTokenizer, build_clip
 from argrpo_cli.rewards.weights import save_network, to_unit
 
-SCENES, BROKEN_PER_SCENE, CAPTION_SCENES = 4800, 2, 2400
+SCENES, BROKEN_PER_SCENE, CAPTION_SCENES = 3600, 2, 2400
 BATCH, CAPTIONED = 40, 24  # pairs of a class scene and its broken version; scenes of the text task
 FULL = 0.85  # cosine that a clean scene and its caption should reach
 FALL = 0.8  # how much of it total damage takes away
@@ -67,18 +67,16 @@ def naming_loss(image: Tensor, text: Tensor, label: Tensor, scale: Tensor) -> Te
 def train(
     out_dir: str | Path,
     seed: int = 0,
-    steps: int = 1100,
-    tokenizer: str | Path = WEIGHTS / "nano-vq",
-    snapshot: str | Path | None = None,
+    steps: int = 800,
+    weights: Path = WEIGHTS,
     log=print,
-    study: Study | None = None,
 ) -> nn.Module:
-    """Train from a fixed seed and save half-precision weights under `out_dir`; returns the network."""
+    """Train from a fixed seed on top of the networks in `weights`; save float16 weights; return the network."""
     started = time.time()
     torch.manual_seed(seed)
     say = lambda line: log(f"nano-clip: {line}, {time.time() - started:.0f} s")  # noqa: E731
-    vq = load_tokenizer(tokenizer)
-    study = study or make_study(vq, seed + 3, SCENES, BROKEN_PER_SCENE, say)
+    vq = load_tokenizer(weights / "nano-vq")
+    study = make_study(vq, seed + 3, SCENES, BROKEN_PER_SCENE, say)
     captioned, texts = captioned_scenes(vq, seed + 4, CAPTION_SCENES)
     unseen = make_study(vq, seed + 40_000, 240, 2, lambda line: None)
     unseen_captioned = captioned_scenes(vq, seed + 40_001, 240)
@@ -125,8 +123,6 @@ def train(
             network.train()
             losses = ", ".join(f"{part.item():.3f}" for part in lessons)
             say(f"step {step + 1}/{steps}, losses {losses}; unseen: {report}")
-            if snapshot:
-                save_network(snapshot, network, settings)
     network.eval()
     save_network(out_dir, network, settings)
     return network

@@ -1,11 +1,11 @@
 """Trains nano-critic: scenes against samples of the base policy.
 
-    python -m argrpo_cli.nano.train_critic [OUT_DIR] [--steps 1400]
+    python -m argrpo_cli.nano.train_critic [OUT_DIR] [--steps 900]
 
-Real are reconstructions, so that the tokenizer's softness tells nothing. Generated are samples of nano-c2i under several
-guidance scales; a small part are broken scenes, so that the critic has an opinion on pictures that no base policy
-draws. Smoothed labels, dropout and varied pictures keep its logits from running away: a critic that is sure of
-everything ranks nothing within a group.
+Real are reconstructions, so that the tokenizer's softness tells nothing. Generated are samples of nano-c2i under
+several guidance scales; a small part are broken scenes, so that the critic has an opinion on pictures that no base
+policy draws. Smoothed labels, dropout and varied pictures keep its logits from running away: a critic that is sure
+of everything ranks nothing within a group.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from argrpo_cli.rewards.nano_critic import CriticNet, soft_limit
 from argrpo_cli.rewards.weights import save_network, to_unit
 
 CONFIG = {"widths": [32, 64, 112], "dropout": 0.3}
-SCENES, SAMPLES, UNSEEN = 4800, 3600, 480
+SCENES, SAMPLES, UNSEEN = 3600, 2880, 288
 GUIDANCE = (1.0, 1.5, 2.0)
 REAL, GENERATED, BROKEN = 32, 26, 6  # of a batch
 BROKEN_WEIGHT = 0.5
@@ -46,19 +46,17 @@ def sampled(policy: Policy, seed: int, count: int) -> Tensor:
 def train(
     out_dir: str | Path,
     seed: int = 0,
-    steps: int = 1400,
-    tokenizer: str | Path = WEIGHTS / "nano-vq",
-    policy: str | Path = WEIGHTS / "nano-c2i",
-    snapshot: str | Path | None = None,
+    steps: int = 900,
+    weights: Path = WEIGHTS,
     log=print,
 ) -> CriticNet:
-    """Train from a fixed seed and save half-precision weights under `out_dir`; returns the network."""
+    """Train from a fixed seed on top of the networks in `weights`; save float16 weights; return the network."""
     started = time.time()
     torch.manual_seed(seed)
     say = lambda line: log(f"nano-critic: {line}, {time.time() - started:.0f} s")  # noqa: E731
-    vq = load_tokenizer(tokenizer)
+    vq = load_tokenizer(weights / "nano-vq")
     study = make_study(vq, seed + 5, SCENES, 1, say)
-    drawer = load_policy(policy)
+    drawer = load_policy(weights / "nano-c2i")
     # Seeds far from those that users and evaluation take; a critic that knew a sample by heart would be no judge of it.
     generated = sampled(drawer, 50_000_000 + seed, SAMPLES)
     say(f"{len(generated)} samples drawn")
@@ -87,8 +85,6 @@ def train(
             report = measure(network.eval(), unseen.pool.images, unseen_generated, unseen.broken.images)
             network.train()
             say(f"step {step + 1}/{steps}, loss {loss.item():.3f}; unseen: {report}")
-            if snapshot:
-                save_network(snapshot, network, CONFIG)
     network.eval()
     save_network(out_dir, network, CONFIG)
     return network

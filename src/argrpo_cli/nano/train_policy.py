@@ -52,7 +52,6 @@ def train(
     seed: int = 0,
     steps: int = 2600,
     weights: Path = WEIGHTS,
-    snapshot: str | Path | None = None,
     log=print,
 ) -> LlamaGenForImageGeneration:
     """Train from a fixed seed on the tokens of `weights`/nano-vq and save a policy folder, weights in float16."""
@@ -99,8 +98,6 @@ def train(
                 f"nano-c2i step {step + 1}/{steps}: loss {running:.3f}, unseen {unseen:.3f} nats a token, "
                 f"{time.time() - started:.0f} s"
             )
-            if snapshot:
-                save_policy(model, snapshot)
     save_policy(model.eval(), out_dir)
     return model
 

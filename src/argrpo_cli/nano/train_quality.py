@@ -23,7 +23,7 @@ from argrpo_cli.rewards.weights import save_network, to_unit
 
 CONFIG = {"widths": [32, 48, 80], "blocks": [1, 2, 2]}
 BATCH = 64
-CLEAN_SHARE = 0.25
+CLEAN = 20  # of a batch
 SCENES, BROKEN_PER_SCENE = 4800, 2
 LOCAL_WEIGHT = 0.3
 
@@ -38,36 +38,32 @@ def train(
     out_dir: str | Path,
     seed: int = 0,
     steps: int = 1500,
-    tokenizer: str | Path = WEIGHTS / "nano-vq",
-    snapshot: str | Path | None = None,
+    weights: Path = WEIGHTS,
     log=print,
-    study: Study | None = None,
 ) -> QualityNet:
-    """Train from a fixed seed and save half-precision weights under `out_dir`; returns the network."""
+    """Train from a fixed seed on top of the networks in `weights`; save float16 weights; return the network."""
     started = time.time()
     torch.manual_seed(seed)
     say = lambda line: log(f"nano-quality: {line}, {time.time() - started:.0f} s")  # noqa: E731
-    vq = load_tokenizer(tokenizer)
-    study = study or make_study(vq, seed + 2, SCENES, BROKEN_PER_SCENE, say)
+    vq = load_tokenizer(weights / "nano-vq")
+    study = make_study(vq, seed + 2, SCENES, BROKEN_PER_SCENE, say)
     unseen = make_study(vq, seed + 30_000, 240, 2, lambda line: None)
-    network = QualityNet(**CONFIG).to(memory_format=torch.channels_last).train()
+    network = QualityNet(**CONFIG).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
-    clean_count = round(BATCH * CLEAN_SHARE)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        clean = torch.randint(len(study.pool), (clean_count,), generator=generator)
-        broken = torch.randint(len(study.rows), (BATCH - clean_count,), generator=generator)
+        broken = torch.randint(len(study.rows), (BATCH - CLEAN,), generator=generator)
+        clean = study.rows[broken[:CLEAN]]  # the originals of some of the broken ones: the damage is all that differs
         images = torch.cat([study.pool.images[clean], study.broken.images[broken]])
         truth = torch.cat([study.pool.images[clean], study.pool.images[study.rows[broken]]])
-        quality = torch.cat([torch.ones(clean_count), 1 - study.broken.damage[broken]])
-        # A joined picture is nearer to another scene than to its own row half of the time: no map for those.
-        mapped = torch.cat([torch.ones(clean_count), torch.ones(BATCH - clean_count)])
+        quality = torch.cat([torch.ones(CLEAN), 1 - study.broken.damage[broken]])
+        # A joined picture may be nearer to another scene than to its own row: no map for those.
         joined = [study.broken.kind[i] in ("drift", "stray") for i in broken.tolist()]
-        mapped[clean_count:][torch.tensor(joined)] = 0
+        mapped = torch.cat([torch.ones(CLEAN), 1 - torch.tensor(joined).float()])
         images, truth = augmented(images, truth, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            logit, cells = network(to_unit(images).to(memory_format=torch.channels_last))
+            logit, cells = network(to_unit(images))
         local = F.binary_cross_entropy_with_logits(cells.float(), local_damage(images, truth), reduction="none")
         local = (local.mean((1, 2)) * mapped).sum() / mapped.sum()
         whole = F.binary_cross_entropy_with_logits(logit.float(), quality.clamp(0.01, 0.99))
@@ -81,8 +77,6 @@ def train(
             report = measure(network.eval(), unseen)
             network.train()
             say(f"step {step + 1}/{steps}, loss {loss.item():.3f}; unseen: " + report)
-            if snapshot:
-                save_network(snapshot, network, CONFIG)
     network.eval()
     save_network(out_dir, network, CONFIG)
     return network

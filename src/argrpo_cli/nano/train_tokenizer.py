@@ -94,7 +94,6 @@ def train(
     out_dir: str | Path,
     seed: int = 0,
     steps: int = 4000,
-    snapshot: str | Path | None = None,
     log=print,
 ) -> VQModel:
     """Train from a fixed seed and save half-precision weights under `out_dir`; returns the model."""
@@ -140,8 +139,6 @@ def train(
             )
             if not math.isfinite(loss.item()):
                 raise RuntimeError(f"nano-vq diverged at step {step + 1}")
-            if snapshot:
-                save_half(model, snapshot)
     save_half(model.eval(), out_dir)
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import math
 import shutil
 from collections.abc import Callable
@@ -38,13 +39,13 @@ def save_half(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def trainer_cli(train: Callable, name: str) -> None:
-    """`python -m argrpo_cli.nano.train_x [OUT] [--seed] [--steps] [--weights] [--snapshot]`."""
+    """`python -m argrpo_cli.nano.train_x [OUT] [--seed] [--steps] [--weights]`."""
     parser = argparse.ArgumentParser(description=f"Train {name} of the nano world.")
     parser.add_argument("out", nargs="?", type=Path, default=WEIGHTS / name)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--weights", type=Path, help="folder of the earlier networks (default: the package's own)")
-    parser.add_argument("--snapshot", type=Path, help="also save here at every report")
+    if "weights" in inspect.signature(train).parameters:  # the tokenizer, the first of all, builds on none
+        parser.add_argument("--weights", type=Path, help="folder of the earlier networks (default: the package's own)")
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
     out = given.pop("out")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """LlamaGen's image tokenizer: a convolutional encoder and decoder around a codebook of unit vectors (section 3.1).
 
 The module tree carries the published names (`encoder.conv_blocks.0.res.0.norm1.weight`, ...): a published state dict
-loads as it is. One key is ours: `patch_size` > 1 folds pixels into channels before the first convolution and unfolds them
-after the last, which makes a small model quick; 1 is the published network.
+loads as it is. One key is ours: `patch_size` > 1 folds pixels into channels before the first convolution and unfolds
+them after the last, which makes a small model quick; 1 is the published network.
 """
 
 from __future__ import annotations

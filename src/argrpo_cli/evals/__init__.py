@@ -1,0 +1,1 @@
+"""Measurements of policies, one module per benchmark."""

@@ -1,0 +1,271 @@
+"""`argrpo eval nano`: how good are a policy's samples in the nano world, alone or against a baseline with paired seeds.
+
+Every measure is a list of values over units that two policies share (samples, reference scenes, or classes), so each
+has a mean and a standard error, and for two policies a paired difference with its own:
+
+    match         dB of the best rendering of the class, per object pixel (`nano/matching.py`); the judge's first word
+    recognised    share of samples whose class the judge's classifier names
+    precision     share of samples inside the reference scenes' manifold, k = 3 (as ADM, on the judge's features)
+    recall        share of reference scenes inside the samples' manifold
+    diversity     mean feature distance between two samples of one class
+    entropy       nats per token of the policy over its own samples, conditional and as guided
+    the rewards   raw, and their total as the recipe weights it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from argrpo_cli.conditions import Condition, class_prompt
+from argrpo_cli.devices import resolve_device
+from argrpo_cli.errors import UserError
+from argrpo_cli.nano import scenes
+from argrpo_cli.nano.judge import Judge, load_judge
+from argrpo_cli.nano.recognition import diversity, precision_recall
+from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.vq import VQModel, from_uint8, to_uint8
+from argrpo_cli.progress import progress
+from argrpo_cli.rewards import RewardSet, check_reward, load_rewards
+from argrpo_cli.rewards.shaping import reward_weights
+
+FIRST_SEED = 1_000_000  # away from the seeds that training, its grids and users' first samples take
+UNSEEN_SCENES = 480
+MATCH, RECOGNISED, PRECISION, RECALL, DIVERSITY = "match", "recognised", "precision", "recall", "diversity"
+ENTROPY, GUIDED_ENTROPY, TOTAL = "entropy", "entropy_guided", "total_reward"
+SHARES = (RECOGNISED, PRECISION, RECALL)
+LABELS = {
+    MATCH: "rendering match, dB",
+    RECOGNISED: "recognised",
+    PRECISION: "precision",
+    RECALL: "recall",
+    DIVERSITY: "feature diversity",
+    ENTROPY: "entropy, nats/token",
+    GUIDED_ENTROPY: "entropy as guided",
+    TOTAL: "total reward",
+}
+
+Values = dict[str, Tensor]  # measure to its values over units
+
+
+def evaluate(
+    policies: Sequence[str],
+    n: int = 2016,
+    cfg_scale: float = 2.0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str = "auto",
+    weights: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Measure one policy, or two with the same classes and seeds.
+
+    Args:
+        policies: names or paths for `load_policy`; with two, the second is the baseline.
+        n: samples per policy, classes in turn.
+        weights: name of a reward to its weight in the total; default: those of the recipe nano/c2i.
+
+    Returns:
+        A dictionary of plain numbers, ready for JSON: `policies` {name: {measure: {mean, error}}}, `difference`
+        {measure: {mean, error}} (first minus second; for two), `real` (what real scenes score), `within_class_std`
+        of the total reward of the last policy, `tokenizer` and `settings`.
+
+    Raises:
+        UserError: no such policy, a policy of another world, too few samples.
+    """
+    names = _distinct(policies)
+    classes = len(scenes.CLASS_NAMES)
+    if n < 2 * classes:
+        raise UserError(f"{n} samples are too few: give at least {2 * classes}, two for each class")
+    device = resolve_device(device)
+    loaded = {name: _nano_policy(path, device) for name, path in zip(names, policies, strict=True)}
+    weights = weights or recipe_weights()
+    rewards, judge = load_rewards(list(weights), device), load_judge()
+    settings = {"n": n, "cfg_scale": cfg_scale, "temperature": temperature, "seed": seed}
+    class_ids = torch.arange(n) % classes
+    measured: dict[str, Values] = {}
+    for name, policy in loaded.items():
+        measured[name] = _measure_policy(policy, judge, rewards, weights, class_ids, settings, batch_size, name)
+    ids = judge.reference_classes[:UNSEEN_SCENES]
+    real = _measure_images(judge.reference_images[:UNSEEN_SCENES], ids, judge, rewards, weights, batch_size)
+    last = measured[names[-1]]
+    result: dict[str, Any] = {
+        "policies": {name: _summary(values) for name, values in measured.items()},
+        "real": _summary(real),
+        "within_class_std": within_class_std(last[TOTAL], class_ids),
+        "reward_weights": weights,
+        "tokenizer": measure_tokenizer(judge.tokenizer, judge.reference_tokens, seed),
+        "settings": settings,
+    }
+    if len(names) == 2:
+        first = measured[names[0]]
+        result["difference"] = _summary({key: first[key] - last[key] for key in first})
+    return result
+
+
+def recipe_weights() -> dict[str, float]:
+    """The weights that the recipe nano/c2i gives the nano rewards."""
+    from argrpo_cli.recipe import load_recipe
+
+    section = load_recipe("nano/c2i", []).rewards
+    return reward_weights(section, {term.name: check_reward(term.name).family for term in section.terms})
+
+
+def _distinct(policies: Sequence[str]) -> list[str]:
+    if not 1 <= len(policies) <= 2:
+        raise UserError(f"{len(policies)} policies; give one, or one and a baseline")
+    names = [str(policy) for policy in policies]
+    return names if len(set(names)) == len(names) else [names[0], f"{names[1]} (again)"]
+
+
+def _nano_policy(path: str, device: str) -> Policy:
+    policy = load_policy(path, device)
+    if tuple(policy.class_names) != scenes.CLASS_NAMES or policy.image_size != scenes.IMAGE_SIZE:
+        raise UserError(f"policy {path} does not draw the nano world's classes, so its judge cannot measure it")
+    return policy
+
+
+def _measure_policy(
+    policy: Policy,
+    judge: Judge,
+    rewards: RewardSet,
+    weights: dict[str, float],
+    class_ids: Tensor,
+    settings: dict[str, Any],
+    batch_size: int,
+    name: str,
+) -> Values:
+    conditions = policy.conditions(class_ids.tolist())
+    seeds = [FIRST_SEED + settings["seed"] * 100_000 + i for i in range(len(class_ids))]
+    tokens, entropy, guided = [], [], []
+    with progress(f"sampling {name}", len(class_ids)) as advance:
+        for start in range(0, len(class_ids), batch_size):
+            part = slice(start, start + batch_size)
+            drawn = policy.sample(
+                conditions[part],
+                cfg_scale=settings["cfg_scale"],
+                temperature=settings["temperature"],
+                seeds=seeds[part],
+                batch_size=batch_size,
+            )
+            tokens.append(drawn)
+            entropy.append(token_entropy(policy, drawn, class_ids[part], None, settings["temperature"]))
+            guided.append(token_entropy(policy, drawn, class_ids[part], settings["cfg_scale"], settings["temperature"]))
+            advance(len(drawn))
+    images = policy.decode(torch.cat(tokens))
+    values = _measure_images(images, class_ids, judge, rewards, weights, batch_size)
+    values |= {ENTROPY: torch.cat(entropy), GUIDED_ENTROPY: torch.cat(guided)}
+    features = judge.recogniser.features(images.cpu())
+    precision, recall = precision_recall(features, judge.reference_features)
+    values |= {PRECISION: precision.float(), RECALL: recall.float(), DIVERSITY: diversity(features, class_ids)}
+    return values
+
+
+def _measure_images(
+    images: Tensor, class_ids: Tensor, judge: Judge, rewards: RewardSet, weights: dict[str, float], batch_size: int
+) -> Values:
+    """What can be said of each picture by itself."""
+    conditions = [Condition(class_prompt(scenes.CLASS_NAMES[i]), i) for i in class_ids.tolist()]
+    raw = {name: scores.cpu() for name, scores in rewards.score(images, conditions, batch_size).items()}
+    found = judge.recogniser.classes(judge.recogniser.features(images.cpu()))
+    return {
+        MATCH: judge.match(images, class_ids).db,
+        RECOGNISED: (found == class_ids).float(),
+        **raw,
+        TOTAL: sum(scores * weights[name] for name, scores in raw.items()),
+    }
+
+
+@torch.inference_mode()
+def token_entropy(
+    policy: Policy, tokens: Tensor, class_ids: Tensor, cfg_scale: float | None, temperature: float
+) -> Tensor:
+    """Mean entropy in nats of the next-token distribution along each sequence, float32 [B] (on the CPU).
+
+    tokens int64 [B, T]; `cfg_scale` None takes the conditional distribution, a number the guided one.
+    """
+    model = policy.model
+    inputs = torch.cat([class_ids.to(tokens.device)[:, None], tokens[:, :-1]], dim=1)
+    before, model.guidance_scale = model.guidance_scale, cfg_scale
+    try:
+        logits = model(inputs).logits.float()
+    finally:
+        model.guidance_scale = before
+    log_probs = torch.log_softmax(logits / max(temperature, 1e-5), dim=-1)
+    return -(log_probs.exp() * log_probs).sum(-1).mean(1).cpu()
+
+
+def within_class_std(total: Tensor, class_ids: Tensor) -> float:
+    """Standard deviation of the total reward among samples of one class, averaged over the classes: what GRPO
+    normalises by (equation 3), with groups as large as the sample allows."""
+    return torch.stack([total[class_ids == one].std() for one in class_ids.unique()]).mean().item()
+
+
+@torch.inference_mode()
+def measure_tokenizer(vq: VQModel, reference_tokens: Tensor, seed: int) -> dict[str, Any]:
+    """PSNR in dB of reconstructions of fresh scenes (None without the emoji font) and share of the codes in use."""
+    used = len(reference_tokens.unique()) / vq.config.codebook_size
+    try:
+        scenes.find_font()
+    except UserError as error:
+        return {"psnr": None, "codebook_used": used, "note": str(error)}
+    rng = np.random.default_rng(seed + 70_000)
+    originals = torch.from_numpy(scenes.class_batch(rng, UNSEEN_SCENES, balanced=True)[0])
+    again = torch.cat([to_uint8(vq(from_uint8(chunk))) for chunk in originals.split(96)])
+    mse = (again.float() - originals.float()).square().flatten(1).mean(1)
+    psnr = 10 * torch.log10(255**2 / mse)
+    return {"psnr": psnr.mean().item(), "codebook_used": used, "note": ""}
+
+
+def _summary(values: Values) -> dict[str, dict[str, float]]:
+    return {
+        key: {"mean": v.mean().item(), "error": (v.std() / len(v) ** 0.5).item() if len(v) > 1 else float("nan")}
+        for key, v in values.items()
+    }
+
+
+def table(result: dict[str, Any]) -> Any:
+    """The result of `evaluate` as a Rich table: baseline, policy, paired difference, real scenes."""
+    from rich.table import Table
+
+    names = list(result["policies"])[::-1]  # the baseline first
+    settings = result["settings"]
+    out = Table(
+        title=f"{settings['n']} samples, cfg {settings['cfg_scale']:g}, temperature {settings['temperature']:g}, "
+        f"seed {settings['seed']}; ± standard error",
+        caption=_caption(result),
+    )
+    out.add_column("measure")
+    for name in [*names, *(["difference"] if "difference" in result else []), "real scenes"]:
+        out.add_column(name, justify="right")
+    rewards = list(result["reward_weights"])
+    for key in [MATCH, RECOGNISED, PRECISION, RECALL, DIVERSITY, ENTROPY, GUIDED_ENTROPY, *rewards, TOTAL]:
+        cells = [_cell(key, result["policies"][name].get(key)) for name in names]
+        if "difference" in result:
+            cells.append(_cell(key, result["difference"].get(key), signed=True))
+        out.add_row(LABELS.get(key, key), *cells, _cell(key, result["real"].get(key)))
+    return out
+
+
+def _cell(key: str, value: dict[str, float] | None, signed: bool = False) -> str:
+    if value is None:
+        return ""
+    mean, error, sign = value["mean"], value["error"], "+" if signed else ""
+    if key in SHARES:
+        return f"{100 * mean:{sign}.1f} ± {100 * error:.1f} %"
+    return f"{mean:{sign}.3f} ± {error:.3f}"
+
+
+def _caption(result: dict[str, Any]) -> str:
+    tokenizer = result["tokenizer"]
+    psnr = f"{tokenizer['psnr']:.2f} dB on unseen scenes" if tokenizer["psnr"] is not None else tokenizer["note"]
+    lines = [f"tokenizer: PSNR {psnr}; {tokenizer['codebook_used']:.0%} of the codebook in use"]
+    spread = result["within_class_std"]
+    line = f"within-class standard deviation of the total reward: {spread:.3f}"
+    if "difference" in result:
+        line += f"; it changed by {result['difference'][TOTAL]['mean'] / spread:+.2f} of that"
+    return "\n".join([*lines, line])

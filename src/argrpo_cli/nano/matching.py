@@ -1,0 +1,185 @@
+"""How well does a picture match a rendering of its class? The judge's first question, answered by search alone.
+
+The world's renderings are an object (colour c, alpha A) at some size, place, mirror image and hue on a plain background
+B. For a picture J the squared error of a rendering is
+
+    |J - B - A (c - B)|^2 = |D|^2 - 2 <D, P - A B> + |P - A B|^2,    D = J - B,  P = A c,
+
+so all places follow from correlations of D with P and A (by Fourier transform), and all hues from three of them, since
+a hue turn is a circulant matrix on the colour channels. The search is therefore complete: every size, place, mirror
+image and hue of `scenes.py` is tried. The best is then rendered exactly, with the background fitted to it.
+
+The error is divided by the area of the object, not of the picture: plain background is easy, and small objects must not
+win by having more of it. match = -10 log10(squared error per object pixel and channel), in dB, colours in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from argrpo_cli.nano.scenes import HUE_RANGE, IMAGE_SIZE, SINGLE_SIZES, hue_matrix
+
+SIZES = tuple(range(SINGLE_SIZES[0], SINGLE_SIZES[1] + 1))
+HUES = tuple(float(step) * HUE_RANGE / 6 for step in range(-6, 7))
+REACH = IMAGE_SIZE - SIZES[0] + 1  # places along an axis of the smallest object
+AT_ONCE = 8
+FLOOR = 1e-6  # squared error below which a match is perfect (60 dB)
+
+
+@dataclass
+class Match:
+    """The best rendering of each picture, tensors [B].
+
+    db: the match; mse: squared error per object pixel and channel, colours in [0, 1]; picture_mse: the same per pixel
+    of the picture; size, x, y, mirror and hue (degrees): where it was found.
+    """
+
+    db: Tensor
+    mse: Tensor
+    picture_mse: Tensor
+    size: Tensor
+    x: Tensor
+    y: Tensor
+    mirror: Tensor
+    hue: Tensor
+
+
+@dataclass
+class Template:
+    """An object at its largest size: colour times alpha [3, S, S] and alpha [1, S, S], in [0, 1]."""
+
+    colour: Tensor
+    alpha: Tensor
+
+    def placed(self, size: int, mirror: bool, hue: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Colour times alpha [3, size, size] and alpha [1, size, size], resized, mirrored and with the hue turned
+        as `scenes.object_pixels` does (colours clipped to [0, 1])."""
+        both = resized(torch.cat([self.colour, self.alpha]), size)
+        both = both.flip(-1) if mirror else both
+        colour, alpha = both[:3], both[3:]
+        if hue:
+            pure = torch.where(alpha > 1e-3, colour / alpha.clamp(min=1e-3), 0.0).clamp(0, 1)
+            turned = torch.einsum("ij,jhw->ihw", torch.from_numpy(hue_matrix(hue)), pure)
+            colour = turned.clamp(0, 1) * alpha
+        return colour, alpha
+
+
+def resized(planes: Tensor, size: int) -> Tensor:
+    """[C, S, S] to [C, size, size], averaged as PIL's bilinear filter does."""
+    if planes.shape[-1] == size:
+        return planes
+    return F.interpolate(planes[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+def border_colour(images: Tensor, width: int = 2) -> Tensor:
+    """Median colour [B, 3] of the outermost pixels of float [B, 3, H, W]: the background, unless edges are covered."""
+    inner = torch.zeros(images.shape[-2:], dtype=torch.bool)
+    inner[width:-width, width:-width] = True
+    return images[:, :, ~inner].median(-1).values
+
+
+class Matcher:
+    """Searches all renderings of one class."""
+
+    def __init__(self, template: Template, sizes: Sequence[int] = SIZES, hues: Sequence[float] = HUES):
+        self.template, self.sizes, self.hues = template, tuple(sizes), tuple(hues)
+        self.views = [(size, mirror) for size in self.sizes for mirror in (False, True)]
+        planes = torch.zeros(len(self.views), 4, IMAGE_SIZE, IMAGE_SIZE)
+        for index, (size, mirror) in enumerate(self.views):
+            planes[index, :, :size, :size] = torch.cat(template.placed(size, mirror))
+        colour, alpha = planes[:, :3], planes[:, 3]
+        self.spectrum = torch.fft.rfft2(planes).conj()  # [V, 4, 64, 33]
+        self.colour_energy = colour.square().sum((1, 2, 3))  # the same for every hue: turns keep lengths
+        self.alpha_energy = alpha.square().sum((1, 2))
+        # A hue turn is circulant with first row (a, b, c): three numbers describe it. [K, 3]
+        self.turns = torch.from_numpy(np.stack([hue_matrix(hue)[0] for hue in self.hues]))
+        shared = (colour * alpha[:, None]).sum((2, 3))  # [V, 3]
+        matrices = torch.from_numpy(np.stack([hue_matrix(hue) for hue in self.hues]))
+        self.shared = torch.einsum("kij,vj->vki", matrices, shared)  # sum of A P for each view and hue
+        room = torch.tensor([IMAGE_SIZE - size for size, _ in self.views])
+        places = torch.arange(REACH)
+        inside = places[None] <= room[:, None]
+        self.outside = ~(inside[:, :, None] & inside[:, None, :])  # [V, y, x]
+
+    def errors(self, images: Tensor, background: Tensor) -> Tensor:
+        """Squared error of every rendering (before colours are clipped): float [B, V, K, y, x] for float images
+        [B, 3, 64, 64] and backgrounds [B, 3] in [0, 1]; infinite where the object would not fit."""
+        difference = images - background[:, :, None, None]
+        spectrum = torch.fft.rfft2(difference)
+        turned = []
+        for shift in range(3):  # <D_i, P_(i + shift)>, the parts of a circulant product
+            product = sum(spectrum[:, None, i] * self.spectrum[None, :, (i + shift) % 3] for i in range(3))
+            turned.append(torch.fft.irfft2(product)[..., :REACH, :REACH])
+        toned = (spectrum * background[:, :, None, None]).sum(1)
+        covered = torch.fft.irfft2(toned[:, None] * self.spectrum[None, :, 3])[..., :REACH, :REACH]
+        correlation = torch.einsum("kn,bvnyx->bvkyx", self.turns, torch.stack(turned, 2)) - covered[:, :, None]
+        energy = (
+            self.colour_energy[None, :, None]
+            - 2 * torch.einsum("vki,bi->bvk", self.shared, background)
+            + self.alpha_energy[None, :, None] * background.square().sum(1)[:, None, None]
+        )
+        total = difference.square().sum((1, 2, 3))[:, None, None, None, None]
+        errors = total - 2 * correlation + energy[..., None, None]
+        return errors.masked_fill(self.outside[None, :, None], torch.inf)
+
+    @torch.inference_mode()
+    def match(self, images: Tensor) -> Match:
+        """The best rendering of each uint8 [B, 3, 64, 64]."""
+        parts = [self._match(chunk.float() / 255) for chunk in images.split(AT_ONCE)]
+        return joined(parts)
+
+    def _match(self, images: Tensor) -> Match:
+        errors = self.errors(images, border_colour(images))
+        best = errors.flatten(1).argmin(1)
+        view, hue, y, x = np.unravel_index(best.numpy(), errors.shape[1:])
+        found = []
+        for image, v, h, row, column in zip(images, view, hue, y, x, strict=True):
+            size, mirror = self.views[v]
+            colour, alpha = self.template.placed(size, mirror, self.hues[h])
+            found.append((*exact_error(image, colour, alpha, int(row), int(column)), size, mirror, self.hues[h]))
+        error, area, sizes, mirrors, hues = (torch.tensor(column) for column in zip(*found, strict=True))
+        mse = error / (3 * area)
+        return Match(
+            db=-10 * torch.log10(mse.clamp(min=FLOOR)),
+            mse=mse,
+            picture_mse=error / (3 * IMAGE_SIZE**2),
+            size=sizes,
+            x=torch.from_numpy(x),
+            y=torch.from_numpy(y),
+            mirror=mirrors,
+            hue=hues,
+        )
+
+
+def exact_error(image: Tensor, colour: Tensor, alpha: Tensor, y: int, x: int) -> tuple[float, float]:
+    """Squared error [sum over pixels and channels] of a rendering with the best background for it, and the object's
+    area in pixels. image float [3, 64, 64]; colour (times alpha) and alpha of the object, its corner at (y, x)."""
+    size = colour.shape[-1]
+    full = torch.zeros(4, *image.shape[1:])
+    full[:, y : y + size, x : x + size] = torch.cat([colour, alpha])
+    free = 1 - full[3:]
+    background = ((image - full[:3]) * free).sum((1, 2)) / free.square().sum()
+    error = (image - full[:3] - free * background[:, None, None]).square().sum()
+    return error.item(), alpha.sum().item()
+
+
+def joined(parts: Sequence[Match]) -> Match:
+    """Several matches as one."""
+    return Match(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Match)})
+
+
+def match_classes(matchers: dict[int, Matcher], images: Tensor, class_ids: Tensor) -> Match:
+    """The best rendering of each picture's own class; uint8 [B, 3, 64, 64] and int64 [B]."""
+    order = torch.argsort(class_ids, stable=True)
+    parts = []
+    for one in class_ids.unique().tolist():  # in ascending order, as `order`
+        parts.append(matchers[one].match(images[class_ids == one]))
+    back = torch.argsort(order)
+    together = joined(parts)
+    return Match(**{f.name: getattr(together, f.name)[back] for f in fields(Match)})

@@ -1,0 +1,85 @@
+"""The bundled judge: it reads real scenes as real, and damage as damage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.nano import corrupt as c
+from argrpo_cli.nano import judge as j
+from argrpo_cli.nano import scenes
+from tests.nano.test_scenes import needs_font
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return j.load_judge()
+
+
+def test_reference_scenes_match_and_are_recognised(judge):
+    images, ids = judge.reference_images[:96], judge.reference_classes[:96]
+    match = judge.match(images, ids)
+    assert match.db.mean() > 23
+    assert (judge.recogniser.classes(judge.recogniser.features(images)) == ids).float().mean() > 0.97
+
+
+def test_a_scene_matches_its_own_class_better_than_another(judge):
+    images, ids = judge.reference_images[:48], judge.reference_classes[:48]
+    own = judge.match(images, ids).db
+    other = judge.match(images, (ids + 7) % len(scenes.CLASS_NAMES)).db
+    assert (own > other).float().mean() > 0.97
+    assert (own - other).mean() > 8
+
+
+def test_wrong_tokens_lower_the_match_the_more_the_worse(judge):
+    tokens, ids = judge.reference_tokens[:48], judge.reference_classes[:48]
+    generator = torch.Generator().manual_seed(0)
+    means = []
+    for share in (0.0, 0.1, 0.3, 0.7):
+        wrong = torch.randint(0, judge.tokenizer.config.codebook_size, tokens.shape, generator=generator)
+        mask = torch.rand(tokens.shape, generator=generator) < share
+        images = c.decode(judge.tokenizer, torch.where(mask, wrong, tokens))
+        means.append(judge.match(images, ids).db.mean().item())
+    assert means == sorted(means, reverse=True)
+    assert means[0] - means[1] > 2
+
+
+def test_canonical_scenes_lie_inside_the_picture():
+    layout = j.canonical_layout()
+    assert len(set(layout)) == len(layout) == 36
+    assert all(0 <= v <= scenes.IMAGE_SIZE - j.LARGEST for x, y, _ in layout for v in (x, y))
+
+
+def test_colour_and_alpha_are_solved_exactly_from_exact_pictures():
+    generator = torch.Generator().manual_seed(1)
+    alpha = (torch.rand(1, j.LARGEST, j.LARGEST, generator=generator) * 1.4 - 0.2).clamp(0, 1).round()
+    colour = torch.rand(3, j.LARGEST, j.LARGEST, generator=generator) * alpha
+    images = []
+    for x, y, background in j.canonical_layout():
+        image = torch.tensor(background)[:, None, None].expand(3, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE).clone()
+        window = image[:, y : y + j.LARGEST, x : x + j.LARGEST]
+        window.mul_(1 - alpha).add_(colour)
+        images.append((image * 255).round().to(torch.uint8))
+    solved = j.solve_template(torch.stack(images))
+    torch.testing.assert_close(solved.alpha, alpha, atol=0.02, rtol=0)
+    torch.testing.assert_close(solved.colour, colour, atol=0.06, rtol=0)
+
+
+@needs_font
+def test_the_truth_of_fresh_scenes_is_found(judge):
+    rng = np.random.default_rng(7)
+    drawn = [scenes.class_scene(rng, i) for i in range(len(scenes.CLASS_NAMES))]
+    raw = torch.from_numpy(np.stack([scenes.render(s) for s in drawn]).transpose(0, 3, 1, 2).copy())
+    images = c.decode(judge.tokenizer, c.encode(judge.tokenizer, raw))
+    match = judge.match(images, torch.arange(len(drawn)))
+    truth = [s.objects[0] for s in drawn]
+    assert np.mean([abs(a - b.size) <= 1 for a, b in zip(match.size.tolist(), truth, strict=True)]) > 0.9
+    assert np.mean([a == b.mirror for a, b in zip(match.mirror.tolist(), truth, strict=True)]) > 0.9
+    assert np.mean([abs(a - b.x) <= 1 for a, b in zip(match.x.tolist(), truth, strict=True)]) > 0.9
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"tokens\.safetensors"):
+        j.load_judge(tmp_path)

@@ -1,0 +1,115 @@
+"""The rendering match: complete search, equal to brute force, right about what was planted."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from argrpo_cli.nano.matching import Matcher, Template, border_colour, exact_error, match_classes, resized
+from argrpo_cli.nano.scenes import IMAGE_SIZE, SINGLE_SIZES, hue_matrix
+
+LARGEST = SINGLE_SIZES[1]
+
+
+def template(seed: int = 0) -> Template:
+    """A lopsided two-coloured shape with a soft edge."""
+    noise = torch.randn(1, 5, 9, 9, generator=torch.Generator().manual_seed(seed))
+    smooth = F.interpolate(noise, (LARGEST, LARGEST), mode="bicubic", align_corners=True)[0]
+    y, x = torch.meshgrid(torch.linspace(-1, 1, LARGEST), torch.linspace(-1, 1, LARGEST), indexing="ij")
+    alpha = torch.sigmoid((0.8 - (x - 0.1).square() - 1.3 * y.square() + 0.2 * smooth[:1]) * 12)
+    # Colours well inside (0, 1), so that a hue turn clips nothing and the search is exact.
+    colour = 0.45 + 0.1 * smooth[1:4].clamp(-2, 2)
+    return Template(colour * alpha, alpha)
+
+
+def planted(shape: Template, size: int, x: int, y: int, mirror: bool, hue: float, background: Tensor) -> Tensor:
+    """uint8 [3, 64, 64] with the object at one place."""
+    colour, alpha = shape.placed(size, mirror, hue)
+    image = background[:, None, None].expand(3, IMAGE_SIZE, IMAGE_SIZE).clone()
+    window = image[:, y : y + size, x : x + size]
+    image[:, y : y + size, x : x + size] = colour + (1 - alpha) * window
+    return (image * 255).round().to(torch.uint8)
+
+
+PASTEL = torch.tensor([0.95, 0.85, 0.75])
+
+
+def test_errors_equal_brute_force():
+    shape, sizes, hues = template(), (LARGEST - 1, LARGEST), (-18.0, 0.0, 9.0)
+    matcher = Matcher(shape, sizes, hues)
+    image = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+    background = PASTEL[None]
+    errors = matcher.errors(image, background)
+    for view, (size, mirror) in enumerate(matcher.views):
+        both = resized(torch.cat([shape.colour, shape.alpha]), size)
+        both = both.flip(-1) if mirror else both
+        for k, hue in enumerate(hues):
+            colour = torch.einsum("ij,jhw->ihw", torch.from_numpy(hue_matrix(hue)), both[:3])
+            for y, x in itertools.product(range(IMAGE_SIZE - size + 1), repeat=2):
+                rendering = background[0, :, None, None].expand(3, IMAGE_SIZE, IMAGE_SIZE).clone()
+                rendering[:, y : y + size, x : x + size] *= 1 - both[3:]
+                rendering[:, y : y + size, x : x + size] += colour
+                truth = (image[0] - rendering).square().sum()
+                torch.testing.assert_close(errors[0, view, k, y, x], truth, rtol=2e-4, atol=1e-2)
+    assert errors[0, :, :, IMAGE_SIZE - sizes[0] + 1 :].isinf().all(), "places where the object would not fit"
+
+
+@pytest.mark.parametrize(
+    ("size", "x", "y", "mirror", "hue"),
+    [
+        (SINGLE_SIZES[0], 3, 17, False, 0.0),
+        (47, 0, 17, True, -12.0),
+        (55, 9, 1, False, 18.0),
+        (LARGEST, 4, 4, True, 3.0),
+    ],
+)
+def test_a_planted_object_is_found_where_it_is(size, x, y, mirror, hue):
+    shape = template()
+    image = planted(shape, size, x, y, mirror, hue, PASTEL)
+    found = Matcher(shape).match(image[None])
+    assert (found.size.item(), found.x.item(), found.y.item()) == (size, x, y)
+    assert found.mirror.item() == mirror
+    assert found.hue.item() == pytest.approx(hue)
+    assert found.db.item() > 45, "only rounding to 8 bits is left"
+
+
+def test_damage_lowers_the_match():
+    shape = template()
+    image = planted(shape, 50, 7, 7, False, 0.0, PASTEL)
+    levels = []
+    for hole in (0, 4, 8, 16, 24):
+        broken = image.clone()
+        broken[:, 20 : 20 + hole, 20 : 20 + hole] = (PASTEL * 255).to(torch.uint8)[:, None, None]
+        levels.append(Matcher(shape, range(46, 55)).match(broken[None]).db.item())
+    assert all(more > less for more, less in itertools.pairwise(levels)), levels
+
+
+def test_the_wrong_object_matches_worse():
+    image = planted(template(0), 50, 7, 7, False, 0.0, PASTEL)
+    ids = torch.tensor([1, 0])
+    matchers = {k: Matcher(template(k), range(48, 53)) for k in range(2)}
+    found = match_classes(matchers, torch.stack([image, image]), ids)
+    assert found.db[1] > found.db[0] + 10, "results come back in the order of the pictures"
+
+
+def test_the_same_relative_error_counts_alike_on_small_and_large_objects():
+    shape = template()
+    levels = []
+    for size in SINGLE_SIZES:
+        image = planted(shape, size, 2, 2, False, 0.0, PASTEL).float()
+        colour, alpha = shape.placed(size, False)
+        window = image[:, 2 : 2 + size, 2 : 2 + size]
+        window += 25 * alpha  # every object pixel too bright by a tenth
+        error, area = exact_error(image / 255, colour, alpha, 2, 2)
+        levels.append(error / (3 * area))
+    assert levels[0] == pytest.approx(levels[1], rel=0.05)
+
+
+def test_border_colour_ignores_an_object_that_touches_an_edge():
+    images = PASTEL[None, :, None, None].expand(1, 3, IMAGE_SIZE, IMAGE_SIZE).clone()
+    images[:, :, 20:40, :30] = 0.1
+    torch.testing.assert_close(border_colour(images)[0], PASTEL)

@@ -1,0 +1,142 @@
+"""The bundled nano rewards: what they prefer, and that nothing but the picture and the prompt decides."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from argrpo_cli.conditions import Condition
+from argrpo_cli.errors import UserError
+from argrpo_cli.nano import corrupt as c
+from argrpo_cli.nano.judge import load_judge
+from argrpo_cli.nano.scenes import CLASS_NAMES
+from argrpo_cli.policy.policy import class_prompt
+from argrpo_cli.rewards import REWARDS, load_rewards
+from argrpo_cli.rewards.nano_clip import PAD, UNKNOWN, WordTokenizer
+from argrpo_cli.rewards.weights import load_weights, save_network
+
+NAMES = ["nano-clip", "nano-quality", "nano-critic"]
+
+
+@pytest.fixture(scope="module")
+def rewards():
+    return load_rewards(NAMES)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Clean reconstructions, their class ids and broken versions; no font needed."""
+    judge = load_judge()
+    tokens, ids = judge.reference_tokens[:120], judge.reference_classes[:120]
+    images = c.decode(judge.tokenizer, tokens)
+    border = images[:, :, 0, :].float().median(-1).values
+    differs = (images.float() - border[:, :, None, None]).abs().amax(1, keepdim=True) > 25
+    pool = c.Pool(tokens, images, differs.float(), border / 255, ids, images)
+    mixture = {"scatter": 1.0, "block": 1.0, "elastic": 1.0, "missing": 1.0, "duplicate": 1.0}
+    broken = c.corrupt(pool, torch.arange(120), judge.tokenizer, np.random.default_rng(0), mixture)
+    return images, ids, broken
+
+
+def conditions(ids: torch.Tensor) -> list[Condition]:
+    return [Condition(class_prompt(CLASS_NAMES[i]), i) for i in ids.tolist()]
+
+
+def test_families_and_names(rewards):
+    assert rewards.names == NAMES
+    assert rewards.family == {"nano-clip": "conditional", "nano-quality": "quality", "nano-critic": "realism"}
+    assert set(NAMES) <= set(REWARDS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clean_scenes_score_above_clearly_broken_ones(rewards, pictures, name):
+    images, ids, broken = pictures
+    clean = rewards.score(images, conditions(ids))[name]
+    worse = rewards.score(broken.images, conditions(ids))[name]
+    clearly = broken.damage > 0.35
+    assert clearly.sum() > 40
+    assert (clean > worse)[clearly].float().mean() > (0.75 if name == "nano-critic" else 0.9)
+
+
+def test_the_more_damage_the_lower_quality_and_similarity(rewards, pictures):
+    _, ids, broken = pictures
+    scores = rewards.score(broken.images, conditions(ids))
+    for name in ("nano-clip", "nano-quality"):
+        order = torch.corrcoef(torch.stack([scores[name].argsort().argsort(), broken.own.argsort().argsort()]).float())
+        assert order[0, 1] < -0.5, name
+
+
+def test_clip_names_the_class(rewards, pictures):
+    images, ids, _ = pictures
+    clip = rewards.rewards["nano-clip"]
+    prompts = [Condition(class_prompt(name), i) for i, name in enumerate(CLASS_NAMES)]
+    scores = torch.stack([clip.score(images, [prompt] * len(images)) for prompt in prompts], 1)
+    assert (scores.argmax(1) == ids).float().mean() > 0.95
+
+
+def test_scores_are_float32_finite_and_in_their_ranges(rewards, pictures):
+    images, ids, _ = pictures
+    scores = rewards.score(images, conditions(ids))
+    for name, (low, high) in {"nano-clip": (-1, 1), "nano-quality": (0, 1), "nano-critic": (-5, 5)}.items():
+        assert scores[name].dtype == torch.float32 and scores[name].shape == (120,)
+        assert low <= scores[name].min() and scores[name].max() <= high
+        assert not scores[name].requires_grad
+
+
+def test_scores_do_not_depend_on_the_batch_or_the_order(rewards, pictures):
+    images, ids, _ = pictures
+    together = rewards.score(images, conditions(ids))
+    single = rewards.score(images[:7], conditions(ids[:7]), batch_size=1)
+    backwards = rewards.score(images.flip(0), conditions(ids.flip(0)), batch_size=50)
+    for name in NAMES:
+        torch.testing.assert_close(single[name], together[name][:7], atol=1e-4, rtol=0)
+        torch.testing.assert_close(backwards[name].flip(0), together[name], atol=1e-4, rtol=0)
+
+
+def test_no_images_give_no_scores(rewards, pictures):
+    assert all(len(v) == 0 for v in rewards.score(pictures[0][:0], []).values())
+
+
+def test_images_and_conditions_must_match(rewards, pictures):
+    with pytest.raises(ValueError, match="3 images but 2"):
+        rewards.score(pictures[0][:3], conditions(pictures[1][:2]))
+
+
+def test_a_batch_of_48_is_scored_quickly(rewards, pictures):
+    images, ids = pictures[0][:48], conditions(pictures[1][:48])
+    rewards.score(images, ids)
+    started = time.perf_counter()
+    rewards.score(images, ids)
+    assert time.perf_counter() - started < 1.5, "about 0.1 s on an idle machine"
+
+
+def test_an_unknown_reward_is_named_before_anything_is_loaded():
+    with pytest.raises(UserError, match=r"'nano-qualty' is unknown; there are nano-clip.*did you mean 'nano-quality'"):
+        load_rewards(["nano-clip", "nano-qualty"])
+
+
+def test_words_become_ids_and_the_end_has_the_highest():
+    words = WordTokenizer(["a", "cat", "dog"], context_length=5)
+    ids = words(["A dog", "a purple cat", "a cat a cat a cat"])
+    end = words.end
+    assert ids.tolist() == [
+        [2, 4, end, PAD, PAD],
+        [2, UNKNOWN, 3, end, PAD],
+        [2, 3, 2, 3, end],
+    ]
+    assert end == ids.max() == words.vocabulary_size - 1
+
+
+def test_saved_networks_come_back_in_float32_without_gradients(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    save_network(tmp_path, network, {"any": 1})
+    back = load_weights(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)), tmp_path)
+    assert not back.training and not any(p.requires_grad for p in back.parameters())
+    assert back[0].weight.dtype == torch.float32
+    torch.testing.assert_close(back[0].weight, network[0].weight.half().float())
+    with pytest.raises(UserError, match="do not fit"):
+        load_weights(torch.nn.Linear(4, 2), tmp_path)
+    with pytest.raises(UserError, match="not found"):
+        load_weights(torch.nn.Linear(4, 2), tmp_path / "nowhere")
