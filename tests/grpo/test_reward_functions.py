@@ -16,13 +16,16 @@ from tests.grpo.tiny import FakeRewards
 NAN = float("nan")
 
 
-def scored(weights: dict[str, float], **columns: list[float]) -> tuple[dict[str, list[float | None]], dict[str, float]]:
-    """What TRL gets from each function for one group of images with these raw scores, and what was logged."""
+def scored(
+    weights: dict[str, float], group_size: int | None = None, **columns: list[float]
+) -> tuple[dict[str, list[float | None]], dict[str, float]]:
+    """What TRL gets from each function for images with these raw scores (one group by default), and what was logged."""
     rewards = FakeRewards(
         **{name: lambda images, column=column: torch.tensor(column) for name, column in columns.items()}
     )
-    scorer = BatchScorer(rewards, weights, len(next(iter(columns.values()))), Stopwatch())
-    images = list(torch.zeros(len(next(iter(columns.values()))), 3, 2, 2, dtype=torch.uint8))
+    count = len(next(iter(columns.values())))
+    scorer = BatchScorer(rewards, weights, group_size or count, Stopwatch())
+    images = list(torch.zeros(count, 3, 2, 2, dtype=torch.uint8))
     logged: dict[str, float] = {}
     results = {
         function.__name__: function(
@@ -40,6 +43,11 @@ def test_functions_return_raw_scores_under_their_names() -> None:
     total = torch.tensor([[10 * 0.25 + 1.5, 10 * 0.5 - 1.5]])
     assert logged[WITHIN_GROUP_STD] == pytest.approx(group_std(total).item())
     assert logged[LEFT_OUT] == 0
+
+
+def test_logged_deviation_is_the_mean_of_those_within_groups() -> None:
+    _, logged = scored({"a": 1.0}, group_size=2, a=[0.0, 1.0, 10.0, 13.0])
+    assert logged[WITHIN_GROUP_STD] == pytest.approx((math.sqrt(0.5) + math.sqrt(4.5)) / 2)
 
 
 def test_one_missing_score_leaves_the_image_out_of_all() -> None:

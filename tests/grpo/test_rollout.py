@@ -13,6 +13,8 @@ from torch import Tensor
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
+from argrpo_cli.grpo import rollout
+from argrpo_cli.grpo.callbacks.grids import Gallery
 from argrpo_cli.grpo.prompts import condition_order, prompt_dataset
 from argrpo_cli.grpo.rollout import Rollout, image_seed, is_dropped
 from argrpo_cli.grpo.trainer import ImageGRPOTrainer
@@ -91,12 +93,17 @@ def test_reused_images_are_drawn_once(new_trainer: Build) -> None:
     assert len(spy.prompts) == 2
 
 
-def test_images_show_what_was_asked(new_trainer: Build, policy: Policy) -> None:
+@pytest.mark.parametrize("chunk", [rollout.CHUNK, 3])
+def test_images_show_what_was_asked(
+    new_trainer: Build, policy: Policy, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """The same images whether they are drawn at once or in chunks of 3, 3 and 2."""
+    monkeypatch.setattr(rollout, "CHUNK", chunk)
     trainer = new_trainer(seed=5)
-    output = trainer.rollout_func(["2", "2", "0"], trainer)
-    assert output["conditions"] == [Condition("a photo of a cat", 2)] * 2 + [Condition("a photo of an ant", 0)]
-    assert output["prompt_ids"] == [[2], [2], [0]]
-    seeds = [image_seed(5, 0, index) for index in range(3)]
+    output = trainer.rollout_func(["2"] * 5 + ["0"] * 3, trainer)
+    assert output["conditions"] == [Condition("a photo of a cat", 2)] * 5 + [Condition("a photo of an ant", 0)] * 3
+    assert output["prompt_ids"] == [[2]] * 5 + [[0]] * 3
+    seeds = [image_seed(5, 0, index) for index in range(8)]
     tokens = policy.sample(output["conditions"], cfg_scale=2.0, seeds=seeds)
     assert output["completion_ids"] == tokens.tolist()
     assert torch.equal(torch.stack(output["images"]), paint(tokens))
@@ -126,6 +133,14 @@ def test_image_seeds_are_fixed_for_all_time() -> None:
     assert image_seed(0, 0, 0) == 759540517790923586
     assert len({image_seed(seed, step, index) for seed in range(5) for step in range(5) for index in range(5)}) == 125
     assert all(0 <= image_seed(7, step, 0) < 2**63 for step in range(100))
+
+
+def test_gallery_pictures_have_seeds_of_their_own(policy: Policy) -> None:
+    recipe = tiny_recipe(seed=5, grid_images=24)
+    seeds = Gallery(recipe, policy, policy.conditions(range(CLASSES))).seeds
+    assert len(set(seeds)) == 24
+    trained = {image_seed(5, step, index) for step in range(50) for index in range(64)}
+    assert trained.isdisjoint(seeds)
 
 
 def test_dropped_conditions_train_the_null_class(new_trainer: Build) -> None:
@@ -166,8 +181,6 @@ def test_prompts_are_indices_of_conditions() -> None:
 
 def test_recipe_reaches_the_sampler(new_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    from argrpo_cli.grpo import rollout
-
     sample_tokens = rollout.sample_tokens
     monkeypatch.setattr(rollout, "sample_tokens", lambda *a, **k: (seen.append(k), sample_tokens(*a, **k))[1])
     trainer = new_trainer(cfg_scale=1.5, temperature=0.7, logprob="guided")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from argrpo_cli.errors import UserError
+from argrpo_cli.grpo import rollout
 from argrpo_cli.grpo.objective import advantages, grpo_objective, kl_estimate
 from argrpo_cli.grpo.trainer import CodeTokenizer, ImageGRPOTrainer, RatioMeter, grpo_config
 from argrpo_cli.policy import Policy
-from tests.grpo.tiny import CLASSES, CODES, TOKENS, FakeRewards, brightness, redness, tiny_recipe
+from tests.grpo.tiny import CLASSES, CODES, TOKENS, FakeRewards, brightness, count_of_3, redness, tiny_recipe
 
 Build = Callable[..., ImageGRPOTrainer]
 GOLDENS = Path(__file__).parents[1] / "data" / "grpo" / "H_grpo.safetensors"
@@ -101,6 +102,26 @@ def test_advantages_are_normalised_within_groups(new_trainer: Build, batches: li
     assert torch.allclose(batches[0]["advantages"].sort().values, expected.sort().values, atol=1e-5)
 
 
+def test_reward_weights_reach_the_advantages(new_trainer: Build, batches: list[dict[str, Tensor]]) -> None:
+    weights = {"threes": 5.0, "codes": -0.5}
+    seen: list[Tensor] = []
+
+    def mean_code(images: Tensor) -> Tensor:  # varies more than the count, so that each weight shows
+        seen.append(images)
+        return 255 * brightness(images)
+
+    new_trainer(FakeRewards(threes=count_of_3, codes=mean_code), steps=1, weights=weights).train()
+    threes, codes = count_of_3(seen[0]).view(2, 4), 255 * brightness(seen[0]).view(2, 4)
+
+    def sorted_advantages(total: Tensor) -> Tensor:
+        return advantages(total).flatten().sort().values
+
+    trained = batches[0]["advantages"].sort().values
+    assert torch.allclose(trained, sorted_advantages(5.0 * threes - 0.5 * codes), rtol=0, atol=1e-4)
+    for other in (threes + codes, threes, 5.0 * threes + 0.5 * codes):  # the rewards are such that weights matter
+        assert not torch.allclose(trained, sorted_advantages(other), rtol=0, atol=1e-2)
+
+
 @pytest.mark.parametrize(("logprob", "scale"), [("conditional", None), ("guided", 2.0)])
 def test_first_on_policy_step_has_ratio_1(new_trainer: Build, logprob: str, scale: float | None) -> None:
     trainer = new_trainer(steps=1, logprob=logprob, temperature=0.8)
@@ -108,6 +129,27 @@ def test_first_on_policy_step_has_ratio_1(new_trainer: Build, logprob: str, scal
     mean, deviation = trainer.ratio_meter.take()
     assert mean == pytest.approx(1.0, abs=1e-6)
     assert deviation < 1e-5
+
+
+def test_bfloat16_samples_and_trains_under_autocast(
+    new_trainer: Build, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled_under: list[tuple[bool, torch.dtype]] = []
+    sample_tokens = rollout.sample_tokens
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        sampled_under.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return sample_tokens(*args, **kwargs)
+
+    monkeypatch.setattr(rollout, "sample_tokens", spy)
+    trainer = new_trainer(steps=1, dtype="bfloat16", temperature=0.8)
+    assert trainer.args.bf16
+    trainer.train()
+    assert sampled_under == [(True, torch.bfloat16)]
+    mean, deviation = trainer.ratio_meter.take()
+    assert mean == pytest.approx(1.0, abs=5e-3)
+    assert deviation < 0.1
+    assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("logprob", "scale"), [("conditional", None), ("guided", 2.0)])
@@ -236,7 +278,8 @@ def test_warmup_and_schedule(new_trainer: Build, schedule: str) -> None:
 
 
 def test_settings_that_trl_would_choose_otherwise(tmp_path: Path) -> None:
-    config = grpo_config(tiny_recipe(), tmp_path, TOKENS, [1.0, 1.0], "cpu")
+    config = grpo_config(tiny_recipe(), tmp_path, TOKENS, [5.0, -0.5], "cpu")
+    assert config.reward_weights == [5.0, -0.5]
     assert config.loss_type == "grpo"
     assert config.use_bias_correction_kl is False
     assert config.gradient_checkpointing is False
@@ -245,6 +288,39 @@ def test_settings_that_trl_would_choose_otherwise(tmp_path: Path) -> None:
     assert config.scale_rewards == "group"
     assert config.num_iterations == 1
     assert config.dataloader_num_workers == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "setting"),
+    [
+        # Values that are neither the recipe's defaults nor TRL's.
+        ("seed", 7, "seed"),
+        ("epsilon", 0.3, "epsilon"),
+        ("beta", 0.07, "beta"),
+        ("learning_rate", 3e-4, "learning_rate"),
+        ("weight_decay", 0.02, "weight_decay"),
+        ("max_grad_norm", 0.7, "max_grad_norm"),
+        ("warmup_steps", 3, "warmup_steps"),
+        ("steps", 11, "max_steps"),
+        ("group_size", 2, "num_generations"),
+        ("updates_per_batch", 3, "num_iterations"),
+        ("temperature", 0.9, "temperature"),
+        ("loss", "dr_grpo", "loss_type"),
+        ("schedule", "cosine", "lr_scheduler_type"),
+        ("batch_size", 24, "per_device_train_batch_size"),
+    ],
+)
+def test_recipe_key_reaches_trl(tmp_path: Path, key: str, value: Any, setting: str) -> None:
+    config = grpo_config(tiny_recipe(**{key: value}), tmp_path, TOKENS, [1.0], "cpu")
+    assert getattr(config, setting) == value
+
+
+def test_recipe_keys_of_two_settings_reach_trl(tmp_path: Path) -> None:
+    recipe = tiny_recipe(betas=[0.85, 0.97], batch_size=24, micro_batch_size=8)
+    config = grpo_config(recipe, tmp_path, 13, [1.0], "cpu")
+    assert (config.adam_beta1, config.adam_beta2) == (0.85, 0.97)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (8, 3)
+    assert config.max_completion_length == 13
 
 
 def test_each_reward_is_logged_under_its_name_with_its_raw_value(new_trainer: Build) -> None:

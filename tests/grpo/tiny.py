@@ -101,17 +101,23 @@ def count_of_3(images: Tensor) -> Tensor:
 
 
 def tiny_recipe(checkpoint: str | Path = "tiny", rewards: Sequence[str] = ("bright", "red"), **grpo: Any) -> Recipe:
-    """A recipe of 4 updates of 2 groups of 4; `grpo` overrides keys of that section."""
+    """A recipe of 4 updates of 2 groups of 4; `grpo` overrides keys of that section, and a few of other sections.
+
+    `weights` gives rewards a weight other than 1, by name.
+    """
+    weights = grpo.pop("weights", {})
     logging = {
-        key: grpo.pop(key) for key in ("save_every", "keep_checkpoints", "grid_every", "log_every") if key in grpo
+        key: grpo.pop(key)
+        for key in ("save_every", "keep_checkpoints", "grid_every", "grid_images", "log_every")
+        if key in grpo
     }
     return Recipe.model_validate(
         {
             "name": "tiny",
             "seed": grpo.pop("seed", 5),
-            "policy": {"checkpoint": str(checkpoint), "device": "cpu"},
+            "policy": {"checkpoint": str(checkpoint), "device": "cpu", "dtype": grpo.pop("dtype", "float32")},
             "sampling": {"cfg_scale": grpo.pop("cfg_scale", 2.0), "temperature": grpo.pop("temperature", 1.0)},
-            "rewards": {"terms": [{"name": name} for name in rewards]},
+            "rewards": {"terms": [{"name": name, "weight": weights.get(name, 1.0)} for name in rewards]},
             "grpo": {"group_size": 4, "batch_size": 8, "steps": 4, "learning_rate": 1e-3, **grpo},
             "logging": {"grid_every": 100, "grid_images": 4, "save_every": 100, **logging},
         }

@@ -4,6 +4,9 @@ Every measure is a list of values over units that two policies share (samples, r
 has a mean and a standard error, and for two policies a paired difference with its own:
 
     match         dB of the best rendering of the class, per object pixel (`nano/matching.py`); the judge's first word
+    match_at_size match less what real scenes of that class and size reach: larger objects match better by themselves
+    size          side of that rendering in pixels
+    mirrored      share of samples that this rendering mirrors
     recognised    share of samples whose class the judge's classifier names
     precision     share of samples inside the reference scenes' manifold, k = 3 (as ADM, on the judge's features)
     recall        share of reference scenes inside the samples' manifold
@@ -34,12 +37,18 @@ from argrpo_cli.rewards import RewardSet, check_reward, load_rewards
 from argrpo_cli.rewards.shaping import reward_weights
 
 FIRST_SEED = 1_000_000  # away from the seeds that training, its grids and users' first samples take
+SEED_STRIDE = 100_000
+SEED_LIMIT = 50_000_000  # from here on nano-critic's training samples
 UNSEEN_SCENES = 480
-MATCH, RECOGNISED, PRECISION, RECALL, DIVERSITY = "match", "recognised", "precision", "recall", "diversity"
+MATCH, MATCH_AT_SIZE, SIZE, MIRRORED = "match", "match_at_size", "size", "mirrored"
+RECOGNISED, PRECISION, RECALL, DIVERSITY = "recognised", "precision", "recall", "diversity"
 ENTROPY, GUIDED_ENTROPY, TOTAL = "entropy", "entropy_guided", "total_reward"
-SHARES = (RECOGNISED, PRECISION, RECALL)
+SHARES = (MIRRORED, RECOGNISED, PRECISION, RECALL)
 LABELS = {
     MATCH: "rendering match, dB",
+    MATCH_AT_SIZE: "match given class and size, dB",
+    SIZE: "object size, pixels",
+    MIRRORED: "mirrored",
     RECOGNISED: "recognised",
     PRECISION: "precision",
     RECALL: "recall",
@@ -72,15 +81,18 @@ def evaluate(
     Returns:
         A dictionary of plain numbers, ready for JSON: `policies` {name: {measure: {mean, error}}}, `difference`
         {measure: {mean, error}} (first minus second; for two), `real` (what real scenes score), `within_class_std`
-        of the total reward of the last policy, `tokenizer` and `settings`.
+        {reward: number} of each reward and the total, of the last policy (the baseline), `tokenizer` and `settings`.
 
     Raises:
-        UserError: no such policy, a policy of another world, too few samples.
+        UserError: no such policy, a policy of another world, too few samples, a seed that reaches training's.
     """
     names = _distinct(policies)
     classes = len(scenes.CLASS_NAMES)
     if n < 2 * classes:
         raise UserError(f"{n} samples are too few: give at least {2 * classes}, two for each class")
+    if seed < 0 or FIRST_SEED + seed * SEED_STRIDE + n >= SEED_LIMIT:
+        most = (SEED_LIMIT - FIRST_SEED - n - 1) // SEED_STRIDE
+        raise UserError(f"seed {seed} is out of range: with {n} samples, give 0 to {most}")
     device = resolve_device(device)
     loaded = {name: _nano_policy(path, device) for name, path in zip(names, policies, strict=True)}
     weights = weights or recipe_weights()
@@ -93,10 +105,11 @@ def evaluate(
     ids = judge.reference_classes[:UNSEEN_SCENES]
     real = _measure_images(judge.reference_images[:UNSEEN_SCENES], ids, judge, rewards, weights, batch_size)
     last = measured[names[-1]]
+    spread = {key: within_class_std(last[key], class_ids) for key in [*weights, TOTAL]}
     result: dict[str, Any] = {
         "policies": {name: _summary(values) for name, values in measured.items()},
         "real": _summary(real),
-        "within_class_std": within_class_std(last[TOTAL], class_ids),
+        "within_class_std": spread,
         "reward_weights": weights,
         "tokenizer": measure_tokenizer(judge.tokenizer, judge.reference_tokens, seed),
         "settings": settings,
@@ -140,7 +153,7 @@ def _measure_policy(
     name: str,
 ) -> Values:
     conditions = policy.conditions(class_ids.tolist())
-    seeds = [FIRST_SEED + settings["seed"] * 100_000 + i for i in range(len(class_ids))]
+    seeds = [FIRST_SEED + settings["seed"] * SEED_STRIDE + i for i in range(len(class_ids))]
     tokens, entropy, guided = [], [], []
     with progress(f"sampling {name}", len(class_ids)) as advance:
         for start in range(0, len(class_ids), batch_size):
@@ -171,10 +184,14 @@ def _measure_images(
     """What can be said of each picture by itself."""
     conditions = [Condition(class_prompt(scenes.CLASS_NAMES[i]), i) for i in class_ids.tolist()]
     raw = {name: scores.cpu() for name, scores in rewards.score(images, conditions, batch_size).items()}
-    found = judge.recogniser.classes(judge.recogniser.features(images.cpu()))
+    recognised = judge.recogniser.classes(judge.recogniser.features(images.cpu()))
+    found = judge.match(images, class_ids)
     return {
-        MATCH: judge.match(images, class_ids).db,
-        RECOGNISED: (found == class_ids).float(),
+        MATCH: found.db,
+        MATCH_AT_SIZE: found.db - judge.expected_db(class_ids, found.size),
+        SIZE: found.size.float(),
+        MIRRORED: found.mirror.float(),
+        RECOGNISED: (recognised == class_ids).float(),
         **raw,
         TOTAL: sum(scores * weights[name] for name, scores in raw.items()),
     }
@@ -199,10 +216,10 @@ def token_entropy(
     return -(log_probs.exp() * log_probs).sum(-1).mean(1).cpu()
 
 
-def within_class_std(total: Tensor, class_ids: Tensor) -> float:
-    """Standard deviation of the total reward among samples of one class, averaged over the classes: what GRPO
-    normalises by (equation 3), with groups as large as the sample allows."""
-    return torch.stack([total[class_ids == one].std() for one in class_ids.unique()]).mean().item()
+def within_class_std(reward: Tensor, class_ids: Tensor) -> float:
+    """Standard deviation of a reward among samples of one class, averaged over the classes: what GRPO normalises by
+    (equation 3), with groups as large as the sample allows."""
+    return torch.stack([reward[class_ids == one].std() for one in class_ids.unique()]).mean().item()
 
 
 @torch.inference_mode()
@@ -243,11 +260,14 @@ def table(result: dict[str, Any]) -> Any:
     for name in [*names, *(["difference"] if "difference" in result else []), "real scenes"]:
         out.add_column(name, justify="right")
     rewards = list(result["reward_weights"])
-    for key in [MATCH, RECOGNISED, PRECISION, RECALL, DIVERSITY, ENTROPY, GUIDED_ENTROPY, *rewards, TOTAL]:
+    for key in [*(key for key in LABELS if key != TOTAL), *rewards, TOTAL]:
         cells = [_cell(key, result["policies"][name].get(key)) for name in names]
         if "difference" in result:
             cells.append(_cell(key, result["difference"].get(key), signed=True))
         out.add_row(LABELS.get(key, key), *cells, _cell(key, result["real"].get(key)))
+    out.add_section()
+    for key, spread in result["within_class_std"].items():
+        out.add_row(f"within-class sd, {LABELS.get(key, key)}", f"{spread:.3f}")
     return out
 
 
@@ -264,8 +284,8 @@ def _caption(result: dict[str, Any]) -> str:
     tokenizer = result["tokenizer"]
     psnr = f"{tokenizer['psnr']:.2f} dB on unseen scenes" if tokenizer["psnr"] is not None else tokenizer["note"]
     lines = [f"tokenizer: PSNR {psnr}; {tokenizer['codebook_used']:.0%} of the codebook in use"]
-    spread = result["within_class_std"]
-    line = f"within-class standard deviation of the total reward: {spread:.3f}"
+    lines.append("precision and recall: errors given the manifolds; one training run")
     if "difference" in result:
-        line += f"; it changed by {result['difference'][TOTAL]['mean'] / spread:+.2f} of that"
-    return "\n".join([*lines, line])
+        change = result["difference"][TOTAL]["mean"] / result["within_class_std"][TOTAL]
+        lines.append(f"the total reward changed by {change:+.2f} within-class standard deviations of the baseline")
+    return "\n".join(lines)

@@ -51,7 +51,12 @@ def ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Unbiased estimate of D_KL(pi_theta || pi_ref), never negative, token by token (eq. 6, known as k3)."""
+    """pi_ref / pi_theta - log(pi_ref / pi_theta) - 1, never negative, token by token (eq. 6, known as k3).
+
+    An unbiased estimate of D_KL(pi_theta || pi_ref) only where the tokens were drawn from pi_theta itself: with
+    `grpo.logprob: guided`, or without guidance (`sampling.cfg_scale: 1`). With `grpo.logprob: conditional` the guided
+    sampler drew them from another distribution, and it is a non-negative penalty of the same form.
+    """
     log_ratio = ref_logp - logp
     return torch.exp(log_ratio) - log_ratio - 1
 

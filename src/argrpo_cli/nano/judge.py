@@ -3,6 +3,9 @@
 First a question of truth: how well does a sample match a rendering of its class (`matching.py`)? Beside it recognition
 by a classifier of its own, and precision, recall and diversity on that classifier's features (`recognition.py`).
 
+The tokenizer blurs small objects more than large ones, so clean scenes match the better the larger they are. A policy
+that merely draws larger would gain; `expected_db` says what real scenes of a class and size reach, to be subtracted.
+
 The judge needs no font. It keeps tokens of canonical scenes (each object at its largest size, shifted against the
 tokenizer's grid, on different backgrounds), decodes them with nano-vq, and solves for colour and alpha: on background
 B_s a pixel is I_s = p + (1 - a) B_s, hence I_s - B_s = p - a B_s, a least-squares line through all the scenes.
@@ -16,6 +19,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,6 +34,7 @@ from argrpo_cli.policy.vq import VQModel
 
 TOKENS_FILE = "tokens.safetensors"
 LARGEST = scenes.SINGLE_SIZES[1]
+CENTRE = sum(scenes.SINGLE_SIZES) / 2
 
 
 def canonical_layout() -> list[tuple[int, int, tuple[float, float, float]]]:
@@ -75,6 +80,26 @@ class Judge:
     def match(self, images: Tensor, class_ids: Tensor) -> Match:
         """Rendering match of uint8 [B, 3, 64, 64] against their own classes, int64 [B]."""
         return match_classes(self.matchers, images.cpu(), class_ids.cpu())
+
+    def expected_db(self, class_ids: Tensor, size: Tensor) -> Tensor:
+        """The match in dB that real scenes of these classes (int64 [B]) and sizes (pixels, [B]) reach, float32 [B]."""
+        return (self._factors(class_ids, size) @ self.size_coefficients).float()
+
+    @cached_property
+    def size_coefficients(self) -> Tensor:
+        """Of db ~ class + size + size^2 on the reference scenes, by least squares: float64 [classes + 2]."""
+        match = self.reference_match
+        factors = self._factors(self.reference_classes, match.size)
+        return torch.linalg.lstsq(factors, match.db.double()[:, None], driver="gelsd").solution[:, 0]
+
+    def _factors(self, class_ids: Tensor, size: Tensor) -> Tensor:
+        """Class as one-hot, size and its square, float64 [B, classes + 2]."""
+        centred = (size.double()[:, None] - CENTRE) / 10  # near 1, for a well-conditioned fit
+        return torch.cat([F.one_hot(class_ids, len(self.templates)).double(), centred, centred.square()], dim=1)
+
+    @cached_property
+    def reference_match(self) -> Match:
+        return self.match(self.reference_images, self.reference_classes)
 
     @cached_property
     def matchers(self) -> dict[int, Matcher]:

@@ -6,8 +6,10 @@ B. For a picture J the squared error of a rendering is
     |J - B - A (c - B)|^2 = |D|^2 - 2 <D, P - A B> + |P - A B|^2,    D = J - B,  P = A c,
 
 so all places follow from correlations of D with P and A (by Fourier transform), and all hues from three of them, since
-a hue turn is a circulant matrix on the colour channels. The search is therefore complete: every size, place, mirror
-image and hue of `scenes.py` is tried. The best is then rendered exactly, with the background fitted to it.
+a hue turn is a circulant matrix on the colour channels. Every size, place, mirror image and hue of `scenes.py` is thus
+tried, though with the background taken from the border and colours that a hue turn pushes out of [0, 1] left there. The
+best few are then rendered exactly, clipped and with the background fitted to each, and the best of those is the match:
+a rendering that only the exact error would place first is missed when it is not among them.
 
 The error is divided by the area of the object, not of the picture: plain background is easy, and small objects must not
 win by having more of it. match = -10 log10(squared error per object pixel and channel), in dB, colours in [0, 1].
@@ -29,6 +31,7 @@ SIZES = tuple(range(SINGLE_SIZES[0], SINGLE_SIZES[1] + 1))
 HUES = tuple(float(step) * HUE_RANGE / 6 for step in range(-6, 7))
 REACH = IMAGE_SIZE - SIZES[0] + 1  # places along an axis of the smallest object
 AT_ONCE = 8
+CANDIDATES = 16  # renderings of each picture that the search hands to the exact error
 FLOOR = 1e-6  # squared error below which a match is perfect (60 dB)
 
 
@@ -136,25 +139,29 @@ class Matcher:
 
     def _match(self, images: Tensor) -> Match:
         errors = self.errors(images, border_colour(images))
-        best = errors.flatten(1).argmin(1)
-        view, hue, y, x = np.unravel_index(best.numpy(), errors.shape[1:])
-        found = []
-        for image, v, h, row, column in zip(images, view, hue, y, x, strict=True):
-            size, mirror = self.views[v]
-            colour, alpha = self.template.placed(size, mirror, self.hues[h])
-            found.append((*exact_error(image, colour, alpha, int(row), int(column)), size, mirror, self.hues[h]))
-        error, area, sizes, mirrors, hues = (torch.tensor(column) for column in zip(*found, strict=True))
+        best = errors.flatten(1).topk(min(CANDIDATES, errors[0].numel()), largest=False).indices
+        found = [
+            min(self._exact(image, *place) for place in zip(*np.unravel_index(row, errors.shape[1:]), strict=True))
+            for image, row in zip(images, best.numpy(), strict=True)
+        ]
+        error, area, sizes, x, y, mirrors, hues = (torch.tensor(column) for column in zip(*found, strict=True))
         mse = error / (3 * area)
         return Match(
             db=-10 * torch.log10(mse.clamp(min=FLOOR)),
             mse=mse,
             picture_mse=error / (3 * IMAGE_SIZE**2),
             size=sizes,
-            x=torch.from_numpy(x),
-            y=torch.from_numpy(y),
+            x=x,
+            y=y,
             mirror=mirrors,
             hue=hues,
         )
+
+    def _exact(self, image: Tensor, view: int, hue: int, y: int, x: int) -> tuple[float, ...]:
+        """Error, area, size, x, y, mirror and hue of one rendering: least is best."""
+        (size, mirror), degrees = self.views[view], self.hues[hue]
+        error, area = exact_error(image, *self.template.placed(size, mirror, degrees), int(y), int(x))
+        return error, area, size, int(x), int(y), mirror, degrees
 
 
 def exact_error(image: Tensor, colour: Tensor, alpha: Tensor, y: int, x: int) -> tuple[float, float]:
