@@ -15,7 +15,8 @@ from argrpo_cli.evals import nano
 from argrpo_cli.policy import load_policy
 
 N = 48
-PER_SAMPLE = {"match", "recognised", "nano-clip", "nano-quality", "nano-critic", "total_reward"}
+PER_REWARD = {"nano-clip", "nano-quality", "nano-critic", "total_reward"}
+PER_SAMPLE = {"match", "match_at_size", "size", "mirrored", "recognised"} | PER_REWARD
 PER_POLICY = PER_SAMPLE | {"precision", "recall", "diversity", "entropy", "entropy_guided"}
 
 
@@ -63,7 +64,8 @@ def test_the_total_is_the_weighted_sum(results):
     means = alone["policies"]["nano-c2i"]
     total = sum(weight * means[name]["mean"] for name, weight in alone["reward_weights"].items())
     assert means["total_reward"]["mean"] == pytest.approx(total, abs=1e-4)
-    assert alone["within_class_std"] > 0
+    assert set(alone["within_class_std"]) == PER_REWARD
+    assert all(spread > 0 for spread in alone["within_class_std"].values())
 
 
 def test_guidance_sharpens_the_policy(results):
@@ -77,7 +79,16 @@ def test_the_result_is_plain_json_and_a_table(results):
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(nano.table(pair))
     text = console.export_text()
-    for word in ("rendering match", "recognised", "difference", "real scenes", "codebook in use"):
+    for word in (
+        "rendering match",
+        "match given class and size",
+        "mirrored",
+        "within-class sd, nano-clip",
+        "recognised",
+        "difference",
+        "real scenes",
+        "codebook in use",
+    ):
         assert word in text
 
 
@@ -90,6 +101,98 @@ def test_entropy_equals_the_definition():
         p = policy.model(torch.cat([ids[:, None], tokens[:, :-1]], 1)).logits.softmax(-1)
     torch.testing.assert_close(entropy, -(p * p.log()).sum(-1).mean(1), atol=1e-4, rtol=1e-4)
     assert policy.model.guidance_scale is None, "left as it was"
+
+
+def test_guided_entropy_equals_the_definition():
+    policy, (s, t) = load_policy("nano-c2i"), (2.0, 0.8)
+    ids = torch.tensor([3, 9])
+    tokens = policy.sample(policy.conditions([3, 9]), seeds=[0, 1])
+    entropy = nano.token_entropy(policy, tokens, ids, s, t)
+    with torch.inference_mode():
+        null = torch.full_like(ids, policy.model.config.num_classes)
+        c, u = (policy.model(torch.cat([first[:, None], tokens[:, :-1]], 1)).logits for first in (ids, null))
+        p = ((u + s * (c - u)) / t).softmax(-1)
+    torch.testing.assert_close(entropy, -torch.special.xlogy(p, p).sum(-1).mean(1), atol=1e-4, rtol=1e-4)
+    assert policy.model.guidance_scale is None, "left as it was"
+
+
+def test_the_difference_is_trained_minus_base_in_units_of_the_base(monkeypatch):
+    ids = torch.arange(N) % 24
+    noise = torch.randn(N, generator=torch.Generator().manual_seed(0))
+    known = {  # the trained policy is better and varies three times as much
+        "base": {"match": noise, "precision": noise > 0, "nano-clip": noise, nano.TOTAL: 2 * noise},
+        "trained": {"match": noise + 5, "precision": noise > -1, "nano-clip": 3 * noise + 1, nano.TOTAL: 6 * noise + 4},
+    }
+    known = {name: {key: v.float() for key, v in values.items()} for name, values in known.items()}
+    monkeypatch.setattr(nano, "_nano_policy", lambda path, device: path)
+    monkeypatch.setattr(nano, "load_rewards", lambda names, device: None)
+    monkeypatch.setattr(nano, "_measure_images", lambda *rest: {"match": torch.ones(2)})
+    monkeypatch.setattr(nano, "_measure_policy", lambda policy, *rest: known[policy])
+    monkeypatch.setattr(nano, "measure_tokenizer", lambda *rest: {"psnr": 1.0, "codebook_used": 1.0, "note": ""})
+    result = nano.evaluate(["trained", "base"], n=N, device="cpu", weights={"nano-clip": 2.0})
+    for key, of_base in known["base"].items():
+        change = known["trained"][key] - of_base
+        assert result["difference"][key]["mean"] == pytest.approx(change.mean().item(), abs=1e-6), key
+        assert result["difference"][key]["error"] == pytest.approx(change.std().item() / N**0.5, abs=1e-6), key
+    spread = torch.stack([noise[ids == one].std() for one in range(24)]).mean().item()
+    assert result["within_class_std"] == pytest.approx({"nano-clip": spread, nano.TOTAL: 2 * spread})
+    change = (4 * noise + 4).mean().item() / (2 * spread)
+    assert f"changed by {change:+.2f} within-class" in nano.table(result).caption
+
+
+class Replayed:
+    """Stands for a policy whose samples are the judge's own reference scenes."""
+
+    def __init__(self, judge):
+        self.judge, self.drawn = judge, 0
+
+    def conditions(self, ids):
+        return ids
+
+    def sample(self, conditions, **settings):
+        self.drawn += len(conditions)
+        return self.judge.reference_tokens[self.drawn - len(conditions) : self.drawn]
+
+    def decode(self, tokens):
+        return self.judge.reference_images[: len(tokens)]
+
+
+class NoRewards:
+    def score(self, images, conditions, batch_size):
+        return {"nano-clip": torch.zeros(len(images))}
+
+
+def test_precision_is_of_samples_and_recall_of_references(monkeypatch):
+    judge = nano.load_judge()
+    monkeypatch.setattr(nano, "token_entropy", lambda policy, tokens, *rest: torch.ones(len(tokens)))
+    settings = {"seed": 0, "cfg_scale": 1.0, "temperature": 1.0}
+    ids = judge.reference_classes[:N]
+    values = nano._measure_policy(Replayed(judge), judge, NoRewards(), {"nano-clip": 1.0}, ids, settings, 17, "x")
+    assert len(values["precision"]) == N and values["precision"].all(), "every sample is a reference scene"
+    assert len(values["recall"]) == len(judge.reference_tokens)
+    assert values["recall"][:N].all()
+    found = judge.reference_match
+    torch.testing.assert_close(values["match"], found.db[:N])
+    torch.testing.assert_close(values["size"], found.size[:N].float())
+    torch.testing.assert_close(values["mirrored"], found.mirror[:N].float())
+    expected = judge.expected_db(ids, found.size[:N])
+    torch.testing.assert_close(values["match_at_size"], found.db[:N] - expected)
+    assert abs(values["match_at_size"].mean()) < 0.5
+
+
+def test_a_seed_that_reaches_the_critics_training_samples_is_refused(monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def reach(name):
+        raise Reached
+
+    monkeypatch.setattr(nano, "resolve_device", reach)
+    with pytest.raises(Reached):
+        nano.evaluate(["nano-c2i"], n=99_999, seed=489)
+    for seed, n in ((490, N), (489, 100_000), (-1, N)):
+        with pytest.raises(UserError, match=f"seed {seed} is out of range"):
+            nano.evaluate(["nano-c2i"], n=n, seed=seed)
 
 
 def test_the_missing_font_is_said_not_raised(monkeypatch):

@@ -18,9 +18,13 @@ def vq():
 
 @pytest.fixture(scope="module")
 def pool(vq) -> c.Pool:
-    """Clean scenes without the font: reference tokens; the object is taken to be what differs from the border."""
+    """Clean scenes without the font: reference tokens; the object is taken to be what differs from the border.
+
+    Two of each class, side by side: siblings in class, if not in colour.
+    """
     judge = load_judge()
-    tokens, ids = judge.reference_tokens[:48], judge.reference_classes[:48]
+    rows = torch.cat([(judge.reference_classes == one).nonzero()[:2, 0] for one in range(24)])
+    tokens, ids = judge.reference_tokens[rows], judge.reference_classes[rows]
     images = c.decode(vq, tokens)
     border = images[:, :, 0, :].float().median(-1).values
     differs = (images.float() - border[:, :, None, None]).abs().amax(1, keepdim=True) > 25
@@ -60,10 +64,24 @@ def test_damage_is_the_colour_error_per_object_pixel():
     torch.testing.assert_close(c.damage_of(torch.tensor([0.0, c.TAU])), torch.tensor([0.0, 1 - np.exp(-1)]).float())
 
 
-def test_a_joined_picture_is_measured_against_the_nearer_scene(pool, vq):
+def against_own_row(pool, rows, images):
+    return c.damage_of(c.colour_error(images, pool.images[rows], pool.coverage[rows].flatten(1).sum(1)))
+
+
+def test_a_picture_that_drifts_to_its_sibling_is_measured_against_the_nearer_of_the_two(pool, vq):
+    rows = torch.arange(48)
+    broken = c.corrupt(pool, rows, vq, np.random.default_rng(2), {"drift": 1.0})
+    assert torch.equal(broken.own, broken.damage), "the sibling is of its class"
+    nearest = torch.minimum(*(against_own_row(pool, to, broken.images) for to in (rows, rows ^ 1)))
+    torch.testing.assert_close(broken.damage, nearest)
+    assert (against_own_row(pool, rows, broken.images) > nearest + 0.05).any()
+
+
+def test_a_picture_that_strays_to_another_class_is_worse_as_its_own(pool, vq):
     rows = torch.arange(48)
     broken = c.corrupt(pool, rows, vq, np.random.default_rng(2), {"stray": 1.0})
     assert (broken.damage < broken.own - 0.05).any()
+    torch.testing.assert_close(broken.own, against_own_row(pool, rows, broken.images))
 
 
 def test_the_same_seed_breaks_the_same_way(pool, vq):

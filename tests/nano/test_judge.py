@@ -10,6 +10,7 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.nano import corrupt as c
 from argrpo_cli.nano import judge as j
 from argrpo_cli.nano import scenes
+from argrpo_cli.nano.matching import Match
 from tests.nano.test_scenes import needs_font
 
 
@@ -44,6 +45,26 @@ def test_wrong_tokens_lower_the_match_the_more_the_worse(judge):
         means.append(judge.match(images, ids).db.mean().item())
     assert means == sorted(means, reverse=True)
     assert means[0] - means[1] > 2
+
+
+def test_the_expected_match_is_fitted_on_class_size_and_its_square():
+    count = 240
+    ids, size = torch.arange(count) % 3, torch.arange(count) % 21 + 40
+    truth = lambda i, s: torch.tensor([20.0, 25.0, 23.0])[i] + 0.3 * (s - 50) - 0.02 * (s - 50) ** 2  # noqa: E731
+    fitted = j.Judge([None] * 3, None, None, torch.zeros(count, 1), ids)
+    zeros = torch.zeros(count)
+    fitted.__dict__["reference_match"] = Match(truth(ids, size), zeros, zeros, size, zeros, zeros, zeros, zeros)
+    asked = torch.tensor([2, 0, 1, 1]), torch.tensor([40, 60, 55, 44])
+    torch.testing.assert_close(fitted.expected_db(*asked), truth(*asked), atol=1e-4, rtol=0)
+
+
+def test_drawing_larger_gains_nothing_at_the_expected_match(judge):
+    match = judge.reference_match
+    rest = match.db - judge.expected_db(judge.reference_classes[: j.FITTED], match.size)
+    small, large = match.size < 45, match.size > 55
+    assert match.db[large].mean() - match.db[small].mean() > 1.5
+    assert abs(rest[large].mean() - rest[small].mean()) < 0.3
+    assert abs(rest.mean()) < 1e-3 and rest.std() < 0.6 * match.db.std()
 
 
 def test_canonical_scenes_lie_inside_the_picture():

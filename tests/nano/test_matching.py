@@ -1,14 +1,16 @@
-"""The rendering match: complete search, equal to brute force, right about what was planted."""
+"""The rendering match: the search equals brute force and is right about what was planted."""
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argrpo_cli.nano import matching
 from argrpo_cli.nano.matching import Matcher, Template, border_colour, exact_error, match_classes, resized
 from argrpo_cli.nano.scenes import IMAGE_SIZE, SINGLE_SIZES, hue_matrix
 
@@ -94,6 +96,56 @@ def test_the_wrong_object_matches_worse():
     matchers = {k: Matcher(template(k), range(48, 53)) for k in range(2)}
     found = match_classes(matchers, torch.stack([image, image]), ids)
     assert found.db[1] > found.db[0] + 10, "results come back in the order of the pictures"
+
+
+def test_pictures_get_their_own_class_back_whatever_the_order():
+    ids = [2, 0, 1]
+    matchers = {k: Matcher(template(k), range(49, 52)) for k in range(3)}
+    images = torch.stack([planted(template(k), 50, 3 + k, 7, False, 0.0, PASTEL) for k in ids])
+    together = match_classes(matchers, images, torch.tensor(ids))
+    for row, k in enumerate(ids):
+        alone = matchers[k].match(images[row : row + 1])
+        for name, value in vars(alone).items():
+            torch.testing.assert_close(getattr(together, name)[row], value[0], msg=f"{name} of row {row}")
+    assert together.db.min() > 45
+
+
+def test_the_match_is_the_error_per_object_pixel_and_channel_in_decibel():
+    y, x = torch.meshgrid(torch.arange(LARGEST), torch.arange(LARGEST), indexing="ij")
+    inside = ((y - 30).square() + (x - 24).square() < 500)[None]
+    # Whole levels of 8 bits, edges without blur and no resizing: nothing but the planted error remains.
+    colour = torch.stack([40 + 2 * y, 60 + x, 200 - y]) * inside
+    image = torch.tensor([250, 230, 200])[:, None, None].repeat(1, IMAGE_SIZE, IMAGE_SIZE)
+    wrong = 20 * (1 - 2 * ((x + y) % 2)) * (y < 30)  # a chequered half, which no place or background explains
+    image[:, 3 : 3 + LARGEST, 1 : 1 + LARGEST][:, inside[0]] = (colour + wrong)[:, inside[0]]
+    found = Matcher(Template(colour / 255, inside.float()), (LARGEST,), (0.0,)).match(image[None].to(torch.uint8))
+    error = 3 * (inside[0] & (y < 30)).sum().item() * (20 / 255) ** 2
+    mse = error / (3 * inside.sum().item())
+    assert (found.x.item(), found.y.item()) == (1, 3)
+    assert found.mse.item() == pytest.approx(mse, rel=1e-3)
+    assert found.db.item() == pytest.approx(-10 * math.log10(mse), rel=1e-3)
+    assert found.picture_mse.item() == pytest.approx(error / (3 * IMAGE_SIZE**2), rel=1e-3)
+
+
+def test_the_exact_error_decides_among_the_best(monkeypatch):
+    """A frame of another colour misleads the search about the background; colours clip when the hue turns."""
+    shape = template()
+    shape = Template((shape.colour * 2.4 - 0.55 * shape.alpha).clamp(min=0).minimum(shape.alpha), shape.alpha)
+    sizes, hues = range(56, 61), (-18.0, -9.0, 0.0, 9.0, 18.0)
+    image = planted(shape, 58, 3, 2, False, 18.0, PASTEL)
+    frame = torch.ones(IMAGE_SIZE, IMAGE_SIZE, dtype=torch.bool)
+    frame[2:-2, 2:-2] = False
+    image[:, frame] = torch.tensor([110, 110, 150], dtype=torch.uint8)[:, None]
+    matcher = Matcher(shape, sizes, hues)
+    errors = [
+        exact_error(image / 255, *shape.placed(size, mirror, hue), y, x)[0]
+        for size, mirror, hue in itertools.product(sizes, (False, True), hues)
+        for y, x in itertools.product(range(IMAGE_SIZE - size + 1), repeat=2)
+    ]
+    best = min(errors) / (3 * IMAGE_SIZE**2)
+    assert matcher.match(image[None]).picture_mse.item() == pytest.approx(best, rel=1e-5)
+    monkeypatch.setattr(matching, "CANDIDATES", 1)
+    assert matcher.match(image[None]).picture_mse.item() > best * 1.05, "the search alone would have missed it"
 
 
 def test_the_same_relative_error_counts_alike_on_small_and_large_objects():

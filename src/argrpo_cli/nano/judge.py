@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from argrpo_cli.policy.vq import VQModel
 TOKENS_FILE = "tokens.safetensors"
 LARGEST = scenes.SINGLE_SIZES[1]
 CENTRE = sum(scenes.SINGLE_SIZES) / 2
+FITTED = 480  # reference scenes behind `expected_db`: 20 of each class for a fit of one number a class and two more
 
 
 def canonical_layout() -> list[tuple[int, int, tuple[float, float, float]]]:
@@ -89,7 +90,7 @@ class Judge:
     def size_coefficients(self) -> Tensor:
         """Of db ~ class + size + size^2 on the reference scenes, by least squares: float64 [classes + 2]."""
         match = self.reference_match
-        factors = self._factors(self.reference_classes, match.size)
+        factors = self._factors(self.reference_classes[:FITTED], match.size)
         return torch.linalg.lstsq(factors, match.db.double()[:, None], driver="gelsd").solution[:, 0]
 
     def _factors(self, class_ids: Tensor, size: Tensor) -> Tensor:
@@ -99,7 +100,8 @@ class Judge:
 
     @cached_property
     def reference_match(self) -> Match:
-        return self.match(self.reference_images, self.reference_classes)
+        """Matches of the first reference scenes, those that `expected_db` is fitted to."""
+        return self.match(self.reference_images[:FITTED], self.reference_classes[:FITTED])
 
     @cached_property
     def matchers(self) -> dict[int, Matcher]:
@@ -116,6 +118,7 @@ class Judge:
 
 
 @lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def load_judge(folder: str | Path = WEIGHTS / "nano-judge", tokenizer: str | Path = WEIGHTS / "nano-vq") -> Judge:
     """The bundled judge, on the CPU, kept in memory; UserError when its files are missing."""
     path = Path(folder) / TOKENS_FILE
