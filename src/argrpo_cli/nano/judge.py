@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
