@@ -118,7 +118,6 @@ class Judge:
 
 
 @lru_cache(maxsize=1)
-@lru_cache(maxsize=2)
 def load_judge(folder: str | Path = WEIGHTS / "nano-judge", tokenizer: str | Path = WEIGHTS / "nano-vq") -> Judge:
     """The bundled judge, on the CPU, kept in memory; UserError when its files are missing."""
     path = Path(folder) / TOKENS_FILE
