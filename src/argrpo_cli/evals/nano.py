@@ -28,7 +28,7 @@ from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.nano import scenes
-from argrpo_cli.nano.judge import Judge, load_judge
+from argrpo_cli.nano.judge import FITTED, Judge, load_judge
 from argrpo_cli.nano.recognition import diversity, precision_recall
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.vq import VQModel, from_uint8, to_uint8
@@ -102,8 +102,9 @@ def evaluate(
     measured: dict[str, Values] = {}
     for name, policy in loaded.items():
         measured[name] = _measure_policy(policy, judge, rewards, weights, class_ids, settings, batch_size, name)
-    ids = judge.reference_classes[:UNSEEN_SCENES]
-    real = _measure_images(judge.reference_images[:UNSEEN_SCENES], ids, judge, rewards, weights, batch_size)
+    others = slice(FITTED, FITTED + UNSEEN_SCENES)  # not those that the judge's expectation is fitted to
+    ids = judge.reference_classes[others]
+    real = _measure_images(judge.reference_images[others], ids, judge, rewards, weights, batch_size)
     last = measured[names[-1]]
     spread = {key: within_class_std(last[key], class_ids) for key in [*weights, TOTAL]}
     result: dict[str, Any] = {
