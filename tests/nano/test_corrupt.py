@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch
 from argrpo_cli.nano import corrupt as c
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.scenes import IMAGE_SIZE
+from argrpo_cli.nano.study import proposer
+from argrpo_cli.nano.training import WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,8 @@ def pool(vq) -> c.Pool:
     images = c.decode(vq, tokens)
     border = images[:, :, 0, :].float().median(-1).values
     differs = (images.float() - border[:, :, None, None]).abs().amax(1, keepdim=True) > 25
-    return c.Pool(tokens, images, differs.float(), border / 255, ids, images)
+    proposals = proposer(WEIGHTS / "nano-c2i", seed=0)(tokens, ids)
+    return c.Pool(tokens, images, differs.float(), border / 255, ids, proposals)
 
 
 @pytest.mark.parametrize("kind", list(c.MIXTURE))
@@ -40,6 +45,23 @@ def test_every_kind_damages_and_stays_in_range(pool, vq, kind):
     assert broken.damage.min() >= 0 and broken.own.max() < 1
     assert broken.damage.mean() > 0.03
     assert (broken.own >= broken.damage - 1e-6).all()
+
+
+def test_likely_tokens_are_the_policys_and_only_where_the_mask_is(pool):
+    rows = torch.arange(48)
+    tokens, own = c._likely(pool, rows, np.random.default_rng(3), codes=1024)
+    assert torch.equal(own, rows)
+    changed = tokens != pool.tokens
+    assert torch.equal(tokens[changed], pool.proposals[changed])
+    assert 0.05 < changed.float().mean() < 0.6
+    agreed = (pool.proposals == pool.tokens).float().mean()
+    assert 0.1 < agreed < 0.9, "a policy that knows the scenes guesses many tokens, and not all"
+
+
+def test_without_proposals_the_mixture_leaves_likely_out(pool, vq):
+    bare = dataclasses.replace(pool, proposals=None)
+    broken = c.corrupt(bare, torch.arange(48), vq, np.random.default_rng(4))
+    assert "likely" not in broken.kind and len(set(broken.kind)) > 5
 
 
 def test_damage_grows_with_the_share_of_wrong_tokens(pool, vq):

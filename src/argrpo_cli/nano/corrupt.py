@@ -25,14 +25,17 @@ from argrpo_cli.policy.vq import VQModel, from_uint8, to_uint8
 TAU = 0.2  # colour error (of 1) at which 63% of the quality is gone; an erased object has about 0.4
 CHUNK = 128
 
+Propose = Callable[[Tensor, Tensor], Tensor]
+
 
 @dataclass
 class Pool:
     """Clean scenes in pairs of siblings: rows 2i and 2i + 1 are one object in one colour, placed differently.
 
     tokens int64 [N, T]; images uint8 [N, 3, H, W] (reconstructions of the tokens); coverage float32
-    [N, 1, H, W] (the object's alpha); backgrounds float32 [N, 3] in [0, 1]; class_ids int64 [N]; raw uint8
-    [N, 3, H, W] (as rendered).
+    [N, 1, H, W] (the object's alpha); backgrounds float32 [N, 3] in [0, 1]; class_ids int64 [N];
+    proposals int64 [N, T], if a policy gave some: for each place the token that it would have put there
+    after the true tokens before it.
     """
 
     tokens: Tensor
@@ -40,7 +43,7 @@ class Pool:
     coverage: Tensor
     backgrounds: Tensor
     class_ids: Tensor
-    raw: Tensor
+    proposals: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,12 +54,14 @@ class Corrupted:
     """Broken pictures and how broken they are.
 
     images uint8 [B, 3, H, W]; damage float32 [B] in [0, 1] against the nearest clean scene; own, the same against
-    the scene that the row names (they differ where scenes of two classes were joined); kind, the corruption's name.
+    the scene that the row names (they differ where scenes of two classes were joined); nearest int64 [B], the row of
+    the nearest clean scene; kind, the corruption's name.
     """
 
     images: Tensor
     damage: Tensor
     own: Tensor
+    nearest: Tensor
     kind: list[str]
 
 
@@ -91,21 +96,25 @@ def encode(vq: VQModel, images: Tensor) -> Tensor:
     return torch.cat([vq.encode(from_uint8(chunk)) for chunk in images.split(CHUNK)])
 
 
-def make_pool(vq: VQModel, rng: np.random.Generator, count: int) -> Pool:
-    """`count` (even) class scenes in sibling pairs, classes in equal shares. Needs the emoji font."""
+def make_pool(vq: VQModel, rng: np.random.Generator, count: int, propose: Propose | None = None) -> Pool:
+    """`count` (even) class scenes in sibling pairs, classes in equal shares. Needs the emoji font.
+
+    `propose` takes tokens and class ids to a policy's proposals (`study.proposer`).
+    """
     chosen: list[scenes.Scene] = []
     for pair in range(count // 2):
         first = scenes.class_scene(rng, pair % len(scenes.CLASS_NAMES))
         chosen += [first, _sibling(rng, first)]
     raw = torch.from_numpy(np.stack([scenes.render(s) for s in chosen]).transpose(0, 3, 1, 2).copy())
     tokens = encode(vq, raw)
+    class_ids = torch.tensor([s.class_id for s in chosen])
     return Pool(
         tokens=tokens,
         images=decode(vq, tokens),
         coverage=torch.from_numpy(np.stack([_coverage(s) for s in chosen])),
         backgrounds=torch.tensor([s.background for s in chosen]),
-        class_ids=torch.tensor([s.class_id for s in chosen]),
-        raw=raw,
+        class_ids=class_ids,
+        proposals=propose(tokens, class_ids) if propose else None,
     )
 
 
@@ -193,6 +202,17 @@ def _stray(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tu
     return _join(pool, rows, partners, rng), partners
 
 
+def _likely(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
+    """What a policy might have put: its proposals at some places, or along some stretch of the raster."""
+    tokens = pool.tokens[rows]
+    share = rng.uniform(0.1, 1, size=(len(rows), 1)) ** 1.5
+    scattered = rng.uniform(size=tokens.shape) < share
+    place = np.arange(tokens.shape[1]) - rng.integers(0, tokens.shape[1], size=(len(rows), 1))
+    stretch = (place >= 0) & (place < share * tokens.shape[1])
+    mask = np.where(rng.uniform(size=(len(rows), 1)) < 0.5, scattered, stretch)
+    return torch.where(torch.from_numpy(mask), pool.proposals[rows], tokens), rows
+
+
 # Corruptions of pixels: float images [B, 3, H, W] in [0, 1] to the same.
 
 
@@ -275,6 +295,7 @@ TOKEN_KINDS: dict[str, Callable] = {
     "shuffle": _shuffle,
     "drift": _drift,
     "stray": _stray,
+    "likely": _likely,
 }
 PIXEL_KINDS: dict[str, Callable] = {
     "elastic": _elastic,
@@ -286,11 +307,12 @@ PIXEL_KINDS: dict[str, Callable] = {
 }
 # Shares of the mixture: what samples of the base policy show most (bent, joined, unfinished) has the most.
 MIXTURE = {
-    "scatter": 0.14,
-    "block": 0.08,
-    "shuffle": 0.06,
-    "drift": 0.24,
-    "stray": 0.08,
+    "likely": 0.25,  # only where a policy has made proposals
+    "scatter": 0.10,
+    "block": 0.06,
+    "shuffle": 0.04,
+    "drift": 0.20,
+    "stray": 0.06,
     "elastic": 0.15,
     "missing": 0.08,
     "duplicate": 0.06,
@@ -307,7 +329,7 @@ def corrupt(
 ) -> Corrupted:
     """One corrupted picture for each row (int64 [B]) of the pool; `mixture` gives the shares of the kinds."""
     mixture = mixture or MIXTURE
-    names = list(mixture)
+    names = [name for name in mixture if name != "likely" or pool.proposals is not None]
     shares = np.array([mixture[n] for n in names])
     drawn = rng.choice(len(names), size=len(rows), p=shares / shares.sum())
     tokens = pool.tokens[rows].clone()
@@ -341,6 +363,7 @@ def corrupt(
     return Corrupted(
         images=images,
         damage=damage_of(nearest),
+        nearest=torch.where(other < own, partners, rows),
         own=damage_of(torch.where(related, nearest, own)),
         kind=[names[i] for i in drawn],
     )

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argrpo_cli.nano.corrupt import Corrupted, Pool, corrupt, make_pool
+from argrpo_cli.nano.corrupt import Corrupted, Pool, Propose, corrupt, make_pool
+from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.vq import VQModel
 
 
@@ -29,10 +30,36 @@ def load_tokenizer(folder: str | Path) -> VQModel:
     return VQModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def make_study(vq: VQModel, seed: int, clean: int, broken_per_scene: int, log: Callable[[str], None]) -> Study:
+def proposer(folder: str | Path, seed: int) -> Propose:
+    """Proposals of the policy in `folder`: for every place, a draw from its conditional distribution after the true
+    tokens before. One forward pass serves all places, and the scene they belong to stays known."""
+    model = load_policy(folder).model
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.inference_mode()
+    def propose(tokens: Tensor, class_ids: Tensor) -> Tensor:
+        drawn = []
+        for part, ids in zip(tokens.split(100), class_ids.split(100), strict=True):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(torch.cat([ids[:, None], part[:, :-1]], dim=1)).logits
+            chosen = torch.multinomial(logits.float().softmax(-1).flatten(0, 1), 1, generator=generator)
+            drawn.append(chosen.view_as(part))
+        return torch.cat(drawn)
+
+    return propose
+
+
+def make_study(
+    vq: VQModel,
+    seed: int,
+    clean: int,
+    broken_per_scene: int,
+    log: Callable[[str], None],
+    propose: Propose | None = None,
+) -> Study:
     """`clean` scenes and `broken_per_scene` corruptions of each, from a seed."""
     rng = np.random.default_rng(seed)
-    pool = make_pool(vq, rng, clean)
+    pool = make_pool(vq, rng, clean, propose)
     log(f"{clean} scenes tokenised")
     rows = torch.arange(clean).repeat(broken_per_scene)
     broken = corrupt(pool, rows, vq, rng)

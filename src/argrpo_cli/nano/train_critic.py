@@ -1,11 +1,11 @@
 """Trains nano-critic: scenes against samples of the base policy.
 
-    python -m argrpo_cli.nano.train_critic [OUT_DIR] [--steps 900]
+    python -m argrpo_cli.nano.train_critic [OUT_DIR] [--steps 700]
 
 Real are reconstructions, so that the tokenizer's softness tells nothing. Generated are samples of nano-c2i under
 several guidance scales; a small part are broken scenes, so that the critic has an opinion on pictures that no base
-policy draws. Smoothed labels, dropout and varied pictures keep its logits from running away: a critic that is sure
-of everything ranks nothing within a group.
+policy draws. The body begins as that of nano-quality, which sees damage already. Smoothed labels, dropout and varied
+pictures keep the logits from running away: a critic that is sure of everything ranks nothing within a group.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from argrpo_cli.nano.study import augmented, load_tokenizer, make_study
 from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.rewards.nano_critic import CriticNet, soft_limit
+from argrpo_cli.rewards.nano_quality import NanoQuality
 from argrpo_cli.rewards.weights import save_network, to_unit
 
-CONFIG = {"widths": [32, 64, 112], "dropout": 0.3}
+CONFIG = {"widths": [32, 48, 80], "blocks": [1, 2, 2], "dropout": 0.3}
 SCENES, SAMPLES, UNSEEN = 3600, 2880, 288
 GUIDANCE = (1.0, 1.5, 2.0)
 REAL, GENERATED, BROKEN = 32, 26, 6  # of a batch
@@ -46,7 +47,7 @@ def sampled(policy: Policy, seed: int, count: int) -> Tensor:
 def train(
     out_dir: str | Path,
     seed: int = 0,
-    steps: int = 900,
+    steps: int = 700,
     weights: Path = WEIGHTS,
     log=print,
 ) -> CriticNet:
@@ -62,7 +63,9 @@ def train(
     say(f"{len(generated)} samples drawn")
     unseen = make_study(vq, seed + 50_000, UNSEEN, 1, lambda line: None)
     unseen_generated = sampled(drawer, 60_000_000 + seed, UNSEEN)
-    network = CriticNet(**CONFIG).to(memory_format=torch.channels_last).train()
+    network = CriticNet(**CONFIG)
+    network.body.load_state_dict(NanoQuality(weights / "nano-quality").network.body.state_dict())
+    network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.8, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +76,7 @@ def train(
         parts = [pick(study.pool.images, REAL), pick(generated, GENERATED), pick(study.broken.images, BROKEN)]
         (images,) = augmented(torch.cat(parts), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = network(to_unit(images).to(memory_format=torch.channels_last)).float()
+            logits = network(to_unit(images)).float()
         loss = (F.binary_cross_entropy_with_logits(logits, label, reduction="none") * weight).mean()
         loss = loss + 0.005 * logits.square().mean()
         optimizer.zero_grad(set_to_none=True)

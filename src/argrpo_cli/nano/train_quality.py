@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from argrpo_cli.nano.corrupt import damage_of
-from argrpo_cli.nano.study import Study, augmented, load_tokenizer, make_study, rank_agreement
+from argrpo_cli.nano.scenes import CLASS_NAMES
+from argrpo_cli.nano.study import Study, augmented, load_tokenizer, make_study, proposer, rank_agreement
 from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
 from argrpo_cli.rewards.nano_quality import QualityNet
 from argrpo_cli.rewards.weights import save_network, to_unit
 
-CONFIG = {"widths": [32, 48, 80], "blocks": [1, 2, 2]}
+CONFIG = {"widths": [32, 48, 80], "blocks": [1, 2, 2], "classes": len(CLASS_NAMES)}
 BATCH = 64
 CLEAN = 20  # of a batch
 SCENES, BROKEN_PER_SCENE = 4800, 2
-LOCAL_WEIGHT = 0.3
+LOCAL_WEIGHT, NAMING_WEIGHT = 2.0, 0.2
 
 
 def local_damage(images: Tensor, clean: Tensor) -> Tensor:
@@ -46,8 +47,9 @@ def train(
     torch.manual_seed(seed)
     say = lambda line: log(f"nano-quality: {line}, {time.time() - started:.0f} s")  # noqa: E731
     vq = load_tokenizer(weights / "nano-vq")
-    study = make_study(vq, seed + 2, SCENES, BROKEN_PER_SCENE, say)
-    unseen = make_study(vq, seed + 30_000, 240, 2, lambda line: None)
+    propose = proposer(weights / "nano-c2i", seed)
+    study = make_study(vq, seed + 2, SCENES, BROKEN_PER_SCENE, say, propose)
+    unseen = make_study(vq, seed + 30_000, 240, 2, lambda line: None, propose)
     network = QualityNet(**CONFIG).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
@@ -56,18 +58,16 @@ def train(
         broken = torch.randint(len(study.rows), (BATCH - CLEAN,), generator=generator)
         clean = study.rows[broken[:CLEAN]]  # the originals of some of the broken ones: the damage is all that differs
         images = torch.cat([study.pool.images[clean], study.broken.images[broken]])
-        truth = torch.cat([study.pool.images[clean], study.pool.images[study.rows[broken]]])
+        nearest = torch.cat([clean, study.broken.nearest[broken]])
+        truth = study.pool.images[nearest]
         quality = torch.cat([torch.ones(CLEAN), 1 - study.broken.damage[broken]])
-        # A joined picture may be nearer to another scene than to its own row: no map for those.
-        joined = [study.broken.kind[i] in ("drift", "stray") for i in broken.tolist()]
-        mapped = torch.cat([torch.ones(CLEAN), 1 - torch.tensor(joined).float()])
         images, truth = augmented(images, truth, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            logit, cells = network(to_unit(images))
-        local = F.binary_cross_entropy_with_logits(cells.float(), local_damage(images, truth), reduction="none")
-        local = (local.mean((1, 2)) * mapped).sum() / mapped.sum()
+            logit, cells, named = network.lessons(to_unit(images))
         whole = F.binary_cross_entropy_with_logits(logit.float(), quality.clamp(0.01, 0.99))
-        loss = whole + LOCAL_WEIGHT * local
+        local = F.binary_cross_entropy_with_logits(cells.float(), local_damage(images, truth))
+        naming = F.cross_entropy(named.float(), study.pool.class_ids[nearest])
+        loss = whole + LOCAL_WEIGHT * local + NAMING_WEIGHT * naming
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -85,8 +85,8 @@ def train(
 @torch.inference_mode()
 def measure(network: QualityNet, unseen: Study) -> str:
     """How well quality follows damage on scenes that training did not see, in words."""
-    clean = network(to_unit(unseen.pool.images))[0].sigmoid()
-    broken = network(to_unit(unseen.broken.images))[0].sigmoid()
+    clean = network(to_unit(unseen.pool.images)).sigmoid()
+    broken = network(to_unit(unseen.broken.images)).sigmoid()
     error = (broken - (1 - unseen.broken.damage)).abs().mean()
     order = (clean[unseen.rows] > broken).float().mean()
     rank = rank_agreement(broken, 1 - unseen.broken.damage)

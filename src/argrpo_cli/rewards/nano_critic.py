@@ -1,7 +1,7 @@
 """nano-critic, the realism reward of the nano world: could this picture be a real scene, or was it generated?
 
-A strided convolutional critic that learned scenes against samples of the base policy (`nano/train_critic.py`).
-It reads patches and the whole picture; its logit is bent softly into (-5, 5) so that no picture wins by an outlier.
+A convolutional critic that learned scenes against samples of the base policy (`nano/train_critic.py`). Its logit is
+bent softly into (-5, 5), so that no picture wins by an outlier.
 """
 
 from __future__ import annotations
@@ -13,34 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from argrpo_cli.conditions import Condition
+from argrpo_cli.rewards.convnet import Body, pooled
 from argrpo_cli.rewards.weights import BUNDLED, load_weights, read_config, to_unit
 
 LIMIT = 5.0
 
 
 class CriticNet(nn.Module):
-    """64x64 pixels to one logit: the mean of local logits (16-pixel patches) plus one of the whole picture."""
+    """64x64 pixels to a logit; positive means real."""
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 112), dropout: float = 0.3):
+    def __init__(self, widths: Sequence[int] = (32, 48, 80), blocks: Sequence[int] = (1, 2, 2), dropout: float = 0.3):
         super().__init__()
-        first, second, third = widths
-        act = nn.LeakyReLU(0.1)
-        self.patches = nn.Sequential(
-            nn.Conv2d(3, first, 4, stride=2, padding=1), act,
-            nn.Conv2d(first, second, 4, stride=2, padding=1), nn.GroupNorm(8, second), act,
-            nn.Conv2d(second, third, 4, stride=2, padding=1), nn.GroupNorm(8, third), act,
-        )  # fmt: skip
-        self.whole = nn.Sequential(
-            nn.Conv2d(third, third, 3, padding=1), nn.GroupNorm(8, third), act,
-            nn.Conv2d(third, third, 3, padding=1, stride=2), nn.GroupNorm(8, third), act,
-            nn.Flatten(), nn.Dropout(dropout), nn.Linear(third * 16, 96), act, nn.Linear(96, 1),
-        )  # fmt: skip
-        self.local = nn.Conv2d(third, 1, 1)
+        last = widths[-1]
+        self.body = Body(widths, blocks)
+        self.head = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(2 * last, last), nn.SiLU(), nn.Dropout(dropout), nn.Linear(last, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, 3, 64, 64] in [-1, 1] to logits [B]; positive means real."""
-        h = self.patches(x)
-        return self.whole(h)[:, 0] + self.local(h).mean((1, 2, 3))
+        """x [B, 3, 64, 64] in [-1, 1] to logits [B]."""
+        return self.head(pooled(self.body(x)))[:, 0]
 
 
 def soft_limit(logits: Tensor) -> Tensor:

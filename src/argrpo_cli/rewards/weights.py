@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.files import atomic_path, read_text, write_json
+from argrpo_cli.files import atomic_path, read_json, write_json
 
 BUNDLED = Path(__file__).parents[1] / "nano" / "weights"
 
@@ -31,11 +30,7 @@ def save_network(folder: str | Path, network: nn.Module, config: dict[str, Any])
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of a network folder; UserError names a file that is missing or broken."""
-    path = Path(folder) / "config.json"
-    try:
-        return json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): install the package again") from error
+    return read_json(Path(folder) / "config.json")
 
 
 def load_weights(network: nn.Module, folder: str | Path, device: str = "cpu") -> nn.Module:
