@@ -23,7 +23,7 @@ from argrpo_cli.grpo.plots import draw_curves
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
 from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
-from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, quiet_libraries
+from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, choose_trainable, quiet_libraries
 from argrpo_cli.rewards.shaping import reward_weights
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def run_training(
         if not resume:
             refuse_used(out)
         policy = _load_base_policy(recipe, out, resume)
+        choose_trainable(policy.model, recipe.policy.trainable)
         conditions = _conditions(recipe, policy)
         rewards = rewards or _load_rewards(recipe, policy)
         weights = reward_weights(recipe.rewards, rewards.family)

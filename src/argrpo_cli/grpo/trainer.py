@@ -190,7 +190,7 @@ def build_trainer(
     output_dir: Path,
     callbacks: Sequence[TrainerCallback],
 ) -> ImageGRPOTrainer:
-    """The trainer of `policy.model`, in place.
+    """The trainer of `policy.model`, in place; parameters that require no gradient stay as they are.
 
     The reference model of the KL term is loaded again from the folder that the policy came from; with
     `grpo.logprob: guided` both give guided log-probabilities.
@@ -225,6 +225,23 @@ def build_trainer(
         if trainer.ref_model is not None:
             trainer.accelerator.unwrap_model(trainer.ref_model).guidance_scale = recipe.sampling.cfg_scale
     return trainer
+
+
+def choose_trainable(model: nn.Module, wanted: str | Sequence[str]) -> None:
+    """Freeze every parameter of `model` but the wanted ones: "all", or parts of parameter names (`policy.trainable`).
+
+    Raises:
+        UserError: a part that no parameter's name contains.
+    """
+    parameters = dict(model.named_parameters())
+    for part in [] if wanted == "all" else wanted:
+        if not any(part in name for name in parameters):
+            raise UserError(
+                f"policy.trainable: no parameter of the policy has {part!r} in its name; "
+                f"names are like {next(name for name in parameters if 'layers.' in name)}"
+            )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(wanted == "all" or any(part in name for part in wanted))
 
 
 @contextmanager
