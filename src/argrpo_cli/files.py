@@ -92,6 +92,17 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise UserError(f"cannot read {path}: it is not UTF-8 text") from error
 
 
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object; UserError naming the path when it is missing, unreadable or something else."""
+    try:
+        value = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read {path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line; UserError names the file and the line that is none."""
     rows = []

@@ -282,6 +282,14 @@ def test_used_folders_are_refused(finished: Path, recipe: Recipe, tmp_path: Path
         train(recipe, tmp_path / "file")
 
 
+def test_a_damaged_run_json_is_one_line(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with open_run(out, recipe, resume=False) as run:
+        run.notes_file.write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: it is not JSON"):
+        train(recipe, out, resume=True)
+
+
 def test_two_processes_cannot_train_in_one_folder(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with (
@@ -299,6 +307,7 @@ def test_two_processes_cannot_train_in_one_folder(recipe: Recipe, tmp_path: Path
         ({"conditions": {"classes": ["unicorn"]}}, "unicorn"),
         ({"policy": {"checkpoint": "no-such-policy"}}, "no-such-policy"),
         ({"policy": {"device": "abacus"}}, "abacus"),
+        ({"policy": {"trainable": ["norm", "layers.7."]}}, r"policy\.trainable: .*'layers\.7\.'.*layers\.0\."),
         ({"rewards": {"terms": [{"name": "bright", "weight": 0.0}]}}, "nothing to train"),
     ],
 )
@@ -309,6 +318,23 @@ def test_bad_input_writes_nothing(recipe: Recipe, tmp_path: Path, change: dict[s
     with pytest.raises(UserError, match=message):
         train(Recipe.model_validate(tree), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_only_the_trainable_parameters_move_and_resume_is_exact(policy_folder: Path, tmp_path: Path) -> None:
+    tree = tiny_recipe(policy_folder, save_every=2).model_dump()
+    tree["policy"]["trainable"] = ["layers.1.", "class_embedding"]
+    recipe = Recipe.model_validate(tree)
+    train(recipe, tmp_path / "whole")
+    before = load_file(policy_folder / "model.safetensors")
+    after = load_file(tmp_path / "whole" / "policy" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "layers.1." in name or "class_embedding" in name}
+
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "stopped", rewards=at_batch(4, die))
+    train(recipe, tmp_path / "stopped", resume=True)
+    again = load_file(tmp_path / "stopped" / "policy" / "model.safetensors")
+    assert all(torch.equal(after[name], again[name]) for name in after)
 
 
 def test_some_classes_only(policy_folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.policy.checkpoints import from_published, to_published
 from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
-from argrpo_cli.policy.sampling import decode, filter_logits, inverse_cdf, sample_tokens
+from argrpo_cli.policy.sampling import draw_tokens, filter_logits, inverse_cdf, sample_tokens
 from tests.formula import formula_weights
 from tests.goldens import TOLERANCE, cases, golden_model, max_difference, tensors
 
@@ -68,7 +68,7 @@ def test_greedy_decoding_and_the_logits_of_every_step(name, run):
         return logits.argmax(-1)
 
     settings = {"cfg_scale": run["cfg_scale"], "cfg_interval": run["cfg_interval"], "condition_mask": mask}
-    tokens = decode(model, condition, most_likely, **settings)
+    tokens = draw_tokens(model, condition, most_likely, **settings)
     expected = data[f"out/greedy_ids_{run['key']}"].long()
     assert torch.equal(tokens, expected)
     assert max_difference(torch.stack(steps, dim=1), data[f"out/greedy_step_logits_{run['key']}"]) < TOLERANCE
@@ -88,7 +88,7 @@ def test_cached_decoding_equals_the_published_cache_and_the_teacher_forced_pass(
         condition, mask = data["in/labels"], None
     else:
         condition, mask = condition_of(name, data)
-    assert torch.equal(decode(model, condition, forced, condition_mask=mask), given)
+    assert torch.equal(draw_tokens(model, condition, forced, condition_mask=mask), given)
     actual = torch.stack(steps, dim=1)
     length = given.shape[1]
     for output in ("kv_logits", "tf_logits"):  # the last position predicts nothing

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,4 +33,3 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="First seed.")]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time; changes only the speed.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the policy.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Output folder.")]

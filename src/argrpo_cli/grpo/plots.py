@@ -6,19 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from argrpo_cli.files import atomic_path
 
-WINDOW = 0.1  # of the run, averaged for the thick line; the pale one is what was measured
+WINDOW = 0.1  # of the run, fitted for the thick line; the pale one is what was measured
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Centred moving average, its window narrowing towards both ends so that nothing lags behind."""
-    reach = int(len(values) * WINDOW / 2)
+    """A straight line fitted around each value, at that value: a moving average that does not lag at the ends."""
+    reach = max(2, int(len(values) * WINDOW / 2))
     result = []
     for index in range(len(values)):
-        side = min(reach, index, len(values) - 1 - index)
-        part = values[index - side : index + side + 1]
-        result.append(sum(part) / len(part))
+        start = max(0, index - reach)
+        part = np.asarray(values[start : index + reach + 1])
+        at = np.arange(start, start + len(part)) - index
+        slope = (at - at.mean()) @ part / max(1.0, ((at - at.mean()) ** 2).sum())
+        result.append(float(part.mean() - slope * at.mean()))
     return result
 
 

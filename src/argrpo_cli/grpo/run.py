@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.files import cannot_write, make_dir, read_text, reason, write_json, write_jsonl, write_text
+from argrpo_cli.files import cannot_write, make_dir, read_json, read_text, reason, write_json, write_jsonl, write_text
 from argrpo_cli.recipe import dump_recipe
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class RunDirectory:
 
     def notes(self) -> dict[str, Any]:
         """What the run must remember beyond its recipe, see `note`; empty for a new run."""
-        return json.loads(read_text(self.notes_file)) if self.notes_file.exists() else {}
+        return read_json(self.notes_file) if self.notes_file.exists() else {}
 
     def note(self, **changes: Any) -> None:
         """Remember more.

@@ -1,8 +1,10 @@
 """Trains nano-c2i, the class-conditional LlamaGen of the nano world, by maximum likelihood on tokenised scenes (eq. 2).
 
-    python -m argrpo_cli.nano.train_policy [OUT_DIR] [--steps 2600]
+    python -m argrpo_cli.nano.train_policy [OUT_DIR] [--steps 1200]
 
-One class in ten is replaced by the null class, so that classifier-free guidance has its unconditional half.
+One class in ten is replaced by the null class, so that classifier-free guidance has its unconditional half. Training
+stops two thirds down its learning-rate curve, at 3.1 nats a token (2.8 at the end): objects are recognised and many are
+deformed, so that reinforcement learning has something to improve.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
 from argrpo_cli.policy.vq import VQModel, from_uint8
 
-GEOMETRY = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
+GEOMETRY = {"hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6}
 BATCH = 32
 CLASS_DROPOUT = 0.1
-POOL = 48_000  # scenes tokenised up front; under two passes over them
+POOL = 48_000  # scenes tokenised up front, fewer than one pass over them
+HORIZON = 1800  # steps of the learning-rate curve
 
 
 @torch.inference_mode()
@@ -50,7 +53,7 @@ def next_token_loss(model: LlamaGenForImageGeneration, classes: Tensor, tokens: 
 def train(
     out_dir: str | Path,
     seed: int = 0,
-    steps: int = 2600,
+    steps: int = 1200,
     weights: Path = WEIGHTS,
     log=print,
 ) -> LlamaGenForImageGeneration:
@@ -75,7 +78,7 @@ def train(
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=1.5e-3, betas=(0.9, 0.95)
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(150, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(150, HORIZON))
     generator = torch.Generator().manual_seed(seed)
     started, running = time.time(), None
     for step in range(steps):

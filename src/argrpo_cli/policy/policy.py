@@ -9,7 +9,6 @@ where the tokenizer is a bundled one or a folder relative to this one.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError, did_you_mean
-from argrpo_cli.files import cannot_write, make_dir, read_text, write_json
+from argrpo_cli.files import cannot_write, make_dir, read_json, write_json
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
 from argrpo_cli.policy.sampling import sample_tokens
 from argrpo_cli.policy.vq import VQModel, to_uint8
@@ -217,7 +216,7 @@ def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype) -> Mode
     Raises:
         UserError: files missing or damaged, another kind of model, keys or shapes that do not fit.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     expected = kind.config_class.model_type
     if config.get("model_type") != expected:
         raise UserError(f"{folder} holds a {config.get('model_type')!r} model; expected {expected!r}")
@@ -266,18 +265,8 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, expected an object")
-    return content
-
-
 def _read_card(folder: Path) -> dict[str, Any]:
-    card = _read_json(folder / CARD)
+    card = read_json(folder / CARD)
     for key, kind in (("tokenizer", str), ("classes", list), ("image_size", int)):
         if not isinstance(card.get(key), kind):
             raise UserError(f"{folder / CARD}: {key!r} is {card.get(key)!r}, expected a {kind.__name__}")

@@ -73,7 +73,7 @@ def new_cache(model: LlamaGenForImageGeneration, batch: int) -> list[KeyValue]:
 
 
 @torch.inference_mode()
-def decode(
+def draw_tokens(
     model: LlamaGenForImageGeneration,
     condition: Tensor,
     choose: Choose,
@@ -150,8 +150,8 @@ def sample_tokens(
     image whatever else is in the batch (up to the rounding of matrix products of another shape).
 
     Args:
-        condition: class ids int64 [B] on the model's device, or caption features (see `decode`).
-        cfg_scale, cfg_interval, condition_mask: see `decode`.
+        condition: class ids int64 [B] on the model's device, or caption features (see `draw_tokens`).
+        cfg_scale, cfg_interval, condition_mask: see `draw_tokens`.
         temperature, top_k, top_p: see `filter_logits`.
         seeds: one integer per image; None draws them from torch's global generator. Torch's CPU generator
             uses the low 32 bits.
@@ -186,7 +186,7 @@ def sample_tokens(
             logprobs[:, index] = log_prob(filter_logits(plain, temperature), tokens)
         return tokens
 
-    tokens = decode(
+    tokens = draw_tokens(
         model,
         condition,
         choose,
