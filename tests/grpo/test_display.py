@@ -99,3 +99,4 @@ def test_smoothing_follows_a_line_without_lag() -> None:
     zigzag = [float(step % 2) for step in range(60)]
     assert all(0.3 < value < 0.7 for value in smoothed(zigzag)[3:-3])
     assert smoothed([1.0]) == [1.0]
+    assert smoothed([0.0, 1.0]) == pytest.approx([0.0, 1.0])

@@ -336,6 +336,11 @@ def test_only_the_trainable_parameters_move_and_resume_is_exact(policy_folder: P
     again = load_file(tmp_path / "stopped" / "policy" / "model.safetensors")
     assert all(torch.equal(after[name], again[name]) for name in after)
 
+    tree["policy"]["trainable"] = ["layers.0.", "class_embedding"]  # as many tensors of the same shapes
+    tree["grpo"]["steps"] += 2
+    with pytest.raises(UserError, match=r"policy\.trainable: .* another choice"):
+        train(Recipe.model_validate(tree), tmp_path / "stopped", resume=True)
+
 
 def test_some_classes_only(policy_folder: Path, tmp_path: Path) -> None:
     tree = tiny_recipe(policy_folder, steps=2).model_dump()

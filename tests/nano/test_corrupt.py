@@ -33,7 +33,14 @@ def pool(vq) -> c.Pool:
     border = images[:, :, 0, :].float().median(-1).values
     differs = (images.float() - border[:, :, None, None]).abs().amax(1, keepdim=True) > 25
     proposals = proposer(WEIGHTS / "nano-c2i", seed=0)(tokens, ids)
-    return c.Pool(tokens, images, differs.float(), border / 255, ids, proposals)
+    return c.Pool(
+        tokens=tokens,
+        images=images,
+        coverage=differs.float(),
+        backgrounds=border / 255,
+        class_ids=ids,
+        proposals=proposals,
+    )
 
 
 @pytest.mark.parametrize("kind", list(c.MIXTURE))
@@ -48,11 +55,11 @@ def test_every_kind_damages_and_stays_in_range(pool, vq, kind):
 
 
 def test_likely_tokens_are_the_policys_and_only_where_the_mask_is(pool):
-    rows = torch.arange(48)
+    rows = torch.arange(48).flip(0)[:30]
     tokens, own = c._likely(pool, rows, np.random.default_rng(3), codes=1024)
     assert torch.equal(own, rows)
-    changed = tokens != pool.tokens
-    assert torch.equal(tokens[changed], pool.proposals[changed])
+    changed = tokens != pool.tokens[rows]
+    assert torch.equal(tokens[changed], pool.proposals[rows][changed])
     assert 0.05 < changed.float().mean() < 0.6
     agreed = (pool.proposals == pool.tokens).float().mean()
     assert 0.1 < agreed < 0.9, "a policy that knows the scenes guesses many tokens, and not all"
@@ -96,6 +103,8 @@ def test_a_picture_that_drifts_to_its_sibling_is_measured_against_the_nearer_of_
     assert torch.equal(broken.own, broken.damage), "the sibling is of its class"
     nearest = torch.minimum(*(against_own_row(pool, to, broken.images) for to in (rows, rows ^ 1)))
     torch.testing.assert_close(broken.damage, nearest)
+    torch.testing.assert_close(against_own_row(pool, broken.nearest, broken.images), broken.damage)
+    assert (broken.nearest != rows).any()
     assert (against_own_row(pool, rows, broken.images) > nearest + 0.05).any()
 
 
@@ -104,6 +113,7 @@ def test_a_picture_that_strays_to_another_class_is_worse_as_its_own(pool, vq):
     broken = c.corrupt(pool, rows, vq, np.random.default_rng(2), {"stray": 1.0})
     assert (broken.damage < broken.own - 0.05).any()
     torch.testing.assert_close(broken.own, against_own_row(pool, rows, broken.images))
+    torch.testing.assert_close(against_own_row(pool, broken.nearest, broken.images), broken.damage)
 
 
 def test_the_same_seed_breaks_the_same_way(pool, vq):

@@ -34,7 +34,7 @@ def pictures():
     images = c.decode(judge.tokenizer, tokens)
     border = images[:, :, 0, :].float().median(-1).values
     differs = (images.float() - border[:, :, None, None]).abs().amax(1, keepdim=True) > 25
-    pool = c.Pool(tokens, images, differs.float(), border / 255, ids, images)
+    pool = c.Pool(tokens=tokens, images=images, coverage=differs.float(), backgrounds=border / 255, class_ids=ids)
     mixture = {"scatter": 1.0, "block": 1.0, "elastic": 1.0, "missing": 1.0, "duplicate": 1.0}
     broken = c.corrupt(pool, torch.arange(120), judge.tokenizer, np.random.default_rng(0), mixture)
     return images, ids, broken

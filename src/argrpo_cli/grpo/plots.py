@@ -21,7 +21,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
         start = max(0, index - reach)
         part = np.asarray(values[start : index + reach + 1])
         at = np.arange(start, start + len(part)) - index
-        slope = (at - at.mean()) @ part / max(1.0, ((at - at.mean()) ** 2).sum())
+        slope = (at - at.mean()) @ part / max(0.5, ((at - at.mean()) ** 2).sum())
         result.append(float(part.mean() - slope * at.mean()))
     return result
 

@@ -71,6 +71,10 @@ def run_training(
             refuse_used(out)
         policy = _load_base_policy(recipe, out, resume)
         choose_trainable(policy.model, recipe.policy.trainable)
+        if resume and RunDirectory(out).notes().get("trained", _trained(policy)) != _trained(policy):
+            raise UserError(
+                f"policy.trainable: {out} was started with another choice of parameters; a run keeps its own"
+            )
         conditions = _conditions(recipe, policy)
         rewards = rewards or _load_rewards(recipe, policy)
         weights = reward_weights(recipe.rewards, rewards.family)
@@ -112,7 +116,8 @@ class _Job:
         if self._nothing_left(start):
             return
         trainer, metrics, stop = self._assemble(seconds)
-        run.note(base_policy=os.path.abspath(self.policy.model.config._name_or_path), finished=None)
+        base = os.path.abspath(self.policy.model.config._name_or_path)
+        run.note(base_policy=base, trained=_trained(self.policy), finished=None)
         self.display.note(
             f"{recipe.name}: {recipe.grpo.steps} updates of {recipe.grpo.batch_size} images "
             f"({recipe.grpo.batch_size // recipe.grpo.group_size} groups of {recipe.grpo.group_size}) in {run.root}"
@@ -217,6 +222,11 @@ def _load_base_policy(recipe: Recipe, out: Path, resume: bool) -> Policy:
     noted = RunDirectory(out).notes().get("base_policy") if resume else None
     # Weights stay in float32 whatever policy.dtype says: bfloat16 is autocast, or small updates would be rounded away.
     return load_policy(noted or recipe.policy.checkpoint, device=resolve_device(recipe.policy.device), dtype="float32")
+
+
+def _trained(policy: Policy) -> list[str]:
+    """Names of the parameters that training may change."""
+    return [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
 
 
 def _conditions(recipe: Recipe, policy: Policy) -> list[Condition]:

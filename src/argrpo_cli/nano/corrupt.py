@@ -28,7 +28,7 @@ CHUNK = 128
 Propose = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pool:
     """Clean scenes in pairs of siblings: rows 2i and 2i + 1 are one object in one colour, placed differently.
 

@@ -69,16 +69,10 @@ def train(
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.8, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
     generator = torch.Generator().manual_seed(seed)
-    label = torch.cat([torch.full((REAL,), 1 - SMOOTH / 2), torch.full((GENERATED + BROKEN,), SMOOTH / 2)])
-    weight = torch.cat([torch.ones(REAL + GENERATED), torch.full((BROKEN,), BROKEN_WEIGHT)])
     pick = lambda of, count: of[torch.randint(len(of), (count,), generator=generator)]  # noqa: E731
     for step in range(steps):
         parts = [pick(study.pool.images, REAL), pick(generated, GENERATED), pick(study.broken.images, BROKEN)]
-        (images,) = augmented(torch.cat(parts), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = network(to_unit(images)).float()
-        loss = (F.binary_cross_entropy_with_logits(logits, label, reduction="none") * weight).mean()
-        loss = loss + 0.005 * logits.square().mean()
+        loss = critic_loss(network, *parts, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -91,6 +85,21 @@ def train(
     network.eval()
     save_network(out_dir, network, CONFIG)
     return network
+
+
+def critic_loss(
+    network: CriticNet, real: Tensor, generated: Tensor, broken: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Smoothed cross entropy of real (1) against generated and broken (0) pictures, each uint8 [B, 3, H, W]."""
+    label = torch.full((len(real) + len(generated) + len(broken),), SMOOTH / 2)
+    label[: len(real)] = 1 - SMOOTH / 2
+    weight = torch.ones(len(label))
+    weight[len(real) + len(generated) :] = BROKEN_WEIGHT
+    (images,) = augmented(torch.cat([real, generated, broken]), generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(to_unit(images)).float()
+    loss = (F.binary_cross_entropy_with_logits(logits, label, reduction="none") * weight).mean()
+    return loss + 0.005 * logits.square().mean()
 
 
 @torch.inference_mode()

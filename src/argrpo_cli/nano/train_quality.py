@@ -62,12 +62,7 @@ def train(
         truth = study.pool.images[nearest]
         quality = torch.cat([torch.ones(CLEAN), 1 - study.broken.damage[broken]])
         images, truth = augmented(images, truth, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            logit, cells, named = network.lessons(to_unit(images))
-        whole = F.binary_cross_entropy_with_logits(logit.float(), quality.clamp(0.01, 0.99))
-        local = F.binary_cross_entropy_with_logits(cells.float(), local_damage(images, truth))
-        naming = F.cross_entropy(named.float(), study.pool.class_ids[nearest])
-        loss = whole + LOCAL_WEIGHT * local + NAMING_WEIGHT * naming
+        loss = quality_loss(network, images, truth, quality, study.pool.class_ids[nearest])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -80,6 +75,19 @@ def train(
     network.eval()
     save_network(out_dir, network, CONFIG)
     return network
+
+
+def quality_loss(network: QualityNet, images: Tensor, truth: Tensor, quality: Tensor, class_ids: Tensor) -> Tensor:
+    """Cross entropy of quality (float [B] in [0, 1]), of the place of the damage and of the class.
+
+    images and truth (their nearest clean scenes) uint8 [B, 3, H, W]; class_ids int64 [B], of the truth.
+    """
+    with torch.autocast("cpu", torch.bfloat16):
+        logit, cells, named = network.lessons(to_unit(images))
+    whole = F.binary_cross_entropy_with_logits(logit.float(), quality.clamp(0.01, 0.99))
+    local = F.binary_cross_entropy_with_logits(cells.float(), local_damage(images, truth))
+    naming = F.cross_entropy(named.float(), class_ids)
+    return whole + LOCAL_WEIGHT * local + NAMING_WEIGHT * naming
 
 
 @torch.inference_mode()
