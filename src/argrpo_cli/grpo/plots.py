@@ -16,11 +16,12 @@ WINDOW = 0.1  # of the run, fitted for the thick line; the pale one is what was 
 def smoothed(values: Sequence[float]) -> list[float]:
     """A straight line fitted around each value, at that value: a moving average that does not lag at the ends."""
     reach = max(2, int(len(values) * WINDOW / 2))
+    width = min(len(values), 2 * reach + 1)
     result = []
     for index in range(len(values)):
-        start = max(0, index - reach)
-        part = np.asarray(values[start : index + reach + 1])
-        at = np.arange(start, start + len(part)) - index
+        start = min(max(0, index - reach), len(values) - width)  # as many values at the ends as in the middle
+        part = np.asarray(values[start : start + width])
+        at = np.arange(start, start + width) - index
         slope = (at - at.mean()) @ part / max(0.5, ((at - at.mean()) ** 2).sum())
         result.append(float(part.mean() - slope * at.mean()))
     return result
