@@ -31,7 +31,7 @@ def build(out: Path, only: list[str] | None = None, seed: int = 0, log=print) ->
     """Train what is missing below `out`, in order; each trainer finds the earlier networks in the same folder."""
     out.mkdir(parents=True, exist_ok=True)
     for name, module in ORDER.items():
-        if (out / name).is_dir() or (only and name not in only):
+        if built(out / name) or (only and name not in only):
             continue
         started = time.time()
         earlier = {} if name == "nano-vq" else {"weights": out}
@@ -39,9 +39,14 @@ def build(out: Path, only: list[str] | None = None, seed: int = 0, log=print) ->
         log(f"{name}: built in {(time.time() - started) / 60:.1f} min")
 
 
+def built(folder: Path) -> bool:
+    """Whether a trainer finished: each writes the weights after whatever it makes before training."""
+    return (folder / "model.safetensors").is_file()
+
+
 def install(out: Path) -> None:
     """Copy a complete build over the package's own weights."""
-    missing = [name for name in ORDER if not (out / name).is_dir()]
+    missing = [name for name in ORDER if not built(out / name)]
     if missing:
         raise SystemExit(f"not installed: {out} lacks {', '.join(missing)}")
     for name in ORDER:

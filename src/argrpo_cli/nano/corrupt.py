@@ -305,7 +305,7 @@ PIXEL_KINDS: dict[str, Callable] = {
     "noise": _noise,
     "hue": _hue,
 }
-# Shares of the mixture: what samples of the base policy show most (bent, joined, unfinished) has the most.
+# Relative shares of the mixture: what samples of the base policy show most (bent, joined, unfinished) has the most.
 MIXTURE = {
     "likely": 0.25,  # only where a policy has made proposals
     "scatter": 0.10,

@@ -11,6 +11,7 @@ pictures keep the logits from running away: a critic that is sure of everything 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def train(
     say = lambda line: log(f"nano-critic: {line}, {time.time() - started:.0f} s")  # noqa: E731
     vq = load_tokenizer(weights / "nano-vq")
     study = make_study(vq, seed + 5, SCENES, 1, say)
-    drawer = load_policy(weights / "nano-c2i")
+    drawer = replace(load_policy(weights / "nano-c2i"), tokenizer=vq)  # by name it would open the package's own
     # Seeds far from those that users and evaluation take; a critic that knew a sample by heart would be no judge of it.
     generated = sampled(drawer, 50_000_000 + seed, SAMPLES)
     say(f"{len(generated)} samples drawn")

@@ -26,7 +26,7 @@ class PolicySection(Section):
     checkpoint: str = "nano-c2i"  # a name, a policy folder, a run directory or a checkpoint
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"  # auto: a GPU when there is one
-    # What is trained: everything, or the parameters with one of these in their names, such as "layers.5." for a block.
+    # What is trained: everything, or the parameters with one of these in their names, such as "layers.4.".
     trainable: Literal["all"] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = "all"
 
 
