@@ -140,3 +140,15 @@ def test_saved_networks_come_back_in_float32_without_gradients(tmp_path):
         load_weights(torch.nn.Linear(4, 2), tmp_path)
     with pytest.raises(UserError, match="not found"):
         load_weights(torch.nn.Linear(4, 2), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_other_sizes_are_resized(rewards, pictures, name):
+    images, ids, _ = pictures
+    conditions = [Condition(class_prompt(CLASS_NAMES[i]), i) for i in ids[:8].tolist()]
+    own = rewards.score(images[:8], conditions)[name]
+    large = images[:8].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(rewards.score(large, conditions)[name], own, rtol=1e-4, atol=1e-4)
+    for height, width in ((1, 1), (30, 101)):
+        odd = torch.zeros(8, 3, height, width, dtype=torch.uint8)
+        assert rewards.score(odd, conditions)[name].isfinite().all()

@@ -46,6 +46,8 @@ def evaluate(
     from argrpo_cli.evals.nano import table
     from argrpo_cli.files import write_json
 
+    if out is not None and out.is_dir():
+        raise UserError(f"cannot write {out}: it is a folder; give the name of a file")
     result = measure(
         [policy] if baseline is None else [policy, baseline],
         n=n,
@@ -55,6 +57,6 @@ def evaluate(
         batch_size=batch_size,
         device=device,
     )
+    Console().print(table(result))
     if out is not None:
         write_json(out, result)
-    Console().print(table(result))

@@ -23,7 +23,7 @@ from argrpo_cli.grpo.plots import draw_curves
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
 from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
-from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, choose_trainable, quiet_libraries
+from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, quiet_libraries
 from argrpo_cli.rewards.shaping import reward_weights
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def run_training(
     with quiet_libraries(), request.listening():
         if not resume:
             refuse_used(out)
+        from argrpo_cli.policy.policy import choose_trainable
+
         policy = _load_base_policy(recipe, out, resume)
         choose_trainable(policy.model, recipe.policy.trainable)
         if resume and RunDirectory(out).notes().get("trained", _trained(policy)) != _trained(policy):

@@ -227,23 +227,6 @@ def build_trainer(
     return trainer
 
 
-def choose_trainable(model: nn.Module, wanted: str | Sequence[str]) -> None:
-    """Freeze every parameter of `model` but the wanted ones: "all", or parts of parameter names (`policy.trainable`).
-
-    Raises:
-        UserError: a part that no parameter's name contains.
-    """
-    parameters = dict(model.named_parameters())
-    for part in [] if wanted == "all" else wanted:
-        if not any(part in name for name in parameters):
-            raise UserError(
-                f"policy.trainable: no parameter of the policy has {part!r} in its name; "
-                f"names are like {next(name for name in parameters if 'layers.' in name)}"
-            )
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(wanted == "all" or any(part in name for part in wanted))
-
-
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep the training libraries' own log lines and progress bars away from ours."""

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -263,6 +263,22 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def choose_trainable(model: nn.Module, wanted: str | Sequence[str]) -> None:
+    """Freeze every parameter of `model` but the wanted ones: "all", or one or several parts of parameter names.
+
+    Raises:
+        UserError: a part that no parameter's name contains.
+    """
+    parts = [""] if wanted == "all" else [wanted] if isinstance(wanted, str) else list(wanted)
+    parameters = dict(model.named_parameters())
+    for part in parts:
+        if not any(part in name for name in parameters):
+            example = next((name for name in parameters if "layers." in name), next(iter(parameters)))
+            raise UserError(f"policy.trainable: no parameter's name contains {part!r}; names are like {example}")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(any(part in name for part in parts))
 
 
 def _read_card(folder: Path) -> dict[str, Any]:

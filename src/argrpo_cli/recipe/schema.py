@@ -12,6 +12,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -27,7 +28,7 @@ class PolicySection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"  # auto: a GPU when there is one
     # What is trained: everything, or the parameters with one of these in their names, such as "layers.4.".
-    trainable: Literal["all"] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = "all"
+    trainable: Name | Annotated[list[Name], Field(min_length=1)] = "all"
 
 
 class ConditionSection(Section):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -14,6 +15,7 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.files import atomic_path, read_json, write_json
 
 BUNDLED = Path(__file__).parents[1] / "nano" / "weights"
+INPUT_SIZE = 64  # pixels, of the nano networks
 
 
 def save_network(folder: str | Path, network: nn.Module, config: dict[str, Any]) -> None:
@@ -47,5 +49,11 @@ def load_weights(network: nn.Module, folder: str | Path, device: str = "cpu") ->
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, H, W] to float32 in [-1, 1], the input of every nano network."""
-    return images.float().div(127.5).sub(1)
+    """uint8 [B, 3, H, W] to float32 [B, 3, 64, 64] in [-1, 1], the input of every nano network.
+
+    Pictures of another size are resized (means of areas), without regard to their proportions.
+    """
+    images = images.float()
+    if images.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
+        images = F.interpolate(images, (INPUT_SIZE, INPUT_SIZE), mode="area")
+    return images.div(127.5).sub(1)
