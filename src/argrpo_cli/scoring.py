@@ -94,6 +94,7 @@ def score_folder(
         for name in reward_set.names:
             if reward_set.family[name] == "conditional":
                 raise UserError(f"{name} needs to know what {without.path} should show; give --prompt or --class")
+    reward_set.check([item.condition for item in items if item.condition is not None])
     target = make_dir(out) if out is not None else folder
     if show_progress:
         with progress("scoring", len(items)) as advance:

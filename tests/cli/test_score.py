@@ -13,6 +13,7 @@ from PIL import Image
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.files import read_jsonl, write_jsonl
+from argrpo_cli.rewards import load_rewards
 from argrpo_cli.scoring import prompt_from_file_name
 
 
@@ -23,6 +24,9 @@ class Rewards:
 
     def __init__(self, names, device):
         self.names, self.batches = names, []
+
+    def check(self, conditions):
+        """They judge any condition."""
 
     def score(self, images, conditions, batch_size=64):
         assert images.dtype == torch.uint8 and images.shape[1] == 3
@@ -194,6 +198,13 @@ def test_a_conditional_reward_needs_to_know_what_the_image_should_show(tmp_path,
 def test_malformed_metadata_is_told(folder, fails, metadata, message):
     (folder / "metadata.jsonl").write_text(metadata)
     assert message in fails("score", folder, "--rewards", "bright")
+    assert _no_scores(folder)
+
+
+def test_a_class_that_the_nano_world_lacks_is_told_before_anything_is_scored(folder, fails, monkeypatch):
+    monkeypatch.setattr("argrpo_cli.rewards.load_rewards", load_rewards)
+    line = fails("score", folder, "--rewards", "nano-clip", "--class", "dgo")
+    assert "'dgo'" in line and "did you mean 'dog'" in line
     assert _no_scores(folder)
 
 

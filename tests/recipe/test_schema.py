@@ -30,6 +30,8 @@ REFUSED = [
     ("rewards.terms=[]", "rewards.terms = []: must have at least 1 entries"),
     ("rewards.terms=[{name: a}, {name: a}]", "the reward 'a' is listed twice"),
     ("conditions.classes=dog", "conditions.classes = 'dog': must be 'all' or a list of class names or ids"),
+    ("policy.trainable=[]", "policy.trainable = []: must be 'all', a part of the parameters' names or a list"),
+    ("policy.trainable=3", "policy.trainable = 3: must be 'all', a part"),
     ("conditions.classes=[]", "conditions.classes = []: must be 'all' or a list"),
     ("policy.dtype=float16", "policy.dtype = 'float16': must be 'float32' or 'bfloat16'"),
     ("sampling.cfg_scale=0.5", "sampling.cfg_scale = 0.5: must be greater than or equal to 1"),

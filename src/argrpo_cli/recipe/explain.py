@@ -11,6 +11,12 @@ from pydantic import BaseModel, ValidationError
 from argrpo_cli.errors import did_you_mean
 from argrpo_cli.recipe.schema import Recipe
 
+# Keys that take values of several kinds, for which pydantic reports one fault per kind.
+UNIONS = {
+    "conditions.classes": "must be 'all' or a list of class names or ids",
+    "policy.trainable": "must be 'all', a part of the parameters' names or a list of such parts",
+}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -49,8 +55,7 @@ def explain(error: ValidationError, layers: Sequence[Layer]) -> str:
         least = fault["ctx"].get("min_length")
         count = f"at least {least}" if least is not None else f"at most {fault['ctx']['max_length']}"
         message = f"must have {count} entries"
-    if keys == ["conditions", "classes"]:
-        message = "must be 'all' or a list of class names or ids"
+    message = UNIONS.get(dotted, message)
     hint = ""
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         hint = did_you_mean(fault["input"], fault["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", "))
@@ -61,7 +66,7 @@ def _is_key(part: str | int) -> bool:
     """Whether a part of pydantic's location is ours; it also names the branches of a union there."""
     if isinstance(part, int):
         return True
-    return part not in ("str", "int") and "[" not in part and "(" not in part
+    return part not in ("str", "int", "constrained-str") and "[" not in part and "(" not in part
 
 
 def _source(keys: list[Any], layers: Sequence[Layer]) -> str:

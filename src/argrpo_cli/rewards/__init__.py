@@ -64,6 +64,12 @@ class RewardSet:
         self.names = list(rewards)
         self.family = {name: check_reward(name).family for name in rewards}
 
+    def check(self, conditions: Sequence[Condition]) -> None:
+        """Raise UserError for a condition that one of the rewards cannot judge, before anything is scored."""
+        for reward in self.rewards.values():
+            if hasattr(reward, "check"):
+                reward.check(conditions)
+
     def score(self, images: Tensor, conditions: Sequence[Condition], batch_size: int = 64) -> dict[str, Tensor]:
         """Raw scores of uint8 images [B, 3, H, W]: name to float32 [B], on the device of the models."""
         import torch

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argrpo_cli.conditions import Condition
+from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.rewards.weights import BUNDLED, load_weights, read_config, to_unit
 
 PAD, UNKNOWN = 0, 1
@@ -35,11 +36,16 @@ class WordTokenizer:
     def vocabulary_size(self) -> int:
         return self.end + 1
 
+    @staticmethod
+    def split(text: str) -> list[str]:
+        """The words of a text, in lower case."""
+        return re.findall(r"[a-z0-9]+", text.lower())
+
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """int64 [B, context_length]; longer texts lose their tail."""
         out = torch.full((len(texts), self.context_length), PAD)
         for row, text in enumerate(texts):
-            words = re.findall(r"[a-z0-9]+", text.lower())[: self.context_length - 1]
+            words = self.split(text)[: self.context_length - 1]
             ids = [self.ids.get(word, UNKNOWN) for word in words] + [self.end]
             out[row, : len(ids)] = torch.tensor(ids)
         return out
@@ -63,11 +69,25 @@ class NanoClip:
         self.device = device
         self._features: dict[str, Tensor] = {}  # prompts repeat: a class-conditional run has one per class
 
+    def check(self, conditions: Sequence[Condition]) -> None:
+        """Refuse prompts with words it never saw: what it would say of them means nothing.
+
+        Raises:
+            UserError: the first such word, with its prompt.
+        """
+        for prompt in dict.fromkeys(condition.prompt for condition in conditions):
+            for word in self.tokenizer.split(prompt):
+                if word not in self.tokenizer.ids:
+                    hint = did_you_mean(word, self.tokenizer.words)
+                    hint = hint or "; it reads captions of the nano world, such as 'a photo of two red cars'"
+                    raise UserError(f"nano-clip does not know the word {word!r} in the prompt {prompt!r}{hint}")
+
     @torch.inference_mode()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors [B, D]."""
+        """Unit vectors [B, D]; UserError as `check` says."""
         fresh = sorted(set(prompts) - self._features.keys())
         if fresh:
+            self.check([Condition(prompt) for prompt in fresh])
             features = self.network.encode_text(self.tokenizer(fresh).to(self.device), normalize=True)
             self._features.update(zip(fresh, features, strict=True))
         return torch.stack([self._features[prompt] for prompt in prompts])
