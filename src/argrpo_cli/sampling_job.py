@@ -38,8 +38,9 @@ class SamplingSettings:
 
     policy: str
     classes: tuple[str, ...] = ()  # names or ids; none means every class
-    n: int = 8  # images per class
-    seed: int = 0  # of the first image of each class; the next take seed + 1, ...
+    prompts: tuple[str, ...] = ()  # captions, for a policy that reads them
+    n: int = 8  # images per class or prompt
+    seed: int = 0  # of the first image of each class or prompt; the next take seed + 1, ...
     cfg_scale: float = 2.0
     temperature: float = 1.0
     top_k: int = 0
@@ -62,7 +63,7 @@ class _Shot:
     """One image to draw."""
 
     condition: Condition
-    class_name: str
+    name: str  # of the class, or the prompt
     seed: int
     file: str
 
@@ -92,7 +93,8 @@ def run_sampling(
     _check_folder(out, overwrite)
     policy = load_policy(settings.policy, device=resolve_device(device), dtype=settings.dtype)
     shots = _plan(policy, settings)
-    identity = {**asdict(settings), "classes": list(settings.classes), "weights": _fingerprint(policy)}
+    asked = {"classes": list(settings.classes), "prompts": list(settings.prompts)}
+    identity = {**asdict(settings), **asked, "weights": _fingerprint(policy)}
     _prepare_folder(out, identity, overwrite)
 
     missing = [shot for shot in shots if not (out / shot.file).is_file()]
@@ -109,10 +111,10 @@ def run_sampling(
     return SamplingResult(folder=out, grid=grid, count=len(shots), kept=len(shots) - len(missing))
 
 
-def file_name(class_id: int, class_name: str, seed: int) -> str:
-    """`003-dog-00000.png`: the class and the seed, so that a name always means the same image."""
-    slug = re.sub(r"[^a-z0-9]+", "-", class_name.lower()).strip("-")[:40]
-    return f"{class_id:03d}-{slug}-{seed:05d}.png"
+def file_name(number: int, name: str, seed: int) -> str:
+    """`003-dog-00000.png`: the class id (or the place among the prompts), what is drawn, and the seed."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-")
+    return f"{number:03d}-{slug}-{seed:05d}.png"
 
 
 def _check(settings: SamplingSettings) -> None:
@@ -131,13 +133,21 @@ def _check(settings: SamplingSettings) -> None:
 
 
 def _plan(policy: Policy, settings: SamplingSettings) -> list[_Shot]:
-    """The images to draw, class by class in the order asked for, each class once."""
-    wanted: Sequence[str | int] = settings.classes or range(len(policy.class_names))
+    """The images to draw, condition by condition in the order asked for, each condition once."""
+    captions = policy.text_encoder is not None
+    if captions and settings.classes:
+        raise UserError(f"{settings.policy} draws captions, not classes; give --prompt instead of --class")
+    if captions and not settings.prompts:
+        raise UserError(f"{settings.policy} draws captions; say what with --prompt, or --prompts FILE")
+    if settings.prompts and not captions:
+        raise UserError(f"{settings.policy} draws classes, not captions; give --class instead of --prompt")
+    wanted: Sequence[str | int] = settings.prompts or settings.classes or range(len(policy.class_names))
     shots = []
-    for condition in dict.fromkeys(policy.conditions(list(wanted))):
-        name = policy.class_names[condition.class_id]
+    for place, condition in enumerate(dict.fromkeys(policy.conditions(list(wanted)))):
+        number = place if condition.class_id is None else condition.class_id
+        name = condition.prompt if condition.class_id is None else policy.class_names[condition.class_id]
         for seed in range(settings.seed, settings.seed + settings.n):
-            shots.append(_Shot(condition, name, seed, file_name(condition.class_id, name, seed)))
+            shots.append(_Shot(condition, name, seed, file_name(number, name, seed)))
     return shots
 
 
@@ -169,11 +179,11 @@ def _draw(
 
 
 def _row(shot: _Shot, settings: SamplingSettings) -> dict[str, Any]:
+    of_class = {"class_id": shot.condition.class_id, "class_name": shot.name}
     return {
         "file": shot.file,
         "prompt": shot.condition.prompt,
-        "class_id": shot.condition.class_id,
-        "class_name": shot.class_name,
+        **(of_class if shot.condition.class_id is not None else {}),
         "seed": shot.seed,
         "policy": settings.policy,
         "cfg_scale": settings.cfg_scale,
@@ -229,7 +239,8 @@ def _others(out: Path) -> bool:
 def _fingerprint(policy: Policy) -> str:
     """A hash over a thousand numbers of every weight: enough to tell two checkpoints of one run apart."""
     digest = hashlib.sha256()
-    for module in (policy.model, policy.tokenizer):
+    text = [] if policy.text_encoder is None else [policy.text_encoder.model]
+    for module in (policy.model, policy.tokenizer, *text):
         for name, tensor in module.state_dict().items():
             flat = tensor.detach().flatten()
             some = flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy()
@@ -245,7 +256,7 @@ def _write_grid(shots: Sequence[_Shot], per_class: int, out: Path) -> Path:
     rows = [shots[start : start + columns] for start in range(0, len(shots), per_class)][:GRID_ROWS]
     images = np.stack([read_image(out / shot.file) for row in rows for shot in row])
     scale = max(1, 128 // images.shape[-1])
-    save_png(out / GRID, image_grid(images, columns, [row[0].class_name for row in rows], scale=scale))
+    save_png(out / GRID, image_grid(images, columns, [row[0].name for row in rows], scale=scale))
     return out / GRID
 
 

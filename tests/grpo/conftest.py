@@ -43,7 +43,8 @@ def new_trainer(policy: Policy, tmp_path: Path) -> Callable[..., ImageGRPOTraine
     def build(rewards: FakeRewards | None = None, **grpo: Any) -> ImageGRPOTrainer:
         rewards = rewards or FakeRewards(threes=count_of_3)
         recipe: Recipe = tiny_recipe(rewards=rewards.names, **grpo)
-        rollout = Rollout(recipe, policy.conditions(range(CLASSES)), paint, CLASSES)
+        policy.decode = paint
+        rollout = Rollout(recipe, policy.conditions(range(CLASSES)), policy)
         scorer = BatchScorer(
             rewards, reward_weights(recipe.rewards, rewards.family), recipe.grpo.group_size, Stopwatch()
         )

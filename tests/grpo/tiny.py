@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
 from argrpo_cli.policy.policy import Policy
+from argrpo_cli.policy.text import TextEncoder
 from argrpo_cli.policy.vq import VQConfig, VQModel
 from argrpo_cli.recipe import Recipe
 
@@ -50,6 +53,49 @@ def tiny_policy() -> Policy:
         )
     names = ["ant", "bee", "cat", "dog"]
     return Policy(model.eval(), tokenizer.eval(), None, names, image_size=IMAGE_SIZE, base="tiny")
+
+
+def tiny_text_encoder() -> TextEncoder:
+    """A T5 encoder of random weights that knows six words."""
+    vocabulary = {
+        word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "blue", "dog", "cat"])
+    }
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = T5Config(
+            vocab_size=len(vocabulary), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
+        )
+        return TextEncoder(T5EncoderModel(config), tokenizer)
+
+
+def tiny_caption_policy() -> Policy:
+    """As `tiny_policy`, conditioned on captions of at most five words."""
+    policy, encoder = tiny_policy(), tiny_text_encoder()
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = LlamaGenForImageGeneration(
+            LlamaGenConfig(
+                vocab_size=CODES,
+                hidden_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=128,
+                block_size=TOKENS,
+                condition="caption",
+                cls_token_num=6,
+                caption_dim=encoder.width,
+            )
+        )
+        nn.init.normal_(model.lm_head.weight, std=0.1)
+        nn.init.normal_(model.model.caption_mlp.fc1.weight, std=0.3)
+        nn.init.normal_(model.model.caption_mlp.fc2.weight, std=0.3)
+    return Policy(model.eval(), policy.tokenizer, None, [], IMAGE_SIZE, "tiny", encoder, None)
 
 
 def save_tiny_policy(folder: Path) -> Path:
@@ -116,6 +162,7 @@ def tiny_recipe(checkpoint: str | Path = "tiny", rewards: Sequence[str] = ("brig
             "name": "tiny",
             "seed": grpo.pop("seed", 5),
             "policy": {"checkpoint": str(checkpoint), "device": "cpu", "dtype": grpo.pop("dtype", "float32")},
+            "conditions": grpo.pop("conditions", {}),
             "sampling": {"cfg_scale": grpo.pop("cfg_scale", 2.0), "temperature": grpo.pop("temperature", 1.0)},
             "rewards": {"terms": [{"name": name, "weight": weights.get(name, 1.0)} for name in rewards]},
             "grpo": {"group_size": 4, "batch_size": 8, "steps": 4, "learning_rate": 1e-3, **grpo},

@@ -13,7 +13,6 @@ from argrpo_cli.cli.options import (
     DeviceOption,
     Dtype,
     DtypeOption,
-    PolicyOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
@@ -22,15 +21,29 @@ from argrpo_cli.cli.options import (
 
 def sample(
     out: Annotated[Path, typer.Option("--out", help="Output folder, new or empty.")],
-    policy: PolicyOption = "nano-c2i",
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            "--policy",
+            help="A policy: a name, a run directory, a checkpoint folder.  [default: nano-c2i; with prompts nano-t2i]",
+        ),
+    ] = None,
     class_: Annotated[
         list[str] | None,
         typer.Option("--class", metavar="NAME|ID", help="What to draw; repeatable.  [default: every class]"),
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Images per class.")] = 8,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="What to draw, for a policy of captions; repeatable."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help="The same from a .txt (one a line) or .jsonl file (`prompt`)."),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Images per class or prompt.")] = 8,
     seed: Annotated[
         int,
-        typer.Option("--seed", min=0, help="Seed of each class's first image; the next take seed + 1, ..."),
+        typer.Option("--seed", min=0, help="Seed of the first image of each; the next take seed + 1, ..."),
     ] = 0,
     cfg_scale: CfgScaleOption = 2.0,
     temperature: TemperatureOption = 1.0,
@@ -50,9 +63,15 @@ def sample(
     """
     from argrpo_cli.sampling_job import SamplingSettings, run_sampling
 
+    captions = list(prompt or ())
+    if prompts is not None:
+        from argrpo_cli.captions import read_captions
+
+        captions += read_captions(prompts)
     settings = SamplingSettings(
-        policy=policy,
+        policy=policy or ("nano-t2i" if captions else "nano-c2i"),
         classes=tuple(class_ or ()),
+        prompts=tuple(captions),
         n=n,
         seed=seed,
         cfg_scale=cfg_scale,

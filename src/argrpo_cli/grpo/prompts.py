@@ -1,4 +1,4 @@
-"""Which condition each group of a run draws: a fixed order that depends on the seed alone."""
+"""What a run is asked to draw, and which condition each group gets: a fixed order that depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from argrpo_cli.captions import read_captions
+from argrpo_cli.errors import UserError
+
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from argrpo_cli.conditions import Condition
+    from argrpo_cli.policy import Policy
+    from argrpo_cli.recipe import Recipe
+
+
+def run_conditions(recipe: Recipe, policy: Policy) -> list[Condition]:
+    """What the recipe asks to draw, each condition once, in a fixed order.
+
+    Raises:
+        UserError: classes for a policy of captions or the reverse, an unknown class, captions that cannot be read.
+    """
+    section = recipe.conditions
+    draws = "classes" if policy.text_encoder is None else "captions"
+    if section.source != draws:
+        raise UserError(
+            f"conditions.source is {section.source!r}, but the policy {recipe.policy.checkpoint} draws {draws}; "
+            f"set conditions.source: {draws}"
+        )
+    if draws == "classes":
+        return policy.conditions(policy.class_names if section.classes == "all" else section.classes)
+    return policy.conditions(dict.fromkeys(read_captions(section.captions)))
 
 
 def condition_order(conditions: int, groups: int, seed: int) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from argrpo_cli.policy.sampling import sample_tokens
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+    from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
 
 CHUNK = 64  # images sampled and decoded at a time
@@ -72,22 +73,22 @@ class Rollout:
     Attributes:
         recipe: `sampling`, `grpo.logprob`, `grpo.condition_dropout` and `seed` are read.
         conditions: what the prompts of `prompts.prompt_dataset` count into.
-        decode: token ids int64 [B, T] to images uint8 [B, 3, H, W].
-        null_class: class id that stands for no condition.
+        policy: turns conditions into what the model takes, and tokens into images.
     """
 
     recipe: Recipe
     conditions: Sequence[Condition]
-    decode: Callable[[Tensor], Tensor]
-    null_class: int
+    policy: Policy
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
         """One image per prompt, in order.
 
         Returns:
-            prompt_ids: the class id of each image, or the null class where the condition is dropped: those images are
-                drawn for their class, but train the unconditional distribution, as in the policy's pre-training.
+            prompt_ids: what the training pass is to read as the condition of each image: its class id; for captions its
+                row in the model's `captions`, P times. Where the condition is dropped that is the null class or the
+                null caption: those images are drawn for their condition, but train the unconditional distribution,
+                as in the policy's pre-training.
             completion_ids: its T token ids.
             logprobs: their log-probabilities under the distribution that `grpo.logprob` trains; None for dropped ones,
                 which were drawn from another. They feed `RatioMeter` alone: TRL computes pi_old itself.
@@ -102,33 +103,50 @@ class Rollout:
                 image_seed(self.recipe.seed, trainer.state.global_step, first + index) for index in range(len(prompts))
             ]
             dropped = [is_dropped(seed, self.recipe.grpo.condition_dropout) for seed in seeds]
+            condition, mask = self.policy.embed(asked)
             with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-                drawn = [
-                    self._draw(model, asked[at : at + CHUNK], seeds[at : at + CHUNK], trainer)
-                    for at in range(0, len(asked), CHUNK)
-                ]
-            images = [image for tokens, _ in drawn for image in self.decode(tokens)]
-            prompt_ids = [[self.null_class if drop else one.class_id] for drop, one in zip(dropped, asked, strict=True)]
+                drawn = []
+                for at in range(0, len(asked), CHUNK):
+                    part = slice(at, at + CHUNK)
+                    part_mask = None if mask is None else mask[part]
+                    drawn.append(self._draw(model, condition[part], part_mask, seeds[part], trainer))
+            images = [image for tokens, _ in drawn for image in self.policy.decode(tokens)]
             logprobs = [row for _, chunk in drawn for row in chunk.tolist()]
             return {
-                "prompt_ids": prompt_ids,
+                "prompt_ids": self._prompt_ids(condition, mask, torch.tensor(dropped), trainer),
                 "completion_ids": [row for tokens, _ in drawn for row in tokens.tolist()],
                 "logprobs": [[None] * len(row) if drop else row for drop, row in zip(dropped, logprobs, strict=True)],
                 "images": images,
                 "conditions": asked,
             }
 
+    def _prompt_ids(
+        self, condition: Tensor, mask: Tensor | None, dropped: Tensor, trainer: GRPOTrainer
+    ) -> list[list[int]]:
+        """The prompts of the training pass; for captions the models are told first what those count into."""
+        config = self.policy.model.config
+        dropped = dropped.to(condition.device)
+        if mask is None:
+            return torch.where(dropped, config.num_classes, condition)[:, None].tolist()
+        null = self.policy.model.model.null_caption.to(condition.dtype)
+        # The features of this batch and no other: those of a whole data set would not fit a GPU.
+        captions = torch.where(dropped[:, None, None], null, condition), mask
+        self.policy.model.captions = captions
+        if trainer.ref_model is not None:
+            trainer.accelerator.unwrap_model(trainer.ref_model).captions = captions
+        return [[row] * config.cls_token_num for row in range(len(condition))]
+
     def _draw(
-        self, model: Any, conditions: Sequence[Condition], seeds: Sequence[int], trainer: GRPOTrainer
+        self, model: Any, condition: Tensor, mask: Tensor | None, seeds: Sequence[int], trainer: GRPOTrainer
     ) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B, T] and their log-probabilities float32 [B, T]."""
         sampling = self.recipe.sampling
-        class_ids = torch.tensor([one.class_id for one in conditions], device=trainer.accelerator.device)
         try:
             with trainer.accelerator.autocast():  # the precision of the training pass, or the ratio is not 1
                 return sample_tokens(
                     model,
-                    class_ids,
+                    condition,
+                    condition_mask=mask,
                     cfg_scale=sampling.cfg_scale,
                     temperature=sampling.temperature,
                     top_k=sampling.top_k,

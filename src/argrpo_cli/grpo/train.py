@@ -20,6 +20,7 @@ from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
 from argrpo_cli.grpo.plots import draw_curves
+from argrpo_cli.grpo.prompts import run_conditions
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
 from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
@@ -77,7 +78,7 @@ def run_training(
             raise UserError(
                 f"policy.trainable: {out} was started with another choice of parameters; a run keeps its own"
             )
-        conditions = _conditions(recipe, policy)
+        conditions = run_conditions(recipe, policy)
         rewards = rewards or _load_rewards(recipe, policy)
         weights = reward_weights(recipe.rewards, rewards.family)
         with open_run(out, recipe, resume) as run:
@@ -164,7 +165,7 @@ class _Job:
         recipe, run, policy = self.recipe, self.run, self.policy
         grpo, logging = recipe.grpo, recipe.logging
         stopwatch = Stopwatch()
-        rollout = Rollout(recipe, self.conditions, policy.decode, policy.model.config.num_classes, stopwatch)
+        rollout = Rollout(recipe, self.conditions, policy, stopwatch)
         scorer = BatchScorer(self.rewards, self.weights, grpo.group_size, stopwatch)
         metrics = MetricsCallback(run, self.display, stopwatch, list(self.weights), grpo.batch_size, seconds_before)
         stop = StopCallback(self.request, metrics, grpo.updates_per_batch, self.time_limit)
@@ -229,12 +230,6 @@ def _load_base_policy(recipe: Recipe, out: Path, resume: bool) -> Policy:
 def _trained(policy: Policy) -> list[str]:
     """Names of the parameters that training may change."""
     return [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
-
-
-def _conditions(recipe: Recipe, policy: Policy) -> list[Condition]:
-    """What the recipe asks to draw, in a fixed order."""
-    classes = recipe.conditions.classes
-    return policy.conditions(policy.class_names if classes == "all" else classes)
 
 
 def _load_rewards(recipe: Recipe, policy: Policy) -> Rewards:

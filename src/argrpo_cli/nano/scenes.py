@@ -57,6 +57,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "brown": (0.48, 0.29, 0.13),
 }
 NUMBER_WORDS = {1: "a", 2: "two", 3: "three", 4: "four"}
+CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's
 RELATIONS = ("left of", "right of", "above", "below")
 SINGLE_SIZES = (40, 60)  # side of a lone object's box in pixels, inclusive
 HUE_RANGE = 18.0  # degrees either way; more would turn apples into plums
@@ -209,8 +210,7 @@ def class_scene(rng: np.random.Generator, class_id: int | None = None) -> Scene:
 
 def caption_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
     """A scene of the text task; `tag` is one of GenEval's six categories, drawn uniformly when None."""
-    tags = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-    tag = tag or tags[rng.integers(len(tags))]
+    tag = tag or CATEGORIES[rng.integers(len(CATEGORIES))]
     background = random_background(rng)
     pick = lambda n: [int(i) for i in rng.choice(len(CLASS_NAMES), n, replace=False)]  # noqa: E731
     if tag == "single_object":
@@ -252,7 +252,7 @@ def caption_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
         )
         text = f"a photo of {with_article(colors[0])} {names[0]} and {with_article(colors[1])} {names[1]}"
         return Scene(objects, background, text, tag, facts={"classes": names, "colors": tuple(colors)})
-    raise UserError(f"scene category '{tag}' is unknown: choose one of {', '.join(tags)}")
+    raise UserError(f"scene category '{tag}' is unknown: choose one of {', '.join(CATEGORIES)}")
 
 
 def _cells(rng: np.random.Generator, count: int, axis: str | None = None) -> list[tuple[int, int, int, int]]:

@@ -1,44 +1,40 @@
-"""A policy as a user meets it: a LlamaGen, its image tokenizer and its class names, opened by name or path.
+"""A policy as a user meets it: a LlamaGen, its image tokenizer and what it is asked in, opened by name or path.
 
-A policy folder holds what `save_pretrained` writes (config.json, model.safetensors, ...) and `policy.json`:
+A policy folder holds what `save_pretrained` writes (config.json, model.safetensors, ...) and `policy.json`, which for
+a class-conditional and a caption-conditional policy says
 
     {"tokenizer": "nano-vq", "classes": ["airplane", ...], "image_size": 64, "base": "nano-c2i"}
+    {"tokenizer": "nano-vq", "text_encoder": "nano-t5", "image_size": 64, "base": "nano-t2i"}
 
-where the tokenizer is a bundled one or a folder relative to this one.
+where the tokenizer and the text encoder are bundled ones or folders relative to this one.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError, did_you_mean
-from argrpo_cli.files import cannot_write, make_dir, read_json, write_json
+from argrpo_cli.files import make_dir, read_json, write_json
+from argrpo_cli.policy.loading import load_pretrained, save_model
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
 from argrpo_cli.policy.sampling import sample_tokens
+from argrpo_cli.policy.text import TextEncoder, load_text_encoder
 from argrpo_cli.policy.vq import VQModel, to_uint8
 
 CARD = "policy.json"
 WEIGHTS = Path(__file__).parents[1] / "nano" / "weights"
-BUNDLED_POLICIES = ("nano-c2i",)
-BUNDLED_TOKENIZERS = ("nano-vq",)
+BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
+BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
 DTYPES = ("float32", "bfloat16", "float16")
 DECODE_PIXELS = 2**20  # decoded at a time; at 256 px with VQ-16 about half a gigabyte for each activation
-
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass
@@ -49,9 +45,11 @@ class Policy:
         model: the LlamaGen, in evaluation mode.
         tokenizer: image tokenizer, always float32 (token ids must not depend on the policy's dtype).
         tokenizer_name: name of a bundled tokenizer, None if it came from a folder.
-        class_names: names of the class ids 0, 1, ...
+        class_names: names of the class ids 0, 1, ...; empty for a caption-conditional policy.
         image_size: pixels a side.
         base: the policy this one descends from.
+        text_encoder: what reads the captions; None for a class-conditional policy.
+        text_encoder_name: name of a bundled text encoder, None if it came from a folder.
     """
 
     model: LlamaGenForImageGeneration
@@ -60,15 +58,34 @@ class Policy:
     class_names: list[str]
     image_size: int
     base: str
+    text_encoder: TextEncoder | None = None
+    text_encoder_name: str | None = None
 
-    def conditions(self, names_or_ids: Iterable[str | int]) -> list[Condition]:
-        """Class names or ids (numbers, also written as text) to conditions with their text prompts.
+    def conditions(self, asked: Iterable[str | int]) -> list[Condition]:
+        """What the policy is asked to draw: class names or ids (numbers, also written as text), or captions.
 
         Raises:
-            UserError: no such class.
+            UserError: no such class, or a caption that the text encoder cannot read.
         """
-        ids = [self._class_id(given) for given in names_or_ids]
+        if self.text_encoder is not None:
+            prompts = [str(prompt) for prompt in asked]
+            self.text_encoder.check(prompts)
+            return [Condition(prompt) for prompt in prompts]
+        ids = [self._class_id(given) for given in asked]
         return [Condition(class_prompt(self.class_names[index]), index) for index in ids]
+
+    def embed(self, conditions: Sequence[Condition]) -> tuple[Tensor, Tensor | None]:
+        """What the model takes for these conditions, on its device.
+
+        Returns:
+            class ids int64 [B] and None; or caption features [B, P, caption_dim], left padded, and their mask [B, P].
+        """
+        device = self.model.device
+        if self.text_encoder is None:
+            return torch.tensor([self._known_id(one) for one in conditions], dtype=torch.long, device=device), None
+        config = self.model.config
+        features, mask = self.text_encoder.encode([one.prompt for one in conditions], config.cls_token_num)
+        return features.to(device), mask.to(device)
 
     def sample(
         self,
@@ -89,14 +106,15 @@ class Policy:
             raise UserError(f"batch size {batch_size} is not positive")
         if seeds is not None and len(seeds) != len(conditions):
             raise UserError(f"{len(seeds)} seeds for {len(conditions)} conditions; give one each")
-        class_ids = torch.tensor([self._known_id(one) for one in conditions], dtype=torch.long)
         drawn = [torch.empty(0, self.model.config.block_size, dtype=torch.long, device=self.model.device)]
         for start in range(0, len(conditions), batch_size):
             part = slice(start, start + batch_size)
+            condition, mask = self.embed(conditions[part])
             drawn.append(
                 sample_tokens(
                     self.model,
-                    class_ids[part].to(self.model.device),
+                    condition,
+                    condition_mask=mask,
                     cfg_scale=cfg_scale,
                     temperature=temperature,
                     top_k=top_k,
@@ -128,13 +146,13 @@ class Policy:
         folder = Path(folder)
         if self.tokenizer_name is None:
             save_model(self.tokenizer, make_dir(folder / "tokenizer"))
-        card = {
-            "tokenizer": self.tokenizer_name or "tokenizer",
-            "classes": self.class_names,
-            "image_size": self.image_size,
-            "base": self.base,
-        }
-        write_json(folder / CARD, card)
+        asked: dict[str, Any] = {"classes": self.class_names}
+        if self.text_encoder is not None:
+            asked = {"text_encoder": self.text_encoder_name or "text_encoder"}
+            if self.text_encoder_name is None:
+                self.text_encoder.save(make_dir(folder / "text_encoder"))
+        card = {"tokenizer": self.tokenizer_name or "tokenizer", **asked}
+        write_json(folder / CARD, {**card, "image_size": self.image_size, "base": self.base})
 
     def _class_id(self, given: str | int) -> int:
         if isinstance(given, str) and given in self.class_names:
@@ -173,19 +191,21 @@ def load_policy(name_or_path: str | Path, device: str = "cpu", dtype: str = "flo
     folder = find_policy(name_or_path)
     card = _read_card(folder)
     model = load_pretrained(LlamaGenForImageGeneration, folder, getattr(torch, dtype))
-    bundled = card["tokenizer"] in BUNDLED_TOKENIZERS
-    tokenizer_folder = (WEIGHTS if bundled else folder) / card["tokenizer"]
-    if not tokenizer_folder.is_dir():
-        raise UserError(f"the image tokenizer of {folder} is missing: no folder {tokenizer_folder}")
-    tokenizer = load_pretrained(VQModel, tokenizer_folder, torch.float32)
-    _check_fit(folder, model, tokenizer, card)
+    tokenizer = load_pretrained(VQModel, _part(folder, "image tokenizer", card["tokenizer"]), torch.float32)
+    text_encoder, encoder_name = None, card.get("text_encoder")
+    if model.config.condition == "caption":
+        text_encoder = load_text_encoder(_part(folder, "text encoder", encoder_name), getattr(torch, dtype))
+        text_encoder.model.to(device)
+    _check_fit(folder, model, tokenizer, text_encoder, card)
     return Policy(
         model=model.to(device),
         tokenizer=tokenizer.to(device),
-        tokenizer_name=card["tokenizer"] if bundled else None,
-        class_names=card["classes"],
+        tokenizer_name=card["tokenizer"] if card["tokenizer"] in BUNDLED_PARTS else None,
+        class_names=card.get("classes", []),
         image_size=card["image_size"],
         base=card.get("base", str(name_or_path)),
+        text_encoder=text_encoder,
+        text_encoder_name=encoder_name if encoder_name in BUNDLED_PARTS else None,
     )
 
 
@@ -210,61 +230,6 @@ def find_policy(name_or_path: str | Path) -> Path:
     raise UserError(f"{path} is no policy: it has no {CARD}, no checkpoints/step_* and no policy/ folder with one")
 
 
-def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype) -> Model:
-    """`from_pretrained` from a local folder that accepts nothing less than the complete weights of this kind.
-
-    Raises:
-        UserError: files missing or damaged, another kind of model, keys or shapes that do not fit.
-    """
-    config = read_json(folder / "config.json")
-    expected = kind.config_class.model_type
-    if config.get("model_type") != expected:
-        raise UserError(f"{folder} holds a {config.get('model_type')!r} model; expected {expected!r}")
-    try:
-        with quiet_transformers():
-            model, info = kind.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # reported below, in one line
-                output_loading_info=True,
-            )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"cannot load {folder}: {lines[0] if lines else type(error).__name__}") from error
-    for what in ("missing_keys", "unexpected_keys"):
-        if keys := sorted(info[what]):
-            raise UserError(f"cannot load {folder}: {len(keys)} {what.replace('_', ' ')} such as {keys[0]}")
-    for key, saved, ours in sorted(info["mismatched_keys"]):
-        raise UserError(f"cannot load {folder}: {key} is {list(saved)}, config.json says {list(ours)}")
-    return model
-
-
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """`save_pretrained` beside and then into a folder, so that no file in it is ever half written."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as fresh, quiet_transformers():
-            model.save_pretrained(fresh)
-            for file in sorted(Path(fresh).iterdir()):
-                os.replace(file, folder / file.name)
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(folder, error if isinstance(error, OSError) else OSError(str(error))) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no load reports: loading either works or raises one line."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def choose_trainable(model: nn.Module, wanted: str | Sequence[str]) -> None:
     """Freeze every parameter of `model` but the wanted ones: "all", or one or several parts of parameter names.
 
@@ -283,27 +248,41 @@ def choose_trainable(model: nn.Module, wanted: str | Sequence[str]) -> None:
 
 def _read_card(folder: Path) -> dict[str, Any]:
     card = read_json(folder / CARD)
-    for key, kind in (("tokenizer", str), ("classes", list), ("image_size", int)):
+    asked = ("text_encoder", str) if "text_encoder" in card else ("classes", list)
+    for key, kind in (("tokenizer", str), asked, ("image_size", int)):
         if not isinstance(card.get(key), kind):
             raise UserError(f"{folder / CARD}: {key!r} is {card.get(key)!r}, expected a {kind.__name__}")
     return card
 
 
-def _check_fit(folder: Path, model: LlamaGenForImageGeneration, tokenizer: VQModel, card: dict[str, Any]) -> None:
+def _part(folder: Path, what: str, name: str | None) -> Path:
+    """The folder of a policy's image tokenizer or text encoder."""
+    if name is None:
+        raise UserError(f"{folder / CARD} names no {what}")
+    part = (WEIGHTS if name in BUNDLED_PARTS else folder) / name
+    if not part.is_dir():
+        raise UserError(f"the {what} of {folder} is missing: no folder {part}")
+    return part
+
+
+def _check_fit(
+    folder: Path,
+    model: LlamaGenForImageGeneration,
+    tokenizer: VQModel,
+    text_encoder: TextEncoder | None,
+    card: dict[str, Any],
+) -> None:
     """The parts of a policy folder must belong together; a wrong tokenizer would only show as noise."""
     config = model.config
-    if config.condition != "class":
-        raise UserError(f"{folder} is conditioned on captions; only class-conditional policies can be opened")
+    tokens = (card["image_size"] // tokenizer.config.downsample) ** 2
     pairs = [
         ("codes in the tokenizer", tokenizer.config.codebook_size, "vocab_size", config.vocab_size),
-        ("class names", len(card["classes"]), "num_classes", config.num_classes),
-        (
-            "tokens at this image size",
-            (card["image_size"] // tokenizer.config.downsample) ** 2,
-            "block_size",
-            config.block_size,
-        ),
+        ("tokens at this image size", tokens, "block_size", config.block_size),
     ]
+    if text_encoder is None:
+        pairs.append(("class names", len(card.get("classes", [])), "num_classes", config.num_classes))
+    else:
+        pairs.append(("features in the text encoder", text_encoder.width, "caption_dim", config.caption_dim))
     for what, count, field, expected in pairs:
         if count != expected:
             raise UserError(f"{folder}: {count} {what}, but the model's {field} is {expected}")

@@ -14,6 +14,7 @@ from argrpo_cli.recipe.schema import Recipe
 # Keys that take values of several kinds, for which pydantic reports one fault per kind.
 UNIONS = {
     "conditions.classes": "must be 'all' or a list of class names or ids",
+    "conditions.captions": "must be a name, a file or a list of captions",
     "policy.trainable": "must be 'all', a part of the parameters' names or a list of such parts",
 }
 

@@ -34,8 +34,10 @@ class PolicySection(Section):
 class ConditionSection(Section):
     """What the policy is asked to draw."""
 
-    source: Literal["classes"] = "classes"
+    source: Literal["classes", "captions"] = "classes"  # as the policy was made
     classes: Literal["all"] | Annotated[list[str | int], Field(min_length=1)] = "all"  # names or ids
+    # A bundled set ("nano"), a .txt file with one a line, a .jsonl file with `prompt`, or a list.
+    captions: Name | Annotated[list[Name], Field(min_length=1)] = "nano"
 
 
 class SamplingSection(Section):

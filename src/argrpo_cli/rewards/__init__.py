@@ -34,7 +34,10 @@ REWARDS: dict[str, Entry] = {
 
 
 class Reward(Protocol):
-    """A reward model: one raw score per image, in the reward's own unit."""
+    """A reward model: one raw score per image, in the reward's own unit.
+
+    One of the conditional family also has `check(conditions)`, which raises UserError for what it cannot read.
+    """
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B]."""
@@ -65,9 +68,9 @@ class RewardSet:
         self.family = {name: check_reward(name).family for name in rewards}
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        """Raise UserError for a condition that one of the rewards cannot judge, before anything is scored."""
-        for reward in self.rewards.values():
-            if hasattr(reward, "check"):
+        """Raise UserError for a condition that a conditional reward cannot read, before anything is scored."""
+        for name, reward in self.rewards.items():
+            if self.family[name] == "conditional":
                 reward.check(conditions)
 
     def score(self, images: Tensor, conditions: Sequence[Condition], batch_size: int = 64) -> dict[str, Tensor]:

@@ -1,0 +1,96 @@
+"""Captions to the features a caption-conditional policy reads: a frozen T5 encoder, padded as LlamaGen was trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+from argrpo_cli.errors import UserError, did_you_mean
+from argrpo_cli.files import cannot_write
+from argrpo_cli.policy.loading import load_pretrained, quiet_transformers, save_model
+from argrpo_cli.policy.modeling import left_pad
+
+
+class TextEncoder:
+    """A T5 encoder and its tokenizer.
+
+    Attributes:
+        model: the encoder, in evaluation mode and frozen; features have its `d_model` as width.
+        tokenizer: any transformers tokenizer with a padding and an end token.
+        words: for a tokenizer of whole words, all it knows; None for one that can spell anything.
+    """
+
+    def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        whole_words = type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
+        special = set(tokenizer.all_special_tokens)
+        self.words = sorted(set(tokenizer.get_vocab()) - special) if whole_words else None
+
+    @property
+    def width(self) -> int:
+        """Width of the features."""
+        return self.model.config.d_model
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Refuse empty prompts and, for a tokenizer of whole words, words that it does not know.
+
+        Raises:
+            UserError: the first such prompt, in one line.
+        """
+        for prompt in prompts:
+            if not prompt.strip():
+                raise UserError("an empty prompt: say what to draw")
+            if self.words is None:
+                continue
+            known = set(self.words)
+            for word in re.findall(r"\w+|[^\w\s]+", prompt.lower()):
+                if word not in known:
+                    hint = did_you_mean(word, self.words) or f"; the words are {', '.join(self.words)}"
+                    raise UserError(f"the policy does not know the word {word!r} in the prompt {prompt!r}{hint}")
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """Features of prompts, each distinct one encoded once.
+
+        As published (goldens set B, quirk 10): tokens padded or cut to `length`, padding left out of the encoder's
+        attention, features of padding zero, the valid rows moved to the right end.
+
+        Returns:
+            features [B, length, width] in the encoder's dtype and mask int64 [B, length], 1 on valid rows.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        batch = self.tokenizer(
+            distinct, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(self.model.device)
+        features = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        features, mask = left_pad(features, batch.attention_mask)
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=features.device)
+        return features[rows], mask[rows]
+
+    def save(self, folder: Path) -> None:
+        """Write both parts into an existing folder; UserError when it cannot be written."""
+        save_model(self.model, folder)
+        try:
+            self.tokenizer.save_pretrained(folder)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+
+
+def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextEncoder:
+    """From a local folder of `save_pretrained` files of both parts.
+
+    Raises:
+        UserError: files missing or damaged.
+    """
+    model = load_pretrained(T5EncoderModel, folder, dtype)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the text tokenizer of {folder}: {str(error).splitlines()[0]}") from error
+    return TextEncoder(model, tokenizer)

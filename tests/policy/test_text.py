@@ -1,0 +1,98 @@
+"""Captions to features, and a policy that draws captions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from argrpo_cli.conditions import Condition
+from argrpo_cli.errors import UserError
+from argrpo_cli.policy import load_policy
+from tests.grpo.tiny import save_tiny_policy, tiny_caption_policy, tiny_text_encoder
+
+
+def test_features_are_left_padded_zero_in_the_padding_and_independent_of_the_batch():
+    encoder = tiny_text_encoder()
+    features, mask = encoder.encode(["a dog", "a red dog a cat", "a dog"], length=6)
+    assert mask.tolist() == [[0, 0, 0, 1, 1, 1], [1] * 6, [0, 0, 0, 1, 1, 1]]
+    assert features[0, :3].abs().max() == 0
+    assert features[0, 3:].abs().min() > 0
+    assert torch.equal(features[0], features[2])
+    alone, _ = encoder.encode(["a dog"], length=6)
+    assert torch.allclose(alone[0], features[0], atol=1e-6)
+    # The encoder itself saw no padding: the same words without any.
+    words = encoder.tokenizer(["a dog"], return_tensors="pt")
+    bare = encoder.model(input_ids=words.input_ids).last_hidden_state
+    assert torch.allclose(bare[0], features[0, 3:], atol=1e-6)
+
+
+def test_a_distinct_caption_is_encoded_once(monkeypatch):
+    encoder = tiny_text_encoder()
+    sizes = []
+    forward = encoder.model.forward
+    monkeypatch.setattr(
+        encoder.model, "forward", lambda **given: sizes.append(len(given["input_ids"])) or forward(**given)
+    )
+    encoder.encode(["a dog", "a cat", "a dog", "a dog"], length=6)
+    assert sizes == [2]
+
+
+def test_a_long_caption_is_cut_and_still_ends():
+    features, mask = tiny_text_encoder().encode(["a dog a dog a dog a dog"], length=4)
+    short, _ = tiny_text_encoder().encode(["a dog a"], length=4)
+    assert mask.tolist() == [[1, 1, 1, 1]]
+    assert torch.allclose(features, short)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("a rde dog", "'rde' in the prompt 'a rde dog'; did you mean 'red'"), ("a dog!", "the word '!'"), ("  ", "empty")],
+)
+def test_a_caption_with_unknown_words_is_refused(prompt, message):
+    with pytest.raises(UserError, match=message):
+        tiny_caption_policy().conditions(["a dog", prompt])
+
+
+def test_the_caption_and_the_seed_decide_the_image():
+    policy = tiny_caption_policy()
+    asked = policy.conditions(["a dog", "a blue cat", "A Dog", "a dog"])
+    assert asked[0] == Condition("a dog")
+    tokens = policy.sample(asked, cfg_scale=3.0, seeds=[1, 1, 1, 2])
+    assert torch.equal(tokens[0], tokens[2])
+    assert not torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(tokens[0], tokens[3])
+    one_by_one = torch.cat(
+        [policy.sample([one], cfg_scale=3.0, seeds=[s]) for one, s in zip(asked, [1, 1, 1, 2], strict=True)]
+    )
+    assert torch.equal(tokens, one_by_one)
+
+
+def test_a_policy_folder_brings_its_text_encoder(tmp_path):
+    policy = tiny_caption_policy()
+    policy.save(tmp_path)
+    again = load_policy(tmp_path)
+    asked = ["a red dog", "a cat"]
+    assert torch.equal(
+        policy.sample(policy.conditions(asked), seeds=[3, 4]), again.sample(again.conditions(asked), seeds=[3, 4])
+    )
+    assert again.text_encoder.words == policy.text_encoder.words
+
+
+def test_parts_that_do_not_fit_are_named(tmp_path):
+    policy = tiny_caption_policy()
+    policy.save(tmp_path / "a")
+    (tmp_path / "a" / "text_encoder" / "model.safetensors").rename(tmp_path / "a" / "x")
+    with pytest.raises(UserError, match="text_encoder"):
+        load_policy(tmp_path / "a")
+    policy.text_encoder.model.config.d_model = 24
+    policy.save(tmp_path / "b")
+    card = tmp_path / "b" / "policy.json"
+    card.write_text(card.read_text().replace('"text_encoder": "text_encoder"', '"text_encoder": "gone"'))
+    with pytest.raises(UserError, match=r"the text encoder of .* is missing: no folder .*gone"):
+        load_policy(tmp_path / "b")
+
+
+def test_a_class_policy_reads_no_captions(tmp_path):
+    save_tiny_policy(tmp_path)
+    with pytest.raises(UserError, match="no class 'a dog'"):
+        load_policy(tmp_path).conditions(["a dog"])
