@@ -91,6 +91,11 @@ def test_objects_are_ranked_by_score_and_classes_without_any_are_left_out():
     assert {name: [detection.index for detection in group] for name, group in kept.items()} == {"dog": [1, 2, 0]}
 
 
+def test_of_equal_scores_the_later_detection_comes_first():
+    kept = select({"dog": found(0.5, 0.9, 0.5, 0.5)}, "single_object")
+    assert [detection.index for detection in kept["dog"]] == [1, 3, 2, 0]
+
+
 def test_at_most_sixteen_objects_of_a_class_count():
     scores = np.linspace(0.31, 0.99, 20)
     kept = select({"dog": found(*scores), "cat": found(0.5)}, "single_object")
@@ -143,6 +148,9 @@ def test_the_last_pixel_of_a_box_belongs_to_it():
         ((4, 0, 24, 20), ()),  # 4 pixels: the dead zone is 0.1 * (20 + 20)
         ((9, 0, 29, 20), ("right of",)),  # (9 - 4) / 9 > 1/2
         ((8, 0, 28, 20), ()),  # (8 - 4) / 8 = 1/2 is not more than half
+        ((-8, 0, 12, 20), ()),
+        ((0, 8, 20, 28), ()),
+        ((0, -8, 20, 12), ()),
     ],
 )
 def test_relations_to_the_box_0_0_20_20(box, relations):
@@ -155,6 +163,10 @@ def test_the_dead_zone_grows_with_both_boxes_and_its_threshold():
     assert relative_position(small, (0, 0, 20, 20), 0.2) == ()
     assert relative_position(small, large, 0.1) == ()
     assert relative_position((1, 0, 21, 20), (0, 0, 20, 20), 0.0) == ("right of",)
+    detections = {"dog": found(0.9, box=(0, 0, 20, 20)), "cat": found(0.9, box=small)}
+    assert judge_image(DOG_LEFT_OF_CAT, detections, no_color).correct
+    verdict = judge_image(DOG_LEFT_OF_CAT, detections, no_color, Thresholds(position_threshold=0.2))
+    assert verdict.reason == "expected dog left of target, found  target"  # two blanks, as the official script prints
 
 
 def test_more_objects_than_asked_for_are_a_fault_in_counting_only():
@@ -252,6 +264,12 @@ def test_the_reward_of_a_count_falls_with_its_distance_below_zero_too(scores, sc
 def test_extra_objects_cost_strict_correctness_and_reward_but_not_correctness():
     reward = reward_score(RED_DOG, {"dog": found(0.9, 0.8)}, colors("red", "red"))
     assert (reward.score, reward.correct, reward.strict_correct) == (0.0, 1.0, 0.0)
+
+
+def test_missing_objects_fail_their_colour_too_and_one_failure_fails_the_strict_verdict():
+    prompt = compose(0, "color_attr", (Requirement("dog", color="red"), Requirement("cat", color="blue")))
+    reward = reward_score(prompt, {"cat": found(0.9)}, colors("blue"))
+    assert (reward.score, reward.correct, reward.strict_correct) == ((0 + 0 + 1 + 1) / 4, 0.0, 0.0)
 
 
 def test_a_wrong_place_adds_both_terms_and_a_missing_target_one():

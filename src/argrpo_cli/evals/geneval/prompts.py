@@ -26,20 +26,16 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 RELATIONS = ("left of", "right of", "above", "below")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 # The 80 classes of COCO in COCO's order, some under clearer names (COCO's "mouse" is "computer mouse" here).
-OBJECT_NAMES = tuple(
-    """
-    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
-    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
-    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
-    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
-    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
-    computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,
-    clock, vase, scissors, teddy bear, hair drier, toothbrush
-    """.replace("\n", " ")
-    .replace("  ", "")
-    .strip()
-    .split(", ")
-)
+_OBJECTS = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking
+meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie,
+suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis
+racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
+dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv
+remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
+teddy bear, hair drier, toothbrush
+"""
+OBJECT_NAMES = tuple(" ".join(_OBJECTS.split()).split(", "))
 NANO_PROMPTS_PER_TAG = 40  # in geneval-nano and geneval-nano-extra together
 
 
@@ -63,8 +59,8 @@ class Requirement:
 
     @classmethod
     def from_metadata(cls, row: dict[str, Any]) -> Requirement:
-        relation, target = row.get("position") or (None, 0)
-        return cls(row["class"], row["count"], row.get("color"), None if relation is None else (relation, target))
+        position = row.get("position")
+        return cls(row["class"], row["count"], row.get("color"), tuple(position) if position else None)
 
 
 @dataclass(frozen=True)
@@ -144,22 +140,19 @@ def nano_extra_prompts() -> tuple[Prompt, ...]:
     its category; ties go by the SHA-256 of the prompt, which is the same on every machine and with every library.
     """
     extra: list[Prompt] = []
+    official = {_content(prompt) for prompt in official_prompts()}
     for tag in TAGS:
+        compositions: dict[object, Prompt] = {}
+        for prompt in sorted(_nano_compositions(tag), key=lambda prompt: hashlib.sha256(prompt.text.encode()).digest()):
+            compositions.setdefault(_content(prompt), prompt)
+        candidates = [prompt for content, prompt in compositions.items() if content not in official]
+        del candidates[1000:]  # plenty to choose from; the pairs of coloured objects are 15,456
         chosen = [prompt for prompt in nano_prompts() if prompt.tag == tag]
-        official = {_content(prompt) for prompt in official_prompts()}
-        candidates = [prompt for prompt in _nano_compositions(tag) if _content(prompt) not in official]
-        candidates.sort(key=lambda prompt: hashlib.sha256(prompt.text.encode()).digest())
-        del candidates[1000:]  # plenty to choose from; the pairs of coloured objects are 30,912
         used = Counter(word for prompt in chosen for word in _words(prompt))
-        taken = set()
-        while candidates and len(chosen) < NANO_PROMPTS_PER_TAG:
+        for _ in range(min(NANO_PROMPTS_PER_TAG - len(chosen), len(candidates))):
             best = min(candidates, key=lambda prompt: sum(used[word] for word in _words(prompt)))
             candidates.remove(best)
-            if _content(best) in taken:
-                continue
-            taken.add(_content(best))
             used.update(_words(best))
-            chosen.append(best)
             extra.append(compose(len(official_prompts()) + len(extra), tag, best.include))
     return tuple(extra)
 

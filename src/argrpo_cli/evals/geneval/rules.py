@@ -101,7 +101,7 @@ def reward_score(
     The score is the mean of these terms, for each requirement: 1 - |count wanted - count found| / count wanted; for
     a colour the same with the objects of that colour, for a position 1. Where the count is wrong, one 0 stands for
     both. Kept from the original: the score is negative when more than twice the count is found, and a position that
-    fails adds 0 *and* 1. Excluded objects lower `correct` only.
+    fails adds 0 *and* 1, or 0 where its target failed. Excluded objects lower `correct` only.
     """
     answers: dict[tuple[str, int], Sequence[str]] = {}
 
