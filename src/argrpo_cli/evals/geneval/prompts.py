@@ -1,0 +1,229 @@
+"""GenEval's 553 prompts, built from a table of facts (prompts.txt) by the benchmark's templates, and the nano sets.
+
+`geneval` is the official list: serialised, it has the official file's hash. `geneval-nano` are those official prompts
+that the nano world has the objects and colours for. `geneval-nano-extra` are further compositions of nano objects
+under the same templates, so that the two nano sets together can tell policies apart in every category.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+from argrpo_cli.errors import UserError, did_you_mean
+from argrpo_cli.nano import scenes
+
+OFFICIAL_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"  # of evaluation_metadata.jsonl
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+COUNTS = {2: "two", 3: "three", 4: "four"}
+# The 80 classes of COCO in COCO's order, some under clearer names (COCO's "mouse" is "computer mouse" here).
+_OBJECTS = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking
+meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie,
+suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis
+racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
+dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv
+remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
+teddy bear, hair drier, toothbrush
+"""
+OBJECT_NAMES = tuple(" ".join(_OBJECTS.split()).split(", "))
+NANO_PROMPTS_PER_TAG = 40  # in geneval-nano and geneval-nano-extra together
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """`count` objects of a class, perhaps of a colour, perhaps (relation, index of the requirement it relates to)."""
+
+    name: str
+    count: int = 1
+    color: str | None = None
+    position: tuple[str, int] | None = None
+
+    def metadata(self) -> dict[str, Any]:
+        """The requirement as the official file writes it."""
+        row: dict[str, Any] = {"class": self.name, "count": self.count}
+        if self.color is not None:
+            row["color"] = self.color
+        if self.position is not None:
+            row["position"] = list(self.position)
+        return row
+
+    @classmethod
+    def from_metadata(cls, row: dict[str, Any]) -> Requirement:
+        position = row.get("position")
+        return cls(row["class"], row["count"], row.get("color"), tuple(position) if position else None)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what its image must show: all of `include`, and of each `exclude` fewer than its count."""
+
+    index: int
+    tag: str
+    text: str
+    include: tuple[Requirement, ...]
+    exclude: tuple[Requirement, ...] = ()
+
+    def metadata(self) -> dict[str, Any]:
+        """The prompt as the official file writes it."""
+        row: dict[str, Any] = {"tag": self.tag, "include": [requirement.metadata() for requirement in self.include]}
+        if self.exclude:
+            row["exclude"] = [requirement.metadata() for requirement in self.exclude]
+        return {**row, "prompt": self.text}
+
+    @classmethod
+    def from_metadata(cls, row: dict[str, Any], index: int = 0) -> Prompt:
+        include, exclude = (
+            tuple(Requirement.from_metadata(part) for part in row.get(key, ())) for key in ("include", "exclude")
+        )
+        return cls(index, row["tag"], row["prompt"], include, exclude)
+
+
+def plural(name: str) -> str:
+    """GenEval's plural: 'buses' and 'wine glasses', but also 'sheeps', 'knifes' and 'sandwichs'."""
+    return name + ("es" if name.endswith("s") else "s")
+
+
+def compose(index: int, tag: str, include: tuple[Requirement, ...]) -> Prompt:
+    """The prompt of a category that asks for `include`, in the benchmark's words."""
+    if tag == "counting":
+        (wanted,) = include
+        text = f"a photo of {COUNTS[wanted.count]} {plural(wanted.name)}"
+        return Prompt(index, tag, text, include, (Requirement(wanted.name, wanted.count + 1),))
+    words = [scenes.with_article(f"{part.color} {part.name}" if part.color else part.name) for part in include]
+    if tag == "position":
+        relation, target = include[1].position
+        return Prompt(index, tag, f"a photo of {words[1]} {relation} {words[target]}", include)
+    return Prompt(index, tag, f"a photo of {' and '.join(words)}", include)
+
+
+def official_jsonl(prompts: Iterable[Prompt]) -> str:
+    """Prompts in the format of the official evaluation_metadata.jsonl."""
+    return "".join(json.dumps(prompt.metadata()) + "\n" for prompt in prompts)
+
+
+@cache
+def official_prompts() -> tuple[Prompt, ...]:
+    """The 553 prompts in official order, checked against the hash of the official file."""
+    facts = _read_facts(Path(__file__).with_name("prompts.txt"))
+    prompts = tuple(compose(index, tag, _requirements(tag, fact)) for index, (tag, fact) in enumerate(facts))
+    if hashlib.sha256(official_jsonl(prompts).encode()).hexdigest() != OFFICIAL_SHA256:
+        raise UserError("GenEval's prompts in this installation are not the official ones: install argrpo-cli again")
+    return prompts
+
+
+@cache
+def nano_prompts() -> tuple[Prompt, ...]:
+    """The official prompts, under their official indices, whose objects and colours the nano world has."""
+
+    def known(part: Requirement) -> bool:
+        return part.name in scenes.CLASS_NAMES and (part.color is None or part.color in scenes.COLORS)
+
+    return tuple(prompt for prompt in official_prompts() if all(known(part) for part in prompt.include))
+
+
+@cache
+def nano_extra_prompts() -> tuple[Prompt, ...]:
+    """Compositions of the nano world that the official list lacks, numbered after it.
+
+    They fill each category up to NANO_PROMPTS_PER_TAG, except single_object: the 24 nano objects are all official.
+    Each next one is the composition whose classes, colours, count and relation have been asked for least so far in
+    its category; ties go by the SHA-256 of the prompt, which is the same on every machine and with every library.
+    """
+    extra: list[Prompt] = []
+    official = {_content(prompt) for prompt in official_prompts()}
+    for tag in TAGS:
+        compositions: dict[object, Prompt] = {}
+        for prompt in sorted(_nano_compositions(tag), key=lambda prompt: hashlib.sha256(prompt.text.encode()).digest()):
+            compositions.setdefault(_content(prompt), prompt)
+        candidates = [prompt for content, prompt in compositions.items() if content not in official]
+        del candidates[1000:]  # plenty to choose from; the pairs of coloured objects are 15,456
+        chosen = [prompt for prompt in nano_prompts() if prompt.tag == tag]
+        used = Counter(word for prompt in chosen for word in _words(prompt))
+        for _ in range(min(NANO_PROMPTS_PER_TAG - len(chosen), len(candidates))):
+            best = min(candidates, key=lambda prompt: sum(used[word] for word in _words(prompt)))
+            candidates.remove(best)
+            used.update(_words(best))
+            extra.append(compose(len(official_prompts()) + len(extra), tag, best.include))
+    return tuple(extra)
+
+
+SETS = {"geneval": official_prompts, "geneval-nano": nano_prompts, "geneval-nano-extra": nano_extra_prompts}
+
+
+def prompt_set(name: str) -> tuple[Prompt, ...]:
+    """The prompts of a set by its name."""
+    if name not in SETS:
+        raise UserError(f"prompt set {name!r} is unknown: choose {', '.join(SETS)}{did_you_mean(name, SETS)}")
+    return SETS[name]()
+
+
+def _read_facts(path: Path) -> Iterator[tuple[str, str]]:
+    """(tag, fact) in the order of the file."""
+    tag = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            tag = line.strip("[]")
+        elif not line.startswith("#"):
+            yield from ((tag, fact.strip()) for fact in line.split(",") if fact.strip())
+
+
+def _requirements(tag: str, fact: str) -> tuple[Requirement, ...]:
+    """What an entry of the table asks for."""
+    if tag == "counting":
+        count, name = fact.split(" ", 1)
+        return (Requirement(name, int(count)),)
+    if tag == "position":
+        relation = next(relation for relation in RELATIONS if f" {relation} " in fact)
+        subject, target = fact.split(f" {relation} ")
+        return Requirement(target), Requirement(subject, position=(relation, 0))
+    parts = fact.split(" + ")
+    if tag in ("colors", "color_attr"):
+        return tuple(Requirement(name, color=color) for color, name in (part.split(" ", 1) for part in parts))
+    return tuple(Requirement(name) for name in parts)
+
+
+def _nano_compositions(tag: str) -> Iterator[Prompt]:
+    """Everything that a category can ask of the nano world."""
+    names, colors = scenes.CLASS_NAMES, tuple(scenes.COLORS)
+    includes: Iterable[tuple[Requirement, ...]]
+    if tag == "single_object":
+        includes = ((Requirement(name),) for name in names)
+    elif tag == "counting":
+        # Without sheep: the nano captions say "two sheep", GenEval's template says "two sheeps".
+        alike = [name for name in names if plural(name) == scenes.plural(name)]
+        includes = ((Requirement(name, count),) for name, count in product(alike, COUNTS))
+    elif tag == "colors":
+        includes = ((Requirement(name, color=color),) for name, color in product(names, colors))
+    elif tag == "position":
+        includes = (
+            (Requirement(target), Requirement(subject, position=(relation, 0)))
+            for (target, subject), relation in product(permutations(names, 2), RELATIONS)
+        )
+    else:
+        palette = permutations(colors, 2) if tag == "color_attr" else [(None, None)]
+        includes = (
+            (Requirement(first, color=one), Requirement(second, color=two))
+            for (first, second), (one, two) in product(permutations(names, 2), palette)
+        )
+    return (compose(0, tag, include) for include in includes)
+
+
+def _content(prompt: Prompt) -> tuple[str, frozenset[Requirement]]:
+    """What a prompt asks for, whatever the order: 'a cat and a dog' is 'a dog and a cat'."""
+    return prompt.tag, frozenset(prompt.include)
+
+
+def _words(prompt: Prompt) -> list[str | int]:
+    """The classes, colours, counts and relations of a prompt."""
+    parts = [(part.name, part.color, part.count, part.position and part.position[0]) for part in prompt.include]
+    return [word for part in parts for word in part if word is not None]

@@ -1,0 +1,217 @@
+"""GenEval's verdict on one image, from what a detector found in it.
+
+    verdict = judge_image(prompt, {"dog": [Detection((10, 12, 60, 58), 0.97)]}, classify_color)
+    verdict.correct, verdict.reason
+
+`classify_color(name, detections)` gives one colour word for each of these detections of class `name`; it is called
+only when a prompt asks for a colour and there are enough objects. Boxes and scores are compared in float32, as the
+official script does: a score that is 0.3 in float32 is not above the threshold 0.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from argrpo_cli.evals.geneval.prompts import COLORS, Prompt, Requirement
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The official settings. Scores must exceed theirs; `nms_threshold` 1 keeps overlapping boxes of a class."""
+
+    threshold: float = 0.3
+    counting_threshold: float = 0.9  # for the category `counting`, where a doubtful extra object costs the point
+    max_objects: int = 16  # of a class
+    nms_threshold: float = 1.0
+    position_threshold: float = 0.1  # share of the objects' sides by which their centres may differ unnoticed
+
+
+OFFICIAL = Thresholds()
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A found object: box (x0, y0, x1, y1) in pixels and score; `index` leads a caller to its mask or colour."""
+
+    box: tuple[float, float, float, float]
+    score: float
+    index: int | None = None
+
+
+Detections = Mapping[str, Sequence[Detection]]
+ClassifyColor = Callable[[str, Sequence[Detection]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Is the image correct, why not (a line for each failed requirement), and the objects that were looked at."""
+
+    correct: bool
+    reason: str
+    kept: dict[str, tuple[Detection, ...]]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The form that serves as a reward: a score, GenEval's verdict, and the verdict with exact counts."""
+
+    score: float
+    correct: float
+    strict_correct: float
+
+
+def judge_image(
+    prompt: Prompt, detections: Detections, classify_color: ClassifyColor, thresholds: Thresholds = OFFICIAL
+) -> Verdict:
+    """The official verdict. Of each class only the `count` best objects are looked at for colour and position.
+
+    More objects than asked for are a fault only where the prompt excludes them (category `counting`). Relations in
+    a reason are in alphabetical order; the official script prints them in the order of a Python set.
+    """
+    kept = select(detections, prompt.tag, thresholds)
+    reasons: list[str] = []
+    groups: list[Sequence[Detection] | None] = []  # of each requirement the objects that meet it
+    for wanted in prompt.include:
+        found = kept.get(wanted.name, ())[: wanted.count]
+        reason = None
+        if len(found) < wanted.count:
+            reason = f"expected {wanted.name}>={wanted.count}, found {len(found)}"
+        else:
+            if wanted.color is not None:
+                reason = _color_fault(wanted, classify_color(wanted.name, found))
+            if wanted.position is not None and reason is None:
+                reason = _position_fault(wanted, found, groups, thresholds)
+        groups.append(found if reason is None else None)
+        reasons += [] if reason is None else [reason]
+    for unwanted in prompt.exclude:
+        count = len(kept.get(unwanted.name, ()))
+        if count >= unwanted.count:
+            reasons.append(f"expected {unwanted.name}<{unwanted.count}, found {count}")
+    return Verdict(not reasons, "\n".join(reasons), kept)
+
+
+def reward_score(
+    prompt: Prompt, detections: Detections, classify_color: ClassifyColor, thresholds: Thresholds = OFFICIAL
+) -> Reward:
+    """The reward server's form, which Flow-GRPO and AR-GRPO query (AR-GRPO uses `correct` alone).
+
+    The score is the mean of these terms, for each requirement: 1 - |count wanted - count found| / count wanted; for
+    a colour the same with the objects of that colour, for a position 1. Where the count is wrong, one 0 stands for
+    both. Kept from the original: the score is negative when more than twice the count is found, and a position that
+    fails adds 0 *and* 1, or 0 where its target failed. Excluded objects lower `correct` only.
+    """
+    answers: dict[tuple[str, int], Sequence[str]] = {}
+
+    def classify_once(name: str, found: Sequence[Detection]) -> Sequence[str]:
+        key = name, len(found)  # always the best ones of the class
+        if key not in answers:
+            answers[key] = classify_color(name, found)
+        return answers[key]
+
+    verdict = judge_image(prompt, detections, classify_once, thresholds)
+    terms: list[float] = []
+    strict = True
+    groups: list[Sequence[Detection] | None] = []
+    for wanted in prompt.include:
+        found = verdict.kept.get(wanted.name, ())
+        terms.append(1 - abs(wanted.count - len(found)) / wanted.count)
+        matched = len(found) == wanted.count
+        if not matched:
+            terms += [0.0] if wanted.color is not None or wanted.position is not None else []
+        else:
+            if wanted.color is not None:
+                right = list(classify_once(wanted.name, found)).count(wanted.color)
+                terms.append(1 - abs(wanted.count - right) / wanted.count)
+                matched = right == wanted.count
+            if wanted.position is not None and matched:
+                matched = _position_fault(wanted, found, groups, thresholds) is None
+                no_target = groups[wanted.position[1]] is None
+                terms += [1.0] if matched else [0.0] if no_target else [0.0, 1.0]
+        groups.append(found if matched else None)
+        strict = strict and matched
+    return Reward(sum(terms) / len(terms) if terms else 0.0, float(verdict.correct), float(strict))
+
+
+def select(detections: Detections, tag: str, thresholds: Thresholds = OFFICIAL) -> dict[str, tuple[Detection, ...]]:
+    """The objects that count, best first: above the threshold, at most `max_objects` of a class, then NMS.
+
+    Classes of which nothing is left are left out. Of equal scores the later detection comes first.
+    """
+    least = np.float32(thresholds.counting_threshold if tag == "counting" else thresholds.threshold)
+    kept = {}
+    for name, found in detections.items():
+        scores = np.array([detection.score for detection in found], np.float32)
+        order = np.argsort(scores, kind="stable")[::-1]
+        ranked = [found[place] for place in order if scores[place] > least][: thresholds.max_objects]
+        chosen: list[Detection] = []
+        for detection in ranked:
+            # At 1 no box suppresses another, not even its exact copy.
+            if thresholds.nms_threshold == 1 or all(
+                iou(detection.box, better.box) < np.float32(thresholds.nms_threshold) for better in chosen
+            ):
+                chosen.append(detection)
+        if chosen:
+            kept[name] = tuple(chosen)
+    return kept
+
+
+def iou(box_a: Sequence[float], box_b: Sequence[float]) -> np.float32:
+    """Intersection over union of two boxes whose last pixel belongs to them: a side is x1 - x0 + 1 long."""
+    a, b = np.asarray(box_a, np.float32), np.asarray(box_b, np.float32)
+    shared = _area(np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:]))
+    union = _area(a[:2], a[2:]) + _area(b[:2], b[2:]) - shared
+    return shared / union if union else np.float32(0)
+
+
+def relative_position(
+    box_a: Sequence[float], box_b: Sequence[float], position_threshold: float = OFFICIAL.position_threshold
+) -> tuple[str, ...]:
+    """Where a lies from b: none, one or two of "above", "below", "left of" and "right of", in this order.
+
+    The offset of the centres is shortened, per axis, by `position_threshold` times the sum of the two sides; a
+    relation holds when what is left is more than half the length of the whole offset.
+    """
+    a, b = (np.asarray(box, np.float32).reshape(2, 2) for box in (box_a, box_b))
+    offset = a.mean(0) - b.mean(0)
+    sides = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
+    left = np.sign(offset) * np.maximum(np.abs(offset) - np.float32(position_threshold) * sides, 0)
+    if np.all(np.abs(left) < 1e-3):
+        return ()
+    x, y = left / np.linalg.norm(offset)
+    holds = {"above": y < -0.5, "below": y > 0.5, "left of": x < -0.5, "right of": x > 0.5}
+    return tuple(relation for relation, true in holds.items() if true)
+
+
+def _area(low: np.ndarray, high: np.ndarray) -> np.float32:
+    return np.prod(np.maximum(high - low + 1, 0))
+
+
+def _color_fault(wanted: Requirement, colors: Sequence[str]) -> str | None:
+    colors = list(colors)
+    right = colors.count(wanted.color)
+    if right >= wanted.count:
+        return None
+    seen = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
+    return f"expected {wanted.color} {wanted.name}>={wanted.count}, found {right} {wanted.color}; and {seen}"
+
+
+def _position_fault(
+    wanted: Requirement,
+    found: Sequence[Detection],
+    groups: Sequence[Sequence[Detection] | None],
+    thresholds: Thresholds,
+) -> str | None:
+    """The first of the objects that does not stand as wanted to one of the target's; a target that failed fails it."""
+    relation, index = wanted.position
+    targets = groups[index]
+    if targets is None:
+        return f"no target for {wanted.name} to be {relation}"
+    for detection in found:
+        for target in targets:
+            relations = relative_position(detection.box, target.box, thresholds.position_threshold)
+            if relation not in relations:
+                return f"expected {wanted.name} {relation} target, found {' and '.join(relations)} target"
+    return None
