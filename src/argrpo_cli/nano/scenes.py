@@ -100,9 +100,8 @@ def with_article(name: str) -> str:
 
 
 def plural(name: str) -> str:
-    """The plural that GenEval's counting prompts use for the nano objects."""
-    irregular = {"sheep": "sheep", "bus": "buses"}
-    return irregular.get(name, name + "s")
+    """GenEval's plural: 'buses' and 'wine glasses', but also 'sheeps', 'knifes' and 'sandwichs'."""
+    return name + ("es" if name.endswith("s") else "s")
 
 
 def find_font(path: str | None = None) -> Path:

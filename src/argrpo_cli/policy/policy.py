@@ -11,11 +11,13 @@ where the tokenizer and the text encoder are bundled ones or folders relative to
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -130,6 +132,17 @@ class Policy:
         at_once = max(1, DECODE_PIXELS // self.image_size**2)
         images = [to_uint8(self.tokenizer.decode_tokens(chunk)) for chunk in tokens.split(at_once)]
         return torch.cat(images)
+
+    def fingerprint(self) -> str:
+        """A hash over a thousand numbers of every weight: enough to tell two checkpoints of one run apart."""
+        digest = hashlib.sha256()
+        text = [] if self.text_encoder is None else [self.text_encoder.model]
+        for module in (self.model, self.tokenizer, *text):
+            for name, tensor in module.state_dict().items():
+                flat = tensor.detach().flatten()
+                some = flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy()
+                digest.update(name.encode() + np.ascontiguousarray(some).tobytes())
+        return digest.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
         """Write a policy folder; files of the same name are replaced one by one, `policy.json` last.

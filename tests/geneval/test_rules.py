@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from argrpo_cli.evals.geneval.prompts import Prompt, Requirement, compose
-from argrpo_cli.evals.geneval.rules import (
+from argrpo_cli.geneval.prompts import Prompt, Requirement, compose
+from argrpo_cli.geneval.rules import (
     Detection,
     Thresholds,
     iou,
@@ -15,7 +15,7 @@ from argrpo_cli.evals.geneval.rules import (
     reward_score,
     select,
 )
-from tests.evals.geneval import goldens
+from tests.geneval import goldens
 
 BOX = (10.0, 10.0, 30.0, 30.0)
 

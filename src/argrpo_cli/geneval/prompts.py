@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations, product
 from pathlib import Path
@@ -88,22 +89,55 @@ class Prompt:
         return cls(index, row["tag"], row["prompt"], include, exclude)
 
 
-def plural(name: str) -> str:
-    """GenEval's plural: 'buses' and 'wine glasses', but also 'sheeps', 'knifes' and 'sandwichs'."""
-    return name + ("es" if name.endswith("s") else "s")
-
-
 def compose(index: int, tag: str, include: tuple[Requirement, ...]) -> Prompt:
     """The prompt of a category that asks for `include`, in the benchmark's words."""
     if tag == "counting":
         (wanted,) = include
-        text = f"a photo of {COUNTS[wanted.count]} {plural(wanted.name)}"
+        text = f"a photo of {COUNTS[wanted.count]} {scenes.plural(wanted.name)}"
         return Prompt(index, tag, text, include, (Requirement(wanted.name, wanted.count + 1),))
     words = [scenes.with_article(f"{part.color} {part.name}" if part.color else part.name) for part in include]
     if tag == "position":
         relation, target = include[1].position
         return Prompt(index, tag, f"a photo of {words[1]} {relation} {words[target]}", include)
     return Prompt(index, tag, f"a photo of {' and '.join(words)}", include)
+
+
+def parse_prompt(text: str) -> Prompt:
+    """The prompt behind a text in the benchmark's words, official or not (index -1); the inverse of `compose`.
+
+    Raises:
+        UserError: a text that no template makes.
+    """
+    words = text.strip().lower().removeprefix("a photo of ")
+    tag, include = "single_object", ()
+    counted = re.fullmatch(rf"({'|'.join(COUNTS.values())}) (.+)", words)
+    related = re.fullmatch(rf"(.+) ({'|'.join(RELATIONS)}) (.+)", words)
+    if counted:
+        count = next(number for number, word in COUNTS.items() if word == counted[1])
+        names = [name for name in OBJECT_NAMES if scenes.plural(name) == counted[2]]
+        tag, include = "counting", tuple(Requirement(name, count) for name in names)
+    elif related:
+        subject, target = _object(related[1]), _object(related[3])
+        tag, include = "position", (target, replace(subject, position=(related[2], 0)))
+    else:
+        include = tuple(_object(part) for part in words.split(" and "))
+        colored = any(part.color for part in include)
+        if len(include) == 2:
+            tag = "color_attr" if colored else "two_object"
+        elif colored:
+            tag = "colors"
+    known = include and all(part.name in OBJECT_NAMES for part in include)
+    prompt = compose(-1, tag, include) if known else None
+    if prompt is None or prompt.text != text.strip().lower():
+        raise UserError(f"GenEval has no such prompt: {text!r}; one it has is 'a photo of a red car and a blue dog'")
+    return prompt
+
+
+def _object(words: str) -> Requirement:
+    """'a red car' as a requirement; what is left after article and colour is taken for a name."""
+    name = words.removeprefix("an ").removeprefix("a ")
+    color, _, rest = name.partition(" ")
+    return Requirement(rest, color=color) if color in COLORS and rest else Requirement(name)
 
 
 def official_jsonl(prompts: Iterable[Prompt]) -> str:
@@ -199,9 +233,7 @@ def _nano_compositions(tag: str) -> Iterator[Prompt]:
     if tag == "single_object":
         includes = ((Requirement(name),) for name in names)
     elif tag == "counting":
-        # Without sheep: the nano captions say "two sheep", GenEval's template says "two sheeps".
-        alike = [name for name in names if plural(name) == scenes.plural(name)]
-        includes = ((Requirement(name, count),) for name, count in product(alike, COUNTS))
+        includes = ((Requirement(name, count),) for name, count in product(names, COUNTS))
     elif tag == "colors":
         includes = ((Requirement(name, color=color),) for name, color in product(names, colors))
     elif tag == "position":

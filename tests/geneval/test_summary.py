@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.evals.geneval.prompts import official_prompts
-from argrpo_cli.evals.geneval.summary import summarise, tag_scores
-from tests.evals.geneval import goldens
+from argrpo_cli.geneval.prompts import official_prompts
+from argrpo_cli.geneval.summary import summarise, tag_scores
+from tests.geneval import goldens
 
 DOGS = [prompt for prompt in official_prompts() if prompt.tag == "single_object"]
 PAIRS = [prompt for prompt in official_prompts() if prompt.tag == "two_object"]

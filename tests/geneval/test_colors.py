@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from argrpo_cli.evals.geneval.colors import GREY, color_classifier, color_texts, crop_for_color, pick_colors
-from argrpo_cli.evals.geneval.prompts import COLORS
-from argrpo_cli.evals.geneval.rules import Detection
-from tests.evals.geneval import goldens
+from argrpo_cli.geneval.colors import GREY, color_classifier, color_texts, crop_for_color, pick_colors
+from argrpo_cli.geneval.prompts import COLORS
+from argrpo_cli.geneval.rules import Detection
+from tests.geneval import goldens
 
 BACKGROUNDS = {"original": None, "#fff": (255, 255, 255)}
 IMAGE = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from argrpo_cli.evals.geneval.prompts import COLORS
-from argrpo_cli.evals.geneval.rules import ClassifyColor, Detection
+from argrpo_cli.geneval.prompts import COLORS
+from argrpo_cli.geneval.rules import ClassifyColor, Detection
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 GREY = (0x99, 0x99, 0x99)  # what CLIP sees where the object is not

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from argrpo_cli.evals.geneval.colors import pick_colors
-from argrpo_cli.evals.geneval.prompts import Prompt, official_prompts
-from argrpo_cli.evals.geneval.rules import ClassifyColor, Detection
+from argrpo_cli.geneval.colors import pick_colors
+from argrpo_cli.geneval.prompts import Prompt, official_prompts
+from argrpo_cli.geneval.rules import ClassifyColor, Detection
 
-DATA = Path(__file__).parents[2] / "data" / "geneval"
+DATA = Path(__file__).parents[1] / "data" / "geneval"
 
 
 @cache

@@ -1,0 +1,267 @@
+"""`argrpo eval geneval` in the nano world: does a picture show what its prompt asks for?
+
+Prompts, decision rules and averaging are GenEval's (`argrpo_cli.geneval`); the detector is the nano world's, which also
+names colours. Two policies draw the same prompts with the same seeds. Everything lies in one folder, written as it
+comes, so that an interrupted evaluation goes on where it stopped:
+
+    settings.json                what is measured; a folder is not used for two things
+    POLICY/images/00007-0.png    prompt 7, its first image; POLICY/results.jsonl: verdict and objects of each image
+    prompts.jsonl                correct images of each prompt, policy by policy
+    summary.json, failures.png
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from argrpo_cli.devices import resolve_device
+from argrpo_cli.errors import UserError
+from argrpo_cli.evals.geneval_sheet import failure_sheet
+from argrpo_cli.files import make_dir, read_json, read_jsonl, save_png, write_json, write_jsonl
+from argrpo_cli.geneval.prompts import Prompt, prompt_set
+from argrpo_cli.geneval.rules import Detection, Thresholds, judge_image
+from argrpo_cli.geneval.summary import Score, tag_scores
+from argrpo_cli.nano.detector import COUNTING_SCORE, Detector, Found, load_detector
+from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.progress import progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+OFFICIAL_PART, EXTRA_PART = "geneval-nano", "geneval-nano-extra"
+NANO_THRESHOLDS = Thresholds(counting_threshold=COUNTING_SCORE)  # all others as published
+FIRST_SEED, SEED_STRIDE = 3_000_000, 100_000  # seeds that no training, grid or other evaluation draws
+MOST_FAILURES = 40  # on the sheet
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What decides the result, beside the policies."""
+
+    per_prompt: int = 4
+    cfg_scale: float = 2.0
+    temperature: float = 1.0
+    seed: int = 0
+    sets: tuple[str, ...] = (OFFICIAL_PART, EXTRA_PART)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [prompt for name in self.sets for prompt in prompt_set(name)]
+
+    def image_seed(self, place: int, sample: int) -> int:
+        """Seed of an image: `place` of its prompt in the list, `sample` of that prompt."""
+        return FIRST_SEED + self.seed * SEED_STRIDE + place * self.per_prompt + sample
+
+
+def run_geneval(
+    policies: Sequence[str],
+    out: Path,
+    protocol: Protocol = Protocol(),
+    batch_size: int = 64,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Draw, detect, judge and average; one policy, or two of which the second is the baseline.
+
+    Returns:
+        What summary.json holds: `scores` {policy: {set: {category or "overall": {mean, error, images, prompts}}}} and,
+        for two policies, `difference` of the same shape (errors paired by prompt), and the protocol.
+
+    Raises:
+        UserError: no such policy, one that reads no captions or knows too few words, an `out` used for something else.
+    """
+    names = _names(policies)
+    if protocol.per_prompt < 1:
+        raise UserError(f"--n {protocol.per_prompt}: give 1 image per prompt or more")
+    device = resolve_device(device)
+    loaded = {name: _captioned(path, device) for name, path in zip(names, policies, strict=True)}
+    detector = load_detector(device=device)
+    identity = {
+        **asdict(protocol),
+        "sets": list(protocol.sets),
+        "policies": {name: policy.fingerprint() for name, policy in loaded.items()},
+        "detector": "nano-detector",
+        "thresholds": asdict(NANO_THRESHOLDS),
+    }
+    _claim(out, identity)
+    rows = {name: _judge_policy(policy, detector, protocol, out / name, batch_size) for name, policy in loaded.items()}
+    result: dict[str, Any] = {"scores": {name: _scores(own, protocol) for name, own in rows.items()}}
+    if len(names) == 2:
+        pairs = zip(rows[names[0]], rows[names[1]], strict=True)
+        result["difference"] = _scores([{**a, "correct": a["correct"] - b["correct"]} for a, b in pairs], protocol)
+    result["protocol"] = identity
+    write_jsonl(out / "prompts.jsonl", _by_prompt(rows, protocol))
+    failures = [row for row in rows[names[0]] if not row["correct"]]
+    if failures:
+        chosen = failures[:: max(1, len(failures) // MOST_FAILURES)][:MOST_FAILURES]
+        save_png(out / "failures.png", failure_sheet(chosen, out / names[0] / "images"))
+    write_json(out / "summary.json", result)
+    return result
+
+
+def verdict_of(prompt: Prompt, objects: Sequence[Found], thresholds: Thresholds = NANO_THRESHOLDS) -> Any:
+    """GenEval's verdict (`geneval.rules.Verdict`) on what the nano detector found in an image."""
+    by_class: dict[str, list[Detection]] = {}
+    for index, one in enumerate(objects):
+        by_class.setdefault(one.name, []).append(Detection(one.box, one.score, index))
+    return judge_image(
+        prompt, by_class, lambda name, kept: [objects[detection.index].color for detection in kept], thresholds
+    )
+
+
+def _names(policies: Sequence[str]) -> list[str]:
+    """Folder names for one or two policies."""
+    if not 1 <= len(policies) <= 2:
+        raise UserError(f"{len(policies)} policies; give one, or one and a baseline")
+    names = [re.sub(r"[^A-Za-z0-9._-]+", "-", str(path)).strip("-.") or "policy" for path in policies]
+    if len(set(names)) < len(names):
+        raise UserError(f"{policies[0]} and {policies[1]} are the same policy; give another baseline")
+    return names
+
+
+def _captioned(path: str, device: str) -> Policy:
+    policy = load_policy(path, device)
+    if policy.text_encoder is None:
+        raise UserError(f"{path} draws classes, and GenEval asks with captions; give a policy such as nano-t2i")
+    if policy.image_size != 64 or policy.text_encoder.words is None:
+        raise UserError(f"{path} does not draw the nano world; GenEval at full size is not in this version")
+    return policy
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    """Use a new or empty folder, or one that an interrupted call with the same settings left."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"cannot write to {out}: it is a file, not a folder")
+    settings = out / "settings.json"
+    if settings.is_file():
+        if read_json(settings) != identity:
+            raise UserError(f"{out} holds an evaluation of something else; choose another --out")
+        return
+    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise UserError(f"{out} is not empty; choose another --out")
+    make_dir(out)
+    write_json(settings, identity)
+
+
+def _judge_policy(
+    policy: Policy, detector: Detector, protocol: Protocol, folder: Path, batch_size: int
+) -> list[dict[str, Any]]:
+    """One row per image, in the order of the prompts; those that an earlier call left are not drawn again."""
+    images = make_dir(folder / "images")
+    table = folder / "results.jsonl"
+    prompts = protocol.prompts
+    conditions = policy.conditions([prompt.text for prompt in prompts])
+    wanted = [(place, sample) for place in range(len(prompts)) for sample in range(protocol.per_prompt)]
+    kept = {row["file"]: row for row in read_jsonl(table)} if table.is_file() else {}
+    rows = [kept.get(_file(prompts[place], sample)) for place, sample in wanted]
+    missing = [index for index, row in enumerate(rows) if row is None]
+    with progress(f"drawing and judging {folder.name}", len(missing)) as advance:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            tokens = policy.sample(
+                [conditions[wanted[index][0]] for index in batch],
+                cfg_scale=protocol.cfg_scale,
+                temperature=protocol.temperature,
+                seeds=[protocol.image_seed(*wanted[index]) for index in batch],
+                batch_size=batch_size,
+            )
+            pixels = policy.decode(tokens)
+            for index, picture, objects in zip(batch, pixels.cpu(), detector.detect(pixels), strict=True):
+                place, sample = wanted[index]
+                file = _file(prompts[place], sample)
+                save_png(images / file, Image.fromarray(picture.permute(1, 2, 0).numpy()))
+                rows[index] = _row(file, prompts[place], objects)
+            write_jsonl(table, [row for row in rows if row is not None])
+            advance(len(batch))
+    return rows
+
+
+def _file(prompt: Prompt, sample: int) -> str:
+    return f"{prompt.index:05d}-{sample}.png"
+
+
+def _row(file: str, prompt: Prompt, objects: Sequence[Found]) -> dict[str, Any]:
+    verdict = verdict_of(prompt, objects)
+    found = [
+        {"class": one.name, "box": [round(v, 1) for v in one.box], "score": round(one.score, 4), "color": one.color}
+        for one in objects
+    ]
+    return {
+        "file": file,
+        "index": prompt.index,
+        "tag": prompt.tag,
+        "prompt": prompt.text,
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "objects": found,
+    }
+
+
+def _scores(rows: Sequence[dict[str, Any]], protocol: Protocol) -> dict[str, dict[str, dict[str, float]]]:
+    """Categories and overall, for the official part and, where there is more, for all prompts together."""
+    known = {prompt.index: prompt for prompt in protocol.prompts}
+    official = {prompt.index for prompt in prompt_set(OFFICIAL_PART)}
+    parts = {OFFICIAL_PART: [row for row in rows if row["index"] in official]}
+    if len(protocol.sets) > 1:
+        parts[" + ".join(protocol.sets)] = list(rows)
+    result = {}
+    for name, own in parts.items():
+        by_tag, overall = tag_scores((known[row["index"]], float(row["correct"])) for row in own)
+        result[name] = {tag: _plain(score) for tag, score in by_tag.items()} | {"overall": _plain(overall)}
+    return result
+
+
+def _plain(score: Score) -> dict[str, float | None]:
+    """For JSON, which has no NaN."""
+    values = asdict(score)
+    return {**values, "error": None if values["error"] != values["error"] else values["error"]}
+
+
+def _by_prompt(rows: dict[str, list[dict[str, Any]]], protocol: Protocol) -> list[dict[str, Any]]:
+    """A line per prompt: how many of its images are correct, and why not, policy by policy."""
+    lines = []
+    for place, prompt in enumerate(protocol.prompts):
+        line: dict[str, Any] = {"index": prompt.index, "tag": prompt.tag, "prompt": prompt.text}
+        for name, own in rows.items():
+            images = own[place * protocol.per_prompt : (place + 1) * protocol.per_prompt]
+            reasons = [row["reason"] for row in images if row["reason"]]
+            line[name] = {"correct": sum(row["correct"] for row in images), "images": len(images), "reasons": reasons}
+        lines.append(line)
+    return lines
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The scores as a Rich table: baseline, policy, paired difference; one section per set."""
+    from rich.table import Table
+
+    scores, protocol = result["scores"], result["protocol"]
+    names = list(scores)[::-1]  # the baseline first
+    out = Table(
+        title=f"GenEval in the nano world, {protocol['per_prompt']} images per prompt, cfg {protocol['cfg_scale']:g}, "
+        f"seed {protocol['seed']}; share correct ± standard error",
+        caption="detector: nano-detector; overall is the plain mean of the categories, as published; "
+        "errors are clustered by prompt",
+    )
+    out.add_column("category")
+    out.add_column("prompts", justify="right")
+    for name in [*names, *(["difference"] if "difference" in result else [])]:
+        out.add_column(name, justify="right")
+    for part in scores[names[0]]:
+        out.add_row(f"[bold]{part}[/bold]")
+        for category, score in scores[names[0]][part].items():
+            cells = [_cell(scores[name][part][category]) for name in names]
+            if "difference" in result:
+                cells.append(_cell(result["difference"][part][category], signed=True))
+            out.add_row(f"  {category}", str(score["prompts"]), *cells)
+        out.add_section()
+    return out
+
+
+def _cell(score: dict[str, Any], signed: bool = False) -> str:
+    error = "" if score["error"] is None else f" ± {100 * score['error']:.1f}"
+    return f"{100 * score['mean']:{'+' if signed else ''}.1f}{error} %"

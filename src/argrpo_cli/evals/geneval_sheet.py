@@ -1,0 +1,48 @@
+"""The contact sheet of GenEval's failures: each image with the boxes that were found and the reason."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from argrpo_cli.images import read_image
+
+COLUMNS, SIDE, PAD, LINES = 5, 224, 8, 5
+SURE = 0.3  # objects under this score did not count and are drawn thin
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+BOX, DOUBTFUL = (220, 30, 60), (150, 150, 150)
+
+
+def failure_sheet(rows: Sequence[dict[str, Any]], folder: Path) -> Image.Image:
+    """Rows of results.jsonl whose images lie in `folder`, as one picture."""
+    font, small = ImageFont.load_default(13), ImageFont.load_default(11)
+    line = 16
+    cell = (SIDE + 2 * PAD, SIDE + 2 * PAD + LINES * line)
+    height = -(-len(rows) // COLUMNS)
+    sheet = Image.new("RGB", (min(COLUMNS, len(rows)) * cell[0], height * cell[1]), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for index, row in enumerate(rows):
+        x, y = (index % COLUMNS) * cell[0] + PAD, (index // COLUMNS) * cell[1] + PAD
+        pixels = read_image(folder / row["file"])
+        sheet.paste(Image.fromarray(pixels.transpose(1, 2, 0)).resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, y))
+        scale = SIDE / pixels.shape[-1]
+        for one in row["objects"]:
+            sure = one["score"] > SURE
+            corners = [
+                min(max(v * scale, 0), SIDE - 1) + origin for v, origin in zip(one["box"], (x, y, x, y), strict=True)
+            ]
+            draw.rectangle(corners, outline=BOX if sure else DOUBTFUL, width=2 if sure else 1)
+            if sure:
+                label = f"{one['color']} {one['class']} {one['score']:.2f}"
+                at = corners[0] + 2, min(corners[1] + 1, y + SIDE - 14)
+                draw.rectangle(draw.textbbox(at, label, font=small), fill=PAPER)
+                draw.text(at, label, fill=BOX, font=small)
+        words = textwrap.wrap(row["prompt"], 36)[:2]
+        reason = [part for text in row["reason"].splitlines() for part in textwrap.wrap(text, 36)]
+        for place, text in enumerate([*words, *reason][:LINES]):
+            draw.text((x, y + SIDE + 2 + place * line), text, fill=INK if place < len(words) else BOX, font=font)
+    return sheet
