@@ -18,7 +18,7 @@ def image_grid(
 
     Args:
         images: uint8 [B, 3, H, W], a torch tensor on any device or a numpy array.
-        labels: a text above each row (one per row) or below each image (one per image).
+        labels: a text above each row (one per row) or below each image (one per image, in up to three lines).
             With one column the two readings agree in number; the text then goes above.
         pad: white pixels around each image.
         scale: each pixel becomes scale x scale pixels, so that 64-pixel images can be seen on a screen.
@@ -34,7 +34,10 @@ def image_grid(
         raise ValueError(f"{len(labels)} labels for {count} images in {rows} rows; give one per row or per image")
     by_row = labels is not None and len(labels) == rows
     font = _font(max(11, min(18, width // 6)))
-    text = _line_height(font) if labels is not None else 0
+    lines: list[list[str]] = []
+    if labels is not None and not by_row:
+        lines = [_wrap(label, font, width) for label in labels]
+    text = _line_height(font) * max(map(len, lines), default=1) if labels is not None else 0
     cell_height, cell_width = height + 2 * pad + text, width + 2 * pad
 
     sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), BACKGROUND)
@@ -47,7 +50,7 @@ def image_grid(
             tile = tile.resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(tile, (x, y + text if by_row else y))
         if labels is not None and not by_row:
-            draw.text((x, y + height), _fit(labels[index], font, width), fill=INK, font=font)
+            draw.multiline_text((x, y + height), "\n".join(lines[index]), fill=INK, font=font, spacing=2)
     if by_row:
         for row, label in enumerate(labels):
             draw.text((pad, row * cell_height + pad), _fit(label, font, sheet.width - pad), fill=INK, font=font)
@@ -100,6 +103,18 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 def _line_height(font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
     return round(font.getbbox("Ågjy|")[3]) + 3
+
+
+def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:
+    """The text in up to `most` lines of `width` pixels, broken between words; the last is cut where it must be."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and (font.getlength(longer) <= width or len(lines) == most):
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [_fit(line, font, width) for line in lines] or [""]
 
 
 def _fit(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:

@@ -25,9 +25,9 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.evals.geneval_sheet import failure_sheet
 from argrpo_cli.files import make_dir, read_json, read_jsonl, save_png, write_json, write_jsonl
 from argrpo_cli.geneval.prompts import Prompt, prompt_set
-from argrpo_cli.geneval.rules import Detection, Thresholds, judge_image
+from argrpo_cli.geneval.rules import judge_image
 from argrpo_cli.geneval.summary import Score, tag_scores
-from argrpo_cli.nano.detector import COUNTING_SCORE, Detector, Found, load_detector
+from argrpo_cli.nano.detector import NANO_THRESHOLDS, Detector, Found, by_class, color_of, load_detector
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.progress import progress
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 OFFICIAL_PART, EXTRA_PART = "geneval-nano", "geneval-nano-extra"
-NANO_THRESHOLDS = Thresholds(counting_threshold=COUNTING_SCORE)  # all others as published
 FIRST_SEED, SEED_STRIDE = 3_000_000, 100_000  # seeds that no training, grid or other evaluation draws
 MOST_FAILURES = 40  # on the sheet
 
@@ -102,16 +101,6 @@ def run_geneval(
         save_png(out / "failures.png", failure_sheet(chosen, out / names[0] / "images"))
     write_json(out / "summary.json", result)
     return result
-
-
-def verdict_of(prompt: Prompt, objects: Sequence[Found], thresholds: Thresholds = NANO_THRESHOLDS) -> Any:
-    """GenEval's verdict (`geneval.rules.Verdict`) on what the nano detector found in an image."""
-    by_class: dict[str, list[Detection]] = {}
-    for index, one in enumerate(objects):
-        by_class.setdefault(one.name, []).append(Detection(one.box, one.score, index))
-    return judge_image(
-        prompt, by_class, lambda name, kept: [objects[detection.index].color for detection in kept], thresholds
-    )
 
 
 def _names(policies: Sequence[str]) -> list[str]:
@@ -186,7 +175,7 @@ def _file(prompt: Prompt, sample: int) -> str:
 
 
 def _row(file: str, prompt: Prompt, objects: Sequence[Found]) -> dict[str, Any]:
-    verdict = verdict_of(prompt, objects)
+    verdict = judge_image(prompt, by_class(objects), color_of(objects), NANO_THRESHOLDS)
     found = [
         {"class": one.name, "box": [round(v, 1) for v in one.box], "score": round(one.score, 4), "color": one.color}
         for one in objects

@@ -3,8 +3,8 @@
     python -m argrpo_cli.nano.build [--out build/nano] [--install] [--only NAME ...]
 
 The order matters: the policy learns the tokenizer's codes; the rewards learn from the tokenizer's damaged pictures and,
-the critic, from the policy's samples; the judge learns from scenes alone. A network that already lies in the output
-folder is kept, so an interrupted build goes on where it stopped.
+the critic, from the policy's samples; the judge and the detector learn from scenes alone. A network that already lies
+in the output folder is kept, so an interrupted build goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ ORDER = {
     "nano-quality": "argrpo_cli.nano.train_quality",
     "nano-critic": "argrpo_cli.nano.train_critic",
     "nano-judge": "argrpo_cli.nano.train_judge",
+    "nano-t2i": "argrpo_cli.nano.train_t2i",
+    "nano-detector": "argrpo_cli.nano.train_detector",
+    "nano-val": "argrpo_cli.nano.held_out",
 }
+COMPANIONS = ("nano-t5",)  # the text encoder that nano-t2i is trained with
 
 
 def build(out: Path, only: list[str] | None = None, seed: int = 0, log=print) -> None:
@@ -40,8 +44,8 @@ def build(out: Path, only: list[str] | None = None, seed: int = 0, log=print) ->
 
 
 def built(folder: Path) -> bool:
-    """Whether a trainer finished: each writes the weights after whatever it makes before training."""
-    return (folder / "model.safetensors").is_file()
+    """Whether a builder finished, by what it writes last."""
+    return (folder / ("tokens.safetensors" if folder.name == "nano-val" else "model.safetensors")).is_file()
 
 
 def install(out: Path) -> None:
@@ -49,18 +53,20 @@ def install(out: Path) -> None:
     missing = [name for name in ORDER if not built(out / name)]
     if missing:
         raise SystemExit(f"not installed: {out} lacks {', '.join(missing)}")
-    for name in ORDER:
+    for name in [*ORDER, *COMPANIONS]:
         shutil.rmtree(WEIGHTS / name, ignore_errors=True)
         shutil.copytree(out / name, WEIGHTS / name)
 
 
-def measure() -> None:
-    """Print the quality table of the base policy, as `argrpo eval nano` does."""
+def measure(scratch: Path) -> None:
+    """Print the quality of the base policies, as `argrpo eval nano` and `argrpo eval geneval` do."""
     from rich.console import Console
 
-    from argrpo_cli.evals.nano import evaluate, table
+    from argrpo_cli.evals import geneval, nano
 
-    Console().print(table(evaluate(["nano-c2i"])))
+    Console().print(nano.table(nano.evaluate(["nano-c2i"])))
+    shutil.rmtree(scratch, ignore_errors=True)
+    Console().print(geneval.table(geneval.run_geneval(["nano-t2i"], scratch)))
 
 
 def main() -> None:
@@ -75,7 +81,7 @@ def main() -> None:
     build(args.out, args.only, args.seed, log=lambda line: print(line, flush=True))
     if args.install:
         install(args.out)
-        measure()
+        measure(args.out / "geneval")
 
 
 if __name__ == "__main__":

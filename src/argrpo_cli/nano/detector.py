@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from argrpo_cli.geneval.rules import ClassifyColor, Detection, Thresholds
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.training import WEIGHTS
 from argrpo_cli.policy.vq import from_uint8
 
 STRIDE = 4
 LEAST_SCORE = 0.05  # what is less likely is not reported at all
-COUNTING_SCORE = 0.5  # from which an object is counted; on unseen scenes most counts are right there
+# GenEval's settings but for counting: a score of 0.9 is Mask2Former's idea of certainty, not this detector's.
+NANO_THRESHOLDS = Thresholds(counting_threshold=0.5)
 MOST = 40  # objects reported of one picture
 
 
@@ -114,6 +116,19 @@ def decode_maps(centres: Tensor, sides: Tensor, colors: Tensor) -> list[list[Fou
             objects.append(Found(names[place // cells], box, value, shares))
         result.append(objects)
     return result
+
+
+def by_class(objects: Sequence[Found]) -> dict[str, list[Detection]]:
+    """What was found in one image as GenEval's rules read it."""
+    found: dict[str, list[Detection]] = {}
+    for index, one in enumerate(objects):
+        found.setdefault(one.name, []).append(Detection(one.box, one.score, index))
+    return found
+
+
+def color_of(objects: Sequence[Found]) -> ClassifyColor:
+    """The detector's own word for the colours of these objects."""
+    return lambda name, kept: [objects[detection.index].color for detection in kept]
 
 
 def load_detector(folder: str | Path = WEIGHTS / "nano-detector", device: str = "cpu") -> Detector:

@@ -28,6 +28,7 @@ class Entry(NamedTuple):
 
 REWARDS: dict[str, Entry] = {
     "nano-clip": Entry("argrpo_cli.rewards.nano_clip", "NanoClip", "conditional"),
+    "nano-geneval": Entry("argrpo_cli.rewards.nano_geneval", "NanoGenEval", "conditional"),
     "nano-quality": Entry("argrpo_cli.rewards.nano_quality", "NanoQuality", "quality"),
     "nano-critic": Entry("argrpo_cli.rewards.nano_critic", "NanoCritic", "realism"),
 }

@@ -48,7 +48,10 @@ class Gallery:
     def labels(self) -> list[str]:
         """A short name under each image."""
         names = self.policy.class_names
-        return [names[one.class_id] if one.class_id is not None else one.prompt for one in self.conditions]
+        return [
+            names[one.class_id] if one.class_id is not None else one.prompt.removeprefix("a photo of ")
+            for one in self.conditions
+        ]
 
     def draw(self) -> Tensor:
         """Images uint8 [N, 3, H, W] on the CPU, always from the same seeds."""
