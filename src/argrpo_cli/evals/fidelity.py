@@ -169,4 +169,6 @@ def check_features(features: Tensor, least: int, metric: str, name: str) -> None
 
 
 def _double(features: Tensor) -> Tensor:
-    return features.cpu().double() if features.device.type == "mps" else features.double()  # Apple's GPUs have no float64
+    return (
+        features.cpu().double() if features.device.type == "mps" else features.double()
+    )  # Apple's GPUs have no float64

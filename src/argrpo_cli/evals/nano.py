@@ -1,13 +1,15 @@
 """`argrpo eval nano`: how good are a policy's samples in the nano world, alone or against a baseline with paired seeds.
 
-Every measure is a list of values over units that two policies share (samples, reference scenes, or classes), so each
-has a mean and a standard error, and for two policies a paired difference with its own:
+Every measure is a list of values over units that two policies share (samples, reference scenes, classes, or groups of
+samples), so each has a mean and a standard error, and for two policies a paired difference with its own:
 
     match         dB of the best rendering of the class, per object pixel (`nano/matching.py`); the judge's first word
     match_at_size match less what real scenes of that class and size reach: larger objects match better by themselves
     size          side of that rendering in pixels
     mirrored      share of samples that this rendering mirrors
     recognised    share of samples whose class the judge's classifier names
+    inception_score, fid, sfid
+                  of all samples together, on the judge's features against its reference scenes (`nano_sets.py`)
     precision     share of samples inside the reference scenes' manifold, k = 3 (as ADM, on the judge's features)
     recall        share of reference scenes inside the samples' manifold
     diversity     mean feature distance between two samples of one class
@@ -27,7 +29,7 @@ from torch import Tensor
 from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
-from argrpo_cli.evals.fidelity import precision_recall
+from argrpo_cli.evals.nano_sets import Values, class_groups, manifold_values, real_set_values, set_values
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import FITTED, Judge, load_judge
 from argrpo_cli.nano.recognition import diversity
@@ -42,24 +44,8 @@ SEED_STRIDE = 100_000
 SEED_LIMIT = 50_000_000  # from here on nano-critic's training samples
 UNSEEN_SCENES = 480
 MATCH, MATCH_AT_SIZE, SIZE, MIRRORED = "match", "match_at_size", "size", "mirrored"
-RECOGNISED, PRECISION, RECALL, DIVERSITY = "recognised", "precision", "recall", "diversity"
+RECOGNISED, DIVERSITY = "recognised", "diversity"
 ENTROPY, GUIDED_ENTROPY, TOTAL = "entropy", "entropy_guided", "total_reward"
-SHARES = (MIRRORED, RECOGNISED, PRECISION, RECALL)
-LABELS = {
-    MATCH: "rendering match, dB",
-    MATCH_AT_SIZE: "match given class and size, dB",
-    SIZE: "object size, pixels",
-    MIRRORED: "mirrored",
-    RECOGNISED: "recognised",
-    PRECISION: "precision",
-    RECALL: "recall",
-    DIVERSITY: "feature diversity",
-    ENTROPY: "entropy, nats/token",
-    GUIDED_ENTROPY: "entropy as guided",
-    TOTAL: "total reward",
-}
-
-Values = dict[str, Tensor]  # measure to its values over units
 
 
 def evaluate(
@@ -103,14 +89,12 @@ def evaluate(
     measured: dict[str, Values] = {}
     for name, policy in loaded.items():
         measured[name] = _measure_policy(policy, judge, rewards, weights, class_ids, settings, batch_size, name)
-    others = slice(FITTED, FITTED + UNSEEN_SCENES)  # not those that the judge's expectation is fitted to
-    ids = judge.reference_classes[others]
-    real = _measure_images(judge.reference_images[others], ids, judge, rewards, weights, batch_size)
+    real = measure_real(judge, rewards, weights, batch_size)
     last = measured[names[-1]]
     spread = {key: within_class_std(last[key], class_ids) for key in [*weights, TOTAL]}
     result: dict[str, Any] = {
-        "policies": {name: _summary(values) for name, values in measured.items()},
-        "real": _summary(real),
+        "policies": {name: summary(values) for name, values in measured.items()},
+        "real": summary(real),
         "within_class_std": spread,
         "reward_weights": weights,
         "tokenizer": measure_tokenizer(judge.tokenizer, judge.reference_tokens, seed),
@@ -118,7 +102,7 @@ def evaluate(
     }
     if len(names) == 2:
         first = measured[names[0]]
-        result["difference"] = _summary({key: first[key] - last[key] for key in first})
+        result["difference"] = summary({key: first[key] - last[key] for key in first})
     return result
 
 
@@ -172,15 +156,15 @@ def _measure_policy(
             guided.append(token_entropy(policy, drawn, class_ids[part], settings["cfg_scale"], settings["temperature"]))
             advance(len(drawn))
     images = policy.decode(torch.cat(tokens))
-    values = _measure_images(images, class_ids, judge, rewards, weights, batch_size)
+    values = measure_images(images, class_ids, judge, rewards, weights, batch_size)
     values |= {ENTROPY: torch.cat(entropy), GUIDED_ENTROPY: torch.cat(guided)}
     features = judge.recogniser.features(images.cpu())
-    precision, recall = precision_recall(features, judge.reference_features)
-    values |= {PRECISION: precision.float(), RECALL: recall.float(), DIVERSITY: diversity(features, class_ids)}
-    return values
+    values |= set_values(images, features, judge, class_groups(len(images), class_ids))
+    values |= manifold_values(features, judge)
+    return values | {DIVERSITY: diversity(features, class_ids)}
 
 
-def _measure_images(
+def measure_images(
     images: Tensor, class_ids: Tensor, judge: Judge, rewards: RewardSet, weights: dict[str, float], batch_size: int
 ) -> Values:
     """What can be said of each picture by itself."""
@@ -197,6 +181,14 @@ def _measure_images(
         **raw,
         TOTAL: sum(scores * weights[name] for name, scores in raw.items()),
     }
+
+
+def measure_real(judge: Judge, rewards: RewardSet, weights: dict[str, float], batch_size: int) -> Values:
+    """Reference scenes as if they were samples, but not those that the judge's expectation is fitted to."""
+    others = slice(FITTED, FITTED + UNSEEN_SCENES)
+    ids = judge.reference_classes[others]
+    values = measure_images(judge.reference_images[others], ids, judge, rewards, weights, batch_size)
+    return values | real_set_values(judge, others)
 
 
 @torch.inference_mode()
@@ -240,54 +232,8 @@ def measure_tokenizer(vq: VQModel, reference_tokens: Tensor, seed: int) -> dict[
     return {"psnr": psnr.mean().item(), "codebook_used": used, "note": ""}
 
 
-def _summary(values: Values) -> dict[str, dict[str, float]]:
+def summary(values: Values) -> dict[str, dict[str, float]]:
     return {
         key: {"mean": v.mean().item(), "error": (v.std() / len(v) ** 0.5).item() if len(v) > 1 else float("nan")}
         for key, v in values.items()
     }
-
-
-def table(result: dict[str, Any]) -> Any:
-    """The result of `evaluate` as a Rich table: baseline, policy, paired difference, real scenes."""
-    from rich.table import Table
-
-    names = list(result["policies"])[::-1]  # the baseline first
-    settings = result["settings"]
-    out = Table(
-        title=f"{settings['n']} samples, cfg {settings['cfg_scale']:g}, temperature {settings['temperature']:g}, "
-        f"seed {settings['seed']}; ± standard error",
-        caption=_caption(result),
-    )
-    out.add_column("measure")
-    for name in [*names, *(["difference"] if "difference" in result else []), "real scenes"]:
-        out.add_column(name, justify="right")
-    rewards = list(result["reward_weights"])
-    for key in [*(key for key in LABELS if key != TOTAL), *rewards, TOTAL]:
-        cells = [_cell(key, result["policies"][name].get(key)) for name in names]
-        if "difference" in result:
-            cells.append(_cell(key, result["difference"].get(key), signed=True))
-        out.add_row(LABELS.get(key, key), *cells, _cell(key, result["real"].get(key)))
-    out.add_section()
-    for key, spread in result["within_class_std"].items():
-        out.add_row(f"within-class sd, {LABELS.get(key, key)}", f"{spread:.3f}")
-    return out
-
-
-def _cell(key: str, value: dict[str, float] | None, signed: bool = False) -> str:
-    if value is None:
-        return ""
-    mean, error, sign = value["mean"], value["error"], "+" if signed else ""
-    if key in SHARES:
-        return f"{100 * mean:{sign}.1f} ± {100 * error:.1f} %"
-    return f"{mean:{sign}.3f} ± {error:.3f}"
-
-
-def _caption(result: dict[str, Any]) -> str:
-    tokenizer = result["tokenizer"]
-    psnr = f"{tokenizer['psnr']:.2f} dB on unseen scenes" if tokenizer["psnr"] is not None else tokenizer["note"]
-    lines = [f"tokenizer: PSNR {psnr}; {tokenizer['codebook_used']:.0%} of the codebook in use"]
-    lines.append("precision and recall: errors given the manifolds; one training run")
-    if "difference" in result:
-        change = result["difference"][TOTAL]["mean"] / result["within_class_std"][TOTAL]
-        lines.append(f"the total reward changed by {change:+.2f} within-class standard deviations of the baseline")
-    return "\n".join(lines)

@@ -58,7 +58,8 @@ def measure() -> None:
     """Print the quality table of the base policy, as `argrpo eval nano` does."""
     from rich.console import Console
 
-    from argrpo_cli.evals.nano import evaluate, table
+    from argrpo_cli.evals.nano import evaluate
+    from argrpo_cli.evals.nano_table import table
 
     Console().print(table(evaluate(["nano-c2i"])))
 
