@@ -2,7 +2,7 @@
 
 ADM (Dhariwal and Nichol 2021) set the conventions that papers on class-conditional images follow. Everything here works
 on features [N, D] of any network; sFID is the Fréchet distance on spatial features flattened to [N, D]. Where two sets
-appear, the first is the generated one. Features may lie on a CPU or a GPU; the arithmetic is in float64.
+appear, the first is the generated one. Features may lie on a CPU or a CUDA device; the arithmetic is in float64.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Statistics:
     def of(cls, features: Tensor, name: str = "generated", block: int = BLOCK) -> Statistics:
         """Of features [N, D], summed in float64 and kept on the CPU; UserError below two rows or when not finite."""
         check_features(features, 2, "the Fréchet distance", name)
-        mean = sum(_double(rows).sum(0) for rows in features.split(block)) / len(features)
+        mean = sum(rows.double().sum(0) for rows in features.split(block)) / len(features)
         covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=mean.device)
         for rows in features.split(block):
-            centred = _double(rows) - mean
+            centred = rows.double() - mean
             covariance += centred.T @ centred
         return cls(mean.float().cpu(), (covariance / (len(features) - 1)).cpu())
 
@@ -71,7 +71,7 @@ def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> floa
     check_features(probabilities, 1, "the inception score", "generated")
     scores = []
     for split in probabilities.split(split_size):
-        p = _double(split)
+        p = split.double()
         divergence = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))
         scores.append(divergence.sum(1).mean().exp())
     return torch.stack(scores).mean().item()
@@ -98,11 +98,11 @@ def precision_recall(
     of 2048 numbers are 1.5e13 operations: minutes on a few cores, seconds on a GPU that is quick at float64.
     """
     for features, name in ((generated, "generated"), (reference, "reference")):
-        check_features(features, k + 1, f"precision and recall with {k} neighbours", name)
+        check_features(features, k + 1, f"precision and recall (k = {k})", name)
     if generated.shape[1] != reference.shape[1]:
         widths = f"{generated.shape[1]} and {reference.shape[1]} numbers"
         raise UserError(f"features of different widths cannot be compared: {widths}")
-    centre = sum(_double(rows).sum(0) for rows in reference.split(block)) / len(reference)
+    centre = sum(rows.double().sum(0) for rows in reference.split(block)) / len(reference)
     precision = _covered(generated, reference, squared_radii(reference, k, block), centre, block)
     recall = _covered(reference, generated, squared_radii(generated, k, block), centre, block)
     return precision, recall
@@ -110,7 +110,7 @@ def precision_recall(
 
 def squared_radii(features: Tensor, k: int = NEIGHBOURS, block: int = BLOCK) -> Tensor:
     """Squared distance of each row to its k-th nearest other row, float64 [N]."""
-    centre = sum(_double(rows).sum(0) for rows in features.split(block)) / len(features)
+    centre = sum(rows.double().sum(0) for rows in features.split(block)) / len(features)
     radii = []
     for start in range(0, len(features), block):
         rows = features[start : start + block]
@@ -148,27 +148,21 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor, origin: Tensor, blo
 
 def _tile(a: Tensor, b: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distances float64 [A, B] by a matrix product, and a bound on their rounding errors."""
-    a, b = _double(a) - origin, _double(b) - origin  # smaller numbers, smaller errors
+    a, b = a.double() - origin, b.double() - origin  # smaller numbers, smaller errors
     lengths = a.square().sum(1)[:, None] + b.square().sum(1)
     return torch.addmm(lengths, a, b.T, alpha=-2), lengths * (2 * a.shape[1] * EPSILON)
 
 
 def _by_differences(a: Tensor, b: Tensor) -> Tensor:
     """Squared distances of rows of [N, D] to their partners, float64 [N]; zero for equal rows."""
-    return (_double(a) - _double(b)).square().sum(1)
+    return (a.double() - b.double()).square().sum(1)
 
 
 def check_features(features: Tensor, least: int, metric: str, name: str) -> None:
     """UserError unless features [N, D] are finite and of at least `least` rows; `name` says what set they are of."""
     if len(features) < least:
         have = f"there {'is' if len(features) == 1 else 'are'} {len(features)}"
-        raise UserError(f"{metric} needs at least {least} {name} images; {have}")
+        raise UserError(f"{metric} needs at least {least} {name} image{'s' if least > 1 else ''}; {have}")
     bad = torch.cat([~rows.isfinite().all(1) for rows in features.split(BLOCK)]).nonzero()
     if len(bad):
         raise UserError(f"the features of {name} image {bad[0].item()} (counted from 0) are not finite")
-
-
-def _double(features: Tensor) -> Tensor:
-    return (
-        features.cpu().double() if features.device.type == "mps" else features.double()
-    )  # Apple's GPUs have no float64

@@ -183,12 +183,17 @@ def measure_images(
     }
 
 
+def unseen_scenes() -> slice:
+    """The reference scenes that stand for real ones: not those that the judge's expectation is fitted to."""
+    return slice(FITTED, FITTED + UNSEEN_SCENES)
+
+
 def measure_real(judge: Judge, rewards: RewardSet, weights: dict[str, float], batch_size: int) -> Values:
-    """Reference scenes as if they were samples, but not those that the judge's expectation is fitted to."""
-    others = slice(FITTED, FITTED + UNSEEN_SCENES)
-    ids = judge.reference_classes[others]
-    values = measure_images(judge.reference_images[others], ids, judge, rewards, weights, batch_size)
-    return values | real_set_values(judge, others)
+    """What real scenes score, as if they were samples."""
+    chosen = unseen_scenes()
+    ids = judge.reference_classes[chosen]
+    values = measure_images(judge.reference_images[chosen], ids, judge, rewards, weights, batch_size)
+    return values | real_set_values(judge, chosen)
 
 
 @torch.inference_mode()

@@ -15,11 +15,11 @@ from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals.fidelity import NEIGHBOURS
 from argrpo_cli.evals.image_sets import ImageSet, open_images
-from argrpo_cli.evals.nano import DIVERSITY, UNSEEN_SCENES, measure_images, measure_real, recipe_weights, summary
+from argrpo_cli.evals.nano import DIVERSITY, measure_images, measure_real, recipe_weights, summary, unseen_scenes
 from argrpo_cli.evals.nano_sets import class_groups, manifold_values, real_set_values, set_values
 from argrpo_cli.files import read_jsonl
 from argrpo_cli.nano import scenes
-from argrpo_cli.nano.judge import FITTED, load_judge
+from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.recognition import diversity
 from argrpo_cli.progress import progress
 from argrpo_cli.rewards import load_rewards
@@ -57,7 +57,7 @@ def evaluate_images(
     values |= manifold_values(features, judge)
     if class_ids is None:
         weights = {}
-        real = real_set_values(judge, slice(FITTED, FITTED + UNSEEN_SCENES))
+        real = real_set_values(judge, unseen_scenes())
     else:
         weights = weights or recipe_weights()
         rewards = load_rewards(list(weights), device)
