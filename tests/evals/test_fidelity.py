@@ -86,7 +86,8 @@ def test_the_frechet_distance_is_exact_with_fewer_rows_than_dimensions(rows, oth
 
 
 def test_a_set_is_at_no_distance_from_itself_even_when_singular():
-    for features in (noise(50, 8), noise(5, 20), torch.full((4, 3), 7.0)):
+    sets = [noise(50, 8, seed=seed) for seed in range(20)]  # rounding alone would leave some below zero
+    for features in (*sets, noise(5, 20), torch.full((4, 3), 7.0)):
         held = Statistics.of(features)
         assert 0 <= frechet_distance(held, held) < 1e-9
 
@@ -190,7 +191,13 @@ def test_duplicates_have_distance_zero_wherever_they_are():
     assert squared_radii(heaps).tolist() == [0.0] * 60
     precision, recall = precision_recall(heaps, heaps)
     assert precision.all() and recall.all()
-    precision, recall = precision_recall(heaps, heaps + 1e-2)
+
+
+def test_the_smallest_step_away_from_duplicates_is_outside():
+    heaps = (1e4 * noise(40, 64)).repeat(4, 1)  # squares of 1e10, in which a matrix product loses the step
+    beside = heaps.clone()
+    beside[:, 0] = torch.nextafter(heaps[:, 0], torch.tensor(torch.inf))
+    precision, recall = precision_recall(beside, heaps)
     assert not precision.any() and not recall.any()
 
 
