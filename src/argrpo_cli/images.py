@@ -1,4 +1,4 @@
-"""Reading image files as the uint8 arrays that rewards and metrics take."""
+"""Finding image files and reading them as the uint8 arrays that rewards and metrics take."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.files import reason
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+GRID = "grid.png"  # an overview of the other pictures, not one of them
+
+
+def image_files(folder: Path) -> list[str]:
+    """Names of the pictures in a folder, sorted, without grid.png and hidden files; UserError when there are none."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
+    names = [name for name in names if name != GRID and not name.startswith(".")]
+    if not names:
+        raise UserError(f"no images in {folder} (looked for {', '.join(SUFFIXES)})")
+    return names
 
 
 def read_image(path: Path) -> np.ndarray:

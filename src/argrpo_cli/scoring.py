@@ -13,14 +13,14 @@ import numpy as np
 
 from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.errors import UserError
-from argrpo_cli.files import make_dir, read_jsonl, reason, write_json, write_jsonl
-from argrpo_cli.images import SUFFIXES, read_image
+from argrpo_cli.files import make_dir, read_jsonl, write_json, write_jsonl
+from argrpo_cli.images import image_files, read_image
 from argrpo_cli.progress import progress
 
 if TYPE_CHECKING:
     from argrpo_cli.rewards import RewardSet
 
-METADATA, SCORES, SUMMARY, GRID = "metadata.jsonl", "scores.jsonl", "summary.json", "grid.png"
+METADATA, SCORES, SUMMARY = "metadata.jsonl", "scores.jsonl", "summary.json"
 NO_PROMPT_WORDS = {
     "",
     "dsc",
@@ -140,13 +140,7 @@ def _items(folder: Path, prompt: str | None, class_name: str | None) -> tuple[li
         if prompt is not None or class_name is not None:
             raise UserError(f"{folder / METADATA} says what the images show; leave out --prompt and --class")
         return _items_of_metadata(folder), ""
-    try:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
-    names = [name for name in names if name != GRID and not name.startswith(".")]
-    if not names:
-        raise UserError(f"no images in {folder} (looked for {', '.join(SUFFIXES)})")
+    names = image_files(folder)
     if class_name is not None:
         prompt = class_prompt(class_name)
     items, guess = [], ""

@@ -11,13 +11,16 @@ import torch
 from rich.console import Console
 
 from argrpo_cli.errors import UserError
+from argrpo_cli.entropy import token_entropy
 from argrpo_cli.evals import nano
+from argrpo_cli.evals.nano_table import table
 from argrpo_cli.policy import load_policy
 
 N = 48
 PER_REWARD = {"nano-clip", "nano-quality", "nano-critic", "total_reward"}
 PER_SAMPLE = {"match", "match_at_size", "size", "mirrored", "recognised"} | PER_REWARD
-PER_POLICY = PER_SAMPLE | {"precision", "recall", "diversity", "entropy", "entropy_guided"}
+PER_SET = {"inception_score", "fid", "sfid"}
+PER_POLICY = PER_SAMPLE | PER_SET | {"precision", "recall", "diversity", "entropy", "entropy_guided"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def results():
 def test_every_measure_has_a_mean_and_an_error(results):
     pair, alone = results
     assert set(alone["policies"]["nano-c2i"]) == PER_POLICY
-    assert set(alone["real"]) == PER_SAMPLE
+    assert set(alone["real"]) == PER_SAMPLE | PER_SET
     for value in alone["policies"]["nano-c2i"].values():
         assert math.isfinite(value["mean"]) and value["error"] >= 0
     assert "difference" not in alone and set(pair["difference"]) == PER_POLICY
@@ -55,6 +58,8 @@ def test_real_scenes_beat_samples(results):
     policy, real = alone["policies"]["nano-c2i"], alone["real"]
     assert real["match"]["mean"] > policy["match"]["mean"] + 2
     assert real["recognised"]["mean"] > 0.97
+    assert real["inception_score"]["mean"] > policy["inception_score"]["mean"] + 1
+    assert real["fid"]["mean"] < policy["fid"]["mean"] / 2 and real["sfid"]["mean"] < policy["sfid"]["mean"]
     for name in ("nano-clip", "nano-quality", "nano-critic"):
         assert real[name]["mean"] > policy[name]["mean"], name
 
@@ -77,7 +82,7 @@ def test_the_result_is_plain_json_and_a_table(results):
     pair, _ = results
     assert json.loads(json.dumps(pair)) == pair
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(nano.table(pair))
+    console.print(table(pair))
     text = console.export_text()
     for word in (
         "rendering match",
@@ -85,6 +90,9 @@ def test_the_result_is_plain_json_and_a_table(results):
         "mirrored",
         "within-class sd, nano-clip",
         "recognised",
+        "inception score",
+        "sFID",
+        "biased upwards",
         "difference",
         "real scenes",
         "codebook in use",
@@ -96,7 +104,7 @@ def test_entropy_equals_the_definition():
     policy = load_policy("nano-c2i")
     ids = torch.tensor([3, 9])
     tokens = policy.sample(policy.conditions([3, 9]), seeds=[0, 1])
-    entropy = nano.token_entropy(policy, tokens, ids, None, 1.0)
+    entropy = token_entropy(policy, tokens, policy.conditions([3, 9]), None, 1.0).mean(1)
     with torch.inference_mode():
         p = policy.model(torch.cat([ids[:, None], tokens[:, :-1]], 1)).logits.softmax(-1)
     torch.testing.assert_close(entropy, -(p * p.log()).sum(-1).mean(1), atol=1e-4, rtol=1e-4)
@@ -107,7 +115,7 @@ def test_guided_entropy_equals_the_definition():
     policy, (s, t) = load_policy("nano-c2i"), (2.0, 0.8)
     ids = torch.tensor([3, 9])
     tokens = policy.sample(policy.conditions([3, 9]), seeds=[0, 1])
-    entropy = nano.token_entropy(policy, tokens, ids, s, t)
+    entropy = token_entropy(policy, tokens, policy.conditions([3, 9]), s, t).mean(1)
     with torch.inference_mode():
         null = torch.full_like(ids, policy.model.config.num_classes)
         c, u = (policy.model(torch.cat([first[:, None], tokens[:, :-1]], 1)).logits for first in (ids, null))
@@ -126,7 +134,7 @@ def test_the_difference_is_trained_minus_base_in_units_of_the_base(monkeypatch):
     known = {name: {key: v.float() for key, v in values.items()} for name, values in known.items()}
     monkeypatch.setattr(nano, "_nano_policy", lambda path, device: path)
     monkeypatch.setattr(nano, "load_rewards", lambda names, device: None)
-    monkeypatch.setattr(nano, "_measure_images", lambda *rest: {"match": torch.ones(2)})
+    monkeypatch.setattr(nano, "measure_real", lambda *rest: {"match": torch.ones(2)})
     monkeypatch.setattr(nano, "_measure_policy", lambda policy, *rest: known[policy])
     monkeypatch.setattr(nano, "measure_tokenizer", lambda *rest: {"psnr": 1.0, "codebook_used": 1.0, "note": ""})
     result = nano.evaluate(["trained", "base"], n=N, device="cpu", weights={"nano-clip": 2.0})
@@ -137,7 +145,7 @@ def test_the_difference_is_trained_minus_base_in_units_of_the_base(monkeypatch):
     spread = torch.stack([noise[ids == one].std() for one in range(24)]).mean().item()
     assert result["within_class_std"] == pytest.approx({"nano-clip": spread, nano.TOTAL: 2 * spread})
     change = (4 * noise + 4).mean().item() / (2 * spread)
-    assert f"changed by {change:+.2f} within-class" in nano.table(result).caption
+    assert f"changed by {change:+.2f} within-class" in table(result).caption
 
 
 class Replayed:
@@ -164,7 +172,7 @@ class NoRewards:
 
 def test_precision_is_of_samples_and_recall_of_references(monkeypatch):
     judge = nano.load_judge()
-    monkeypatch.setattr(nano, "token_entropy", lambda policy, tokens, *rest: torch.ones(len(tokens)))
+    monkeypatch.setattr(nano, "token_entropy", lambda policy, tokens, *rest: torch.ones(len(tokens), 64))
     settings = {"seed": 0, "cfg_scale": 1.0, "temperature": 1.0}
     ids = judge.reference_classes[:N]
     values = nano._measure_policy(Replayed(judge), judge, NoRewards(), {"nano-clip": 1.0}, ids, settings, 17, "x")

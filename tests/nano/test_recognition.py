@@ -1,35 +1,31 @@
-"""Precision, recall and diversity on features, and the variations that training uses."""
+"""The classifier's outputs, diversity on its features, and the variations that training uses."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from argrpo_cli.nano.recognition import diversity, nearest_distances, precision_recall
+from argrpo_cli.nano.judge import load_judge
+from argrpo_cli.nano.recognition import diversity
 from argrpo_cli.nano.study import augmented, rank_agreement
 
 
-def test_precision_and_recall_of_a_case_done_by_hand():
-    reference = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
-    generated = torch.tensor([[0.5], [1.5], [3.1], [30.0]])
-    # k = 1: reference radii 1, 1, 1, 8 reach [-1, 3] and [2, 18]; generated radii 1, 1, 1.6, 26.9.
-    precision, recall = precision_recall(generated, reference, k=1)
-    assert precision.tolist() == [True, True, True, False]
-    assert recall.tolist() == [True, True, True, True]
-    near_only = precision_recall(generated[:3], reference, k=1)[1]
-    assert near_only.tolist() == [True, True, True, False]
+def test_probabilities_are_those_of_the_class_that_is_named():
+    recogniser, features = load_judge().recogniser, load_judge().reference_features[:48]
+    probabilities = recogniser.probabilities(features)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(48))
+    assert torch.equal(probabilities.argmax(1), recogniser.classes(features))
 
 
-def test_the_bound_is_included_and_distances_are_squared():
-    assert nearest_distances(torch.tensor([[0.0], [2.0], [5.0]]), 1).tolist() == [4.0, 4.0, 9.0]
-    precision, _ = precision_recall(torch.tensor([[-2.0], [-2.01], [9.0]]), torch.tensor([[0.0], [2.0], [5.0]]), k=1)
-    assert precision.tolist() == [True, False, False]
-
-
-def test_a_sample_of_the_reference_itself_is_fully_precise():
-    points = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
-    precision, recall = precision_recall(points, points)
-    assert precision.all() and recall.all()
+def test_spatial_features_say_what_is_in_which_cell():
+    judge = load_judge()
+    images = judge.reference_images[:3].clone()
+    before = judge.recogniser.spatial_features(images, batch_size=2)
+    assert before.shape == (3, 7 * 4 * 4)
+    images[:, :, :4, :4] = 0  # the corner is seen by the corner's cells only
+    changed = (judge.recogniser.spatial_features(images) - before).abs().unflatten(1, (7, 4, 4)).amax((0, 1))
+    assert changed[0, 0] > 0.01 and changed[2:, 2:].max() < 1e-5
+    torch.testing.assert_close(judge.reference_spatial[:3], before, atol=1e-5, rtol=0)
 
 
 def test_diversity_is_the_mean_distance_within_each_class():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,52 +11,100 @@ from argrpo_cli.cli.options import (
     BatchSizeOption,
     CfgScaleOption,
     DeviceOption,
-    PolicyOption,
     SeedOption,
     TemperatureOption,
 )
 from argrpo_cli.errors import UserError, did_you_mean
 
-HERE, LATER = ("nano",), ("imagenet", "geneval", "drawbench")
+HERE, LATER = ("nano", "geneval"), ("imagenet", "drawbench")
+SAMPLING = ("policy", "baseline", "n", "cfg_scale", "temperature", "seed")  # what finished pictures have no use for
+NANO_IMAGES, GENEVAL_IMAGES = 2016, 4
 
 
 def evaluate(
-    benchmark: Annotated[str, typer.Argument(help="nano (imagenet, geneval and drawbench are not in this version).")],
-    policy: PolicyOption = "nano-c2i",
+    context: typer.Context,
+    benchmark: Annotated[str, typer.Argument(help="nano or geneval (imagenet and drawbench are not in this version).")],
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            "--policy",
+            help="A policy: a name, a run directory, a checkpoint folder.  [default: nano-c2i; for geneval nano-t2i]",
+        ),
+    ] = None,
     baseline: Annotated[
         str | None,
         typer.Option("--baseline", help="A second policy, drawn with the same seeds, to compare with."),
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=2, help="Images per policy.")] = 2016,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", help="nano: images per policy; geneval: images per prompt.  [default: 2016; 4]"),
+    ] = None,
     cfg_scale: CfgScaleOption = 2.0,
     temperature: TemperatureOption = 1.0,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option("--out", help="Also write the numbers here, as JSON.")] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images", help="nano: measure these pictures instead of a policy: a folder, or an .npz with arr_0."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="nano: a file for the numbers, as JSON; geneval: a folder.  [geneval: geneval]"),
+    ] = None,
 ) -> None:
-    """Measure a policy, alone or against a baseline with the same classes and seeds."""
+    """Measure a policy, alone or against a baseline with the same seeds, or a set of finished pictures.
+
+    nano: rendering match, fidelity, diversity and rewards of single objects. geneval: does a picture show what its
+    prompt asks for? Interrupted, the same command goes on where it stopped.
+    """
     if benchmark in LATER:
-        raise UserError(f"eval {benchmark} is not in this version; eval nano is")
+        raise UserError(f"eval {benchmark} is not in this version; eval nano and eval geneval are")
     if benchmark not in HERE:
-        raise UserError(f"no benchmark {benchmark!r}; there is nano{did_you_mean(benchmark, HERE + LATER)}")
-    from rich.console import Console
-
-    from argrpo_cli.evals.nano import evaluate as measure
-    from argrpo_cli.evals.nano import table
-    from argrpo_cli.files import write_json
-
+        raise UserError(
+            f"no benchmark {benchmark!r}; there are {', '.join(HERE)}{did_you_mean(benchmark, HERE + LATER)}"
+        )
+    for name in SAMPLING if images is not None else ():
+        if context.get_parameter_source(name).name != "DEFAULT":
+            raise UserError(f"--images measures finished pictures; leave out --{name.replace('_', '-')}")
+    sampling = {"cfg_scale": cfg_scale, "temperature": temperature, "seed": seed}
+    if benchmark == "geneval":
+        if images is not None:
+            raise UserError("--images is for eval nano; GenEval of finished pictures is not in this version")
+        policies = [policy or "nano-t2i", *([baseline] if baseline else [])]
+        _geneval(policies, out or Path("geneval"), n, sampling, batch_size, device)
+        return
     if out is not None and out.is_dir():
         raise UserError(f"cannot write {out}: it is a folder; give the name of a file")
-    result = measure(
-        [policy] if baseline is None else [policy, baseline],
-        n=n,
-        cfg_scale=cfg_scale,
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-    )
+    from rich.console import Console
+
+    from argrpo_cli.evals.nano_table import table
+    from argrpo_cli.files import write_json
+
+    if images is not None:
+        from argrpo_cli.evals.nano_images import evaluate_images
+
+        result = evaluate_images(images, batch_size=batch_size, device=device)
+    else:
+        from argrpo_cli.evals.nano import evaluate as measure
+
+        policies = [policy or "nano-c2i", *([baseline] if baseline else [])]
+        count = NANO_IMAGES if n is None else n
+        result = measure(policies, n=count, batch_size=batch_size, device=device, **sampling)
     Console().print(table(result))
     if out is not None:
         write_json(out, result)
+
+
+def _geneval(
+    policies: list[str], out: Path, n: int | None, sampling: dict[str, Any], batch_size: int, device: str
+) -> None:
+    from rich.console import Console
+
+    from argrpo_cli.evals.geneval import Protocol, run_geneval, table
+
+    protocol = Protocol(per_prompt=GENEVAL_IMAGES if n is None else n, **sampling)
+    Console().print(table(run_geneval(policies, out, protocol, batch_size, device)))
+    print(f"images, verdicts, prompts.jsonl, summary.json and the failures as a picture (failures.png) in {out}")

@@ -1,13 +1,17 @@
 """`argrpo eval nano`: how good are a policy's samples in the nano world, alone or against a baseline with paired seeds.
 
-Every measure is a list of values over units that two policies share (samples, reference scenes, or classes), so each
-has a mean and a standard error, and for two policies a paired difference with its own:
+A policy of captions is asked for "a photo of a dog" where one of classes is asked for the class dog.
+
+Every measure is a list of values over units that two policies share (samples, reference scenes, classes, or groups of
+samples), so each has a mean and a standard error, and for two policies a paired difference with its own:
 
     match         dB of the best rendering of the class, per object pixel (`nano/matching.py`); the judge's first word
     match_at_size match less what real scenes of that class and size reach: larger objects match better by themselves
     size          side of that rendering in pixels
     mirrored      share of samples that this rendering mirrors
     recognised    share of samples whose class the judge's classifier names
+    inception_score, fid, sfid
+                  of all samples together, on the judge's features against its reference scenes (`nano_sets.py`)
     precision     share of samples inside the reference scenes' manifold, k = 3 (as ADM, on the judge's features)
     recall        share of reference scenes inside the samples' manifold
     diversity     mean feature distance between two samples of one class
@@ -26,10 +30,12 @@ from torch import Tensor
 
 from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.devices import resolve_device
+from argrpo_cli.entropy import token_entropy
 from argrpo_cli.errors import UserError
+from argrpo_cli.evals.nano_sets import Values, class_groups, manifold_values, real_set_values, set_values
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import FITTED, Judge, load_judge
-from argrpo_cli.nano.recognition import diversity, precision_recall
+from argrpo_cli.nano.recognition import diversity
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.vq import VQModel, from_uint8, to_uint8
 from argrpo_cli.progress import progress
@@ -41,24 +47,8 @@ SEED_STRIDE = 100_000
 SEED_LIMIT = 50_000_000  # from here on nano-critic's training samples
 UNSEEN_SCENES = 480
 MATCH, MATCH_AT_SIZE, SIZE, MIRRORED = "match", "match_at_size", "size", "mirrored"
-RECOGNISED, PRECISION, RECALL, DIVERSITY = "recognised", "precision", "recall", "diversity"
+RECOGNISED, DIVERSITY = "recognised", "diversity"
 ENTROPY, GUIDED_ENTROPY, TOTAL = "entropy", "entropy_guided", "total_reward"
-SHARES = (MIRRORED, RECOGNISED, PRECISION, RECALL)
-LABELS = {
-    MATCH: "rendering match, dB",
-    MATCH_AT_SIZE: "match given class and size, dB",
-    SIZE: "object size, pixels",
-    MIRRORED: "mirrored",
-    RECOGNISED: "recognised",
-    PRECISION: "precision",
-    RECALL: "recall",
-    DIVERSITY: "feature diversity",
-    ENTROPY: "entropy, nats/token",
-    GUIDED_ENTROPY: "entropy as guided",
-    TOTAL: "total reward",
-}
-
-Values = dict[str, Tensor]  # measure to its values over units
 
 
 def evaluate(
@@ -102,14 +92,12 @@ def evaluate(
     measured: dict[str, Values] = {}
     for name, policy in loaded.items():
         measured[name] = _measure_policy(policy, judge, rewards, weights, class_ids, settings, batch_size, name)
-    others = slice(FITTED, FITTED + UNSEEN_SCENES)  # not those that the judge's expectation is fitted to
-    ids = judge.reference_classes[others]
-    real = _measure_images(judge.reference_images[others], ids, judge, rewards, weights, batch_size)
+    real = measure_real(judge, rewards, weights, batch_size)
     last = measured[names[-1]]
     spread = {key: within_class_std(last[key], class_ids) for key in [*weights, TOTAL]}
     result: dict[str, Any] = {
-        "policies": {name: _summary(values) for name, values in measured.items()},
-        "real": _summary(real),
+        "policies": {name: summary(values) for name, values in measured.items()},
+        "real": summary(real),
         "within_class_std": spread,
         "reward_weights": weights,
         "tokenizer": measure_tokenizer(judge.tokenizer, judge.reference_tokens, seed),
@@ -117,7 +105,7 @@ def evaluate(
     }
     if len(names) == 2:
         first = measured[names[0]]
-        result["difference"] = _summary({key: first[key] - last[key] for key in first})
+        result["difference"] = summary({key: first[key] - last[key] for key in first})
     return result
 
 
@@ -138,7 +126,11 @@ def _distinct(policies: Sequence[str]) -> list[str]:
 
 def _nano_policy(path: str, device: str) -> Policy:
     policy = load_policy(path, device)
-    if tuple(policy.class_names) != scenes.CLASS_NAMES or policy.image_size != scenes.IMAGE_SIZE:
+    if policy.text_encoder is None:
+        fits = tuple(policy.class_names) == scenes.CLASS_NAMES
+    else:
+        fits = {word for name in scenes.CLASS_NAMES for word in name.split()} <= set(policy.text_encoder.words or ())
+    if not fits or policy.image_size != scenes.IMAGE_SIZE:
         raise UserError(f"policy {path} does not draw the nano world's classes, so its judge cannot measure it")
     return policy
 
@@ -153,7 +145,9 @@ def _measure_policy(
     batch_size: int,
     name: str,
 ) -> Values:
-    conditions = policy.conditions(class_ids.tolist())
+    ids = class_ids.tolist()
+    captions = [class_prompt(scenes.CLASS_NAMES[i]) for i in ids]
+    conditions = policy.conditions(ids if policy.text_encoder is None else captions)
     seeds = [FIRST_SEED + settings["seed"] * SEED_STRIDE + i for i in range(len(class_ids))]
     tokens, entropy, guided = [], [], []
     with progress(f"sampling {name}", len(class_ids)) as advance:
@@ -167,19 +161,20 @@ def _measure_policy(
                 batch_size=batch_size,
             )
             tokens.append(drawn)
-            entropy.append(token_entropy(policy, drawn, class_ids[part], None, settings["temperature"]))
-            guided.append(token_entropy(policy, drawn, class_ids[part], settings["cfg_scale"], settings["temperature"]))
+            asked, temperature = conditions[part], settings["temperature"]
+            entropy.append(token_entropy(policy, drawn, asked, None, temperature).mean(1))
+            guided.append(token_entropy(policy, drawn, asked, settings["cfg_scale"], temperature).mean(1))
             advance(len(drawn))
     images = policy.decode(torch.cat(tokens))
-    values = _measure_images(images, class_ids, judge, rewards, weights, batch_size)
+    values = measure_images(images, class_ids, judge, rewards, weights, batch_size)
     values |= {ENTROPY: torch.cat(entropy), GUIDED_ENTROPY: torch.cat(guided)}
     features = judge.recogniser.features(images.cpu())
-    precision, recall = precision_recall(features, judge.reference_features)
-    values |= {PRECISION: precision.float(), RECALL: recall.float(), DIVERSITY: diversity(features, class_ids)}
-    return values
+    values |= set_values(images, features, judge, class_groups(len(images), class_ids))
+    values |= manifold_values(features, judge)
+    return values | {DIVERSITY: diversity(features, class_ids)}
 
 
-def _measure_images(
+def measure_images(
     images: Tensor, class_ids: Tensor, judge: Judge, rewards: RewardSet, weights: dict[str, float], batch_size: int
 ) -> Values:
     """What can be said of each picture by itself."""
@@ -198,23 +193,17 @@ def _measure_images(
     }
 
 
-@torch.inference_mode()
-def token_entropy(
-    policy: Policy, tokens: Tensor, class_ids: Tensor, cfg_scale: float | None, temperature: float
-) -> Tensor:
-    """Mean entropy in nats of the next-token distribution along each sequence, float32 [B] (on the CPU).
+def unseen_scenes() -> slice:
+    """The reference scenes that stand for real ones: not those that the judge's expectation is fitted to."""
+    return slice(FITTED, FITTED + UNSEEN_SCENES)
 
-    tokens int64 [B, T]; `cfg_scale` None takes the conditional distribution, a number the guided one.
-    """
-    model = policy.model
-    inputs = torch.cat([class_ids.to(tokens.device)[:, None], tokens[:, :-1]], dim=1)
-    before, model.guidance_scale = model.guidance_scale, cfg_scale
-    try:
-        logits = model(inputs).logits.float()
-    finally:
-        model.guidance_scale = before
-    log_probs = torch.log_softmax(logits / max(temperature, 1e-5), dim=-1)
-    return -(log_probs.exp() * log_probs).sum(-1).mean(1).cpu()
+
+def measure_real(judge: Judge, rewards: RewardSet, weights: dict[str, float], batch_size: int) -> Values:
+    """What real scenes score, as if they were samples."""
+    chosen = unseen_scenes()
+    ids = judge.reference_classes[chosen]
+    values = measure_images(judge.reference_images[chosen], ids, judge, rewards, weights, batch_size)
+    return values | real_set_values(judge, chosen)
 
 
 def within_class_std(reward: Tensor, class_ids: Tensor) -> float:
@@ -239,54 +228,8 @@ def measure_tokenizer(vq: VQModel, reference_tokens: Tensor, seed: int) -> dict[
     return {"psnr": psnr.mean().item(), "codebook_used": used, "note": ""}
 
 
-def _summary(values: Values) -> dict[str, dict[str, float]]:
+def summary(values: Values) -> dict[str, dict[str, float]]:
     return {
         key: {"mean": v.mean().item(), "error": (v.std() / len(v) ** 0.5).item() if len(v) > 1 else float("nan")}
         for key, v in values.items()
     }
-
-
-def table(result: dict[str, Any]) -> Any:
-    """The result of `evaluate` as a Rich table: baseline, policy, paired difference, real scenes."""
-    from rich.table import Table
-
-    names = list(result["policies"])[::-1]  # the baseline first
-    settings = result["settings"]
-    out = Table(
-        title=f"{settings['n']} samples, cfg {settings['cfg_scale']:g}, temperature {settings['temperature']:g}, "
-        f"seed {settings['seed']}; ± standard error",
-        caption=_caption(result),
-    )
-    out.add_column("measure")
-    for name in [*names, *(["difference"] if "difference" in result else []), "real scenes"]:
-        out.add_column(name, justify="right")
-    rewards = list(result["reward_weights"])
-    for key in [*(key for key in LABELS if key != TOTAL), *rewards, TOTAL]:
-        cells = [_cell(key, result["policies"][name].get(key)) for name in names]
-        if "difference" in result:
-            cells.append(_cell(key, result["difference"].get(key), signed=True))
-        out.add_row(LABELS.get(key, key), *cells, _cell(key, result["real"].get(key)))
-    out.add_section()
-    for key, spread in result["within_class_std"].items():
-        out.add_row(f"within-class sd, {LABELS.get(key, key)}", f"{spread:.3f}")
-    return out
-
-
-def _cell(key: str, value: dict[str, float] | None, signed: bool = False) -> str:
-    if value is None:
-        return ""
-    mean, error, sign = value["mean"], value["error"], "+" if signed else ""
-    if key in SHARES:
-        return f"{100 * mean:{sign}.1f} ± {100 * error:.1f} %"
-    return f"{mean:{sign}.3f} ± {error:.3f}"
-
-
-def _caption(result: dict[str, Any]) -> str:
-    tokenizer = result["tokenizer"]
-    psnr = f"{tokenizer['psnr']:.2f} dB on unseen scenes" if tokenizer["psnr"] is not None else tokenizer["note"]
-    lines = [f"tokenizer: PSNR {psnr}; {tokenizer['codebook_used']:.0%} of the codebook in use"]
-    lines.append("precision and recall: errors given the manifolds; one training run")
-    if "difference" in result:
-        change = result["difference"][TOTAL]["mean"] / result["within_class_std"][TOTAL]
-        lines.append(f"the total reward changed by {change:+.2f} within-class standard deviations of the baseline")
-    return "\n".join(lines)

@@ -62,7 +62,11 @@ def measure(scratch: Path) -> None:
     """Print the quality of the base policies, as `argrpo eval nano` and `argrpo eval geneval` do."""
     from rich.console import Console
 
-    from argrpo_cli.evals import geneval, nano
+    from argrpo_cli.evals import geneval, nano, nano_table
+
+    Console().print(nano_table.table(nano.evaluate(["nano-c2i"])))
+    shutil.rmtree(scratch, ignore_errors=True)
+    Console().print(geneval.table(geneval.run_geneval(["nano-t2i"], scratch)))
 
     Console().print(nano.table(nano.evaluate(["nano-c2i"])))
     shutil.rmtree(scratch, ignore_errors=True)

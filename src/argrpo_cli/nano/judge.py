@@ -1,7 +1,7 @@
 """The independent judge of the nano world, used for evaluation only: no reward looks at what it looks at.
 
 First a question of truth: how well does a sample match a rendering of its class (`matching.py`)? Beside it recognition
-by a classifier of its own, and precision, recall and diversity on that classifier's features (`recognition.py`).
+by a classifier of its own (`recognition.py`), whose features also serve to compare whole sets of pictures.
 
 The tokenizer blurs small objects more than large ones, so clean scenes match the better the larger they are. A policy
 that merely draws larger would gain; `expected_db` says what real scenes of a class and size reach, to be subtracted.
@@ -115,6 +115,10 @@ class Judge:
     @cached_property
     def reference_features(self) -> Tensor:
         return self.recogniser.features(self.reference_images)
+
+    @cached_property
+    def reference_spatial(self) -> Tensor:
+        return self.recogniser.spatial_features(self.reference_images)
 
 
 @lru_cache(maxsize=1)

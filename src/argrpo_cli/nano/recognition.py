@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from argrpo_cli.policy.vq import from_uint8
 
+SPATIAL_CHANNELS = 7
+
 
 class DenseLayer(nn.Module):
     """Adds `growth` channels computed from all the channels before (Huang et al. 2017)."""
@@ -34,13 +36,16 @@ class RecognitionNet(nn.Module):
         super().__init__()
         width = 32
         body: list[nn.Module] = [nn.Conv2d(3, width, 5, stride=2, padding=2, bias=False)]
-        for count in layers:
+        self.middle = 0
+        for index, count in enumerate(layers):
             for _ in range(count):
                 body.append(DenseLayer(width, growth))
                 width += growth
             half = width // 2
             body += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, half, 1, bias=False), nn.AvgPool2d(2)]
             width = half
+            if index == 1:
+                self.middle = len(body)  # behind the second transition
         self.body = nn.Sequential(*body, nn.BatchNorm2d(width), nn.ReLU())
         self.project = nn.Linear(width * 16, features)  # 4x4 cells: parts keep their places
         self.classify = nn.Linear(features, classes)
@@ -48,6 +53,15 @@ class RecognitionNet(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """x [B, 3, 64, 64] in [-1, 1] to [B, 128]."""
         return self.project(self.body(x).flatten(1))
+
+    def spatial(self, x: Tensor) -> Tensor:
+        """x [B, 3, 64, 64] in [-1, 1] to [B, 112]: where things are, halfway through the network, for sFID.
+
+        As ADM takes the first 7 channels of a map in the middle of Inception, these are the first 7 behind the second
+        transition (8x8 cells, no class decided yet), averaged to 4x4 cells: 112 numbers, few enough for the covariance
+        of about a thousand images.
+        """
+        return F.avg_pool2d(self.body[: self.middle](x)[:, :SPATIAL_CHANNELS], 2).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(F.relu(self.features(x)))
@@ -69,30 +83,22 @@ class Recogniser:
         """Features to the most likely class id, int64 [B]."""
         return self.network.classify(F.relu(features)).argmax(-1)
 
+    @torch.inference_mode()
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Features to the probability of each class, float32 [B, classes]."""
+        return self.network.classify(F.relu(features)).softmax(-1)
+
+    @torch.inference_mode()
+    def spatial_features(self, images: Tensor, batch_size: int = 100) -> Tensor:
+        """uint8 [B, 3, 64, 64] to float32 [B, 112]."""
+        return torch.cat([self.network.spatial(from_uint8(chunk)) for chunk in images.split(batch_size)])
+
 
 def load_recogniser(folder: str | Path) -> Recogniser:
     """The bundled classifier from the judge's folder."""
     from argrpo_cli.rewards.weights import load_weights, read_config
 
     return Recogniser(load_weights(RecognitionNet(**read_config(folder)["recogniser"]), folder))
-
-
-def nearest_distances(features: Tensor, k: int) -> Tensor:
-    """Squared distance of each row to its k-th nearest other row, [N]."""
-    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return distances.kthvalue(k + 1, dim=1).values  # the nearest of all is the row itself
-
-
-def precision_recall(generated: Tensor, reference: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019) as ADM computes them, row by row.
-
-    Features [G, D] and [R, D] to bool [G]: within the k-th neighbour distance of some reference row (the mean is
-    precision); and bool [R]: within that of some generated row (recall). Squared distances, the bound included.
-    """
-    distances = torch.cdist(generated, reference, compute_mode="donot_use_mm_for_euclid_dist").square()
-    precision = (distances <= nearest_distances(reference, k)[None]).any(1)
-    recall = (distances <= nearest_distances(generated, k)[:, None]).any(0)
-    return precision, recall
 
 
 def diversity(features: Tensor, class_ids: Tensor) -> Tensor:

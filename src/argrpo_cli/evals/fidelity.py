@@ -1,0 +1,168 @@
+"""How near a set of generated images is to a set of real ones: IS, FID, sFID, precision and recall as ADM defines them.
+
+ADM (Dhariwal and Nichol 2021) set the conventions that papers on class-conditional images follow. Everything here works
+on features [N, D] of any network; sFID is the Fréchet distance on spatial features flattened to [N, D]. Where two sets
+appear, the first is the generated one. Features may lie on a CPU or a CUDA device; the arithmetic is in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from argrpo_cli.errors import UserError
+
+NEIGHBOURS = 3
+SPLIT_SIZE = 5000
+BLOCK = 2048  # rows at a time: tiles of distances and what they are made of take some 300 MB at D = 2048
+EPSILON = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean float32 [D] and covariance float64 [D, D] (ddof 1) of features, in the number formats of ADM's files."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, name: str = "generated", block: int = BLOCK) -> Statistics:
+        """Of features [N, D], summed in float64 and kept on the CPU; UserError below two rows or when not finite."""
+        check_features(features, 2, "the Fréchet distance", name)
+        mean = sum(rows.double().sum(0) for rows in features.split(block)) / len(features)
+        covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=mean.device)
+        for rows in features.split(block):
+            centred = rows.double() - mean
+            covariance += centred.T @ centred
+        return cls(mean.float().cpu(), (covariance / (len(features) - 1)).cpu())
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), the squared Fréchet distance of two Gaussians.
+
+    With S_a = A A^T and S_b = B B^T from their eigenvalues, tr (S_a S_b)^(1/2) is the sum of the singular values of
+    A^T B. This holds for singular covariances too (fewer rows than dimensions), where the square root of the product
+    that the published code takes can blow up.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise UserError(f"features of different widths cannot be compared: {len(a.mean)} and {len(b.mean)} numbers")
+    shift = (a.mean.double() - b.mean.double()).square().sum()
+    overlap = torch.linalg.svdvals(_root(a.covariance).T @ _root(b.covariance)).sum()
+    distance = shift + a.covariance.trace() + b.covariance.trace() - 2 * overlap
+    return max(distance.item(), 0.0)  # rounding can leave a little below zero
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """A [D, r] with A A^T the covariance; eigenvalues that are only rounding are left out."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > len(values) * EPSILON * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> float:
+    """exp of the mean KL divergence of p(y|x) from p(y), averaged over splits; probabilities [N, classes].
+
+    The order of the rows matters: splits are taken one after another as the rows come, the last as short as it falls,
+    and each has its own p(y). Rows sorted by class make splits of few classes each and so a lower score (`shuffled`
+    mixes them). A probability of zero adds nothing.
+    """
+    check_features(probabilities, 1, "the inception score", "generated")
+    scores = []
+    for split in probabilities.split(split_size):
+        p = split.double()
+        divergence = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))
+        scores.append(divergence.sum(1).mean().exp())
+    return torch.stack(scores).mean().item()
+
+
+def shuffled(rows: Tensor, seed: int = 0) -> Tensor:
+    """The rows in an order that depends on nothing but the seed and their number."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order.to(rows.device)]
+
+
+def precision_recall(
+    generated: Tensor, reference: Tensor, k: int = NEIGHBOURS, block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019) on Inception's or any features, row by row.
+
+    Features [G, D] and [R, D] to bool [G]: within the k-th neighbour distance of some reference row (the mean is
+    precision); and bool [R]: within that of some generated row (recall). A row is no neighbour of itself; squared
+    distances, the bound included. Only tiles of block x block distances are held.
+
+    Exact for the features as given. Distances come from float64 matrix products, which run at the processor's full
+    speed; whatever their rounding leaves open, ties and duplicates above all, is decided by differences. (ADM rounds
+    the same distances to float16, which moves a share by up to some 0.03.) 50,000 generated and 10,000 reference rows
+    of 2048 numbers are 1.5e13 operations: minutes on a few cores, seconds on a GPU that is quick at float64.
+    """
+    for features, name in ((generated, "generated"), (reference, "reference")):
+        check_features(features, k + 1, f"precision and recall (k = {k})", name)
+    if generated.shape[1] != reference.shape[1]:
+        widths = f"{generated.shape[1]} and {reference.shape[1]} numbers"
+        raise UserError(f"features of different widths cannot be compared: {widths}")
+    centre = sum(rows.double().sum(0) for rows in reference.split(block)) / len(reference)
+    precision = _covered(generated, reference, squared_radii(reference, k, block), centre, block)
+    recall = _covered(reference, generated, squared_radii(generated, k, block), centre, block)
+    return precision, recall
+
+
+def squared_radii(features: Tensor, k: int = NEIGHBOURS, block: int = BLOCK) -> Tensor:
+    """Squared distance of each row to its k-th nearest other row, float64 [N]."""
+    centre = sum(rows.double().sum(0) for rows in features.split(block)) / len(features)
+    radii = []
+    for start in range(0, len(features), block):
+        rows = features[start : start + block]
+        nearest = torch.full((len(rows), k), torch.inf, dtype=torch.float64, device=centre.device)
+        who = torch.zeros(len(rows), k, dtype=torch.int64, device=centre.device)
+        for other in range(0, len(features), block):
+            tile, _ = _tile(rows, features[other : other + block], centre)
+            if start == other:
+                tile.fill_diagonal_(torch.inf)
+            columns = torch.arange(other, other + tile.shape[1], device=tile.device).expand(tile.shape)
+            nearest, chosen = torch.cat([nearest, tile], 1).topk(k, largest=False)
+            who = torch.cat([who, columns], 1).gather(1, chosen)
+        exact = [_by_differences(rows, features[who[:, rank]]) for rank in range(k)]
+        radii.append(torch.stack(exact).amax(0))
+    return torch.cat(radii)
+
+
+def _covered(points: Tensor, centres: Tensor, radii: Tensor, origin: Tensor, block: int) -> Tensor:
+    """Whether each point [P, D] lies within the squared radius [C] of some centre [C, D]: bool [P]."""
+    parts = []
+    for rows in points.split(block):
+        found = torch.zeros(len(rows), dtype=torch.bool, device=radii.device)
+        for near, reach in zip(centres.split(block), radii.split(block), strict=True):
+            tile, doubt = _tile(rows, near, origin)
+            tile -= reach
+            found |= (tile < -doubt).any(1)
+            open_pairs = ((tile.abs() <= doubt) & ~found[:, None]).nonzero()
+            for i, j in (pairs.unbind(1) for pairs in open_pairs.split(block)):
+                # The sum of the same D squares, perhaps in another order.
+                bound = reach[j] * (1 + rows.shape[1] * EPSILON)
+                found[i[_by_differences(rows[i], near[j]) <= bound]] = True
+        parts.append(found)
+    return torch.cat(parts)
+
+
+def _tile(a: Tensor, b: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances float64 [A, B] by a matrix product, and a bound on their rounding errors."""
+    a, b = a.double() - origin, b.double() - origin  # smaller numbers, smaller errors
+    lengths = a.square().sum(1)[:, None] + b.square().sum(1)
+    return torch.addmm(lengths, a, b.T, alpha=-2), lengths * (2 * a.shape[1] * EPSILON)
+
+
+def _by_differences(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances of rows of [N, D] to their partners, float64 [N]; zero for equal rows."""
+    return (a.double() - b.double()).square().sum(1)
+
+
+def check_features(features: Tensor, least: int, metric: str, name: str) -> None:
+    """UserError unless features [N, D] are finite and of at least `least` rows; `name` says what set they are of."""
+    if len(features) < least:
+        have = f"there {'is' if len(features) == 1 else 'are'} {len(features)}"
+        raise UserError(f"{metric} needs at least {least} {name} image{'s' if least > 1 else ''}; {have}")
+    bad = torch.cat([~rows.isfinite().all(1) for rows in features.split(BLOCK)]).nonzero()
+    if len(bad):
+        raise UserError(f"the features of {name} image {bad[0].item()} (counted from 0) are not finite")

@@ -1,0 +1,103 @@
+"""`argrpo eval nano --images`: the nano measures on finished pictures, whoever drew them.
+
+What needs no class is always measured (IS, FID, sFID, precision, recall); what asks whether a picture shows its class
+only for a folder whose metadata.jsonl gives each picture's `class_id`, as `argrpo sample` writes it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from argrpo_cli.devices import resolve_device
+from argrpo_cli.errors import UserError
+from argrpo_cli.evals.fidelity import NEIGHBOURS
+from argrpo_cli.evals.image_sets import ImageSet, open_images
+from argrpo_cli.evals.nano import DIVERSITY, measure_images, measure_real, recipe_weights, summary, unseen_scenes
+from argrpo_cli.evals.nano_sets import class_groups, manifold_values, real_set_values, set_values
+from argrpo_cli.files import read_jsonl
+from argrpo_cli.nano import scenes
+from argrpo_cli.nano.judge import load_judge
+from argrpo_cli.nano.recognition import diversity
+from argrpo_cli.progress import progress
+from argrpo_cli.rewards import load_rewards
+from argrpo_cli.sampling_job import METADATA, SETTINGS
+
+
+def evaluate_images(
+    path: str | Path, batch_size: int = 64, device: str = "auto", weights: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """Measure a folder of 64x64 pictures, or those of an .npz file.
+
+    Returns:
+        Plain numbers, ready for JSON: `images` {path: {measure: {mean, error}}}, `real` (what real scenes score),
+        `reward_weights` (of the rewards measured; none where the classes are unknown) and `settings`.
+
+    Raises:
+        UserError: nothing to read, pictures of another size, too few, or a metadata.jsonl that does not fit them.
+    """
+    found = open_images(path)
+    class_ids = _class_ids(found)
+    if found.size != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE):
+        side = f"{scenes.IMAGE_SIZE}x{scenes.IMAGE_SIZE}"
+        raise UserError(f"{found.name(0)} is {found.size[1]}x{found.size[0]}; nano pictures are {side}")
+    if found.count <= NEIGHBOURS:
+        raise UserError(f"{found.path} holds too few images: precision and recall need 4, there are {found.count}")
+    device = resolve_device(device)
+    judge, read = load_judge(), []
+    with progress("reading", found.count) as advance:
+        for batch in found.batches(batch_size):
+            read.append(batch)
+            advance(len(batch))
+    images = torch.cat(read)
+    features = judge.recogniser.features(images)
+    values = set_values(images, features, judge, class_groups(len(images), class_ids))
+    values |= manifold_values(features, judge)
+    if class_ids is None:
+        weights = {}
+        real = real_set_values(judge, unseen_scenes())
+    else:
+        weights = weights or recipe_weights()
+        rewards = load_rewards(list(weights), device)
+        values |= measure_images(images, class_ids, judge, rewards, weights, batch_size)
+        several = (class_ids.bincount() > 1)[class_ids]  # a class needs two pictures to differ
+        if several.any():
+            values[DIVERSITY] = diversity(features[several], class_ids[several])
+        real = measure_real(judge, rewards, weights, batch_size)
+    return {
+        "images": {str(path): summary(values)},
+        "real": summary(real),
+        "reward_weights": weights,
+        "settings": {"images": str(path), "n": found.count, "classes_known": class_ids is not None},
+    }
+
+
+def _class_ids(found: ImageSet) -> torch.Tensor | None:
+    """The class of each picture by its folder's metadata.jsonl, int64 [N]; None when nothing tells."""
+    metadata = found.path / METADATA
+    if not metadata.is_file():
+        if (found.path / SETTINGS).is_file():
+            raise UserError(f"{found.path} is unfinished; give the same `argrpo sample` command again to complete it")
+        return None
+    classes: dict[str, int | None] = {}
+    for row in read_jsonl(metadata):
+        class_id = row.get("class_id")
+        known = isinstance(class_id, int) and not isinstance(class_id, bool) and 0 <= class_id < len(scenes.CLASS_NAMES)
+        if class_id is not None and not known:
+            allowed = f"0 to {len(scenes.CLASS_NAMES) - 1}"
+            raise UserError(f"{metadata}, {row.get('file')}: class_id = {class_id!r}: nano classes are {allowed}")
+        classes[str(row.get("file"))] = class_id
+    for file in found.files:
+        if file not in classes:
+            raise UserError(f"{found.path / file} is not in {metadata}")
+    for file in classes:
+        if not (found.path / file).is_file():
+            raise UserError(f"{metadata} lists {file}, which is not there")
+    without = [file for file in found.files if classes[file] is None]
+    if len(without) == len(found.files):
+        return None
+    if without:
+        raise UserError(f"{metadata} gives no class_id for {without[0]}; give one for every picture, or for none")
+    return torch.tensor([classes[file] for file in found.files])

@@ -1,0 +1,260 @@
+"""IS, Fréchet distance, precision and recall: ADM's own numbers, cases done by hand, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.evals import fidelity
+from argrpo_cli.evals.fidelity import (
+    Statistics,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    shuffled,
+    squared_radii,
+)
+
+# Inputs, numbers of the published script ("official") and of an independent float64 computation ("exact").
+DATA = Path(__file__).parents[1] / "data" / "adm"
+CASES = json.loads((DATA / "expected.json").read_text())
+
+
+def arrays(case: str) -> dict[str, torch.Tensor]:
+    with np.load(DATA / f"{case}.npz") as held:
+        return {key: torch.from_numpy(held[key]) for key in held.files}
+
+
+def having(*keys: str) -> list[str]:
+    return [case for case, expected in CASES.items() if set(keys) <= set(expected)]
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values)[:, None]
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_there_are_cases_of_every_metric():
+    assert len(having("fid")) == 5 and len(having("sfid")) == 2 and len(having("precision_exact64")) == 6
+    assert len(having("inception_score_exact")) == 3 and len(having("inception_score_split128")) == 1
+
+
+# Fréchet distance
+
+
+@pytest.mark.parametrize("case", having("fid"))
+def test_fid_and_sfid_are_adms(case):
+    held, expected = arrays(case), CASES[case]
+    for key, kind in (("fid", "pool"), ("sfid", "spatial")):
+        if key in expected:
+            found = frechet_distance(Statistics.of(held[f"sample_{kind}"]), Statistics.of(held[f"ref_{kind}"]))
+            assert found == pytest.approx(expected[f"{key}_exact"], rel=1e-5, abs=1e-4)
+            assert found == pytest.approx(expected[key], rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("block", [fidelity.BLOCK, 97])
+def test_statistics_are_those_of_adms_files(block):
+    held = arrays("relu_gauss_shifted")
+    found = Statistics.of(held["ref_pool"], block=block)
+    assert found.mean.dtype == torch.float32 and found.covariance.dtype == torch.float64
+    torch.testing.assert_close(found.mean, held["ref_mu"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.covariance, held["ref_sigma"], rtol=0, atol=1e-12)
+
+
+def test_the_frechet_distance_of_two_gaussians_on_a_line():
+    # Means 1 and 5, variances (ddof 1) 2 and 18: 16 + (sqrt(18) - sqrt(2))^2 = 24.
+    assert frechet_distance(Statistics.of(column(0, 2)), Statistics.of(column(2, 8))) == pytest.approx(24)
+
+
+@pytest.mark.parametrize(("rows", "others"), [(12, 15), (12, 200), (3, 2)])
+def test_the_frechet_distance_is_exact_with_fewer_rows_than_dimensions(rows, others):
+    a, b = noise(rows, 40).double(), 2 * noise(others, 40, seed=1).double() + 1
+    x = (a - a.mean(0)) / (rows - 1) ** 0.5
+    y = (b - b.mean(0)) / (others - 1) ** 0.5
+    overlap = torch.linalg.matrix_norm(x @ y.T, "nuc")  # of the rows themselves: no root of a singular matrix
+    exact = (a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * overlap
+    assert frechet_distance(Statistics.of(a), Statistics.of(b)) == pytest.approx(exact.item(), rel=1e-6)
+
+
+def test_a_set_is_at_no_distance_from_itself_even_when_singular():
+    sets = [noise(50, 8, seed=seed) for seed in range(20)]  # rounding alone would leave some below zero
+    for features in (*sets, noise(5, 20), torch.full((4, 3), 7.0)):
+        held = Statistics.of(features)
+        assert 0 <= frechet_distance(held, held) < 1e-9
+
+
+def test_a_large_common_offset_does_not_swallow_the_covariance():
+    features = noise(300, 5)
+    moved = Statistics.of(features.double() + 1e6)
+    torch.testing.assert_close(moved.covariance, Statistics.of(features).covariance, rtol=1e-6, atol=1e-8)
+
+
+# Inception score
+
+
+@pytest.mark.parametrize("case", having("inception_score_exact"))
+def test_the_inception_score_of_given_probabilities_is_adms(case):
+    expected = CASES[case]
+    found = inception_score(arrays(case)["sample_softmax"], expected["split_size"])
+    assert found == pytest.approx(expected["inception_score_exact"], rel=3e-6)
+    if expected["inception_score"] is not None:  # 0 log 0 is not a number in the published script
+        assert found == pytest.approx(expected["inception_score"], rel=1e-5)
+
+
+def test_the_inception_score_of_both_split_sizes_is_adms():
+    held, expected = arrays("low_dim_8"), CASES["low_dim_8"]
+    probabilities = (held["sample_pool"] @ held["softmax_weight"]).softmax(-1)
+    for size in (5000, 128):
+        found = inception_score(probabilities, size)
+        assert found == pytest.approx(expected[f"inception_score_split{size}_exact"], rel=3e-6)
+        assert found == pytest.approx(expected[f"inception_score_split{size}"], rel=1e-5)
+    assert inception_score(probabilities) == inception_score(probabilities, 5000)
+
+
+def test_the_inception_score_depends_on_the_order_and_the_last_split_may_be_short():
+    sorted_by_class = torch.eye(2)[[0, 0, 0, 1, 1]]
+    assert inception_score(sorted_by_class, 3) == 1, "one class a split"
+    assert inception_score(torch.eye(2)[[0, 1, 0, 1]], 2) == pytest.approx(2)
+    mixed = math.exp(math.log(3) - 2 / 3 * math.log(2))  # two of one class and one of another
+    assert inception_score(torch.eye(2)[[0, 1, 0, 1]], 3) == pytest.approx((mixed + 1) / 2)
+    assert inception_score(torch.eye(2)[[0]]) == 1
+
+
+def test_shuffling_is_a_permutation_that_the_seed_decides():
+    rows = torch.arange(50)
+    assert torch.equal(shuffled(rows, 3), shuffled(rows, 3)) and not torch.equal(shuffled(rows, 3), shuffled(rows, 4))
+    assert not torch.equal(shuffled(rows), rows) and torch.equal(shuffled(rows).sort().values, rows)
+
+
+# Precision and recall
+
+
+@pytest.mark.parametrize("block", [fidelity.BLOCK, 97])
+@pytest.mark.parametrize("case", having("precision_exact64"))
+def test_precision_and_recall_are_exact_and_near_adms_half_precision(case, block):
+    held, expected = arrays(case), CASES[case]
+    found = precision_recall(held["sample_pool"], held["ref_pool"], block=block)
+    for key, rows, name in zip(("precision", "recall"), found, ("sample_pool", "ref_pool"), strict=True):
+        assert rows.dtype == torch.bool and rows.shape == held[name].shape[:1]
+        share = rows.double().mean().item()
+        assert share == pytest.approx(expected[f"{key}_exact64"], abs=1e-12)
+        assert share == pytest.approx(expected[key], abs=0.03)
+
+
+@pytest.mark.parametrize("case", ["low_dim_8", "fewer_rows_than_dims"])
+def test_neighbour_distances_are_exact(case):
+    held = arrays(case)
+    for name in ("ref", "sample"):
+        torch.testing.assert_close(
+            squared_radii(held[f"{name}_pool"]), held[f"radii_{name}_exact64"], rtol=1e-12, atol=0
+        )
+
+
+def test_precision_and_recall_of_a_case_done_by_hand():
+    reference, generated = column(0, 1, 2, 10), column(0.5, 1.5, 3.1, 30)
+    # k = 1: reference radii 1, 1, 1, 8 reach [-1, 3] and [2, 18]; generated radii 1, 1, 1.6, 26.9.
+    precision, recall = precision_recall(generated, reference, k=1)
+    assert precision.tolist() == [True, True, True, False]
+    assert recall.tolist() == [True, True, True, True]
+    near_only = precision_recall(generated[:3], reference, k=1)[1]
+    assert near_only.tolist() == [True, True, True, False]
+
+
+def test_the_bound_is_included_and_distances_are_squared():
+    line = column(0, 2, 5)
+    assert squared_radii(line, 1).tolist() == [4.0, 4.0, 9.0]
+    assert squared_radii(line, 2).tolist() == [25.0, 9.0, 25.0]
+    precision, _ = precision_recall(column(-2, -2.01, 9), line, k=1)
+    assert precision.tolist() == [True, False, False]
+
+
+def test_a_tie_stays_a_tie_far_from_the_origin_and_in_many_dimensions():
+    step = torch.eye(300)[0]
+    rows = (1000 + 10 * noise(40, 300)).round()  # whole numbers, so distances are exact
+    reference = torch.cat([rows, rows + step])  # each has its twin at distance 1
+    precision, recall = precision_recall(torch.cat([rows - step, rows - 2 * step]), reference, k=1)
+    assert precision.tolist() == [True] * 40 + [False] * 40
+    assert recall.tolist() == [True] * 40 + [False] * 40
+
+
+def test_duplicates_have_distance_zero_wherever_they_are():
+    heaps = (1e4 * noise(3, 64))[torch.arange(60) % 3]
+    assert squared_radii(heaps).tolist() == [0.0] * 60
+    precision, recall = precision_recall(heaps, heaps)
+    assert precision.all() and recall.all()
+
+
+def test_the_smallest_step_away_from_duplicates_is_outside():
+    heaps = (1e4 * noise(40, 64)).repeat(4, 1)  # squares of 1e10, in which a matrix product loses the step
+    beside = heaps.clone()
+    beside[:, 0] = torch.nextafter(heaps[:, 0], torch.tensor(torch.inf))
+    precision, recall = precision_recall(beside, heaps)
+    assert not precision.any() and not recall.any()
+
+
+def test_a_sample_of_the_reference_itself_is_fully_precise():
+    points = noise(60, 4)
+    precision, recall = precision_recall(points, points)
+    assert precision.all() and recall.all()
+
+
+def test_only_tiles_of_the_block_size_are_held(monkeypatch):
+    shapes, tile = [], fidelity._tile
+
+    def watched(a, b, origin):
+        shapes.append((len(a), len(b)))
+        return tile(a, b, origin)
+
+    monkeypatch.setattr(fidelity, "_tile", watched)
+    small = precision_recall(noise(50, 6), noise(70, 6, seed=1), block=16)
+    assert max(max(shape) for shape in shapes) == 16
+    monkeypatch.undo()
+    for some, whole in zip(small, precision_recall(noise(50, 6), noise(70, 6, seed=1)), strict=True):
+        assert torch.equal(some, whole) and 0 < whole.sum() < len(whole)
+
+
+# What is refused
+
+
+def test_too_few_images_are_told_with_the_number_needed():
+    few, many = noise(3, 2), noise(9, 2)
+    with pytest.raises(UserError, match="needs at least 4 generated images; there are 3"):
+        precision_recall(few, many)
+    with pytest.raises(UserError, match="needs at least 4 reference images; there are 3"):
+        precision_recall(many, few)
+    assert precision_recall(noise(4, 2), many)[0].shape == (4,)
+    with pytest.raises(UserError, match="Fréchet distance needs at least 2 reference images; there is 1"):
+        Statistics.of(few[:1], "reference")
+    with pytest.raises(UserError, match="inception score needs at least 1 generated image; there are 0"):
+        inception_score(few[:0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_are_named(value):
+    good, bad = noise(9, 2), noise(9, 2)
+    bad[7, 1] = value
+    for call in (
+        lambda: Statistics.of(bad),
+        lambda: inception_score(bad),
+        lambda: precision_recall(bad, good),
+    ):
+        with pytest.raises(UserError, match=r"features of generated image 7 .* not finite"):
+            call()
+    with pytest.raises(UserError, match="reference image 7"):
+        precision_recall(good, bad)
+
+
+def test_features_of_different_widths_are_refused():
+    with pytest.raises(UserError, match="different widths cannot be compared: 2 and 3"):
+        precision_recall(noise(9, 2), noise(9, 3))
+    with pytest.raises(UserError, match="different widths cannot be compared: 2 and 3"):
+        frechet_distance(Statistics.of(noise(9, 2)), Statistics.of(noise(9, 3)))
