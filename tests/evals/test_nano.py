@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.entropy import token_entropy
+from argrpo_cli.errors import UserError
 from argrpo_cli.evals import nano
 from argrpo_cli.evals.nano_table import table
 from argrpo_cli.policy import load_policy
