@@ -43,7 +43,7 @@ def pool(vq) -> c.Pool:
     )
 
 
-@pytest.mark.parametrize("kind", list(c.MIXTURE))
+@pytest.mark.parametrize("kind", list(c.MIXTURE_WITH_PROPOSALS))
 def test_every_kind_damages_and_stays_in_range(pool, vq, kind):
     rows = torch.arange(24)
     broken = c.corrupt(pool, rows, vq, np.random.default_rng(0), {kind: 1.0})

@@ -9,7 +9,6 @@ amount that grows with the damage. Without the third the reward is full as soon 
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def vocabulary() -> list[str]:
     """Every word that a caption of the nano world can contain, in alphabetical order."""
     names = [*scenes.CLASS_NAMES, *(scenes.plural(name) for name in scenes.CLASS_NAMES)]
     phrases = [*names, *scenes.COLORS, *scenes.RELATIONS, *scenes.NUMBER_WORDS.values(), "a photo of an and"]
-    return sorted({word for phrase in phrases for word in re.findall(r"[a-z0-9]+", phrase)})
+    return sorted({word for phrase in phrases for word in WordTokenizer.split(phrase)})
 
 
 def config() -> dict:

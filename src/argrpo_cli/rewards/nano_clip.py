@@ -19,6 +19,7 @@ from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.rewards.weights import BUNDLED, load_weights, read_config, to_unit
 
 PAD, UNKNOWN = 0, 1
+SAME_WORDS = {"sheeps": "sheep"}  # GenEval's mechanical plural
 
 
 class WordTokenizer:
@@ -39,7 +40,7 @@ class WordTokenizer:
     @staticmethod
     def split(text: str) -> list[str]:
         """The words of a text, in lower case."""
-        return re.findall(r"[a-z0-9]+", text.lower())
+        return [SAME_WORDS.get(word, word) for word in re.findall(r"[a-z0-9]+", text.lower())]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """int64 [B, context_length]; longer texts lose their tail."""

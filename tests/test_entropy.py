@@ -1,0 +1,136 @@
+"""Policy entropy: its definition, the split, samples of prompts, checkpoints of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from argrpo_cli import entropy as e
+from argrpo_cli.cli.app import run
+from argrpo_cli.errors import UserError
+from argrpo_cli.files import read_jsonl, write_json
+from argrpo_cli.nano.held_out import load_held_out
+from argrpo_cli.policy import load_policy
+from tests.grpo.tiny import CODES, TOKENS, tiny_caption_policy, tiny_policy
+
+
+def test_conditional_and_guided_entropy_of_captions_equal_the_definition():
+    policy, scale, temperature = tiny_caption_policy(), 2.5, 0.7
+    asked = policy.conditions(["a dog", "a red cat a blue dog"])
+    tokens = policy.sample(asked, seeds=[0, 1])
+    features, mask = policy.embed(asked)
+    null = policy.model.model.null_caption.expand_as(features)
+    inputs = torch.cat([torch.zeros(2, 6, dtype=torch.long), tokens[:, :-1]], 1)
+    with torch.inference_mode():
+        c, u = (
+            policy.model(inputs, condition_features=one, condition_mask=mask).logits[:, 5:] for one in (features, null)
+        )
+    for cfg_scale, logits in ((None, c), (scale, u + scale * (c - u))):
+        p = (logits / temperature).softmax(-1)
+        expected = -torch.special.xlogy(p, p).sum(-1)
+        measured = e.token_entropy(policy, tokens, asked, cfg_scale, temperature)
+        assert measured.shape == (2, TOKENS)
+        torch.testing.assert_close(measured, expected, atol=1e-4, rtol=1e-4)
+    assert policy.model.guidance_scale is None, "left as it was"
+
+
+def test_a_policy_that_knows_nothing_has_the_entropy_of_its_vocabulary():
+    policy = tiny_policy()
+    torch.nn.init.zeros_(policy.model.lm_head.weight)
+    tokens = torch.zeros(3, TOKENS, dtype=torch.long)
+    measured = e.token_entropy(policy, tokens, policy.conditions([0, 1, 2]))
+    torch.testing.assert_close(measured, torch.full((3, TOKENS), math.log(CODES)))
+
+
+def test_statistics_treat_the_image_as_the_unit():
+    values = torch.tensor([[1.0, 3.0], [2.0, 4.0], [6.0, 8.0]])
+    row = e._statistics(values)
+    assert row["images"] == 3
+    assert row["mean"] == pytest.approx(4.0)
+    assert row["standard_error"] == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
+    assert row["by_position"] == pytest.approx([3.0, 5.0])
+    assert row["high"] - row["low"] == pytest.approx(2 * 1.959964 * row["standard_error"])
+
+
+@pytest.mark.parametrize("task", ["classes", "captions"])
+def test_the_split_holds_scenes_of_both_tasks_that_the_policies_know_best(task):
+    tokens, conditions = load_held_out(task)
+    assert tokens.shape == (1008, 64) and len(conditions) == 1008
+    policy = load_policy("nano-c2i" if task == "classes" else "nano-t2i")
+    right = policy.conditions([one.class_id if task == "classes" else one.prompt for one in conditions[:48]])
+    assert right == conditions[:48]
+
+    def loss(asked):
+        with torch.inference_mode():
+            condition, mask = policy.embed(asked)
+            prefix = policy.model.config.cls_token_num
+            first = condition[:, None] if mask is None else torch.zeros(len(asked), prefix, dtype=torch.long)
+            features = {} if mask is None else {"condition_features": condition, "condition_mask": mask}
+            logits = policy.model(torch.cat([first, tokens[:48, :-1]], 1), **features).logits[:, prefix - 1 :]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:48].flatten()).item()
+
+    assert loss(right) < loss(right[1:] + right[:1]) - 0.1, "tokens and conditions belong together"
+
+
+def test_several_policies_are_compared_scene_by_scene():
+    rows = e.measure([e.Subject("nano-c2i", "a"), e.Subject("nano-c2i", "b")], e.Question(limit=6))
+    assert [(row["policy"], row["mode"]) for row in rows] == [(p, m) for p in "ab" for m in e.MODES]
+    assert "change" not in rows[0]
+    assert rows[2]["change"] == 0 and rows[2]["change_error"] == 0
+    assert rows[1]["mean"] < rows[0]["mean"], "guidance makes a policy surer"
+    assert len(rows[0]["by_position"]) == 64
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_prompts_are_walked_along_samples_of_the_policy_itself():
+    again = [e.measure([e.Subject("nano-t2i", "t")], e.Question(None, "geneval", limit=4, seed=s)) for s in (0, 0, 1)]
+    assert again[0] == again[1] != again[2]
+    assert again[0][0]["images"] == 4 and again[0][0]["prompts"] == "geneval"
+
+
+def test_the_checkpoints_of_a_run_are_its_base_and_every_step(tmp_path):
+    base = tmp_path / "base"
+    tiny_policy().save(base)
+    for step in (10, 5):
+        tiny_policy().save(tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
+    tiny_policy().save(tmp_path / "run" / "policy")
+    write_json(tmp_path / "run" / "run.json", {"base_policy": str(base), "finished": {"step": 12}})
+    found = e.subjects_of_run(tmp_path / "run")
+    assert [(one.name, one.step) for one in found] == [("base", 0), ("step 5", 5), ("step 10", 10), ("step 12", 12)]
+    write_json(tmp_path / "run" / "run.json", {"base_policy": str(base), "finished": {"step": 10}})
+    assert [one.step for one in e.subjects_of_run(tmp_path / "run")] == [0, 5, 10]
+    with pytest.raises(UserError, match="is no run directory"):
+        e.subjects_of_run(tmp_path)
+
+
+def test_the_command_as_typed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["entropy", "--split", "val", "--n", "4"]) == 0
+    assert "4 images, split val" in " ".join(capsys.readouterr().out.split())
+    rows = read_jsonl(tmp_path / "entropy" / "entropy.jsonl")
+    assert [row["mode"] for row in rows] == ["conditional", "guided"]
+    assert (tmp_path / "entropy" / "curve.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split", "train"], "no split 'train'; there is val"),
+        (["--split", "val", "--prompts", "geneval"], "not both"),
+        (["--policy", "nano-c2i", "--prompts", "geneval"], "draws classes and reads no prompts"),
+        (["--prompts", "geneva"], "no captions 'geneva'"),
+        (["--n", "1"], "--n 1: an interval needs 2"),
+        (["--run", "nowhere"], "nowhere is no run directory"),
+        (["--policy", "nano-c2i", "--policy", "nano-c2i"], "names nano-c2i twice"),
+        (["--out", "file"], "it is a file, not a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert run(["entropy", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
