@@ -4,6 +4,7 @@
 # make lint    ruff
 # make bench   speed of sampling, with and without the key-value cache
 # make nano    train the nano world again (hours; in build/nano), put it into the package and measure it
+# make paper-nano  the paper's tables in the nano world, on one page: docs/paper_nano.md (about an hour)
 #
 # Variables: PYTHON=python3.12   the Python to make .venv with, 3.11 or newer
 #            PIP_ARGS="..."      more arguments for pip, for instance an index with CPU-only torch wheels
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench nano
+.PHONY: install demo test lint bench nano paper-nano
 
 install: $(STAMP)
 
@@ -55,3 +56,6 @@ bench: install
 
 nano: install
 	$(BIN)/python -m argrpo_cli.nano.build --install
+
+paper-nano: install
+	$(BIN)/python -m argrpo_cli.nano.paper
