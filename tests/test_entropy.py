@@ -85,10 +85,15 @@ def test_several_policies_are_compared_scene_by_scene():
     assert json.loads(json.dumps(rows)) == rows
 
 
+def test_policies_of_different_tasks_are_not_compared():
+    with pytest.raises(UserError, match="nano-c2i and nano-t2i are measured on different scenes"):
+        e.measure([e.Subject("nano-c2i", "a"), e.Subject("nano-t2i", "b")], e.Question(limit=4))
+
+
 def test_prompts_are_walked_along_samples_of_the_policy_itself():
     again = [e.measure([e.Subject("nano-t2i", "t")], e.Question(None, "geneval", limit=4, seed=s)) for s in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
-    assert again[0][0]["images"] == 4 and again[0][0]["prompts"] == "geneval"
+    assert again[0][0]["images"] == 4 and again[0][0]["prompts"] == "geneval-nano"
 
 
 def test_the_checkpoints_of_a_run_are_its_base_and_every_step(tmp_path):
@@ -104,6 +109,10 @@ def test_the_checkpoints_of_a_run_are_its_base_and_every_step(tmp_path):
     assert [one.step for one in e.subjects_of_run(tmp_path / "run")] == [0, 5, 10]
     with pytest.raises(UserError, match="is no run directory"):
         e.subjects_of_run(tmp_path)
+    for gone in ({}, {"base_policy": str(tmp_path / "gone")}):
+        write_json(tmp_path / "run" / "run.json", gone)
+        with pytest.raises(UserError, match=r"the base policy of .* is gone"):
+            e.subjects_of_run(tmp_path / "run")
 
 
 def test_the_command_as_typed(tmp_path, monkeypatch, capsys):
@@ -123,6 +132,8 @@ def test_the_command_as_typed(tmp_path, monkeypatch, capsys):
         (["--policy", "nano-c2i", "--prompts", "geneval"], "draws classes and reads no prompts"),
         (["--prompts", "geneva"], "no captions 'geneva'"),
         (["--n", "1"], "--n 1: an interval needs 2"),
+        (["--prompts", "one.txt"], "holds one caption"),
+        (["--prompts", "geneval", "--seed", "10000"], "--seed 10000: give 0 to 9999"),
         (["--run", "nowhere"], "nowhere is no run directory"),
         (["--policy", "nano-c2i", "--policy", "nano-c2i"], "names nano-c2i twice"),
         (["--out", "file"], "it is a file, not a folder"),
@@ -131,6 +142,7 @@ def test_the_command_as_typed(tmp_path, monkeypatch, capsys):
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
+    (tmp_path / "one.txt").write_text("a photo of a dog\n")
     assert run(["entropy", *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "one.txt"]

@@ -23,8 +23,9 @@ from argrpo_cli.files import atomic_path, make_dir, read_json, write_jsonl
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.progress import progress
 
-FIRST_SEED = 2_000_000  # of the samples that prompts are measured on: none that training draws
+FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 200_000_000, 10_000, 10_000  # of samples of prompts; `eval` draws others
 MODES = ("conditional", "guided")
+LOGITS_AT_ONCE = 2**26  # a quarter of a gigabyte
 NORMAL_95 = 1.959964  # half-width of a 95 % interval in standard errors
 
 
@@ -77,25 +78,30 @@ def token_entropy(
     features = {} if mask is None else {"condition_features": condition, "condition_mask": mask}
     before, model.guidance_scale = model.guidance_scale, cfg_scale
     try:
-        logits = model(torch.cat([first, tokens[:, :-1]], dim=1), **features).logits[:, prefix - 1 :].float()
+        inputs = torch.cat([first, tokens[:, :-1]], dim=1)
+        hidden = model.model(inputs, **features).last_hidden_state[:, prefix - 1 :]
     finally:
         model.guidance_scale = before
-    log_probs = torch.log_softmax(logits / max(temperature, 1e-5), dim=-1)
-    return -(log_probs.exp() * log_probs).sum(-1).cpu()
+    rows = []
+    for part in hidden.split(max(1, LOGITS_AT_ONCE // (hidden.shape[1] * model.config.vocab_size))):
+        log_probs = torch.log_softmax(model.lm_head(part).float() / max(temperature, 1e-5), dim=-1)
+        rows.append(-(log_probs.exp() * log_probs).sum(-1).cpu())
+    return torch.cat(rows)
 
 
 def subjects_of_run(run: Path) -> list[Subject]:
     """The base policy of a run, its checkpoints in order, and the trained policy where the last checkpoint is older.
 
     Raises:
-        UserError: no run directory, or one without checkpoints and trained policy.
+        UserError: no run directory, one without checkpoints and trained policy, or its base policy is gone.
     """
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is no run directory: it has no run.json")
     notes = read_json(run / "run.json")
-    found = []
-    if Path(notes.get("base_policy", "")).is_dir():
-        found.append(Subject(notes["base_policy"], "base", 0))
+    base = notes.get("base_policy")
+    if not base or not Path(base).is_dir():
+        raise UserError(f"the base policy of {run} is gone: {base}; measure its checkpoints with --policy")
+    found = [Subject(base, "base", 0)]
     steps = sorted(int(folder.name[5:]) for folder in run.glob("checkpoints/step_*") if folder.name[5:].isdigit())
     found += [Subject(str(run / "checkpoints" / f"step_{step:06d}"), f"step {step}", step) for step in steps]
     finished = (notes.get("finished") or {}).get("step")
@@ -126,9 +132,15 @@ def measure(
     device = resolve_device(device)
     rows: list[dict[str, Any]] = []
     first: dict[str, Tensor] = {}
+    asked: list[Condition] = []  # of the first
     for subject in subjects:
         policy = load_policy(subject.path, device)
         tokens, conditions = _material(policy, subject, question, cfg_scale, temperature, batch_size)
+        asked = asked or conditions
+        if conditions != asked:
+            raise UserError(
+                f"{subjects[0].path} and {subject.path} are measured on different scenes; measure them alone"
+            )
         values: dict[str, list[Tensor]] = {mode: [] for mode in MODES}
         with progress(f"entropy of {subject.name}", len(conditions)) as advance:
             for start in range(0, len(conditions), batch_size):
@@ -136,11 +148,13 @@ def measure(
                 for mode, scale in zip(MODES, (None, cfg_scale), strict=True):
                     values[mode].append(token_entropy(policy, tokens[part], conditions[part], scale, temperature))
                 advance(len(conditions[part]))
+        prompts = "geneval-nano" if question.prompts == "geneval" and _few_words(policy) else question.prompts
         for mode in MODES:
             entropy = torch.cat(values[mode])
-            row = {"policy": subject.name, "step": subject.step, "mode": mode, **_described(question)}
+            row = {"policy": subject.name, "step": subject.step, "mode": mode}
+            row |= {"split": question.split, "prompts": prompts}
             row |= {"cfg_scale": cfg_scale, "temperature": temperature} | _statistics(entropy)
-            if mode in first and len(first[mode]) == len(entropy):
+            if mode in first:
                 change = entropy.mean(1) - first[mode].mean(1)
                 row |= {"change": change.mean().item(), "change_error": _error(change)}
             first.setdefault(mode, entropy)
@@ -215,10 +229,6 @@ def table(rows: Sequence[dict[str, Any]]) -> Any:
     return out
 
 
-def _described(question: Question) -> dict[str, Any]:
-    return {"split": question.split, "prompts": question.prompts}
-
-
 def _statistics(entropy: Tensor) -> dict[str, Any]:
     """Numbers about entropies [B, T]."""
     per_image = entropy.mean(1)
@@ -257,7 +267,11 @@ def _material(
     if policy.text_encoder is None:
         raise UserError(f"{subject.path} draws classes and reads no prompts; measure it with --split val")
     conditions = _readable(policy, question.prompts)[: question.limit]
-    seeds = [FIRST_SEED + question.seed * 100_000 + index for index in range(len(conditions))]
+    if len(conditions) < 2:
+        raise UserError(f"--prompts {question.prompts} holds one caption, and an interval needs 2 or more")
+    if not 0 <= question.seed < MOST_SEEDS:
+        raise UserError(f"--seed {question.seed}: give 0 to {MOST_SEEDS - 1}")
+    seeds = [FIRST_SEED + question.seed * SEED_STRIDE + index for index in range(len(conditions))]
     drawn = []
     with progress(f"sampling {subject.name}", len(conditions)) as advance:
         for start in range(0, len(conditions), batch_size):
@@ -277,5 +291,8 @@ def _material(
 
 def _readable(policy: Policy, prompts: str) -> list[Condition]:
     """The prompts of a set; of the official GenEval list, those that a policy of few words can read."""
-    captions = read_captions("geneval-nano" if prompts == "geneval" and policy.text_encoder.words else prompts)
-    return policy.conditions(captions)
+    return policy.conditions(read_captions("geneval-nano" if prompts == "geneval" and _few_words(policy) else prompts))
+
+
+def _few_words(policy: Policy) -> bool:
+    return policy.text_encoder is not None and policy.text_encoder.words is not None

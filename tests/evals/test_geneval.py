@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import statistics
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -15,6 +17,7 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.evals import geneval as g
 from argrpo_cli.evals.geneval_sheet import COLUMNS, failure_sheet
 from argrpo_cli.files import read_jsonl, write_jsonl
+from argrpo_cli.policy import load_policy
 from tests.grpo.tiny import tiny_caption_policy
 
 SMALL = g.Protocol(per_prompt=1, sets=("geneval-nano",))
@@ -79,7 +82,29 @@ def test_a_folder_is_not_used_for_two_evaluations(finished, tmp_path):
         g.run_geneval(["nano-t2i"], tmp_path / "x", SMALL)
 
 
-def test_the_difference_is_first_minus_second_paired_by_prompt():
+def test_two_policies_are_compared_prompt_by_prompt_with_the_same_seeds(tmp_path, monkeypatch):
+    other = load_policy("nano-t2i")
+    with torch.no_grad():
+        other.model.lm_head.weight.mul_(0.5)  # a hotter, so a worse policy
+    other.save(tmp_path / "hot")
+    seeds = []
+    sample = g.Policy.sample
+    monkeypatch.setattr(g.Policy, "sample", lambda self, c, **k: seeds.append(k["seeds"]) or sample(self, c, **k))
+    monkeypatch.chdir(tmp_path)
+    result = g.run_geneval(["nano-t2i", "hot"], tmp_path / "o", SMALL, batch_size=84)
+    assert seeds[0] == seeds[1]
+    scores, part = result["scores"], "geneval-nano"
+    assert list(scores) == ["nano-t2i", "hot"]
+    for tag, score in result["difference"][part].items():
+        assert score["mean"] == pytest.approx(scores["nano-t2i"][part][tag]["mean"] - scores["hot"][part][tag]["mean"])
+    assert result["difference"][part]["overall"]["mean"] > 0.1
+    a, b = (read_jsonl(tmp_path / "o" / name / "results.jsonl") for name in ("nano-t2i", "hot"))
+    pairs = [x["correct"] - y["correct"] for x, y in zip(a, b, strict=True) if x["tag"] == "single_object"]
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    assert result["difference"][part]["single_object"]["error"] == pytest.approx(error)
+
+
+def test_the_difference_of_a_category_has_the_error_of_its_prompts():
     prompts = SMALL.prompts
     good = [{"index": p.index, "correct": 1.0} for p in prompts]
     bad = [{"index": p.index, "correct": float(i % 2)} for i, p in enumerate(prompts)]
@@ -93,10 +118,10 @@ def test_the_difference_is_first_minus_second_paired_by_prompt():
     assert part["color_attr"]["error"] is None, "one prompt has no error"
 
 
-def test_seeds_differ_between_images_and_not_between_policies():
+def test_seeds_differ_between_images():
     protocol = g.Protocol(per_prompt=4)
     seeds = [protocol.image_seed(place, sample) for place in range(224) for sample in range(4)]
-    assert len(set(seeds)) == 896 and min(seeds) == 3_000_000
+    assert len(set(seeds)) == 896 and min(seeds) == g.FIRST_SEED
     assert g.Protocol(seed=1).image_seed(0, 0) > max(seeds)
 
 
@@ -125,7 +150,9 @@ def test_the_sheet_shows_every_failure_with_its_reason(finished):
         (["--policy", "nano-c2i"], "nano-c2i draws classes"),
         (["--policy", "nano-t2j"], "no policy 'nano-t2j'"),
         (["--baseline", "nano-t2i"], "the same policy"),
-        (["--n", "0"], "--n 0: give 1 image per prompt"),
+        (["--n", "0"], "--n 0: give 1 to 446 images per prompt"),
+        (["--n", "447"], "--n 447: give 1 to 446"),
+        (["--seed", "10000"], "--seed 10000: give 0 to 9999"),
         (["--images", "x"], "--images is for eval nano"),
         (["--out", "file"], "it is a file, not a folder"),
     ],

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from argrpo_cli.entropy import token_entropy
 from argrpo_cli.errors import UserError
-from argrpo_cli.evals import nano
+from argrpo_cli.evals import fidelity, nano
 from argrpo_cli.evals.nano_table import table
 from argrpo_cli.policy import load_policy
 
@@ -151,6 +151,8 @@ def test_the_difference_is_trained_minus_base_in_units_of_the_base(monkeypatch):
 class Replayed:
     """Stands for a policy whose samples are the judge's own reference scenes."""
 
+    text_encoder = None
+
     def __init__(self, judge):
         self.judge, self.drawn = judge, 0
 
@@ -170,15 +172,17 @@ class NoRewards:
         return {"nano-clip": torch.zeros(len(images))}
 
 
-def test_precision_is_of_samples_and_recall_of_references(monkeypatch):
+def test_precision_is_of_samples_and_recall_of_the_set(monkeypatch):
     judge = nano.load_judge()
     monkeypatch.setattr(nano, "token_entropy", lambda policy, tokens, *rest: torch.ones(len(tokens), 64))
     settings = {"seed": 0, "cfg_scale": 1.0, "temperature": 1.0}
     ids = judge.reference_classes[:N]
     values = nano._measure_policy(Replayed(judge), judge, NoRewards(), {"nano-clip": 1.0}, ids, settings, 17, "x")
     assert len(values["precision"]) == N and values["precision"].all(), "every sample is a reference scene"
-    assert len(values["recall"]) == len(judge.reference_tokens)
-    assert values["recall"][:N].all()
+    covered = fidelity.precision_recall(judge.reference_features[:N], judge.reference_features)[1]
+    assert covered[:N].all()
+    assert len(values["recall"]) == 20
+    assert values["recall"].mean().item() == pytest.approx(covered.double().mean().item())
     found = judge.reference_match
     torch.testing.assert_close(values["match"], found.db[:N])
     torch.testing.assert_close(values["size"], found.size[:N].float())

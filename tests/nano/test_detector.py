@@ -91,8 +91,7 @@ def test_the_bundled_detector_finds_in_real_scenes_what_their_captions_say(held_
         right[prompt.tag].append(verdict.correct)
     shares = {tag: sum(values) / len(values) for tag, values in right.items()}
     assert set(shares) == set(scenes.CATEGORIES)
-    assert min(shares.values()) > 0.85, shares
-    assert sum(shares.values()) / 6 > 0.93, shares
+    assert min(shares.values()) >= 0.95, shares
 
 
 def test_the_reward_is_full_for_the_own_caption_and_lower_for_another(held_out):

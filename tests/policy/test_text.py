@@ -92,6 +92,14 @@ def test_parts_that_do_not_fit_are_named(tmp_path):
         load_policy(tmp_path / "b")
 
 
+def test_a_cut_off_text_tokenizer_is_named(tmp_path):
+    tiny_caption_policy().save(tmp_path)
+    file = tmp_path / "text_encoder" / "tokenizer.json"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(UserError, match=r"tokenizer\.json: it is not JSON"):
+        load_policy(tmp_path)
+
+
 def test_a_class_policy_reads_no_captions(tmp_path):
     save_tiny_policy(tmp_path)
     with pytest.raises(UserError, match="no class 'a dog'"):

@@ -79,10 +79,8 @@ def _check_names(recipe: Recipe) -> None:
     """What a recipe names must exist; everything else about it has been checked when it was read."""
     from argrpo_cli.grpo.prompts import run_conditions
     from argrpo_cli.policy.policy import choose_trainable, load_policy
-    from argrpo_cli.rewards import check_reward
+    from argrpo_cli.rewards import load_rewards
 
     policy = load_policy(recipe.policy.checkpoint)
     choose_trainable(policy.model, recipe.policy.trainable)
-    run_conditions(recipe, policy)
-    for term in recipe.rewards.terms:
-        check_reward(term.name)
+    load_rewards([term.name for term in recipe.rewards.terms]).check(run_conditions(recipe, policy))

@@ -12,6 +12,7 @@ comes, so that an interrupted evaluation goes on where it stopped:
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,18 +25,19 @@ from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals.geneval_sheet import failure_sheet
 from argrpo_cli.files import make_dir, read_json, read_jsonl, save_png, write_json, write_jsonl
-from argrpo_cli.geneval.prompts import Prompt, prompt_set
+from argrpo_cli.geneval.prompts import Prompt, official_jsonl, prompt_set
 from argrpo_cli.geneval.rules import judge_image
 from argrpo_cli.geneval.summary import Score, tag_scores
 from argrpo_cli.nano.detector import NANO_THRESHOLDS, Detector, Found, by_class, color_of, load_detector
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.loading import fingerprint
 from argrpo_cli.progress import progress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 OFFICIAL_PART, EXTRA_PART = "geneval-nano", "geneval-nano-extra"
-FIRST_SEED, SEED_STRIDE = 3_000_000, 100_000  # seeds that no training, grid or other evaluation draws
+FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 400_000_000, 100_000, 10_000  # `eval nano` and `entropy` draw others
 MOST_FAILURES = 40  # on the sheet
 
 
@@ -75,8 +77,11 @@ def run_geneval(
         UserError: no such policy, one that reads no captions or knows too few words, an `out` used for something else.
     """
     names = _names(policies)
-    if protocol.per_prompt < 1:
-        raise UserError(f"--n {protocol.per_prompt}: give 1 image per prompt or more")
+    most = SEED_STRIDE // len(protocol.prompts)
+    if not 1 <= protocol.per_prompt <= most:
+        raise UserError(f"--n {protocol.per_prompt}: give 1 to {most} images per prompt")
+    if not 0 <= protocol.seed < MOST_SEEDS:
+        raise UserError(f"--seed {protocol.seed}: give 0 to {MOST_SEEDS - 1}")
     device = resolve_device(device)
     loaded = {name: _captioned(path, device) for name, path in zip(names, policies, strict=True)}
     detector = load_detector(device=device)
@@ -84,7 +89,8 @@ def run_geneval(
         **asdict(protocol),
         "sets": list(protocol.sets),
         "policies": {name: policy.fingerprint() for name, policy in loaded.items()},
-        "detector": "nano-detector",
+        "prompts": hashlib.sha256(official_jsonl(protocol.prompts).encode()).hexdigest(),
+        "detector": {"name": "nano-detector", "weights": fingerprint([detector.network])},
         "thresholds": asdict(NANO_THRESHOLDS),
     }
     _claim(out, identity)
@@ -97,7 +103,8 @@ def run_geneval(
     write_jsonl(out / "prompts.jsonl", _by_prompt(rows, protocol))
     failures = [row for row in rows[names[0]] if not row["correct"]]
     if failures:
-        chosen = failures[:: max(1, len(failures) // MOST_FAILURES)][:MOST_FAILURES]
+        count = min(MOST_FAILURES, len(failures))
+        chosen = [failures[index * len(failures) // count] for index in range(count)]
         save_png(out / "failures.png", failure_sheet(chosen, out / names[0] / "images"))
     write_json(out / "summary.json", result)
     return result
@@ -234,7 +241,7 @@ def table(result: dict[str, Any]) -> Table:
         title=f"GenEval in the nano world, {protocol['per_prompt']} images per prompt, cfg {protocol['cfg_scale']:g}, "
         f"seed {protocol['seed']}; share correct ± standard error",
         caption="detector: nano-detector; overall is the plain mean of the categories, as published; "
-        "errors are clustered by prompt",
+        "errors are clustered by prompt (none where a category has one)",
     )
     out.add_column("category")
     out.add_column("prompts", justify="right")

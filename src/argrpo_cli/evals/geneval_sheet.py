@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from argrpo_cli.images import read_image
+from argrpo_cli.nano.detector import NANO_THRESHOLDS
 
 COLUMNS, SIDE, PAD, LINES = 5, 224, 8, 5
-SURE = 0.3  # objects under this score did not count and are drawn thin
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 BOX, DOUBTFUL = (220, 30, 60), (150, 150, 150)
 
@@ -30,8 +30,10 @@ def failure_sheet(rows: Sequence[dict[str, Any]], folder: Path) -> Image.Image:
         pixels = read_image(folder / row["file"])
         sheet.paste(Image.fromarray(pixels.transpose(1, 2, 0)).resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, y))
         scale = SIDE / pixels.shape[-1]
+        counting = row["tag"] == "counting"
+        least = NANO_THRESHOLDS.counting_threshold if counting else NANO_THRESHOLDS.threshold
         for one in row["objects"]:
-            sure = one["score"] > SURE
+            sure = one["score"] > least  # others did not count and are drawn thin
             corners = [
                 min(max(v * scale, 0), SIDE - 1) + origin for v, origin in zip(one["box"], (x, y, x, y), strict=True)
             ]

@@ -2,7 +2,7 @@
 
 A policy of captions is asked for "a photo of a dog" where one of classes is asked for the class dog.
 
-Every measure is a list of values over units that two policies share (samples, reference scenes, classes, or groups of
+Every measure is a list of values over units that two policies share (samples, classes, or groups of
 samples), so each has a mean and a standard error, and for two policies a paired difference with its own:
 
     match         dB of the best rendering of the class, per object pixel (`nano/matching.py`); the judge's first word
@@ -169,8 +169,8 @@ def _measure_policy(
     values = measure_images(images, class_ids, judge, rewards, weights, batch_size)
     values |= {ENTROPY: torch.cat(entropy), GUIDED_ENTROPY: torch.cat(guided)}
     features = judge.recogniser.features(images.cpu())
-    values |= set_values(images, features, judge, class_groups(len(images), class_ids))
-    values |= manifold_values(features, judge)
+    groups = class_groups(len(images), class_ids)
+    values |= set_values(images, features, judge, groups) | manifold_values(features, judge, groups)
     return values | {DIVERSITY: diversity(features, class_ids)}
 
 

@@ -53,8 +53,8 @@ def evaluate_images(
             advance(len(batch))
     images = torch.cat(read)
     features = judge.recogniser.features(images)
-    values = set_values(images, features, judge, class_groups(len(images), class_ids))
-    values |= manifold_values(features, judge)
+    groups = class_groups(len(images), class_ids)
+    values = set_values(images, features, judge, groups) | manifold_values(features, judge, groups)
     if class_ids is None:
         weights = {}
         real = real_set_values(judge, unseen_scenes())

@@ -87,14 +87,14 @@ def _caption(result: dict[str, Any]) -> str:
         "jackknife errors; real scenes: some against the others",
     ]
     if "images" in result:
-        lines.append("precision and recall: errors given the manifolds")
+        lines.append("errors: of drawing the samples, given the reference scenes")
         if not result["settings"]["classes_known"]:
             lines.append("classes unknown (no class_id in a metadata.jsonl)")
         return "\n".join(lines)
     tokenizer = result["tokenizer"]
     psnr = f"{tokenizer['psnr']:.2f} dB on unseen scenes" if tokenizer["psnr"] is not None else tokenizer["note"]
     lines.insert(0, f"tokenizer: PSNR {psnr}; {tokenizer['codebook_used']:.0%} of the codebook in use")
-    lines.append("precision and recall: errors given the manifolds; one training run")
+    lines.append("errors: of drawing the samples, given the reference scenes and the training run")
     if "difference" in result:
         change = result["difference"][TOTAL]["mean"] / result["within_class_std"][TOTAL]
         lines.append(f"the total reward changed by {change:+.2f} within-class standard deviations of the baseline")

@@ -25,6 +25,7 @@ OFFICIAL_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 COUNTS = {2: "two", 3: "three", 4: "four"}
 # The 80 classes of COCO in COCO's order, some under clearer names (COCO's "mouse" is "computer mouse" here).
 _OBJECTS = """
@@ -174,11 +175,11 @@ def nano_extra_prompts() -> tuple[Prompt, ...]:
     its category; ties go by the SHA-256 of the prompt, which is the same on every machine and with every library.
     """
     extra: list[Prompt] = []
-    official = {_content(prompt) for prompt in official_prompts()}
+    official = {content(prompt) for prompt in official_prompts()}
     for tag in TAGS:
         compositions: dict[object, Prompt] = {}
         for prompt in sorted(_nano_compositions(tag), key=lambda prompt: hashlib.sha256(prompt.text.encode()).digest()):
-            compositions.setdefault(_content(prompt), prompt)
+            compositions.setdefault(content(prompt), prompt)
         candidates = [prompt for content, prompt in compositions.items() if content not in official]
         del candidates[1000:]  # plenty to choose from; the pairs of coloured objects are 15,456
         chosen = [prompt for prompt in nano_prompts() if prompt.tag == tag]
@@ -250,9 +251,17 @@ def _nano_compositions(tag: str) -> Iterator[Prompt]:
     return (compose(0, tag, include) for include in includes)
 
 
-def _content(prompt: Prompt) -> tuple[str, frozenset[Requirement]]:
+def content(prompt: Prompt) -> tuple[str, frozenset[Requirement]]:
     """What a prompt asks for, whatever the order: 'a cat and a dog' is 'a dog and a cat'."""
     return prompt.tag, frozenset(prompt.include)
+
+
+def mirrored(prompt: Prompt) -> Prompt:
+    """A prompt of the category position with its objects changed about: 'a left of b' as 'b right of a'."""
+    target, subject = prompt.include
+    relation = OPPOSITE[subject.position[0]]
+    include = (Requirement(subject.name), Requirement(target.name, position=(relation, 0)))
+    return compose(prompt.index, prompt.tag, include)
 
 
 def _words(prompt: Prompt) -> list[str | int]:

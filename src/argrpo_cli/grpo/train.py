@@ -79,7 +79,7 @@ def run_training(
                 f"policy.trainable: {out} was started with another choice of parameters; a run keeps its own"
             )
         conditions = run_conditions(recipe, policy)
-        rewards = rewards or _load_rewards(recipe, policy)
+        rewards = rewards or _load_rewards(recipe, policy, conditions)
         weights = reward_weights(recipe.rewards, rewards.family)
         with open_run(out, recipe, resume) as run:
             job = _Job(recipe, run, policy, conditions, rewards, weights, request, console)
@@ -232,7 +232,10 @@ def _trained(policy: Policy) -> list[str]:
     return [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
 
 
-def _load_rewards(recipe: Recipe, policy: Policy) -> Rewards:
+def _load_rewards(recipe: Recipe, policy: Policy, conditions: list[Condition]) -> Rewards:
+    """The package's rewards, all of which can read all conditions."""
     from argrpo_cli.rewards import load_rewards
 
-    return load_rewards([term.name for term in recipe.rewards.terms], device=str(policy.model.device))
+    rewards = load_rewards([term.name for term in recipe.rewards.terms], device=str(policy.model.device))
+    rewards.check(conditions)
+    return rewards

@@ -45,7 +45,8 @@ def build(out: Path, only: list[str] | None = None, seed: int = 0, log=print) ->
 
 def built(folder: Path) -> bool:
     """Whether a builder finished, by what it writes last."""
-    return (folder / ("tokens.safetensors" if folder.name == "nano-val" else "model.safetensors")).is_file()
+    last = {"nano-val": "tokens.safetensors", "nano-c2i": "policy.json", "nano-t2i": "policy.json"}
+    return (folder / last.get(folder.name, "model.safetensors")).is_file()
 
 
 def install(out: Path) -> None:
@@ -65,10 +66,6 @@ def measure(scratch: Path) -> None:
     from argrpo_cli.evals import geneval, nano, nano_table
 
     Console().print(nano_table.table(nano.evaluate(["nano-c2i"])))
-    shutil.rmtree(scratch, ignore_errors=True)
-    Console().print(geneval.table(geneval.run_geneval(["nano-t2i"], scratch)))
-
-    Console().print(nano.table(nano.evaluate(["nano-c2i"])))
     shutil.rmtree(scratch, ignore_errors=True)
     Console().print(geneval.table(geneval.run_geneval(["nano-t2i"], scratch)))
 

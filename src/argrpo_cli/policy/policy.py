@@ -11,13 +11,11 @@ where the tokenizer and the text encoder are bundled ones or folders relative to
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +23,7 @@ from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.files import make_dir, read_json, write_json
-from argrpo_cli.policy.loading import load_pretrained, save_model
+from argrpo_cli.policy.loading import fingerprint, load_pretrained, save_model
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
 from argrpo_cli.policy.sampling import sample_tokens
 from argrpo_cli.policy.text import TextEncoder, load_text_encoder
@@ -134,15 +132,9 @@ class Policy:
         return torch.cat(images)
 
     def fingerprint(self) -> str:
-        """A hash over a thousand numbers of every weight: enough to tell two checkpoints of one run apart."""
-        digest = hashlib.sha256()
+        """A hash that tells two checkpoints of one run apart; see `loading.fingerprint`."""
         text = [] if self.text_encoder is None else [self.text_encoder.model]
-        for module in (self.model, self.tokenizer, *text):
-            for name, tensor in module.state_dict().items():
-                flat = tensor.detach().flatten()
-                some = flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy()
-                digest.update(name.encode() + np.ascontiguousarray(some).tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint([self.model, self.tokenizer, *text])
 
     def save(self, folder: str | Path) -> None:
         """Write a policy folder; files of the same name are replaced one by one, `policy.json` last.

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from argrpo_cli.errors import UserError, did_you_mean
-from argrpo_cli.files import cannot_write
+from argrpo_cli.files import cannot_write, read_json
 from argrpo_cli.policy.loading import load_pretrained, quiet_transformers, save_model
 from argrpo_cli.policy.modeling import left_pad
 
@@ -88,6 +88,7 @@ def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextE
         UserError: files missing or damaged.
     """
     model = load_pretrained(T5EncoderModel, folder, dtype)
+    read_json(folder / "tokenizer.json")  # whose faults the library tells in its own words
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -20,7 +20,10 @@ from argrpo_cli.rewards.weights import BUNDLED
 
 
 class NanoGenEval:
-    """The share of what a prompt asks for that is there: 1 for a correct image, partial credit below."""
+    """The share of what a prompt asks for that is there, at most 1.
+
+    As the published server counts: an object too many costs, too, and a relation that fails costs a quarter.
+    """
 
     def __init__(self, folder: str | Path = BUNDLED / "nano-detector", device: str = "cpu"):
         self.detector = load_detector(folder, device)
