@@ -109,6 +109,16 @@ def evaluate(
     return result
 
 
+def policy_values(
+    path: str, n: int, cfg_scale: float = 2.0, temperature: float = 1.0, seed: int = 0, batch_size: int = 64
+) -> Values:
+    """Every measure of one policy as values over units, for comparisons of more than two; arguments as `evaluate`."""
+    weights, class_ids = recipe_weights(), torch.arange(n) % len(scenes.CLASS_NAMES)
+    settings = {"n": n, "cfg_scale": cfg_scale, "temperature": temperature, "seed": seed}
+    policy, rewards = _nano_policy(path, "cpu"), load_rewards(list(weights))
+    return _measure_policy(policy, load_judge(), rewards, weights, class_ids, settings, batch_size, path)
+
+
 def recipe_weights() -> dict[str, float]:
     """The weights that the recipe nano/c2i gives the nano rewards."""
     from argrpo_cli.recipe import load_recipe

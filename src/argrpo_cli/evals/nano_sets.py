@@ -5,9 +5,9 @@ middle layer [N, 112] for ADM's spatial features; the judge's reference scenes a
 
 IS, FID, sFID and recall are one number for a set. Their errors are those of a jackknife over twenty groups of samples,
 each with all classes in their shares; two policies with paired seeds have the same groups, so the error of their
-difference is paired. It is the error of drawing the samples: the reference scenes, the judge and the training run are given. With
-few images it errs on the safe side: against the spread of fresh samples it was near twice too large at 192 images, a
-fifth at 480 and at 2,016.
+difference is paired. It is the error of drawing the samples: the reference scenes, the judge and the training run are
+given. With few images it errs on the safe side: against the spread of fresh samples that of FID and sFID was near twice
+too large at 192 images, a fifth at 480 and at 2,016.
 
 FID and sFID are biased upwards, the more the fewer the images, because a covariance of few rows is not the true one.
 The jackknife does not see that: compare equal numbers of images only. IS is taken over all samples as one split.
