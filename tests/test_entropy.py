@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from argrpo_cli import entropy as e
 from argrpo_cli.cli.app import run
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import read_jsonl, write_json
+from argrpo_cli.geneval.prompts import parse_prompt
 from argrpo_cli.nano.held_out import load_held_out
+from argrpo_cli.nano.scenes import CATEGORIES
 from argrpo_cli.policy import load_policy
+from tests.captioned import save_captioned_policy
 from tests.grpo.tiny import CODES, TOKENS, tiny_caption_policy, tiny_policy
 
 
@@ -55,24 +59,25 @@ def test_statistics_treat_the_image_as_the_unit():
     assert row["high"] - row["low"] == pytest.approx(2 * 1.959964 * row["standard_error"])
 
 
-@pytest.mark.parametrize("task", ["classes", "captions"])
-def test_the_split_holds_scenes_of_both_tasks_that_the_policies_know_best(task):
-    tokens, conditions = load_held_out(task)
+def test_the_split_holds_scenes_that_the_policy_knows_best():
+    tokens, conditions = load_held_out("classes")
     assert tokens.shape == (1008, 64) and len(conditions) == 1008
-    policy = load_policy("nano-c2i" if task == "classes" else "nano-t2i")
-    right = policy.conditions([one.class_id if task == "classes" else one.prompt for one in conditions[:48]])
-    assert right == conditions[:48]
+    policy = load_policy("nano-c2i")
+    assert policy.conditions([one.class_id for one in conditions[:48]]) == conditions[:48]
 
     def loss(asked):
         with torch.inference_mode():
-            condition, mask = policy.embed(asked)
-            prefix = policy.model.config.cls_token_num
-            first = condition[:, None] if mask is None else torch.zeros(len(asked), prefix, dtype=torch.long)
-            features = {} if mask is None else {"condition_features": condition, "condition_mask": mask}
-            logits = policy.model(torch.cat([first, tokens[:48, :-1]], 1), **features).logits[:, prefix - 1 :]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:48].flatten()).item()
+            inputs = torch.cat([policy.embed(asked)[0][:, None], tokens[:48, :-1]], 1)
+            return torch.nn.functional.cross_entropy(policy.model(inputs).logits.flatten(0, 1), tokens[:48].flatten())
 
-    assert loss(right) < loss(right[1:] + right[:1]) - 0.1, "tokens and conditions belong together"
+    assert loss(conditions[:48]) < loss(conditions[1:49]) - 0.1, "tokens and conditions belong together"
+
+
+def test_the_captions_of_the_split_are_the_benchmarks_kind():
+    tokens, conditions = load_held_out("captions")
+    assert tokens.shape == (1008, 64)
+    tags = Counter(parse_prompt(one.prompt).tag for one in conditions)
+    assert set(tags) == set(CATEGORIES) and min(tags.values()) > 100
 
 
 def test_several_policies_are_compared_scene_by_scene():
@@ -85,13 +90,18 @@ def test_several_policies_are_compared_scene_by_scene():
     assert json.loads(json.dumps(rows)) == rows
 
 
-def test_policies_of_different_tasks_are_not_compared():
-    with pytest.raises(UserError, match="nano-c2i and nano-t2i are measured on different scenes"):
-        e.measure([e.Subject("nano-c2i", "a"), e.Subject("nano-t2i", "b")], e.Question(limit=4))
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    return str(save_captioned_policy(tmp_path_factory.mktemp("captioned") / "mine"))
 
 
-def test_prompts_are_walked_along_samples_of_the_policy_itself():
-    again = [e.measure([e.Subject("nano-t2i", "t")], e.Question(None, "geneval", limit=4, seed=s)) for s in (0, 0, 1)]
+def test_policies_of_different_tasks_are_not_compared(captioned):
+    with pytest.raises(UserError, match=r"nano-c2i and .*mine are measured on different scenes"):
+        e.measure([e.Subject("nano-c2i", "a"), e.Subject(captioned, "b")], e.Question(limit=4))
+
+
+def test_prompts_are_walked_along_samples_of_the_policy_itself(captioned):
+    again = [e.measure([e.Subject(captioned, "t")], e.Question(None, "geneval", limit=4, seed=s)) for s in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
     assert again[0][0]["images"] == 4 and again[0][0]["prompts"] == "geneval-nano"
 
@@ -139,10 +149,11 @@ def test_the_command_as_typed(tmp_path, monkeypatch, capsys):
         (["--out", "file"], "it is a file, not a folder"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input_is_one_line_and_writes_nothing(captioned, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "one.txt").write_text("a photo of a dog\n")
-    assert run(["entropy", *arguments]) == 2
+    reader = ["--policy", captioned] if "--prompts" in arguments and "--policy" not in arguments else []
+    assert run(["entropy", *arguments, *reader]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "one.txt"]

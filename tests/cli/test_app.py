@@ -89,12 +89,11 @@ def test_python_dash_m_is_the_command():
         (["train", "nano/c2i", "--resume", "x"], "leave out the recipe and --out"),
         (["train", "--resume", "x"], "cannot resume x: it is no run directory"),
         (["eval"], "BENCHMARK"),
-        (["eval", "geneval"], "eval geneval is not in this version"),
+        (["eval", "geneval", "--policy", "nano-c2i"], "nano-c2i draws classes"),
         (["eval", "imagenet"], "eval imagenet is not in this version"),
         (["eval", "drawbench"], "eval drawbench is not in this version"),
-        (["eval", "nanno"], "no benchmark 'nanno'; there is nano; did you mean 'nano'?"),
-        (["entropy"], "entropy is not in this version"),
-        (["entropy", "--split", "val"], "entropy is not in this version"),
+        (["eval", "nanno"], "no benchmark 'nanno'; there are nano, geneval; did you mean 'nano'?"),
+        (["entropy", "--split", "train"], "no split 'train'; there is val"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(arguments, message, fails, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""GenEval in the nano world, on the bundled policy and detector; few images."""
+"""GenEval in the nano world: the bundled detector on real scenes, drawn by a policy that only replays them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import statistics
 
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 
@@ -16,25 +15,46 @@ from argrpo_cli.cli.app import run
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals import geneval as g
 from argrpo_cli.evals.geneval_sheet import COLUMNS, failure_sheet
-from argrpo_cli.files import read_jsonl, write_jsonl
-from argrpo_cli.policy import load_policy
+from argrpo_cli.files import read_jsonl
+from argrpo_cli.policy import Policy, load_policy
+from tests.captioned import replayed, save_captioned_policy
 from tests.grpo.tiny import tiny_caption_policy
 
 SMALL = g.Protocol(per_prompt=1, sets=("geneval-nano",))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def policy(tmp_path_factory):
+    return str(save_captioned_policy(tmp_path_factory.mktemp("captioned") / "mine"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sampled():
+    """Real scenes instead of what a policy that has learnt nothing draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Policy, "sample", replayed)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, policy, sampled):
     out = tmp_path_factory.mktemp("geneval") / "out"
-    return out, g.run_geneval(["nano-t2i"], out, SMALL)
+    return out, g.run_geneval([policy], out, SMALL)
+
+
+def name_of(result):
+    (name,) = result["scores"]
+    return name
 
 
 def test_what_is_written(finished):
     out, result = finished
-    rows = read_jsonl(out / "nano-t2i" / "results.jsonl")
-    assert len(rows) == 84 == len(list((out / "nano-t2i" / "images").iterdir()))
+    name = name_of(result)
+    rows = read_jsonl(out / name / "results.jsonl")
+    assert len(rows) == 84 == len(list((out / name / "images").iterdir()))
+    assert 10 < sum(row["correct"] for row in rows) < 74, "scenes of the prompt and scenes of others"
     assert json.loads((out / "summary.json").read_text()) == result
-    part = result["scores"]["nano-t2i"]["geneval-nano"]
+    part = result["scores"][name]["geneval-nano"]
     tags = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
     assert list(part) == [*tags, "overall"]
     counts = {tag: sum(row["tag"] == tag for row in rows) for tag in tags}
@@ -45,63 +65,60 @@ def test_what_is_written(finished):
     assert all(bool(row["reason"]) != row["correct"] for row in rows)
     lines = read_jsonl(out / "prompts.jsonl")
     assert [line["index"] for line in lines] == [row["index"] for row in rows]
-    assert sum(line["nano-t2i"]["correct"] for line in lines) == sum(row["correct"] for row in rows)
+    assert sum(line[name]["correct"] for line in lines) == sum(row["correct"] for row in rows)
     assert Image.open(out / "failures.png").width > 400
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_result(finished, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_goes_on_to_the_same_result(finished, policy, tmp_path, monkeypatch):
     out, result = finished
-    sample, drawn = g.Policy.sample, []
+    drawn = []
 
     def stop_in_the_second_batch(self, conditions, **rest):
         if len(drawn) == 1:
             raise KeyboardInterrupt
         drawn.append(len(conditions))
-        return sample(self, conditions, **rest)
+        return replayed(self, conditions, **rest)
 
-    monkeypatch.setattr(g.Policy, "sample", stop_in_the_second_batch)
+    monkeypatch.setattr(Policy, "sample", stop_in_the_second_batch)
     with pytest.raises(KeyboardInterrupt):
-        g.run_geneval(["nano-t2i"], tmp_path / "o", SMALL, batch_size=50)
-    monkeypatch.undo()
+        g.run_geneval([policy], tmp_path / "o", SMALL, batch_size=50)
     left = []
-    monkeypatch.setattr(g.Policy, "sample", lambda self, c, **rest: left.append(len(c)) or sample(self, c, **rest))
-    again = g.run_geneval(["nano-t2i"], tmp_path / "o", SMALL, batch_size=50)
+    monkeypatch.setattr(Policy, "sample", lambda self, c, **rest: left.append(len(c)) or replayed(self, c, **rest))
+    again = g.run_geneval([policy], tmp_path / "o", SMALL, batch_size=50)
     assert left == [34]
     assert again == result
-    for file in ("nano-t2i/results.jsonl", "prompts.jsonl"):
+    for file in (f"{name_of(result)}/results.jsonl", "prompts.jsonl"):
         assert (tmp_path / "o" / file).read_text() == (out / file).read_text()
 
 
-def test_a_folder_is_not_used_for_two_evaluations(finished, tmp_path):
+def test_a_folder_is_not_used_for_two_evaluations(finished, policy, tmp_path):
     out, _ = finished
     with pytest.raises(UserError, match="holds an evaluation of something else; choose another --out"):
-        g.run_geneval(["nano-t2i"], out, g.Protocol(per_prompt=1, seed=1, sets=("geneval-nano",)))
+        g.run_geneval([policy], out, g.Protocol(per_prompt=1, seed=1, sets=("geneval-nano",)))
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "file").write_text("")
     with pytest.raises(UserError, match="is not empty"):
-        g.run_geneval(["nano-t2i"], tmp_path / "x", SMALL)
+        g.run_geneval([policy], tmp_path / "x", SMALL)
 
 
-def test_two_policies_are_compared_prompt_by_prompt_with_the_same_seeds(tmp_path, monkeypatch):
-    other = load_policy("nano-t2i")
-    with torch.no_grad():
-        other.model.lm_head.weight.mul_(0.5)  # a hotter, so a worse policy
-    other.save(tmp_path / "hot")
+def test_two_policies_are_compared_prompt_by_prompt_with_the_same_seeds(policy, tmp_path, monkeypatch):
+    other = load_policy(policy)
+    other.base = "another one"  # replays other scenes
+    other.save(tmp_path / "other")
     seeds = []
-    sample = g.Policy.sample
-    monkeypatch.setattr(g.Policy, "sample", lambda self, c, **k: seeds.append(k["seeds"]) or sample(self, c, **k))
+    monkeypatch.setattr(Policy, "sample", lambda self, c, **k: seeds.append(k["seeds"]) or replayed(self, c, **k))
     monkeypatch.chdir(tmp_path)
-    result = g.run_geneval(["nano-t2i", "hot"], tmp_path / "o", SMALL, batch_size=84)
+    result = g.run_geneval([policy, "other"], tmp_path / "o", SMALL, batch_size=84)
     assert seeds[0] == seeds[1]
     scores, part = result["scores"], "geneval-nano"
-    assert list(scores) == ["nano-t2i", "hot"]
-    for tag, score in result["difference"][part].items():
-        assert score["mean"] == pytest.approx(scores["nano-t2i"][part][tag]["mean"] - scores["hot"][part][tag]["mean"])
-    assert result["difference"][part]["overall"]["mean"] > 0.1
-    a, b = (read_jsonl(tmp_path / "o" / name / "results.jsonl") for name in ("nano-t2i", "hot"))
+    (first, second), difference = scores, result["difference"][part]
+    assert second == "other"
+    for tag, score in difference.items():
+        assert score["mean"] == pytest.approx(scores[first][part][tag]["mean"] - scores[second][part][tag]["mean"])
+    assert difference["overall"]["mean"] != 0
+    a, b = (read_jsonl(tmp_path / "o" / name / "results.jsonl") for name in (first, second))
     pairs = [x["correct"] - y["correct"] for x, y in zip(a, b, strict=True) if x["tag"] == "single_object"]
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    assert result["difference"][part]["single_object"]["error"] == pytest.approx(error)
+    assert difference["single_object"]["error"] == pytest.approx(statistics.stdev(pairs) / math.sqrt(len(pairs)))
 
 
 def test_the_difference_of_a_category_has_the_error_of_its_prompts():
@@ -127,8 +144,8 @@ def test_seeds_differ_between_images():
 
 def test_the_table_names_the_baseline_first(finished):
     _, result = finished
-    both = {**result, "scores": {"mine": result["scores"]["nano-t2i"], "base": result["scores"]["nano-t2i"]}}
-    both["difference"] = result["scores"]["nano-t2i"]
+    own = result["scores"][name_of(result)]
+    both = {**result, "scores": {"mine": own, "base": own}, "difference": own}
     console = Console(width=150, record=True, file=io.StringIO())
     console.print(g.table(both))
     text = console.export_text()
@@ -137,10 +154,11 @@ def test_the_table_names_the_baseline_first(finished):
 
 
 def test_the_sheet_shows_every_failure_with_its_reason(finished):
-    out, _ = finished
-    rows = read_jsonl(out / "nano-t2i" / "results.jsonl")[:7]
-    sheet = failure_sheet(rows, out / "nano-t2i" / "images")
-    one = failure_sheet(rows[:1], out / "nano-t2i" / "images")
+    out, result = finished
+    folder = out / name_of(result)
+    rows = read_jsonl(folder / "results.jsonl")[:7]
+    sheet = failure_sheet(rows, folder / "images")
+    one = failure_sheet(rows[:1], folder / "images")
     assert (sheet.width, sheet.height) == (COLUMNS * one.width, 2 * one.height)
 
 
@@ -149,20 +167,25 @@ def test_the_sheet_shows_every_failure_with_its_reason(finished):
     [
         (["--policy", "nano-c2i"], "nano-c2i draws classes"),
         (["--policy", "nano-t2j"], "no policy 'nano-t2j'"),
-        (["--baseline", "nano-t2i"], "the same policy"),
+        (["--baseline", "POLICY"], "the same policy"),
         (["--n", "0"], "--n 0: give 1 to 446 images per prompt"),
         (["--n", "447"], "--n 447: give 1 to 446"),
         (["--seed", "10000"], "--seed 10000: give 0 to 9999"),
-        (["--images", "x"], "--images is for eval nano"),
         (["--out", "file"], "it is a file, not a folder"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input_is_one_line_and_writes_nothing(policy, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    assert run(["eval", "geneval", *arguments]) == 2
+    given = [policy if argument == "POLICY" else argument for argument in arguments]
+    assert run(["eval", "geneval", *([] if "--policy" in given else ["--policy", policy]), *given]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_finished_pictures_are_not_for_geneval(capsys):
+    assert run(["eval", "geneval", "--images", "x"]) == 2
+    assert "--images is for eval nano" in capsys.readouterr().err
 
 
 def test_a_policy_of_another_world_is_refused(tmp_path):
@@ -171,11 +194,10 @@ def test_a_policy_of_another_world_is_refused(tmp_path):
         g.run_geneval([str(tmp_path / "tiny")], tmp_path / "o", SMALL)
 
 
-def test_torn_results_are_named(finished, tmp_path):
+def test_torn_results_are_named(finished, policy, tmp_path):
     out = tmp_path / "o"
-    (out / "nano-t2i").mkdir(parents=True)
+    (out / name_of(finished[1])).mkdir(parents=True)
     (out / "settings.json").write_text((finished[0] / "settings.json").read_text())
-    write_jsonl(out / "nano-t2i" / "results.jsonl", [])
-    (out / "nano-t2i" / "results.jsonl").write_text('{"file": ')
+    (out / name_of(finished[1]) / "results.jsonl").write_text('{"file": ')
     with pytest.raises(UserError, match=r"results\.jsonl, line 1: not JSON"):
-        g.run_geneval(["nano-t2i"], out, SMALL)
+        g.run_geneval([policy], out, SMALL)

@@ -9,6 +9,7 @@ from PIL import Image
 from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.nano import paper, paper_numbers, paper_page
+from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import load_recipe
 
 SPREAD = torch.tensor([-1e-3, 1e-3])  # two units a measure, so that there is an error
@@ -104,7 +105,9 @@ def test_each_recipe_changes_one_thing_of_its_parent(name):
     assert changed == (["sampling.cfg_scale"] if "cfg" in name else expected[name[4:]])
 
 
-def test_results_of_other_settings_are_not_mixed_in(tmp_path):
+def test_results_of_other_settings_are_not_mixed_in(tmp_path, monkeypatch):
+    known = {name: load_policy("nano-c2i") for name in ("nano-c2i", "nano-t2i")}
+    monkeypatch.setattr(paper, "load_policy", known.__getitem__)
     paper.Workplace(tmp_path, 96, 1).claim()
     paper.Workplace(tmp_path, 96, 1).claim()
     with pytest.raises(UserError, match="holds results of other settings"):

@@ -366,3 +366,9 @@ def test_the_bundled_policy_opens_and_draws():
     assert images.shape == (2, 3, policy.image_size, policy.image_size)
     assert not torch.equal(images[0], images[1])
     assert Path(policy.model.config._name_or_path).is_dir()
+
+
+def test_a_bundled_policy_without_weights_says_how_to_train_them(monkeypatch, tmp_path):
+    monkeypatch.setattr("argrpo_cli.policy.policy.WEIGHTS", tmp_path)
+    with pytest.raises(UserError, match=r"the weights of nano-t2i are not in this version; `.*--only nano-t2i"):
+        load_policy("nano-t2i")

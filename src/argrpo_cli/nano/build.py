@@ -28,7 +28,7 @@ ORDER = {
     "nano-detector": "argrpo_cli.nano.train_detector",
     "nano-val": "argrpo_cli.nano.held_out",
 }
-COMPANIONS = ("nano-t5",)  # the text encoder that nano-t2i is trained with
+COMPANIONS = {"nano-t2i": "nano-t5"}  # the text encoder is trained with the policy
 
 
 def build(out: Path, only: list[str] | None = None, seed: int = 0, log=print) -> None:
@@ -38,7 +38,8 @@ def build(out: Path, only: list[str] | None = None, seed: int = 0, log=print) ->
         if built(out / name) or (only and name not in only):
             continue
         started = time.time()
-        earlier = {} if name == "nano-vq" else {"weights": out}
+        # A single network can be built on the package's tokenizer and the rest of it.
+        earlier = {} if name == "nano-vq" else {"weights": out if built(out / "nano-vq") else WEIGHTS}
         importlib.import_module(module).train(out / name, seed=seed, log=log, **earlier)
         log(f"{name}: built in {(time.time() - started) / 60:.1f} min")
 
@@ -49,12 +50,13 @@ def built(folder: Path) -> bool:
     return (folder / last.get(folder.name, "model.safetensors")).is_file()
 
 
-def install(out: Path) -> None:
-    """Copy a complete build over the package's own weights."""
-    missing = [name for name in ORDER if not built(out / name)]
+def install(out: Path, only: list[str] | None = None) -> None:
+    """Copy a build, or some of it, over the package's own weights."""
+    names = only or list(ORDER)
+    missing = [name for name in names if not built(out / name)]
     if missing:
         raise SystemExit(f"not installed: {out} lacks {', '.join(missing)}")
-    for name in [*ORDER, *COMPANIONS]:
+    for name in [*names, *(COMPANIONS[name] for name in names if name in COMPANIONS)]:
         shutil.rmtree(WEIGHTS / name, ignore_errors=True)
         shutil.copytree(out / name, WEIGHTS / name)
 
@@ -81,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     build(args.out, args.only, args.seed, log=lambda line: print(line, flush=True))
     if args.install:
-        install(args.out)
+        install(args.out, args.only)
         measure(args.out / "geneval")
 
 

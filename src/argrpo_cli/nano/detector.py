@@ -23,7 +23,7 @@ from argrpo_cli.policy.vq import from_uint8
 STRIDE = 4
 LEAST_SCORE = 0.05  # what is less likely is not reported at all
 # GenEval's settings but for counting: a score of 0.9 is Mask2Former's idea of certainty, not this detector's.
-NANO_THRESHOLDS = Thresholds(counting_threshold=0.5)
+NANO_THRESHOLDS = Thresholds(counting_threshold=0.4)
 MOST = 40  # objects reported of one picture
 
 

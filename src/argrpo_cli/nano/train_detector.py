@@ -19,7 +19,7 @@ from torch import Tensor
 
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.corrupt import decode, encode
-from argrpo_cli.nano.detector import STRIDE, Detector, DetectorNet, Found
+from argrpo_cli.nano.detector import NANO_THRESHOLDS, STRIDE, Detector, DetectorNet, Found
 from argrpo_cli.nano.study import load_tokenizer
 from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
 from argrpo_cli.policy.vq import from_uint8
@@ -185,7 +185,12 @@ def measure(detector: Detector, images: Tensor, made: list[scenes.Scene]) -> str
     )
 
 
-def quality(detector: Detector, images: Tensor, made: list[scenes.Scene], threshold: float = 0.5) -> dict[str, float]:
+def quality(
+    detector: Detector,
+    images: Tensor,
+    made: list[scenes.Scene],
+    threshold: float = NANO_THRESHOLDS.counting_threshold,
+) -> dict[str, float]:
     """How well a detector does on scenes whose truth is known.
 
     Returns:

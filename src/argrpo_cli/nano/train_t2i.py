@@ -151,13 +151,18 @@ def train(
                 f"nano-t2i step {step + 1}/{steps}: loss {running:.3f}, unseen {unseen:.3f} nats a token, "
                 f"{time.time() - started:.0f} s"
             )
+    save(both, words, out_dir)
+    return both
+
+
+def save(both: CaptionedPolicy, words: PreTrainedTokenizerFast, out_dir: Path) -> None:
+    """A policy folder, and beside it `nano-t5`, both in float16."""
     encoder_dir = out_dir.with_name("nano-t5")
     save_half(both.encoder.eval(), encoder_dir)
     words.save_pretrained(encoder_dir)
     save_half(both.policy.eval(), out_dir)
     card = {"tokenizer": "nano-vq", "text_encoder": "nano-t5", "image_size": scenes.IMAGE_SIZE, "base": "nano-t2i"}
     write_json(out_dir / "policy.json", card)
-    return both
 
 
 if __name__ == "__main__":

@@ -217,6 +217,9 @@ def load_policy(name_or_path: str | Path, device: str = "cpu", dtype: str = "flo
 def find_policy(name_or_path: str | Path) -> Path:
     """The policy folder behind a name, a policy folder or a run directory; UserError if there is none."""
     if str(name_or_path) in BUNDLED_POLICIES:
+        if not (WEIGHTS / str(name_or_path)).is_dir():
+            train = f"python -m argrpo_cli.nano.build --only {name_or_path} --install"
+            raise UserError(f"the weights of {name_or_path} are not in this version; `{train}` trains them")
         return WEIGHTS / str(name_or_path)
     path = Path(name_or_path)
     names = ", ".join(BUNDLED_POLICIES)
