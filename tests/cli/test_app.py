@@ -93,6 +93,8 @@ def test_python_dash_m_is_the_command():
         (["eval", "imagenet"], "eval imagenet is not in this version"),
         (["eval", "drawbench"], "eval drawbench is not in this version"),
         (["eval", "nanno"], "no benchmark 'nanno'; there are nano, geneval; did you mean 'nano'?"),
+        (["entropy", "--cfg-scale", "inf"], "--cfg-scale inf: must be a number, not infinite"),
+        (["eval", "nano", "--temperature", "nan"], "--temperature nan: must be"),
         (["entropy", "--split", "train"], "no split 'train'; there is val"),
     ],
 )

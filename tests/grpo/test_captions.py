@@ -136,6 +136,19 @@ def test_a_whole_run_and_its_resumption(folder: Path, tmp_path: Path) -> None:
     assert card["text_encoder"] == "text_encoder"
 
 
+def test_a_file_of_captions_that_changed_is_noticed_at_resume(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "captions.txt"
+    file.write_text("a dog\na cat\n")
+    recipe = tiny_recipe(folder, conditions={"source": "captions", "captions": str(file)}, steps=1, save_every=1)
+    train(recipe, tmp_path / "run")
+    longer = recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update={"steps": 2})})
+    file.write_text("a cat\na dog\n")
+    with pytest.raises(UserError, match=r"conditions: .*run was started with others.*captions\.txt"):
+        train(longer, tmp_path / "run", resume=True)
+    file.write_text("a dog\na cat\n")
+    train(longer, tmp_path / "run", resume=True)
+
+
 @pytest.mark.parametrize(
     ("conditions", "message"),
     [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import Annotated
 
 import typer
+
+from argrpo_cli.errors import UserError
 
 
 class Dtype(StrEnum):
@@ -16,14 +19,23 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+def _finite(param: typer.CallbackParam, value: float) -> float:
+    if not math.isfinite(value):
+        raise UserError(f"{param.opts[0]} {value:g}: must be a number, not infinite")
+    return value
+
+
 PolicyOption = Annotated[
     str,
     typer.Option("--policy", help="A policy: a name such as nano-c2i, a run directory, a checkpoint folder."),
 ]
 CfgScaleOption = Annotated[
-    float, typer.Option("--cfg-scale", min=1.0, help="Classifier-free guidance scale; 1 is no guidance.")
+    float,
+    typer.Option("--cfg-scale", min=1.0, callback=_finite, help="Classifier-free guidance scale; 1 is no guidance."),
 ]
-TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="Softmax temperature.")]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", min=0.0, callback=_finite, help="Softmax temperature.")
+]
 TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Keep the k likeliest tokens; 0 keeps all.")]
 TopPOption = Annotated[
     float,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -79,6 +80,10 @@ def run_training(
                 f"policy.trainable: {out} was started with another choice of parameters; a run keeps its own"
             )
         conditions = run_conditions(recipe, policy)
+        if resume and RunDirectory(out).notes().get("conditions", _digest(conditions)) != _digest(conditions):
+            raise UserError(
+                f"conditions: {out} was started with others; a run keeps its own ({recipe.conditions.captions})"
+            )
         rewards = rewards or _load_rewards(recipe, policy, conditions)
         weights = reward_weights(recipe.rewards, rewards.family)
         with open_run(out, recipe, resume) as run:
@@ -120,7 +125,7 @@ class _Job:
             return
         trainer, metrics, stop = self._assemble(seconds)
         base = os.path.abspath(self.policy.model.config._name_or_path)
-        run.note(base_policy=base, trained=_trained(self.policy), finished=None)
+        run.note(base_policy=base, trained=_trained(self.policy), conditions=_digest(self.conditions), finished=None)
         self.display.note(
             f"{recipe.name}: {recipe.grpo.steps} updates of {recipe.grpo.batch_size} images "
             f"({recipe.grpo.batch_size // recipe.grpo.group_size} groups of {recipe.grpo.group_size}) in {run.root}"
@@ -230,6 +235,11 @@ def _load_base_policy(recipe: Recipe, out: Path, resume: bool) -> Policy:
 def _trained(policy: Policy) -> list[str]:
     """Names of the parameters that training may change."""
     return [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
+
+
+def _digest(conditions: list[Condition]) -> str:
+    """A hash of what a run is asked to draw, in order: a file of captions may change between start and resume."""
+    return hashlib.sha256(repr(conditions).encode()).hexdigest()[:16]
 
 
 def _load_rewards(recipe: Recipe, policy: Policy, conditions: list[Condition]) -> Rewards:
