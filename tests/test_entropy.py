@@ -16,14 +16,14 @@ from argrpo_cli.files import read_jsonl, write_json
 from argrpo_cli.geneval.prompts import parse_prompt
 from argrpo_cli.nano.held_out import load_held_out
 from argrpo_cli.nano.scenes import CATEGORIES
-from argrpo_cli.policy import load_policy
+from argrpo_cli.policy import Policy, load_policy
 from tests.captioned import save_captioned_policy
 from tests.grpo.tiny import CODES, TOKENS, tiny_caption_policy, tiny_policy
 
 
 def test_conditional_and_guided_entropy_of_captions_equal_the_definition():
     policy, scale, temperature = tiny_caption_policy(), 2.5, 0.7
-    asked = policy.conditions(["a dog", "a red cat a blue dog"])
+    asked = policy.conditions(["a dog", "a red cat a dog"])
     tokens = policy.sample(asked, seeds=[0, 1])
     features, mask = policy.embed(asked)
     null = policy.model.model.null_caption.expand_as(features)
@@ -90,6 +90,21 @@ def test_several_policies_are_compared_scene_by_scene():
     assert json.loads(json.dumps(rows)) == rows
 
 
+def test_the_change_is_the_second_minus_the_first_paired(tmp_path):
+    policy = load_policy("nano-c2i")
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(1.3)  # a surer policy
+    policy.save(tmp_path / "surer")
+    subjects = [e.Subject("nano-c2i", "a"), e.Subject(str(tmp_path / "surer"), "b")]
+    rows = e.measure(subjects, e.Question(limit=24), cfg_scale=3.0, temperature=0.7)
+    tokens, conditions = (part[:24] for part in load_held_out("classes"))
+    own = [e.token_entropy(load_policy(one.path), tokens, conditions, None, 0.7).mean(1) for one in subjects]
+    paired = own[1] - own[0]
+    assert rows[2]["change"] == pytest.approx(paired.mean().item(), abs=1e-5) and rows[2]["change"] < -0.1
+    assert rows[2]["change_error"] == pytest.approx(paired.std().item() / 24**0.5, rel=1e-3)
+    assert rows[2]["change_error"] < 0.7 * rows[2]["standard_error"], "paired"
+
+
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
     return str(save_captioned_policy(tmp_path_factory.mktemp("captioned") / "mine"))
@@ -104,6 +119,18 @@ def test_prompts_are_walked_along_samples_of_the_policy_itself(captioned):
     again = [e.measure([e.Subject(captioned, "t")], e.Question(None, "geneval", limit=4, seed=s)) for s in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
     assert again[0][0]["images"] == 4 and again[0][0]["prompts"] == "geneval-nano"
+
+
+def test_samples_are_drawn_as_they_are_measured(captioned, monkeypatch):
+    drawn, sample = [], Policy.sample
+
+    def watched(self, conditions, **settings):
+        drawn.append((settings["cfg_scale"], settings["temperature"]))
+        return sample(self, conditions, **settings)
+
+    monkeypatch.setattr(Policy, "sample", watched)
+    e.measure([e.Subject(captioned, "t")], e.Question(None, "geneval", limit=2), cfg_scale=3.0, temperature=0.7)
+    assert drawn == [(3.0, 0.7)]
 
 
 def test_the_checkpoints_of_a_run_are_its_base_and_every_step(tmp_path):

@@ -19,7 +19,7 @@ from argrpo_cli.policy import load_policy
 N = 48
 PER_REWARD = {"nano-clip", "nano-quality", "nano-critic", "total_reward"}
 PER_SAMPLE = {"match", "match_at_size", "size", "mirrored", "recognised"} | PER_REWARD
-PER_SET = {"inception_score", "fid", "sfid"}
+PER_SET = {"inception_score", "fid", "sfid", "fid_corrected", "sfid_corrected"}
 PER_POLICY = PER_SAMPLE | PER_SET | {"precision", "recall", "diversity", "entropy", "entropy_guided"}
 
 

@@ -16,7 +16,7 @@ from argrpo_cli.evals.nano_images import evaluate_images
 from argrpo_cli.evals.nano_table import table
 from argrpo_cli.nano.judge import load_judge
 
-LABEL_FREE = {"inception_score", "fid", "sfid", "precision", "recall"}
+LABEL_FREE = {"inception_score", "fid", "sfid", "fid_corrected", "sfid_corrected", "precision", "recall"}
 BY_CLASS = {"match", "match_at_size", "size", "mirrored", "recognised", "diversity"}
 REWARDS = {"nano-clip", "nano-quality", "nano-critic", "total_reward"}
 N = 48

@@ -154,6 +154,7 @@ def test_a_file_of_captions_that_changed_is_noticed_at_resume(folder: Path, tmp_
     [
         ({"source": "classes"}, r"conditions.source is 'classes', but the policy .* draws captions"),
         ({"source": "captions", "captions": ["a rad dog"]}, "does not know the word 'rad'.*did you mean 'red'"),
+        ({"source": "captions", "captions": ["a dog " * 8]}, "has 17 tokens and the policy reads 6: shorten it"),
         ({"source": "captions", "captions": "nowhere.txt"}, "no captions 'nowhere.txt': not a file"),
     ],
 )

@@ -105,6 +105,14 @@ def test_the_reward_is_full_for_the_own_caption_and_lower_for_another(held_out):
     assert other.mean() < 0.4
 
 
+def test_pictures_of_other_sizes_are_resized(held_out):
+    images, conditions, _ = held_out
+    rewards = load_rewards(["nano-geneval"])
+    large = images[:24].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    own, again = (rewards.score(one, conditions[:24])["nano-geneval"] for one in (images[:24], large))
+    torch.testing.assert_close(again, own, rtol=1e-4, atol=1e-4)
+
+
 def test_the_reward_refuses_what_genevals_templates_do_not_make():
     with pytest.raises(UserError, match="GenEval has no such prompt: 'a painting of a dog'"):
         load_rewards(["nano-geneval"]).check([Condition("a photo of a dog"), Condition("a painting of a dog")])

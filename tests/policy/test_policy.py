@@ -19,6 +19,7 @@ from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
 from argrpo_cli.policy.policy import WEIGHTS, class_prompt
 from argrpo_cli.policy.vq import VQConfig, VQModel, to_uint8
+from argrpo_cli.rewards import load_rewards
 from tests.formula import formula_weights
 
 CLASSES = ["dog", "umbrella", "hot dog"]
@@ -366,6 +367,18 @@ def test_the_bundled_policy_opens_and_draws():
     assert images.shape == (2, 3, policy.image_size, policy.image_size)
     assert not torch.equal(images[0], images[1])
     assert Path(policy.model.config._name_or_path).is_dir()
+
+
+@pytest.mark.skipif(not (WEIGHTS / "nano-t2i").is_dir(), reason="the bundled weights are not built yet")
+def test_the_bundled_caption_policy_draws_what_it_is_asked():
+    policy, rewards = load_policy("nano-t2i"), load_rewards(["nano-geneval"])
+    assert policy.text_encoder_name == "nano-t5"
+    objects = ["a red car", "two clocks", "three apples", "a giraffe"]
+    conditions = policy.conditions([f"a photo of {one}" for one in objects * 8])
+    images = policy.decode(policy.sample(conditions, seeds=range(32)))
+    own = rewards.score(images, conditions)["nano-geneval"]
+    other = rewards.score(images, conditions[1:] + conditions[:1])["nano-geneval"]
+    assert own.mean() > 0.8 and other.mean() < 0.3, "the share of what is asked for that is there"
 
 
 def test_a_bundled_policy_without_weights_says_how_to_train_them(monkeypatch, tmp_path):

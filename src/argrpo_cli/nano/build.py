@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import shutil
+import sys
 import time
 from pathlib import Path
 
+from argrpo_cli.errors import UserError
 from argrpo_cli.nano.training import WEIGHTS
 
 ORDER = {
@@ -55,7 +57,7 @@ def install(out: Path, only: list[str] | None = None) -> None:
     names = only or list(ORDER)
     missing = [name for name in names if not built(out / name)]
     if missing:
-        raise SystemExit(f"not installed: {out} lacks {', '.join(missing)}")
+        raise UserError(f"not installed: {out} lacks {', '.join(missing)}")
     for name in [*names, *(COMPANIONS[name] for name in names if name in COMPANIONS)]:
         shutil.rmtree(WEIGHTS / name, ignore_errors=True)
         shutil.copytree(out / name, WEIGHTS / name)
@@ -68,6 +70,8 @@ def measure(scratch: Path) -> None:
     from argrpo_cli.evals import geneval, nano, nano_table
 
     Console().print(nano_table.table(nano.evaluate(["nano-c2i"])))
+    if not built(WEIGHTS / "nano-t2i"):
+        return
     shutil.rmtree(scratch, ignore_errors=True)
     Console().print(geneval.table(geneval.run_geneval(["nano-t2i"], scratch)))
 
@@ -81,10 +85,14 @@ def main() -> None:
         "--install", action="store_true", help="replace the weights inside the package and measure them"
     )
     args = parser.parse_args()
-    build(args.out, args.only, args.seed, log=lambda line: print(line, flush=True))
-    if args.install:
-        install(args.out, args.only)
-        measure(args.out / "geneval")
+    try:
+        build(args.out, args.only, args.seed, log=lambda line: print(line, flush=True))
+        if args.install:
+            install(args.out, args.only)
+            measure(args.out / "geneval")
+    except UserError as error:
+        print(f"nano: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

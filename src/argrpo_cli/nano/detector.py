@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from argrpo_cli.geneval.rules import ClassifyColor, Detection, Thresholds
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.training import WEIGHTS
-from argrpo_cli.policy.vq import from_uint8
+from argrpo_cli.rewards.weights import load_weights, read_config, to_unit
 
 STRIDE = 4
 LEAST_SCORE = 0.05  # what is less likely is not reported at all
@@ -87,10 +87,11 @@ class Detector:
 
     @torch.inference_mode()
     def detect(self, images: Tensor, batch_size: int = 64) -> list[list[Found]]:
-        """uint8 [B, 3, 64, 64] to the objects of each image, the likeliest first."""
+        """uint8 [B, 3, H, W], seen at 64x64, to the objects of each, the likeliest first; boxes in those pixels."""
         found = []
         for chunk in images.split(batch_size):
-            found += decode_maps(*self.network(from_uint8(chunk.to(self.device))))
+            maps = self.network(to_unit(chunk.to(self.device)))
+            found += decode_maps(*(one.cpu() for one in maps))
         return found
 
 
@@ -133,6 +134,4 @@ def color_of(objects: Sequence[Found]) -> ClassifyColor:
 
 def load_detector(folder: str | Path = WEIGHTS / "nano-detector", device: str = "cpu") -> Detector:
     """The bundled detector; UserError when its files are missing."""
-    from argrpo_cli.rewards.weights import load_weights, read_config
-
     return Detector(load_weights(DetectorNet(**read_config(folder)), folder), device)

@@ -19,7 +19,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from argrpo_cli.entropy import Question, subjects_of_run
+from argrpo_cli.captions import read_captions
+from argrpo_cli.entropy import Question, Subject, subjects_of_run
 from argrpo_cli.entropy import measure as measure_entropy
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals.geneval import Protocol, run_geneval
@@ -35,12 +36,13 @@ from argrpo_cli.policy.loading import fingerprint
 from argrpo_cli.recipe import dump_recipe, load_recipe
 from argrpo_cli.rewards import REWARDS, load_rewards
 
+REPEATED, SEEDS = ("c2i", "t2i"), (0, 1, 2)  # trained three times, to see how far one training is from the next
 C2I = ("c2i", "c2i_no_kl", "c2i_a", "c2i_b", "c2i_c", "c2i_cfg_1", "c2i_cfg_4", "c2i_cfg_7")
 T2I = ("t2i", "t2i_a", "t2i_b", "t2i_c")
 SAMPLING_SCALES = (1.0, 2.0, 4.0, 7.0, 10.0)  # figure 6, right; of the model trained at 7
 CFG_MODEL = "c2i_cfg_7"
-SEED = 21  # of all samples
-LEAST_IMAGES = 96
+SEED = 0  # of all samples
+LEAST_IMAGES, MOST_PER_PROMPT = 96, 64
 
 
 @dataclass(frozen=True)
@@ -65,59 +67,71 @@ class Workplace:
             "per_prompt": self.per_prompt,
             "seed": SEED,
             "recipes": hashlib.sha256(recipes.encode()).hexdigest(),
+            "captions": hashlib.sha256("\n".join(read_captions("nano")).encode()).hexdigest(),
             "policies": [load_policy(name).fingerprint() for name in ("nano-c2i", "nano-t2i")],
             "networks": fingerprint(networks),
         }
+        if self.images < LEAST_IMAGES:
+            raise UserError(f"--n {self.images}: give {LEAST_IMAGES} or more")
+        if not 1 <= self.per_prompt <= MOST_PER_PROMPT:
+            raise UserError(f"--per-prompt {self.per_prompt}: give 1 to {MOST_PER_PROMPT}")
         path = make_dir(self.root) / "identity.json"
         if path.is_file() and read_json(path) != identity:
             raise UserError(f"{self.root} holds results of other settings, recipes or networks; choose another --out")
         write_json(path, identity)
 
-    def run(self, name: str) -> str:
-        """The trained policy of a recipe; trains it, or what is left of it."""
-        out = self.root / "runs" / name
+    def run(self, name: str, seed: int = 0) -> str:
+        """The trained policy of a recipe under a training seed; trains it, or what is left of it."""
+        out = self.root / "runs" / (f"{name}-seed{seed}" if seed else name)
         if not (out / "policy" / "policy.json").is_file():
             resume = (out / "recipe.yaml").is_file()
-            run_training(load_recipe(f"nano/paper/{name}"), out, resume=resume)
+            recipe = load_recipe(f"nano/paper/{name}").model_copy(update={"seed": seed})
+            run_training(recipe, out, resume=resume)
         return str(out)
 
-    def fidelity(self, name: str, policy: str, cfg_scale: float = 2.0) -> dict[str, Any]:
+    def fidelity(self, policy: str, cfg_scale: float = 2.0) -> dict[str, Any]:
         """The measures of `argrpo eval nano` as values over units."""
-        path = self.root / "results" / f"{name}-cfg{cfg_scale:g}.safetensors"
+        path = self.root / "results" / f"{load_policy(policy).fingerprint()[:16]}-cfg{cfg_scale:g}.safetensors"
         if not path.is_file():
             values = policy_values(policy, self.images, cfg_scale, seed=SEED)
             with atomic_path(path) as temporary:
                 save_file({key: value.contiguous() for key, value in values.items()}, temporary)
         return load_file(path)
 
-    def geneval(self, name: str, policy: str) -> list[tuple[Any, float]]:
+    def geneval(self, policy: str) -> list[tuple[Any, float]]:
         """Prompt and verdict of every image, official and added prompts together."""
-        out = self.root / "geneval" / name
+        out = self.root / "geneval" / load_policy(policy).fingerprint()[:16]
         run_geneval([policy], out, Protocol(per_prompt=self.per_prompt, seed=SEED))
         prompts = {one.index: one for part in ("geneval-nano", "geneval-nano-extra") for one in prompt_set(part)}
         (table,) = out.glob("*/results.jsonl")
         return [(prompts[row["index"]], float(row["correct"])) for row in read_jsonl(table)]
 
-    def entropy(self, run: str) -> list[dict[str, Any]]:
-        """Entropy of a run's checkpoints along samples of the benchmark's prompts."""
-        path = self.root / "results" / "entropy.json"
+    def entropy(self, subjects: list[Subject], question: Question) -> list[dict[str, Any]]:
+        """Rows of `argrpo entropy` for some policies, of which the first is the base."""
+        last = load_policy(subjects[-1].path).fingerprint()[:16]
+        path = self.root / "results" / f"entropy-{question.split or question.prompts}-{last}.json"
         if not path.is_file():
-            rows = measure_entropy(subjects_of_run(Path(run)), Question(None, "geneval", seed=SEED))
-            write_json(path, {"rows": rows})
+            write_json(path, {"rows": measure_entropy(subjects, question)})
         return read_json(path)["rows"]
 
 
 def repeat_the_paper(place: Workplace, say: Callable[[str], None] = print) -> Results:
     """Train and measure everything."""
     place.claim()
-    runs: dict[str, str] = {}
+    runs: dict[str, list[str]] = {}
     for name in (*C2I, *T2I):
         say(f"training {name}")
-        runs[name] = place.run(name)
-    c2i = {"base": place.fidelity("base", "nano-c2i")} | {name: place.fidelity(name, runs[name]) for name in C2I}
-    swept = {scale: place.fidelity(CFG_MODEL, runs[CFG_MODEL], scale) for scale in SAMPLING_SCALES}
-    t2i = {"base": place.geneval("base", "nano-t2i")} | {name: place.geneval(name, runs[name]) for name in T2I}
-    return Results(c2i, swept, t2i, place.entropy(runs["t2i"]))
+        runs[name] = [place.run(name, seed) for seed in (SEEDS if name in REPEATED else SEEDS[:1])]
+    say("measuring")
+    (swept,) = runs[CFG_MODEL]
+    trained = [Subject(run, f"seed {seed}") for seed, run in zip(SEEDS, runs["c2i"], strict=True)]
+    return Results(
+        {"base": [place.fidelity("nano-c2i")], **{name: [place.fidelity(run) for run in runs[name]] for name in C2I}},
+        {scale: place.fidelity(swept, scale) for scale in SAMPLING_SCALES},
+        {"base": [place.geneval("nano-t2i")], **{name: [place.geneval(run) for run in runs[name]] for name in T2I}},
+        place.entropy([Subject("nano-c2i", "base"), *trained], Question("val", None, seed=SEED)),
+        place.entropy(subjects_of_run(Path(runs["t2i"][0])), Question(None, "geneval", seed=SEED)),
+    )
 
 
 def main() -> None:
@@ -129,8 +143,6 @@ def main() -> None:
     args = parser.parse_args()
     started = time.time()
     try:
-        if args.n < LEAST_IMAGES:
-            raise UserError(f"--n {args.n}: give {LEAST_IMAGES} or more")
         figures = make_dir(args.page.parent)
         results = repeat_the_paper(Workplace(args.out, args.n, args.per_prompt))
         draw_figures(results, figures / "paper_nano.png")

@@ -1,11 +1,15 @@
 """Trains nano-t2i, the caption-conditional LlamaGen of the nano world, together with its text encoder nano-t5.
 
-    python -m argrpo_cli.nano.train_t2i [OUT_DIR] [--steps 3600]
+    python -m argrpo_cli.nano.train_t2i [OUT_DIR] [--steps 3000]
 
 Maximum likelihood on tokenised scenes (eq. 2). LlamaGen takes a text encoder that exists already (FLAN-T5 XL) and never
 trains it; the nano world has none, so a small T5 encoder learns here with the policy and is frozen from then on. It is
 saved beside the policy as `nano-t5`. One caption in ten is replaced by the null caption, under the padding of the
 caption it replaces, as published.
+
+The matrices of the policy's layers learn by Muon, all else by AdamW, and the embedding of an image token starts near a
+random projection of its entry in the tokenizer's codebook: after 100 steps this stands at 5.5 nats a token where AdamW
+and a random embedding stand at 6.0.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from argrpo_cli.files import write_json
@@ -33,7 +38,8 @@ TEXT_GEOMETRY = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_
 CAPTION_TOKENS = 16  # the longest caption has eleven words and an end
 BATCH = 48
 CAPTION_DROPOUT = 0.1
-POOL = 60_000  # scenes tokenised up front; training sees each about three times
+POOL = 80_000  # scenes tokenised up front; training sees each one or two times
+MUON_RATE, ADAMW_RATE = 0.02, 1.2e-3
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2 as in T5
 
 
@@ -101,10 +107,33 @@ class CaptionedPolicy(torch.nn.Module):
         return F.cross_entropy(logits[:, CAPTION_TOKENS - 1 :].flatten(0, 1).float(), images.flatten())
 
 
+@torch.no_grad()
+def embed_codes(policy: LlamaGenForImageGeneration, vq: VQModel) -> None:
+    """Start the token embedding from the codebook, so that codes which look alike begin alike."""
+    weight = policy.model.embed_tokens.weight
+    codes = vq.quantize.codebook()
+    projection = torch.randn(codes.shape[1], weight.shape[1])
+    weight.mul_(0.5).add_(policy.config.initializer_range * codes @ projection)
+
+
+def optimizers_of(both: CaptionedPolicy) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the policy's layers, AdamW for embeddings, heads, the caption's MLP and norms."""
+    matrices = {name: p for name, p in both.named_parameters() if "layers." in name and p.ndim == 2}
+    rest = [p for name, p in both.named_parameters() if name not in matrices]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return [
+        torch.optim.Muon(matrices.values(), lr=MUON_RATE, weight_decay=0.05),
+        torch.optim.AdamW(groups, lr=ADAMW_RATE, betas=(0.9, 0.95)),
+    ]
+
+
 def train(
     out_dir: str | Path,
     seed: int = 0,
-    steps: int = 3600,
+    steps: int = 3000,
     weights: Path = WEIGHTS,
     log=print,
 ) -> CaptionedPolicy:
@@ -124,24 +153,21 @@ def train(
         f"nano-t2i: {size[0] / 1e6:.2f} M parameters, text encoder {size[1] / 1e6:.2f} M, "
         f"{len(pool)} scenes tokenised, {time.time() - started:.0f} s"
     )
-    groups = [
-        {"params": [p for p in both.parameters() if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in both.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1.2e-3, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(200, steps))
+    embed_codes(both.policy, vq)
+    optimizers = optimizers_of(both)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one, cosine_with_warmup(50, steps)) for one in optimizers]
     generator = torch.Generator().manual_seed(seed)
     running = None
     for step in range(steps):
         rows = torch.randint(len(pool), (BATCH,), generator=generator)
         dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # on a CPU, faster for 80 positions
             loss = both(text.input_ids[rows], text.attention_mask[rows], pool[rows].long(), dropped)
-        optimizer.zero_grad(set_to_none=True)
+        both.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for one in (*optimizers, *schedules):
+            one.step()
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if step % 300 == 299 or step == steps - 1:
             with torch.inference_mode():

@@ -43,8 +43,10 @@ def trainer_cli(train: Callable, name: str) -> None:
     parser = argparse.ArgumentParser(description=f"Train {name} of the nano world.")
     parser.add_argument("out", nargs="?", type=Path, default=WEIGHTS / name)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int)
-    if "weights" in inspect.signature(train).parameters:  # the tokenizer, the first of all, builds on none
+    known = inspect.signature(train).parameters
+    if "steps" in known:
+        parser.add_argument("--steps", type=int)
+    if "weights" in known:  # the tokenizer, the first of all, builds on none
         parser.add_argument("--weights", type=Path, help="folder of the earlier networks (default: the package's own)")
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
     out = given.pop("out")

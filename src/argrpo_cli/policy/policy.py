@@ -69,7 +69,7 @@ class Policy:
         """
         if self.text_encoder is not None:
             prompts = [str(prompt) for prompt in asked]
-            self.text_encoder.check(prompts)
+            self.text_encoder.check(prompts, self.model.config.cls_token_num)
             return [Condition(prompt) for prompt in prompts]
         ids = [self._class_id(given) for given in asked]
         return [Condition(class_prompt(self.class_names[index]), index) for index in ids]

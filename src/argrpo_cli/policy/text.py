@@ -36,22 +36,27 @@ class TextEncoder:
         """Width of the features."""
         return self.model.config.d_model
 
-    def check(self, prompts: Sequence[str]) -> None:
-        """Refuse empty prompts and, for a tokenizer of whole words, words that it does not know.
+    def check(self, prompts: Sequence[str], length: int) -> None:
+        """Refuse empty prompts and, for a tokenizer of whole words, words that it does not know and prompts too long.
+
+        Prompts longer than `length` tokens are cut where the tokenizer can spell anything, as published.
 
         Raises:
             UserError: the first such prompt, in one line.
         """
+        known = set(self.words or ())
         for prompt in prompts:
             if not prompt.strip():
                 raise UserError("an empty prompt: say what to draw")
             if self.words is None:
                 continue
-            known = set(self.words)
             for word in re.findall(r"\w+|[^\w\s]+", prompt.lower()):
                 if word not in known:
                     hint = did_you_mean(word, self.words) or f"; the words are {', '.join(self.words)}"
                     raise UserError(f"the policy does not know the word {word!r} in the prompt {prompt!r}{hint}")
+            tokens = len(self.tokenizer(prompt).input_ids)
+            if tokens > length:
+                raise UserError(f"the prompt {prompt!r} has {tokens} tokens and the policy reads {length}: shorten it")
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
