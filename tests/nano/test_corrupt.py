@@ -32,7 +32,7 @@ def pool(vq) -> c.Pool:
     images = c.decode(vq, tokens)
     border = images[:, :, 0, :].float().median(-1).values
     differs = (images.float() - border[:, :, None, None]).abs().amax(1, keepdim=True) > 25
-    proposals = proposer(WEIGHTS / "nano-c2i", seed=0)(tokens, ids)
+    proposals = proposer(WEIGHTS / "nano-c2i", seed=0)(tokens, ids.tolist())
     return c.Pool(
         tokens=tokens,
         images=images,

@@ -8,9 +8,12 @@ import torch
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
+from argrpo_cli.geneval.prompts import parse_prompt
 from argrpo_cli.nano import corrupt as c
+from argrpo_cli.nano.held_out import load_held_out
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.scenes import CLASS_NAMES
+from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.policy import class_prompt
 from argrpo_cli.rewards import REWARDS, load_rewards
 from argrpo_cli.rewards.nano_clip import PAD, UNKNOWN, WordTokenizer
@@ -154,3 +157,17 @@ def test_pictures_of_other_sizes_are_resized(rewards, pictures, name):
     for height, width in ((1, 1), (30, 101)):
         odd = torch.zeros(8, 3, height, width, dtype=torch.uint8)
         assert rewards.score(odd, conditions)[name].isfinite().all()
+
+
+def test_the_rewards_of_captions_tell_scenes_from_samples_of_each_category():
+    """Held-out scenes against samples of nano-t2i for the same captions."""
+    policy = load_policy("nano-t2i")
+    tokens, conditions = load_held_out("captions")
+    chosen = [i for i, one in enumerate(conditions) if parse_prompt(one.prompt).tag in ("counting", "two_object")][:48]
+    asked = [conditions[i] for i in chosen]
+    scenes = policy.decode(tokens[chosen])
+    drawn = policy.decode(policy.sample(asked, seeds=range(48)))
+    known = load_rewards(["nano-quality-t2i", "nano-critic-t2i"])
+    real, generated = known.score(scenes, asked), known.score(drawn, asked)
+    above = {name: (real[name] > generated[name]).float().mean().item() for name in known.names}
+    assert above["nano-critic-t2i"] > 0.75 and above["nano-quality-t2i"] > 0.7, above

@@ -27,9 +27,12 @@ ORDER = {
     "nano-critic": "argrpo_cli.nano.train_critic",
     "nano-judge": "argrpo_cli.nano.train_judge",
     "nano-t2i": "argrpo_cli.nano.train_t2i",
+    "nano-quality-t2i": "argrpo_cli.nano.train_quality",
+    "nano-critic-t2i": "argrpo_cli.nano.train_critic",
     "nano-detector": "argrpo_cli.nano.train_detector",
     "nano-val": "argrpo_cli.nano.held_out",
 }
+CAPTIONS = ("nano-quality-t2i", "nano-critic-t2i")  # which learn the task of captions where they could learn another
 COMPANIONS = {"nano-t2i": "nano-t5"}  # the text encoder is trained with the policy
 
 
@@ -42,7 +45,8 @@ def build(out: Path, only: list[str] | None = None, seed: int = 0, log=print) ->
         started = time.time()
         # A single network can be built on the package's tokenizer and the rest of it.
         earlier = {} if name == "nano-vq" else {"weights": out if built(out / "nano-vq") else WEIGHTS}
-        importlib.import_module(module).train(out / name, seed=seed, log=log, **earlier)
+        task = {"task": "captions"} if name in CAPTIONS else {}
+        importlib.import_module(module).train(out / name, seed=seed, log=log, **earlier, **task)
         log(f"{name}: built in {(time.time() - started) / 60:.1f} min")
 
 

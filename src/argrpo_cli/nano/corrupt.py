@@ -11,7 +11,7 @@ clean scenes is measured against the nearer one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,18 +22,21 @@ from torch import Tensor
 from argrpo_cli.nano import scenes
 from argrpo_cli.policy.vq import VQModel, from_uint8, to_uint8
 
+SMALL_SIZES = (22, 32)  # side of an object's box in pixels where there are several
 TAU = 0.2  # colour error (of 1) at which 63% of the quality is gone; an erased object has about 0.4
 CHUNK = 128
 
-Propose = Callable[[Tensor, Tensor], Tensor]
+
+Propose = Callable[[Tensor, Sequence[int | str]], Tensor]
 
 
 @dataclass(kw_only=True)
 class Pool:
-    """Clean scenes in pairs of siblings: rows 2i and 2i + 1 are one object in one colour, placed differently.
+    """Clean scenes in pairs of siblings: rows 2i and 2i + 1 are the same objects in the same colours, placed
+    differently.
 
     tokens int64 [N, T]; images uint8 [N, 3, H, W] (reconstructions of the tokens); coverage float32
-    [N, 1, H, W] (the object's alpha); backgrounds float32 [N, 3] in [0, 1]; class_ids int64 [N];
+    [N, 1, H, W] (the objects' alpha); backgrounds float32 [N, 3] in [0, 1]; class_ids int64 [N], of the first object;
     proposals int64 [N, T], if a policy gave some: for each place the token that it would have put there
     after the true tokens before it.
     """
@@ -66,21 +69,25 @@ class Corrupted:
 
 
 def _sibling(rng: np.random.Generator, scene: scenes.Scene) -> scenes.Scene:
-    """The same object, colour and background, a little elsewhere, larger or smaller, sometimes mirrored."""
-    placed = scene.objects[0]
-    low, high = scenes.SINGLE_SIZES
-    size = int(np.clip(placed.size + rng.integers(-10, 11), low, high))
-    x, y = (int(np.clip(v + rng.integers(-10, 11), 0, scenes.IMAGE_SIZE - size)) for v in (placed.x, placed.y))
-    mirror = placed.mirror != (rng.uniform() < 0.4)
-    moved = scenes.Placed(placed.class_id, size, x, y, mirror, placed.hue)
-    return scenes.Scene((moved,), scene.background, scene.caption, class_id=scene.class_id)
+    """The same objects, colours and background, a little elsewhere, larger or smaller, sometimes mirrored."""
+    alone = len(scene.objects) == 1
+    reach, (low, high) = (10, scenes.SINGLE_SIZES) if alone else (4, SMALL_SIZES)
+    moved = []
+    for placed in scene.objects:
+        size = int(np.clip(placed.size + rng.integers(-reach, reach + 1), low, high))
+        x, y = (
+            int(np.clip(v + rng.integers(-reach, reach + 1), 0, scenes.IMAGE_SIZE - size)) for v in (placed.x, placed.y)
+        )
+        mirror = placed.mirror != (rng.uniform() < 0.4)
+        moved.append(scenes.Placed(placed.class_id, size, x, y, mirror, placed.hue, placed.color))
+    return scenes.Scene(tuple(moved), scene.background, scene.caption, class_id=scene.class_id)
 
 
 def _coverage(scene: scenes.Scene) -> np.ndarray:
-    placed = scene.objects[0]
     out = np.zeros((1, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE), dtype=np.float32)
-    alpha = scenes.object_pixels(placed)[1][..., 0]
-    out[0, placed.y : placed.y + placed.size, placed.x : placed.x + placed.size] = alpha
+    for placed in scene.objects:
+        window = out[0, placed.y : placed.y + placed.size, placed.x : placed.x + placed.size]
+        np.maximum(window, scenes.object_pixels(placed)[1][..., 0], out=window)
     return out
 
 
@@ -96,25 +103,32 @@ def encode(vq: VQModel, images: Tensor) -> Tensor:
     return torch.cat([vq.encode(from_uint8(chunk)) for chunk in images.split(CHUNK)])
 
 
-def make_pool(vq: VQModel, rng: np.random.Generator, count: int, propose: Propose | None = None) -> Pool:
-    """`count` (even) class scenes in sibling pairs, classes in equal shares. Needs the emoji font.
+def make_pool(
+    vq: VQModel, rng: np.random.Generator, count: int, propose: Propose | None = None, task: str = "classes"
+) -> Pool:
+    """`count` (even) scenes in sibling pairs, classes (or categories of captions) in equal shares. Needs the
+    emoji font.
 
-    `propose` takes tokens and class ids to a policy's proposals (`study.proposer`).
+    `propose` takes tokens and the class ids, or captions, of their scenes to a policy's proposals (`study.proposer`).
     """
     chosen: list[scenes.Scene] = []
     for pair in range(count // 2):
-        first = scenes.class_scene(rng, pair % len(scenes.CLASS_NAMES))
+        if task == "classes":
+            first = scenes.class_scene(rng, pair % len(scenes.CLASS_NAMES))
+        else:
+            first = scenes.caption_scene(rng, scenes.CATEGORIES[pair % len(scenes.CATEGORIES)])
         chosen += [first, _sibling(rng, first)]
     raw = torch.from_numpy(np.stack([scenes.render(s) for s in chosen]).transpose(0, 3, 1, 2).copy())
     tokens = encode(vq, raw)
-    class_ids = torch.tensor([s.class_id for s in chosen])
+    asked = [scene.class_id if task == "classes" else scene.caption for scene in chosen]
+    class_ids = torch.tensor([s.objects[0].class_id for s in chosen])
     return Pool(
         tokens=tokens,
         images=decode(vq, tokens),
         coverage=torch.from_numpy(np.stack([_coverage(s) for s in chosen])),
         backgrounds=torch.tensor([s.background for s in chosen]),
         class_ids=class_ids,
-        proposals=propose(tokens, class_ids) if propose else None,
+        proposals=propose(tokens, asked) if propose else None,
     )
 
 
@@ -329,6 +343,8 @@ MIXTURE_WITH_PROPOSALS = {
     "drift": 0.20,
     "stray": 0.06,
 }
+# In scenes of captions objects come in any colour, so that one in another is not broken.
+MIXTURE_OF_CAPTIONS = {name: share for name, share in MIXTURE_WITH_PROPOSALS.items() if name != "hue"}
 RETOKENISED = 0.8  # share of the pixel corruptions that pass through the tokenizer
 
 

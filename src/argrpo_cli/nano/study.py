@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argrpo_cli.nano.corrupt import Corrupted, Pool, Propose, corrupt, make_pool
-from argrpo_cli.policy import load_policy
+from argrpo_cli.nano.corrupt import MIXTURE_OF_CAPTIONS, Corrupted, Pool, Propose, corrupt, make_pool
+from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.text import load_text_encoder
 from argrpo_cli.policy.vq import VQModel
 
 
@@ -30,18 +31,34 @@ def load_tokenizer(folder: str | Path) -> VQModel:
     return VQModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
+def base_policy(folder: str | Path) -> Policy:
+    """The policy in `folder` with the tokenizer and the text encoder beside it; by name it would open the package's."""
+    folder, policy = Path(folder), load_policy(folder)
+    encoder = folder.with_name("nano-t5")
+    return replace(
+        policy,
+        tokenizer=load_tokenizer(folder.with_name("nano-vq")),
+        text_encoder=None if policy.text_encoder is None else load_text_encoder(encoder),
+    )
+
+
 def proposer(folder: str | Path, seed: int) -> Propose:
     """Proposals of the policy in `folder`: for every place, a draw from its conditional distribution after the true
     tokens before. One forward pass serves all places, and the scene they belong to stays known."""
-    model = load_policy(folder).model
+    policy = base_policy(folder)
     generator = torch.Generator().manual_seed(seed)
+    prefix = policy.model.config.cls_token_num
 
     @torch.inference_mode()
-    def propose(tokens: Tensor, class_ids: Tensor) -> Tensor:
+    def propose(tokens: Tensor, asked: Sequence[int | str]) -> Tensor:
         drawn = []
-        for part, ids in zip(tokens.split(100), class_ids.split(100), strict=True):
+        for start in range(0, len(tokens), 100):
+            part = tokens[start : start + 100]
+            features, mask = policy.embed(policy.conditions(asked[start : start + 100]))
+            first = features[:, None] if mask is None else tokens.new_zeros(len(part), prefix)
+            given = {} if mask is None else {"condition_features": features, "condition_mask": mask}
             with torch.autocast("cpu", torch.bfloat16):
-                logits = model(torch.cat([ids[:, None], part[:, :-1]], dim=1)).logits
+                logits = policy.model(torch.cat([first, part[:, :-1]], dim=1), **given).logits[:, prefix - 1 :]
             chosen = torch.multinomial(logits.float().softmax(-1).flatten(0, 1), 1, generator=generator)
             drawn.append(chosen.view_as(part))
         return torch.cat(drawn)
@@ -56,13 +73,15 @@ def make_study(
     broken_per_scene: int,
     log: Callable[[str], None],
     propose: Propose | None = None,
+    task: str = "classes",
 ) -> Study:
-    """`clean` scenes and `broken_per_scene` corruptions of each, from a seed."""
+    """`clean` scenes of a task and `broken_per_scene` corruptions of each, from a seed; those of captions need a
+    `propose`."""
     rng = np.random.default_rng(seed)
-    pool = make_pool(vq, rng, clean, propose)
+    pool = make_pool(vq, rng, clean, propose, task)
     log(f"{clean} scenes tokenised")
     rows = torch.arange(clean).repeat(broken_per_scene)
-    broken = corrupt(pool, rows, vq, rng)
+    broken = corrupt(pool, rows, vq, rng, MIXTURE_OF_CAPTIONS if task == "captions" else None)
     log(f"{len(rows)} corruptions, mean damage {broken.damage.mean():.2f}")
     return Study(pool, rows, broken)
 

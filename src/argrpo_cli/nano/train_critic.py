@@ -11,17 +11,18 @@ pictures keep the logits from running away: a critic that is sure of everything 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argrpo_cli.nano import scenes
 from argrpo_cli.nano.scenes import CLASS_NAMES
-from argrpo_cli.nano.study import augmented, load_tokenizer, make_study
+from argrpo_cli.nano.study import augmented, base_policy, load_tokenizer, make_study, proposer
 from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
-from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy import Policy
 from argrpo_cli.rewards.nano_critic import CriticNet, soft_limit
 from argrpo_cli.rewards.nano_quality import NanoQuality
 from argrpo_cli.rewards.weights import save_network, to_unit
@@ -35,8 +36,13 @@ SMOOTH = 0.1  # labels 0.95 and 0.05
 
 
 def sampled(policy: Policy, seed: int, count: int) -> Tensor:
-    """Images uint8 [count, 3, 64, 64] of the policy, classes in equal shares under each guidance scale."""
-    conditions = policy.conditions([i % len(CLASS_NAMES) for i in range(count)])
+    """Images uint8 [count, 3, 64, 64] of the policy, classes (or categories of captions) in equal shares under each
+    guidance scale."""
+    if policy.text_encoder is None:
+        conditions = policy.conditions([i % len(CLASS_NAMES) for i in range(count)])
+    else:
+        rng, kinds = np.random.default_rng(seed), scenes.CATEGORIES
+        conditions = policy.conditions([scenes.caption_scene(rng, kinds[i % len(kinds)]).caption for i in range(count)])
     images = []
     for index, scale in enumerate(GUIDANCE):
         part = slice(index * count // len(GUIDANCE), (index + 1) * count // len(GUIDANCE))
@@ -51,21 +57,27 @@ def train(
     steps: int = 700,
     weights: Path = WEIGHTS,
     log=print,
+    task: str = "classes",
 ) -> CriticNet:
-    """Train from a fixed seed on top of the networks in `weights`; save float16 weights; return the network."""
+    """Train from a fixed seed on top of the networks in `weights`; save float16 weights; return the network.
+
+    The task "captions" makes nano-critic-t2i: scenes of captions against samples of nano-t2i.
+    """
     started = time.time()
     torch.manual_seed(seed)
-    say = lambda line: log(f"nano-critic: {line}, {time.time() - started:.0f} s")  # noqa: E731
+    say = lambda line: log(f"{Path(out_dir).name}: {line}, {time.time() - started:.0f} s")  # noqa: E731
     vq = load_tokenizer(weights / "nano-vq")
-    study = make_study(vq, seed + 5, SCENES, 1, say)
-    drawer = replace(load_policy(weights / "nano-c2i"), tokenizer=vq)  # by name it would open the package's own
+    base, eye = ("nano-c2i", "nano-quality") if task == "classes" else ("nano-t2i", "nano-quality-t2i")
+    propose = None if task == "classes" else proposer(weights / base, seed)
+    study = make_study(vq, seed + 5, SCENES, 1, say, propose, task)
+    drawer = base_policy(weights / base)
     # Seeds far from those that users and evaluation take; a critic that knew a sample by heart would be no judge of it.
     generated = sampled(drawer, 50_000_000 + seed, SAMPLES)
     say(f"{len(generated)} samples drawn")
-    unseen = make_study(vq, seed + 50_000, UNSEEN, 1, lambda line: None)
+    unseen = make_study(vq, seed + 50_000, UNSEEN, 1, lambda line: None, propose, task)
     unseen_generated = sampled(drawer, 60_000_000 + seed, UNSEEN)
     network = CriticNet(**CONFIG)
-    network.body.load_state_dict(NanoQuality(weights / "nano-quality").network.body.state_dict())
+    network.body.load_state_dict(NanoQuality(weights / eye).network.body.state_dict())
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.8, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))

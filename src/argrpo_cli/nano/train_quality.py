@@ -19,7 +19,7 @@ from argrpo_cli.nano.corrupt import damage_of
 from argrpo_cli.nano.scenes import CLASS_NAMES
 from argrpo_cli.nano.study import Study, augmented, load_tokenizer, make_study, proposer, rank_agreement
 from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
-from argrpo_cli.rewards.nano_quality import QualityNet
+from argrpo_cli.rewards.nano_quality import NanoQuality, QualityNet
 from argrpo_cli.rewards.weights import save_network, to_unit
 
 CONFIG = {"widths": [32, 48, 80], "blocks": [1, 2, 2], "classes": len(CLASS_NAMES)}
@@ -41,16 +41,23 @@ def train(
     steps: int = 1500,
     weights: Path = WEIGHTS,
     log=print,
+    task: str = "classes",
 ) -> QualityNet:
-    """Train from a fixed seed on top of the networks in `weights`; save float16 weights; return the network."""
+    """Train from a fixed seed on top of the networks in `weights`; save float16 weights; return the network.
+
+    The task "captions" makes nano-quality-t2i, which begins as nano-quality and learns from scenes of captions.
+    """
     started = time.time()
     torch.manual_seed(seed)
-    say = lambda line: log(f"nano-quality: {line}, {time.time() - started:.0f} s")  # noqa: E731
+    say = lambda line: log(f"{Path(out_dir).name}: {line}, {time.time() - started:.0f} s")  # noqa: E731
     vq = load_tokenizer(weights / "nano-vq")
-    propose = proposer(weights / "nano-c2i", seed)
-    study = make_study(vq, seed + 2, SCENES, BROKEN_PER_SCENE, say, propose)
-    unseen = make_study(vq, seed + 30_000, 240, 2, lambda line: None, propose)
-    network = QualityNet(**CONFIG).train()
+    propose = proposer(weights / ("nano-c2i" if task == "classes" else "nano-t2i"), seed)
+    study = make_study(vq, seed + 2, SCENES, BROKEN_PER_SCENE, say, propose, task)
+    unseen = make_study(vq, seed + 30_000, 240, 2, lambda line: None, propose, task)
+    network = QualityNet(**CONFIG)
+    if task == "captions":
+        network.load_state_dict(NanoQuality(weights / "nano-quality").network.state_dict())
+    network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
     generator = torch.Generator().manual_seed(seed)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+TASKS = ("classes", "captions")
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -48,6 +49,8 @@ def trainer_cli(train: Callable, name: str) -> None:
         parser.add_argument("--steps", type=int)
     if "weights" in known:  # the tokenizer, the first of all, builds on none
         parser.add_argument("--weights", type=Path, help="folder of the earlier networks (default: the package's own)")
+    if "task" in known:
+        parser.add_argument("--task", choices=TASKS, help="what the scenes are scenes of (default: classes)")
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
     out = given.pop("out")
     out.parent.mkdir(parents=True, exist_ok=True)

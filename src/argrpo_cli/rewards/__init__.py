@@ -19,18 +19,21 @@ FAMILIES = ("conditional", "quality", "realism")  # r_C, r_I, r_R of equations 7
 
 
 class Entry(NamedTuple):
-    """Where a reward lives (imported when asked for) and which family it belongs to."""
+    """Where a reward lives (imported when asked for), its family, and the bundled weights where a class has several."""
 
     module: str
     class_name: str
     family: str
+    weights: str | None = None
 
 
 REWARDS: dict[str, Entry] = {
     "nano-clip": Entry("argrpo_cli.rewards.nano_clip", "NanoClip", "conditional"),
     "nano-geneval": Entry("argrpo_cli.rewards.nano_geneval", "NanoGenEval", "conditional"),
     "nano-quality": Entry("argrpo_cli.rewards.nano_quality", "NanoQuality", "quality"),
+    "nano-quality-t2i": Entry("argrpo_cli.rewards.nano_quality", "NanoQuality", "quality", "nano-quality-t2i"),
     "nano-critic": Entry("argrpo_cli.rewards.nano_critic", "NanoCritic", "realism"),
+    "nano-critic-t2i": Entry("argrpo_cli.rewards.nano_critic", "NanoCritic", "realism", "nano-critic-t2i"),
 }
 
 
@@ -56,8 +59,11 @@ def load_reward(name: str, device: str = "cpu") -> Reward:
     """Load one reward model by name."""
     import importlib
 
+    from argrpo_cli.rewards.weights import BUNDLED
+
     entry = check_reward(name)
-    return getattr(importlib.import_module(entry.module), entry.class_name)(device=device)
+    reward = getattr(importlib.import_module(entry.module), entry.class_name)
+    return reward(device=device) if entry.weights is None else reward(BUNDLED / entry.weights, device)
 
 
 class RewardSet:
