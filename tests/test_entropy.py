@@ -13,9 +13,8 @@ from argrpo_cli import entropy as e
 from argrpo_cli.cli.app import run
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import read_jsonl, write_json
-from argrpo_cli.geneval.prompts import parse_prompt
+from argrpo_cli.geneval.grammar import TAGS, parse_prompt
 from argrpo_cli.nano.held_out import load_held_out
-from argrpo_cli.nano.scenes import CATEGORIES
 from argrpo_cli.policy import Policy, load_policy
 from tests.captioned import save_captioned_policy
 from tests.grpo.tiny import CODES, TOKENS, tiny_caption_policy, tiny_policy
@@ -77,7 +76,7 @@ def test_the_captions_of_the_split_are_the_benchmarks_kind():
     tokens, conditions = load_held_out("captions")
     assert tokens.shape == (1008, 64)
     tags = Counter(parse_prompt(one.prompt).tag for one in conditions)
-    assert set(tags) == set(CATEGORIES) and min(tags.values()) > 100
+    assert set(tags) == set(TAGS) and min(tags.values()) > 100
 
 
 def test_several_policies_are_compared_scene_by_scene():

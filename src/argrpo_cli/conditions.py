@@ -13,6 +13,11 @@ class Condition:
     class_id: int | None = None
 
 
+def with_article(name: str) -> str:
+    """`a dog`, `an apple`."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
 def class_prompt(name: str) -> str:
     """The text of a class condition, for rewards that read: `a photo of a dog`, `a photo of an orange`."""
-    return f"a photo of {'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+    return f"a photo of {with_article(name)}"

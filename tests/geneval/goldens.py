@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from argrpo_cli.geneval.colors import pick_colors
-from argrpo_cli.geneval.prompts import Prompt, official_prompts
+from argrpo_cli.geneval.grammar import Prompt
+from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.rules import ClassifyColor, Detection
 
 DATA = Path(__file__).parents[1] / "data" / "geneval"

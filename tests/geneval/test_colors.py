@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from argrpo_cli.geneval.colors import GREY, color_classifier, color_texts, crop_for_color, pick_colors
-from argrpo_cli.geneval.prompts import COLORS
+from argrpo_cli.geneval.grammar import COLORS
 from argrpo_cli.geneval.rules import Detection
 from tests.geneval import goldens
 

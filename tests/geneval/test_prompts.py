@@ -11,7 +11,17 @@ import pytest
 
 from argrpo_cli.errors import UserError
 from argrpo_cli.geneval import prompts
-from argrpo_cli.geneval.prompts import Prompt, Requirement, compose
+from argrpo_cli.geneval.grammar import (
+    COLORS,
+    OBJECT_NAMES,
+    RELATIONS,
+    TAGS,
+    Prompt,
+    Requirement,
+    compose,
+    parse_prompt,
+    plural,
+)
 from argrpo_cli.nano import scenes
 
 NANO_SETS = ("geneval-nano", "geneval-nano-extra")
@@ -29,7 +39,7 @@ def test_the_553_prompts_come_in_six_categories_in_the_order_of_tags():
     official = prompts.official_prompts()
     assert [prompt.index for prompt in official] == list(range(553))
     assert list(Counter(prompt.tag for prompt in official).items()) == list(
-        zip(prompts.TAGS, (80, 99, 80, 94, 100, 100), strict=True)
+        zip(TAGS, (80, 99, 80, 94, 100, 100), strict=True)
     )
     assert len({prompt.text for prompt in official}) == 553
 
@@ -47,19 +57,19 @@ def test_the_licence_stands_beside_the_table():
 
 def test_every_object_colour_and_relation_is_a_known_one_and_every_object_is_used():
     parts = [part for prompt in prompts.official_prompts() for part in prompt.include]
-    assert len(prompts.OBJECT_NAMES) == 80
-    assert {part.name for part in parts} == set(prompts.OBJECT_NAMES)
-    assert {part.color for part in parts} == {None, *prompts.COLORS}
-    assert {part.position[0] for part in parts if part.position} == set(prompts.RELATIONS)
+    assert len(OBJECT_NAMES) == 80
+    assert {part.name for part in parts} == set(OBJECT_NAMES)
+    assert {part.color for part in parts} == {None, *COLORS}
+    assert {part.position[0] for part in parts if part.position} == set(RELATIONS)
     # The order is COCO's: a detector's class ids point into it.
-    names = "\n".join(prompts.OBJECT_NAMES) + "\n"
+    names = "\n".join(OBJECT_NAMES) + "\n"
     assert (
         hashlib.sha256(names.encode()).hexdigest() == "608f6a0e5c8ca1c7a92b818430141fe268c85b7930b50f4160f1d65893b5bacd"
     )
 
 
 def test_the_colours_are_in_the_order_of_the_classifier():
-    assert " ".join(prompts.COLORS) == "red orange yellow green blue purple pink brown black white"
+    assert " ".join(COLORS) == "red orange yellow green blue purple pink brown black white"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +118,7 @@ def test_metadata_is_the_official_dictionary_and_reads_back():
 def test_the_nano_set_is_the_official_prompts_of_nano_objects_and_colours():
     nano, official = prompts.prompt_set("geneval-nano"), prompts.official_prompts()
     assert all(official[prompt.index] is prompt for prompt in nano)
-    assert Counter(prompt.tag for prompt in nano) == dict(zip(prompts.TAGS, (24, 4, 24, 22, 9, 1), strict=True))
+    assert Counter(prompt.tag for prompt in nano) == dict(zip(TAGS, (24, 4, 24, 22, 9, 1), strict=True))
     left_out = set(official) - set(nano)
     known = {*scenes.CLASS_NAMES}, {None, *scenes.COLORS}
     assert all(any(p.name not in known[0] or p.color not in known[1] for p in out.include) for out in left_out)
@@ -139,43 +149,35 @@ def test_the_extra_set_is_the_same_on_every_machine():
 def test_the_nano_sets_together_ask_evenly_for_relations_counts_and_pairs_of_colours():
     both = [prompt for name in NANO_SETS for prompt in prompts.prompt_set(name)]
     relations = Counter(prompt.include[1].position[0] for prompt in both if prompt.tag == "position")
-    assert relations == dict.fromkeys(prompts.RELATIONS, 10)
+    assert relations == dict.fromkeys(RELATIONS, 10)
     counts = Counter(prompt.include[0].count for prompt in both if prompt.tag == "counting")
     assert counts == {2: 13, 3: 14, 4: 13}
     colors = Counter(part.color for prompt in both if prompt.tag == "color_attr" for part in prompt.include)
     assert colors == dict.fromkeys(scenes.COLORS, 10)
 
 
-def test_nano_captions_say_what_the_templates_say():
+def test_plurals_are_the_benchmarks():
+    assert [plural(name) for name in ("bus", "sheep", "apple")] == ["buses", "sheeps", "apples"]
+
+
+def test_nano_captions_say_what_their_scenes_show():
     rng = np.random.default_rng(0)
-    seen = set()
+    seen = Counter()
     for _ in range(1500):
         scene = scenes.caption_scene(rng)
-        facts, tag = scene.facts, scene.tag
-        if tag == "single_object":
-            include = (Requirement(scenes.CLASS_NAMES[scene.class_id]),)
-        elif tag == "counting" and facts["count"] == 1:
-            continue  # GenEval counts from two
-        elif tag == "counting":
-            include = (Requirement(facts["class"], facts["count"]),)
-        elif tag == "colors":
-            include = (Requirement(facts["class"], color=facts["color"]),)
-        elif tag == "position":
-            subject, target = facts["classes"]
-            include = (Requirement(target), Requirement(subject, position=(facts["relation"], 0)))
-        else:
-            colors = facts.get("colors", (None, None))
-            pairs = zip(facts["classes"], colors, strict=True)
-            include = tuple(Requirement(name, color=color) for name, color in pairs)
-        assert compose(0, tag, include).text == scene.caption
-        seen.add(tag)
-    assert seen == set(prompts.TAGS)
+        shown = Counter((scenes.CLASS_NAMES[placed.class_id], placed.color) for placed in scene.objects)
+        assert shown == {(part.name, part.color): part.count for part in scene.prompt.include}
+        parsed = parse_prompt(scene.caption)
+        assert parsed == scene.prompt
+        seen[scene.tag, parsed.tag] += 1
+    # One object of the category counting is asked for as a single object.
+    assert set(seen) == {*zip(TAGS, TAGS, strict=True), ("counting", "single_object")}
 
 
 def test_a_prompt_is_understood_from_its_text_alone():
     for name in prompts.SETS:
         for prompt in prompts.prompt_set(name):
-            parsed = prompts.parse_prompt(prompt.text)
+            parsed = parse_prompt(prompt.text)
             assert (parsed.tag, parsed.include, parsed.exclude) == (prompt.tag, prompt.include, prompt.exclude)
 
 
@@ -184,7 +186,7 @@ def test_a_prompt_is_understood_from_its_text_alone():
 )
 def test_other_texts_are_refused(text):
     with pytest.raises(UserError, match="GenEval has no such prompt"):
-        prompts.parse_prompt(text)
+        parse_prompt(text)
 
 
 def test_an_unknown_set_is_named_with_the_allowed_ones_and_the_nearest():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from argrpo_cli.geneval.prompts import Prompt, Requirement, compose
+from argrpo_cli.geneval.grammar import Prompt, Requirement, compose
 from argrpo_cli.geneval.rules import (
     Detection,
     Thresholds,

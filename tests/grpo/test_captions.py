@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 from argrpo_cli.captions import BUNDLED, read_captions
 from argrpo_cli.errors import UserError
-from argrpo_cli.geneval.prompts import content, mirrored, parse_prompt, prompt_set
+from argrpo_cli.geneval.grammar import TAGS, content, mirrored, parse_prompt
+from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.grpo import run_training
 from argrpo_cli.grpo.prompts import run_conditions
 from argrpo_cli.grpo.reward_functions import BatchScorer
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch, image_seed
 from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer
-from argrpo_cli.nano.scenes import CATEGORIES
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.rewards.shaping import reward_weights
 from tests.grpo.tiny import FakeRewards, brightness, paint, tiny_caption_policy, tiny_recipe
@@ -189,7 +189,7 @@ def test_training_captions_ask_for_nothing_of_the_benchmark_but_counts_and_singl
     assert len(captions) == len(set(captions))
     prompts = [parse_prompt(caption) for caption in captions]
     counts = Counter(prompt.tag for prompt in prompts)
-    assert counts == {**dict.fromkeys(CATEGORIES, 72), "single_object": 24}
+    assert counts == {**dict.fromkeys(TAGS, 72), "single_object": 24}
     asked = {content(prompt) for name in ("geneval-nano", "geneval-nano-extra") for prompt in prompt_set(name)}
     for prompt in prompts:
         if prompt.tag not in ("single_object", "counting"):

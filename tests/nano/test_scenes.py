@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from argrpo_cli.conditions import class_prompt
 from argrpo_cli.errors import UserError
+from argrpo_cli.geneval.grammar import TAGS
 from argrpo_cli.nano import scenes
-
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 def font_missing() -> bool:
@@ -37,7 +37,7 @@ def test_a_class_scene_has_one_object_of_the_class_inside_the_picture():
         assert 0 <= placed.x <= scenes.IMAGE_SIZE - placed.size
         assert 0 <= placed.y <= scenes.IMAGE_SIZE - placed.size
         assert abs(placed.hue) <= scenes.HUE_RANGE
-        assert scene.caption == f"a photo of {scenes.with_article(scenes.CLASS_NAMES[placed.class_id])}"
+        assert scene.caption == class_prompt(scenes.CLASS_NAMES[placed.class_id])
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -51,7 +51,7 @@ def test_caption_scenes_stay_inside_the_picture_and_state_their_facts(tag):
             assert placed.x >= 0 and placed.x + placed.size <= scenes.IMAGE_SIZE
             assert placed.y >= 0 and placed.y + placed.size <= scenes.IMAGE_SIZE
         if tag == "counting":
-            assert len(scene.objects) == scene.facts["count"]
+            assert len(scene.objects) == scene.prompt.include[0].count
         if tag in ("two_object", "position", "color_attr"):
             assert len({placed.class_id for placed in scene.objects}) == 2
 
@@ -67,7 +67,7 @@ def test_the_position_named_in_the_caption_is_the_position_of_the_objects():
             "above": first.y + first.size <= second.y,
             "below": second.y + second.size <= first.y,
         }
-        assert shown[scene.facts["relation"]], scene.caption
+        assert shown[scene.prompt.include[1].position[0]], scene.caption
 
 
 def test_an_unknown_category_is_named_in_the_error():
@@ -82,12 +82,6 @@ def test_a_hue_turn_is_a_rotation_that_keeps_greys(degrees):
     np.testing.assert_allclose(turn @ np.full(3, 0.4), np.full(3, 0.4), atol=1e-6)
     if degrees == 120.0:
         np.testing.assert_allclose(turn @ np.array([1.0, 0, 0]), [0, 1, 0], atol=1e-6)
-
-
-def test_plurals_and_articles():
-    assert [scenes.plural(name) for name in ("bus", "sheep", "apple")] == ["buses", "sheeps", "apples"]
-    assert scenes.with_article("apple") == "an apple"
-    assert scenes.with_article("dog") == "a dog"
 
 
 def test_backgrounds_are_pale():
@@ -117,8 +111,8 @@ def test_every_class_shows_an_object_that_fills_its_box():
 
 @needs_font
 def test_a_mirrored_scene_is_the_mirror_image():
-    plain = scenes.Scene((scenes.Placed(9, 40, 10, 12),), (0.9, 0.8, 0.9), "")
-    mirrored = scenes.Scene((scenes.Placed(9, 40, 64 - 40 - 10, 12, mirror=True),), (0.9, 0.8, 0.9), "")
+    plain = scenes.Scene((scenes.Placed(9, 40, 10, 12),), (0.9, 0.8, 0.9))
+    mirrored = scenes.Scene((scenes.Placed(9, 40, 64 - 40 - 10, 12, mirror=True),), (0.9, 0.8, 0.9))
     np.testing.assert_array_equal(scenes.render(plain)[:, ::-1], scenes.render(mirrored))
 
 
@@ -133,9 +127,9 @@ def test_a_painted_object_takes_the_colour_of_its_word(color):
 
 
 def test_captions_use_only_words_that_nano_clip_knows():
-    from argrpo_cli.nano.train_clip import vocabulary
+    from argrpo_cli.nano.train_clip import config
     from argrpo_cli.rewards.nano_clip import WordTokenizer
 
-    known, rng = set(vocabulary()), np.random.default_rng(5)
+    known, rng = set(config()["words"]), np.random.default_rng(5)
     for _ in range(200):
         assert set(WordTokenizer.split(scenes.caption_scene(rng).caption)) <= known

@@ -8,7 +8,7 @@ import torch
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
-from argrpo_cli.geneval.prompts import parse_prompt
+from argrpo_cli.geneval.grammar import parse_prompt
 from argrpo_cli.nano import corrupt as c
 from argrpo_cli.nano.held_out import load_held_out
 from argrpo_cli.nano.judge import load_judge

@@ -25,7 +25,8 @@ from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals.geneval_sheet import failure_sheet
 from argrpo_cli.files import make_dir, read_json, read_jsonl, save_png, write_json, write_jsonl
-from argrpo_cli.geneval.prompts import Prompt, official_jsonl, prompt_set
+from argrpo_cli.geneval.grammar import Prompt
+from argrpo_cli.geneval.prompts import official_jsonl, prompt_set
 from argrpo_cli.geneval.rules import judge_image
 from argrpo_cli.geneval.summary import Score, tag_scores
 from argrpo_cli.nano.detector import NANO_THRESHOLDS, Detector, Found, by_class, color_of, load_detector

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from argrpo_cli.geneval.prompts import COLORS
+from argrpo_cli.geneval.grammar import COLORS
 from argrpo_cli.geneval.rules import ClassifyColor, Detection
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")

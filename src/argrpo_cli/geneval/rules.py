@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from argrpo_cli.geneval.prompts import COLORS, Prompt, Requirement
+from argrpo_cli.geneval.grammar import COLORS, Prompt, Requirement
 
 
 @dataclass(frozen=True)

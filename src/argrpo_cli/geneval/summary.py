@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.geneval.prompts import Prompt
+from argrpo_cli.geneval.grammar import Prompt
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from argrpo_cli.geneval.prompts import Prompt, content, mirrored, parse_prompt, prompt_set
-from argrpo_cli.nano.scenes import CATEGORIES, caption_scene
+from argrpo_cli.geneval.grammar import TAGS, Prompt, content, mirrored
+from argrpo_cli.geneval.prompts import prompt_set
+from argrpo_cli.nano.scenes import caption_scene
 
 PER_CATEGORY, SEED = 72, 7
 SHARED = ("single_object", "counting")  # the benchmark asks nearly all of their few captions: these are trained on, too
@@ -21,10 +22,10 @@ def training_captions(per_category: int = PER_CATEGORY, seed: int = SEED) -> lis
     asked = {content(prompt) for name in ("geneval", "geneval-nano-extra") for prompt in prompt_set(name)}
     rng = np.random.default_rng(seed)
     chosen: dict[str, dict[str, None]] = {}
-    for tag in CATEGORIES:
+    for tag in TAGS:
         found = chosen.setdefault(tag, {})
         for _ in range(40 * per_category):  # enough to meet every caption of the small categories
-            prompt = parse_prompt(caption_scene(rng, tag).caption)
+            prompt = caption_scene(rng, tag).prompt
             if prompt.tag == tag and len(found) < per_category and not (tag not in SHARED and _asks(prompt, asked)):
                 found[prompt.text] = None
     rows = [list(found) for found in chosen.values()]

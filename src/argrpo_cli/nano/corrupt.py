@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argrpo_cli.geneval.grammar import TAGS
 from argrpo_cli.nano import scenes
 from argrpo_cli.policy.vq import VQModel, from_uint8, to_uint8
 
@@ -80,7 +81,7 @@ def _sibling(rng: np.random.Generator, scene: scenes.Scene) -> scenes.Scene:
         )
         mirror = placed.mirror != (rng.uniform() < 0.4)
         moved.append(scenes.Placed(placed.class_id, size, x, y, mirror, placed.hue, placed.color))
-    return scenes.Scene(tuple(moved), scene.background, scene.caption, class_id=scene.class_id)
+    return scenes.Scene(tuple(moved), scene.background, scene.prompt, class_id=scene.class_id)
 
 
 def _coverage(scene: scenes.Scene) -> np.ndarray:
@@ -116,7 +117,7 @@ def make_pool(
         if task == "classes":
             first = scenes.class_scene(rng, pair % len(scenes.CLASS_NAMES))
         else:
-            first = scenes.caption_scene(rng, scenes.CATEGORIES[pair % len(scenes.CATEGORIES)])
+            first = scenes.caption_scene(rng, TAGS[pair % len(TAGS)])
         chosen += [first, _sibling(rng, first)]
     raw = torch.from_numpy(np.stack([scenes.render(s) for s in chosen]).transpose(0, 3, 1, 2).copy())
     tokens = encode(vq, raw)

@@ -48,7 +48,7 @@ def canonical_layout() -> list[tuple[int, int, tuple[float, float, float]]]:
 def canonical_scene(class_id: int, x: int, y: int, background: tuple[float, float, float]) -> scenes.Scene:
     """One object at its largest size."""
     placed = scenes.Placed(class_id, LARGEST, x, y)
-    return scenes.Scene((placed,), background, "", class_id=class_id)
+    return scenes.Scene((placed,), background, class_id=class_id)
 
 
 def solve_template(images: Tensor) -> Template:

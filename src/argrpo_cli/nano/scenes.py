@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from argrpo_cli.errors import UserError
+from argrpo_cli.geneval.grammar import COUNTS, RELATIONS, TAGS, Prompt, Requirement, compose, plural
 
 IMAGE_SIZE = 64
 CLASSES: dict[str, str] = {
@@ -56,9 +57,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "pink": (0.98, 0.50, 0.72),
     "brown": (0.48, 0.29, 0.13),
 }
-NUMBER_WORDS = {1: "a", 2: "two", 3: "three", 4: "four"}
-CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's
-RELATIONS = ("left of", "right of", "above", "below")
+MOST_OBJECTS = 4  # of a class in a scene of the category counting, which begins at one
 SINGLE_SIZES = (40, 60)  # side of a lone object's box in pixels, inclusive
 HUE_RANGE = 18.0  # degrees either way; more would turn apples into plums
 _FONT_PLACES = (
@@ -84,24 +83,31 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects (drawn in order) on a plain background, RGB in [0, 1]."""
+    """Objects (drawn in order) on a plain background, RGB in [0, 1].
+
+    Attributes:
+        prompt: what the scene shows, in GenEval's terms; None for one that nobody describes.
+        tag: the category it was drawn for; a single object may come from `counting`.
+        class_id: of the class-conditional task.
+    """
 
     objects: tuple[Placed, ...]
     background: tuple[float, float, float]
-    caption: str
+    prompt: Prompt | None = None
     tag: str = "single_object"
     class_id: int | None = None
-    facts: dict = field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def caption(self) -> str:
+        """The words of the prompt."""
+        return self.prompt.text
 
 
-def with_article(name: str) -> str:
-    """'a dog', 'an apple'."""
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def plural(name: str) -> str:
-    """GenEval's plural: 'buses' and 'wine glasses', but also 'sheeps', 'knifes' and 'sandwichs'."""
-    return name + ("es" if name.endswith("s") else "s")
+def vocabulary() -> list[str]:
+    """Every word that a caption of the nano world can contain, in alphabetical order; plurals are GenEval's."""
+    names = [*CLASS_NAMES, *(plural(name) for name in CLASS_NAMES)]
+    phrases = [*names, *COLORS, *RELATIONS, *COUNTS.values(), "a photo of an and"]
+    return sorted({word for phrase in phrases for word in phrase.split()})
 
 
 def find_font(path: str | None = None) -> Path:
@@ -202,56 +208,47 @@ def class_scene(rng: np.random.Generator, class_id: int | None = None) -> Scene:
     x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - size + 1, 2))
     hue = float(rng.integers(-6, 7)) * HUE_RANGE / 6  # a grid of 13, so that turned colours can be cached
     placed = Placed(class_id, size, x, y, bool(rng.integers(2)), hue)
-    return Scene(
-        (placed,), random_background(rng), f"a photo of {with_article(CLASS_NAMES[class_id])}", class_id=class_id
-    )
+    prompt = compose(-1, "single_object", (Requirement(CLASS_NAMES[class_id]),))
+    return Scene((placed,), random_background(rng), prompt, class_id=class_id)
 
 
 def caption_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
     """A scene of the text task; `tag` is one of GenEval's six categories, drawn uniformly when None."""
-    tag = tag or CATEGORIES[rng.integers(len(CATEGORIES))]
+    tag = tag or TAGS[rng.integers(len(TAGS))]
+    if tag not in TAGS:
+        raise UserError(f"scene category '{tag}' is unknown: choose one of {', '.join(TAGS)}")
     background = random_background(rng)
     pick = lambda n: [int(i) for i in rng.choice(len(CLASS_NAMES), n, replace=False)]  # noqa: E731
     if tag == "single_object":
         return class_scene(rng)
     if tag == "counting":
-        count, class_id = int(rng.integers(1, 5)), pick(1)[0]
-        cells = _cells(rng, count)
-        objects = tuple(_in_cell(rng, class_id, cell) for cell in cells)
-        name = CLASS_NAMES[class_id]
-        words = with_article(name) if count == 1 else f"{NUMBER_WORDS[count]} {plural(name)}"
-        return Scene(objects, background, f"a photo of {words}", tag, facts={"class": name, "count": count})
+        count, class_id = int(rng.integers(1, MOST_OBJECTS + 1)), pick(1)[0]
+        objects = tuple(_in_cell(rng, class_id, cell) for cell in _cells(rng, count))
+        wanted = Requirement(CLASS_NAMES[class_id], count)
+        # GenEval counts from two; one is a single object.
+        return Scene(objects, background, compose(-1, tag if count > 1 else "single_object", (wanted,)), tag)
     if tag == "colors":
         class_id, color = pick(1)[0], list(COLORS)[rng.integers(len(COLORS))]
         size = int(rng.integers(SINGLE_SIZES[0], SINGLE_SIZES[1] + 1))
         x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - size + 1, 2))
         placed = Placed(class_id, size, x, y, bool(rng.integers(2)), 0.0, color)
-        text = f"a photo of {with_article(color)} {CLASS_NAMES[class_id]}"
-        return Scene((placed,), background, text, tag, facts={"class": CLASS_NAMES[class_id], "color": color})
-    first, second = pick(2)
-    names = CLASS_NAMES[first], CLASS_NAMES[second]
+        return Scene((placed,), background, compose(-1, tag, (Requirement(CLASS_NAMES[class_id], color=color),)), tag)
+    pair = pick(2)
+    first, second = (CLASS_NAMES[class_id] for class_id in pair)
+    colors: list[str | None] = [None, None]
     if tag == "position":
         relation = RELATIONS[rng.integers(4)]
-        axis = "row" if relation in ("left of", "right of") else "column"
-        cells = _cells(rng, 2, axis)
+        cells = _cells(rng, 2, "row" if relation in ("left of", "right of") else "column")
         if relation in ("right of", "below"):
             cells = cells[::-1]
-        objects = (_in_cell(rng, first, cells[0]), _in_cell(rng, second, cells[1]))
-        text = f"a photo of {with_article(names[0])} {relation} {with_article(names[1])}"
-        return Scene(objects, background, text, tag, facts={"classes": names, "relation": relation})
-    cells = _cells(rng, 2)
-    if tag == "two_object":
-        objects = (_in_cell(rng, first, cells[0]), _in_cell(rng, second, cells[1]))
-        text = f"a photo of {with_article(names[0])} and {with_article(names[1])}"
-        return Scene(objects, background, text, tag, facts={"classes": names})
-    if tag == "color_attr":
-        colors = [list(COLORS)[i] for i in rng.choice(len(COLORS), 2, replace=False)]
-        objects = tuple(
-            _in_cell(rng, c, cell, color) for c, cell, color in zip((first, second), cells, colors, strict=True)
-        )
-        text = f"a photo of {with_article(colors[0])} {names[0]} and {with_article(colors[1])} {names[1]}"
-        return Scene(objects, background, text, tag, facts={"classes": names, "colors": tuple(colors)})
-    raise UserError(f"scene category '{tag}' is unknown: choose one of {', '.join(CATEGORIES)}")
+        include = Requirement(second), Requirement(first, position=(relation, 0))
+    else:
+        cells = _cells(rng, 2)
+        if tag == "color_attr":
+            colors = [list(COLORS)[i] for i in rng.choice(len(COLORS), 2, replace=False)]
+        include = Requirement(first, color=colors[0]), Requirement(second, color=colors[1])
+    objects = tuple(_in_cell(rng, *placed) for placed in zip(pair, cells, colors, strict=True))
+    return Scene(objects, background, compose(-1, tag, include), tag)
 
 
 def _cells(rng: np.random.Generator, count: int, axis: str | None = None) -> list[tuple[int, int, int, int]]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from argrpo_cli.conditions import class_prompt
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.corrupt import decode, encode
 from argrpo_cli.nano.study import Study, augmented, load_tokenizer, make_study, rank_agreement
@@ -31,17 +32,10 @@ FALL = 0.8  # how much of it total damage takes away
 MAX_SCALE = 30.0
 
 
-def vocabulary() -> list[str]:
-    """Every word that a caption of the nano world can contain, in alphabetical order."""
-    names = [*scenes.CLASS_NAMES, *(scenes.plural(name) for name in scenes.CLASS_NAMES)]
-    phrases = [*names, *scenes.COLORS, *scenes.RELATIONS, *scenes.NUMBER_WORDS.values(), "a photo of an and"]
-    return sorted({word for phrase in phrases for word in WordTokenizer.split(phrase)})
-
-
 def config() -> dict:
     """The geometry: a vision transformer on the tokenizer's 8x8 patches and a two-layer text transformer."""
     return {
-        "words": vocabulary(),
+        "words": sorted({word for name in scenes.vocabulary() for word in WordTokenizer.split(name)}),
         "embed_dim": 96,
         "vision": {"layers": 4, "width": 128, "head_width": 32, "patch_size": 8, "image_size": scenes.IMAGE_SIZE},
         "text": {"context_length": 16, "width": 128, "heads": 4, "layers": 2},
@@ -49,7 +43,7 @@ def config() -> dict:
 
 
 def class_captions() -> list[str]:
-    return [f"a photo of {scenes.with_article(name)}" for name in scenes.CLASS_NAMES]
+    return [class_prompt(name) for name in scenes.CLASS_NAMES]
 
 
 def naming_loss(image: Tensor, text: Tensor, label: Tensor, scale: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argrpo_cli.geneval.grammar import TAGS
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.scenes import CLASS_NAMES
 from argrpo_cli.nano.study import augmented, base_policy, load_tokenizer, make_study, proposer
@@ -41,8 +42,8 @@ def sampled(policy: Policy, seed: int, count: int) -> Tensor:
     if policy.text_encoder is None:
         conditions = policy.conditions([i % len(CLASS_NAMES) for i in range(count)])
     else:
-        rng, kinds = np.random.default_rng(seed), scenes.CATEGORIES
-        conditions = policy.conditions([scenes.caption_scene(rng, kinds[i % len(kinds)]).caption for i in range(count)])
+        rng = np.random.default_rng(seed)
+        conditions = policy.conditions([scenes.caption_scene(rng, TAGS[i % len(TAGS)]).caption for i in range(count)])
     images = []
     for index, scale in enumerate(GUIDANCE):
         part = slice(index * count // len(GUIDANCE), (index + 1) * count // len(GUIDANCE))

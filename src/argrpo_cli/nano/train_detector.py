@@ -47,7 +47,7 @@ def free_scene(rng: np.random.Generator) -> scenes.Scene:
                 class_id = int(rng.integers(len(scenes.CLASS_NAMES)))
                 objects.append(scenes.Placed(class_id, size, x, y, bool(rng.integers(2)), hue, color))
                 break
-    return scenes.Scene(tuple(objects), scenes.random_background(rng), "")
+    return scenes.Scene(tuple(objects), scenes.random_background(rng))
 
 
 def _shared(a: tuple[float, ...], b: tuple[float, ...]) -> float:
@@ -223,8 +223,10 @@ def quality(
                 if best.colors and one.score > threshold:
                     colors.append(one.color == best.color)
         if scene.tag == "position":
-            first, second = (next((one for one in sure if one.name == name), None) for name in scene.facts["classes"])
-            right = first and second and scene.facts["relation"] in relative_position(first.box, second.box)
+            target, subject = scene.prompt.include
+            there_is = {one.name: one for one in reversed(sure)}
+            first, second = there_is.get(subject.name), there_is.get(target.name)
+            right = first and second and subject.position[0] in relative_position(first.box, second.box)
             relations.append(bool(right))
     return {
         "ap50": float(np.mean([average_precision(hits[name], there[name]) for name in hits if there[name]])),

@@ -14,7 +14,6 @@ and a random embedding stand at 6.0.
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 
@@ -45,8 +44,7 @@ SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2 as in T5
 
 def text_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word of the nano world's captions; texts are put in lower case and end with </s>."""
-    words = sorted({word for phrase in phrases() for word in re.findall(r"\w+", phrase)})
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *words])}
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *scenes.vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -54,12 +52,6 @@ def text_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
     )
-
-
-def phrases() -> list[str]:
-    """Everything that a caption of the nano world is made of."""
-    names = [*scenes.CLASS_NAMES, *(scenes.plural(name) for name in scenes.CLASS_NAMES)]
-    return [*names, *scenes.COLORS, *scenes.RELATIONS, *scenes.NUMBER_WORDS.values(), "a photo of an and"]
 
 
 @torch.inference_mode()

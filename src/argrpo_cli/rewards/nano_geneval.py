@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.conditions import Condition
-from argrpo_cli.geneval.prompts import Prompt, parse_prompt
+from argrpo_cli.geneval.grammar import Prompt, parse_prompt
 from argrpo_cli.geneval.rules import reward_score
 from argrpo_cli.nano.detector import NANO_THRESHOLDS, by_class, color_of, load_detector
 from argrpo_cli.rewards.weights import BUNDLED
