@@ -7,11 +7,11 @@ from pathlib import Path
 from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.files import read_jsonl, read_text
 
-BUNDLED = ("nano", "geneval", "geneval-nano", "geneval-nano-extra")
+CAPTION_SETS = ("nano", "geneval", "geneval-nano", "geneval-nano-extra")
 
 
 def read_captions(given: str | list[str]) -> list[str]:
-    """Captions from a list, a bundled name (`BUNDLED`), a text file (one a line) or a .jsonl file (`prompt`).
+    """Captions from a list, a bundled name (`CAPTION_SETS`), a text file (one a line) or a .jsonl file (`prompt`).
 
     Raises:
         UserError: no such file, or no captions in it.
@@ -22,14 +22,14 @@ def read_captions(given: str | list[str]) -> list[str]:
         from argrpo_cli.nano.captions import training_captions
 
         return training_captions()
-    if given in BUNDLED:
+    if given in CAPTION_SETS:
         from argrpo_cli.geneval.prompts import prompt_set
 
         return [prompt.text for prompt in prompt_set(given)]
     path = Path(given).expanduser()
     if not path.is_file():
-        hint = did_you_mean(given, BUNDLED)
-        raise UserError(f"no captions {given!r}: not a file, and the bundled ones are {', '.join(BUNDLED)}{hint}")
+        hint = did_you_mean(given, CAPTION_SETS)
+        raise UserError(f"no captions {given!r}: not a file, and the bundled ones are {', '.join(CAPTION_SETS)}{hint}")
     if path.suffix == ".jsonl":
         rows = read_jsonl(path)
         bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("prompt"), str)), None)

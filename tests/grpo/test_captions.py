@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from argrpo_cli.captions import BUNDLED, read_captions
+from argrpo_cli.captions import CAPTION_SETS, read_captions
 from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.grammar import TAGS, content, mirrored, parse_prompt
 from argrpo_cli.geneval.prompts import prompt_set
@@ -180,7 +180,7 @@ def test_captions_come_from_files_and_bundled_sets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no captions"):
         read_captions(str(tmp_path / "d.txt"))
     assert len(read_captions("geneval")) == 553
-    with pytest.raises(UserError, match=f"{BUNDLED[0]}.*did you mean 'geneval-nano'"):
+    with pytest.raises(UserError, match=f"{CAPTION_SETS[0]}.*did you mean 'geneval-nano'"):
         read_captions("geneval-nan")
 
 

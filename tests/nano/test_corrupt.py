@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.nano import corrupt as c
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.scenes import IMAGE_SIZE
 from argrpo_cli.nano.study import proposer
-from argrpo_cli.nano.training import WEIGHTS
 
 
 @pytest.fixture(scope="module")

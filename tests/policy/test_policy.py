@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from argrpo_cli.conditions import Condition
+from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.errors import UserError
+from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.checkpoints import from_published, to_published
 from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
-from argrpo_cli.policy.policy import WEIGHTS, class_prompt
 from argrpo_cli.policy.vq import VQConfig, VQModel, to_uint8
 from argrpo_cli.rewards import load_rewards
 from tests.formula import formula_weights

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.nano.training import WEIGHTS
+from argrpo_cli.nano import WEIGHTS
 
 ORDER = {
     "nano-vq": "argrpo_cli.nano.train_tokenizer",

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argrpo_cli.geneval.rules import ClassifyColor, Detection, Thresholds
-from argrpo_cli.nano import scenes
-from argrpo_cli.nano.training import WEIGHTS
+from argrpo_cli.nano import WEIGHTS, scenes
 from argrpo_cli.rewards.weights import load_weights, read_config, to_unit
 
 STRIDE = 4

@@ -15,8 +15,7 @@ from torch import Tensor
 from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import atomic_path, read_jsonl, write_jsonl
-from argrpo_cli.nano import scenes
-from argrpo_cli.nano.training import WEIGHTS
+from argrpo_cli.nano import WEIGHTS, scenes
 
 SCENES = 1008  # of each task
 TOKENS_FILE, CAPTIONS_FILE = "tokens.safetensors", "captions.jsonl"

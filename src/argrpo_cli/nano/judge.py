@@ -24,12 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.nano import scenes
+from argrpo_cli.nano import WEIGHTS, scenes
 from argrpo_cli.nano.corrupt import decode
 from argrpo_cli.nano.matching import Match, Matcher, Template, match_classes
 from argrpo_cli.nano.recognition import Recogniser, load_recogniser
 from argrpo_cli.nano.study import load_tokenizer
-from argrpo_cli.nano.training import WEIGHTS
 from argrpo_cli.policy.vq import VQModel
 
 TOKENS_FILE = "tokens.safetensors"

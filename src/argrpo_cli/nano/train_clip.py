@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argrpo_cli.conditions import class_prompt
-from argrpo_cli.nano import scenes
+from argrpo_cli.nano import WEIGHTS, scenes
 from argrpo_cli.nano.corrupt import decode, encode
 from argrpo_cli.nano.study import Study, augmented, load_tokenizer, make_study, rank_agreement
-from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
+from argrpo_cli.nano.training import cosine_with_warmup
 from argrpo_cli.rewards.nano_clip import WordTokenizer, build_clip
 from argrpo_cli.rewards.weights import save_network, to_unit
 

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from argrpo_cli.geneval.grammar import TAGS
-from argrpo_cli.nano import scenes
+from argrpo_cli.nano import WEIGHTS, scenes
 from argrpo_cli.nano.scenes import CLASS_NAMES
 from argrpo_cli.nano.study import augmented, base_policy, load_tokenizer, make_study, proposer
-from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
+from argrpo_cli.nano.training import cosine_with_warmup
 from argrpo_cli.policy import Policy
 from argrpo_cli.rewards.nano_critic import CriticNet, soft_limit
 from argrpo_cli.rewards.nano_quality import NanoQuality

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argrpo_cli.nano import scenes
+from argrpo_cli.nano import WEIGHTS, scenes
 from argrpo_cli.nano.corrupt import decode, encode
 from argrpo_cli.nano.detector import NANO_THRESHOLDS, STRIDE, Detector, DetectorNet, Found
 from argrpo_cli.nano.study import load_tokenizer
-from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
+from argrpo_cli.nano.training import cosine_with_warmup
 from argrpo_cli.policy.vq import from_uint8
 from argrpo_cli.rewards.weights import save_network
 

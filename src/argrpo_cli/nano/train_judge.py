@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from argrpo_cli.files import atomic_path
-from argrpo_cli.nano import scenes
+from argrpo_cli.nano import WEIGHTS, scenes
 from argrpo_cli.nano.corrupt import decode, encode
 from argrpo_cli.nano.judge import TOKENS_FILE, canonical_layout, canonical_scene
 from argrpo_cli.nano.recognition import RecognitionNet
 from argrpo_cli.nano.study import augmented, load_tokenizer
-from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
+from argrpo_cli.nano.training import cosine_with_warmup
 from argrpo_cli.policy.vq import VQModel
 from argrpo_cli.rewards.weights import save_network, to_unit
 

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from argrpo_cli.files import write_json
+from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, class_batch
-from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup, save_half
+from argrpo_cli.nano.training import cosine_with_warmup, save_half
 from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
 from argrpo_cli.policy.vq import VQModel, from_uint8

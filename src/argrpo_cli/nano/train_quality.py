@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.nano.corrupt import damage_of
 from argrpo_cli.nano.scenes import CLASS_NAMES
 from argrpo_cli.nano.study import Study, augmented, load_tokenizer, make_study, proposer, rank_agreement
-from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup
+from argrpo_cli.nano.training import cosine_with_warmup
 from argrpo_cli.rewards.nano_quality import NanoQuality, QualityNet
 from argrpo_cli.rewards.weights import save_network, to_unit
 

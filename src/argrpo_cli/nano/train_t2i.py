@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from argrpo_cli.files import write_json
-from argrpo_cli.nano import scenes
-from argrpo_cli.nano.training import WEIGHTS, cosine_with_warmup, save_half
+from argrpo_cli.nano import WEIGHTS, scenes
+from argrpo_cli.nano.training import cosine_with_warmup, save_half
 from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration, left_pad
 from argrpo_cli.policy.vq import VQModel, from_uint8

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from argrpo_cli.nano import WEIGHTS
+
 TASKS = ("classes", "captions")
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 def cosine_with_warmup(warmup: int, steps: int) -> Callable[[int], float]:

@@ -23,6 +23,7 @@ from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.files import make_dir, read_json, write_json
+from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.policy.loading import fingerprint, load_pretrained, save_model
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
 from argrpo_cli.policy.sampling import sample_tokens
@@ -30,7 +31,6 @@ from argrpo_cli.policy.text import TextEncoder, load_text_encoder
 from argrpo_cli.policy.vq import VQModel, to_uint8
 
 CARD = "policy.json"
-WEIGHTS = Path(__file__).parents[1] / "nano" / "weights"
 BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
 BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
 DTYPES = ("float32", "bfloat16", "float16")

@@ -59,11 +59,11 @@ def load_reward(name: str, device: str = "cpu") -> Reward:
     """Load one reward model by name."""
     import importlib
 
-    from argrpo_cli.rewards.weights import BUNDLED
+    from argrpo_cli.nano import WEIGHTS
 
     entry = check_reward(name)
     reward = getattr(importlib.import_module(entry.module), entry.class_name)
-    return reward(device=device) if entry.weights is None else reward(BUNDLED / entry.weights, device)
+    return reward(device=device) if entry.weights is None else reward(WEIGHTS / entry.weights, device)
 
 
 class RewardSet:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError, did_you_mean
-from argrpo_cli.rewards.weights import BUNDLED, load_weights, read_config, to_unit
+from argrpo_cli.nano import WEIGHTS
+from argrpo_cli.rewards.weights import load_weights, read_config, to_unit
 
 PAD, UNKNOWN = 0, 1
 SAME_WORDS = {"sheeps": "sheep"}  # GenEval's mechanical plural
@@ -64,7 +65,7 @@ def build_clip(config: dict) -> tuple[nn.Module, WordTokenizer]:
 class NanoClip:
     """Cosine similarity in [-1, 1] of image and prompt."""
 
-    def __init__(self, folder: str | Path = BUNDLED / "nano-clip", device: str = "cpu"):
+    def __init__(self, folder: str | Path = WEIGHTS / "nano-clip", device: str = "cpu"):
         network, self.tokenizer = build_clip(read_config(folder))
         self.network = load_weights(network, folder, device)
         self.device = device

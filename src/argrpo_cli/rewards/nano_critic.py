@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from argrpo_cli.conditions import Condition
+from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.rewards.convnet import Body, pooled
-from argrpo_cli.rewards.weights import BUNDLED, load_weights, read_config, to_unit
+from argrpo_cli.rewards.weights import load_weights, read_config, to_unit
 
 LIMIT = 5.0
 
@@ -43,7 +44,7 @@ def soft_limit(logits: Tensor) -> Tensor:
 class NanoCritic:
     """Softly bounded logit in (-5, 5); the higher, the more real."""
 
-    def __init__(self, folder: str | Path = BUNDLED / "nano-critic", device: str = "cpu"):
+    def __init__(self, folder: str | Path = WEIGHTS / "nano-critic", device: str = "cpu"):
         self.network = load_weights(CriticNet(**read_config(folder)), folder, device)
 
     @torch.inference_mode()

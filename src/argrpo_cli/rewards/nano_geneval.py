@@ -15,8 +15,8 @@ from torch import Tensor
 from argrpo_cli.conditions import Condition
 from argrpo_cli.geneval.grammar import Prompt, parse_prompt
 from argrpo_cli.geneval.rules import reward_score
+from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.nano.detector import NANO_THRESHOLDS, by_class, color_of, load_detector
-from argrpo_cli.rewards.weights import BUNDLED
 
 
 class NanoGenEval:
@@ -25,7 +25,7 @@ class NanoGenEval:
     As the published server counts: an object too many costs, too, and a relation that fails costs a quarter.
     """
 
-    def __init__(self, folder: str | Path = BUNDLED / "nano-detector", device: str = "cpu"):
+    def __init__(self, folder: str | Path = WEIGHTS / "nano-detector", device: str = "cpu"):
         self.detector = load_detector(folder, device)
         self._prompts: dict[str, Prompt] = {}
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from argrpo_cli.conditions import Condition
+from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.rewards.convnet import Body, pooled
-from argrpo_cli.rewards.weights import BUNDLED, load_weights, read_config, to_unit
+from argrpo_cli.rewards.weights import load_weights, read_config, to_unit
 
 
 class QualityNet(nn.Module):
@@ -43,7 +44,7 @@ class QualityNet(nn.Module):
 class NanoQuality:
     """Quality in [0, 1]; 1 is undamaged."""
 
-    def __init__(self, folder: str | Path = BUNDLED / "nano-quality", device: str = "cpu"):
+    def __init__(self, folder: str | Path = WEIGHTS / "nano-quality", device: str = "cpu"):
         self.network = load_weights(QualityNet(**read_config(folder)), folder, device)
 
     @torch.inference_mode()

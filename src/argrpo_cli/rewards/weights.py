@@ -14,7 +14,6 @@ from torch import nn
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import atomic_path, read_json, write_json
 
-BUNDLED = Path(__file__).parents[1] / "nano" / "weights"
 INPUT_SIZE = 64  # pixels, of the nano networks
 
 
