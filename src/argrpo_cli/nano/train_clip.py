@@ -21,7 +21,7 @@ from argrpo_cli.conditions import class_prompt
 from argrpo_cli.nano import WEIGHTS, scenes
 from argrpo_cli.nano.corrupt import decode, encode
 from argrpo_cli.nano.study import Study, augmented, load_tokenizer, make_study, rank_agreement
-from argrpo_cli.nano.training import cosine_with_warmup
+from argrpo_cli.nano.training import decay_groups, fit
 from argrpo_cli.rewards.nano_clip import WordTokenizer, build_clip
 from argrpo_cli.rewards.weights import save_network, to_unit
 
@@ -75,14 +75,12 @@ def train(
     unseen_captioned = captioned_scenes(vq, seed + 40_001, 240)
     settings = config()
     network, words = build_clip(settings)
-    network.train()
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    rest = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.5e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
+    optimizer = torch.optim.AdamW(decay_groups(list(network.parameters()), 0.1), lr=1.5e-3, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
+    lessons: tuple[Tensor, ...] = ()
+
+    def lesson(step: int) -> Tensor:
+        nonlocal lessons
         broken = torch.randint(len(study.rows), (BATCH,), generator=generator)
         others = torch.randint(len(texts), (CAPTIONED,), generator=generator)
         clean = study.rows[broken]
@@ -105,18 +103,13 @@ def train(
             (FULL - similarity).clamp(min=0).square().mean(),
             F.smooth_l1_loss(gap, FALL * study.broken.own[broken], beta=0.1),
         )
-        loss = lessons[0] + 4 * lessons[1] + 4 * lessons[2]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 200 == 199 or step == steps - 1:
-            report = measure(network.eval(), words, unseen, unseen_captioned)
-            network.train()
-            losses = ", ".join(f"{part.item():.3f}" for part in lessons)
-            say(f"step {step + 1}/{steps}, losses {losses}; unseen: {report}")
-    network.eval()
+        return lessons[0] + 4 * lessons[1] + 4 * lessons[2]
+
+    def report(done: int, _loss: float) -> None:
+        losses = ", ".join(f"{part.item():.3f}" for part in lessons)
+        say(f"step {done}/{steps}, losses {losses}; unseen: {measure(network, words, unseen, unseen_captioned)}")
+
+    fit(network, [optimizer], steps, lesson, report)
     save_network(out_dir, network, settings)
     return network
 

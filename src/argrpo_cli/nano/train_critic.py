@@ -22,7 +22,7 @@ from argrpo_cli.geneval.grammar import TAGS
 from argrpo_cli.nano import WEIGHTS, scenes
 from argrpo_cli.nano.scenes import CLASS_NAMES
 from argrpo_cli.nano.study import augmented, base_policy, load_tokenizer, make_study, proposer
-from argrpo_cli.nano.training import cosine_with_warmup
+from argrpo_cli.nano.training import fit
 from argrpo_cli.policy import Policy
 from argrpo_cli.rewards.nano_critic import CriticNet, soft_limit
 from argrpo_cli.rewards.nano_quality import NanoQuality
@@ -79,24 +79,19 @@ def train(
     unseen_generated = sampled(drawer, 60_000_000 + seed, UNSEEN)
     network = CriticNet(**CONFIG)
     network.body.load_state_dict(NanoQuality(weights / eye).network.body.state_dict())
-    network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.8, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
     generator = torch.Generator().manual_seed(seed)
     pick = lambda of, count: of[torch.randint(len(of), (count,), generator=generator)]  # noqa: E731
-    for step in range(steps):
+
+    def lesson(step: int) -> Tensor:
         parts = [pick(study.pool.images, REAL), pick(generated, GENERATED), pick(study.broken.images, BROKEN)]
-        loss = critic_loss(network, *parts, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 200 == 199 or step == steps - 1:
-            report = measure(network.eval(), unseen.pool.images, unseen_generated, unseen.broken.images)
-            network.train()
-            say(f"step {step + 1}/{steps}, loss {loss.item():.3f}; unseen: {report}")
-    network.eval()
+        return critic_loss(network, *parts, generator)
+
+    def report(done: int, loss: float) -> None:
+        unseen_scores = measure(network, unseen.pool.images, unseen_generated, unseen.broken.images)
+        say(f"step {done}/{steps}, loss {loss:.3f}; unseen: {unseen_scores}")
+
+    fit(network, [optimizer], steps, lesson, report)
     save_network(out_dir, network, CONFIG)
     return network
 

@@ -21,7 +21,7 @@ from argrpo_cli.nano import WEIGHTS, scenes
 from argrpo_cli.nano.corrupt import decode, encode
 from argrpo_cli.nano.detector import NANO_THRESHOLDS, STRIDE, Detector, DetectorNet, Found
 from argrpo_cli.nano.study import load_tokenizer
-from argrpo_cli.nano.training import cosine_with_warmup
+from argrpo_cli.nano.training import decay_groups, fit
 from argrpo_cli.policy.vq import from_uint8
 from argrpo_cli.rewards.weights import save_network
 
@@ -139,15 +139,13 @@ def train(
     say(f"{SCENES} scenes rendered")
     unseen_raw, unseen_made = make_scenes(seed + 50_000, 600)
     unseen = decode(vq, encode(vq, unseen_raw))
-    network = DetectorNet(**GEOMETRY).to(memory_format=torch.channels_last).train()
-    groups = [
-        {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": 0.02},
-        {"params": [p for p in network.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
+    network = DetectorNet(**GEOMETRY).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(decay_groups(list(network.parameters()), 0.02), lr=2e-3, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
+    lessons: tuple[Tensor, ...] = ()
+
+    def lesson(step: int) -> Tensor:
+        nonlocal lessons
         rows = torch.randint(SCENES, (BATCH,), generator=generator)
         reconstructed = torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.5
         images = from_uint8(torch.where(reconstructed, again[rows], raw[rows]))
@@ -160,18 +158,14 @@ def train(
             (box[at] - sides).abs().mean() / 10,
             F.cross_entropy(color[at], colors, ignore_index=-1),
         )
-        loss = sum(lessons)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimizer.step()
-        schedule.step()
-        if step % 250 == 249 or step == steps - 1:
-            report = measure(Detector(network), unseen, unseen_made)
-            network.requires_grad_(True).train()
-            losses = ", ".join(f"{part.item():.3f}" for part in lessons)
-            say(f"step {step + 1}/{steps}, losses {losses}; unseen: {report}")
-    network.eval()
+        return sum(lessons)
+
+    def report(done: int, _loss: float) -> None:
+        losses = ", ".join(f"{part.item():.3f}" for part in lessons)
+        say(f"step {done}/{steps}, losses {losses}; unseen: {measure(Detector(network), unseen, unseen_made)}")
+        network.requires_grad_(True)  # a Detector is frozen
+
+    fit(network, [optimizer], steps, lesson, report, every=250, max_grad_norm=5.0)
     save_network(out_dir, network, GEOMETRY)
     return network
 

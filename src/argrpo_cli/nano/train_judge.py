@@ -23,7 +23,7 @@ from argrpo_cli.nano.corrupt import decode, encode
 from argrpo_cli.nano.judge import TOKENS_FILE, canonical_layout, canonical_scene
 from argrpo_cli.nano.recognition import RecognitionNet
 from argrpo_cli.nano.study import augmented, load_tokenizer
-from argrpo_cli.nano.training import cosine_with_warmup
+from argrpo_cli.nano.training import fit
 from argrpo_cli.policy.vq import VQModel
 from argrpo_cli.rewards.weights import save_network, to_unit
 
@@ -80,26 +80,22 @@ def train(
     unseen = decode(vq, reference)
     save_tokens(Path(out_dir), canonical_tokens(vq), reference, torch.from_numpy(unseen_ids))
     say(f"{SCENES} scenes to learn and {REFERENCES} reference scenes tokenised")
-    network = RecognitionNet(**CONFIG["recogniser"]).to(memory_format=torch.channels_last).train()
+    network = RecognitionNet(**CONFIG["recogniser"]).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
     generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
+
+    def lesson(step: int) -> Tensor:
         rows = torch.randint(len(pictures), (BATCH,), generator=generator)
         x = varied(pictures[rows], generator).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             logits = network(x)
-        loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=0.05)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 200 == 199 or step == steps - 1:
-            right = accuracy(network.eval(), unseen, torch.from_numpy(unseen_ids))
-            network.train()
-            say(f"step {step + 1}/{steps}, loss {loss.item():.3f}, {right:.1%} of unseen reconstructions recognised")
-    network.eval()
+        return F.cross_entropy(logits.float(), labels[rows], label_smoothing=0.05)
+
+    def report(done: int, loss: float) -> None:
+        right = accuracy(network, unseen, torch.from_numpy(unseen_ids))
+        say(f"step {done}/{steps}, loss {loss:.3f}, {right:.1%} of unseen reconstructions recognised")
+
+    fit(network, [optimizer], steps, lesson, report)
     save_network(out_dir, network, CONFIG)
     return network
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from argrpo_cli.files import write_json
 from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, class_batch
-from argrpo_cli.nano.training import cosine_with_warmup, save_half
+from argrpo_cli.nano.training import decay_groups, fit, save_half
 from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
 from argrpo_cli.policy.vq import VQModel, from_uint8
@@ -71,38 +71,29 @@ def train(
             class_dropout_prob=CLASS_DROPOUT,
             **GEOMETRY,
         )
-    ).train()
+    )
     parameters = sum(p.numel() for p in model.parameters())
     log(f"nano-c2i: {parameters / 1e6:.2f} M parameters, {len(pool)} scenes tokenised")
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=1.5e-3, betas=(0.9, 0.95)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(150, HORIZON))
+    optimizer = torch.optim.AdamW(decay_groups(list(model.parameters()), 0.05), lr=1.5e-3, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
-    started, running = time.time(), None
-    for step in range(steps):
+    started = time.time()
+
+    def lesson(step: int) -> Tensor:
         rows = torch.randint(len(pool), (BATCH,), generator=generator)
         classes = pool_classes[rows]
         dropped = torch.rand(BATCH, generator=generator) < CLASS_DROPOUT
         classes = torch.where(dropped, len(CLASS_NAMES), classes)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = next_token_loss(model, classes, pool[rows].long())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 200 == 199 or step == steps - 1:
-            with torch.inference_mode():
-                unseen = next_token_loss(model, held_classes, held.long()).item()
-            log(
-                f"nano-c2i step {step + 1}/{steps}: loss {running:.3f}, unseen {unseen:.3f} nats a token, "
-                f"{time.time() - started:.0f} s"
-            )
-    save_policy(model.eval(), out_dir)
+            return next_token_loss(model, classes, pool[rows].long())
+
+    @torch.inference_mode()
+    def report(done: int, loss: float) -> None:
+        unseen = next_token_loss(model, held_classes, held.long()).item()
+        seconds = time.time() - started
+        log(f"nano-c2i step {done}/{steps}: loss {loss:.3f}, unseen {unseen:.3f} nats a token, {seconds:.0f} s")
+
+    fit(model, [optimizer], steps, lesson, report, warmup=150, horizon=HORIZON)
+    save_policy(model, out_dir)
     return model
 
 

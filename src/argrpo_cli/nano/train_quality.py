@@ -19,7 +19,7 @@ from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.nano.corrupt import damage_of
 from argrpo_cli.nano.scenes import CLASS_NAMES
 from argrpo_cli.nano.study import Study, augmented, load_tokenizer, make_study, proposer, rank_agreement
-from argrpo_cli.nano.training import cosine_with_warmup
+from argrpo_cli.nano.training import fit
 from argrpo_cli.rewards.nano_quality import NanoQuality, QualityNet
 from argrpo_cli.rewards.weights import save_network, to_unit
 
@@ -58,29 +58,23 @@ def train(
     network = QualityNet(**CONFIG)
     if task == "captions":
         network.load_state_dict(NanoQuality(weights / "nano-quality").network.state_dict())
-    network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(100, steps))
     generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
+
+    def lesson(step: int) -> Tensor:
         broken = torch.randint(len(study.rows), (BATCH - CLEAN,), generator=generator)
-        clean = study.rows[broken[:CLEAN]]  # the originals of some of the broken ones: the damage is all that differs
+        clean = study.rows[broken[:CLEAN]]  # the originals of some of the broken: the damage is all that differs
         images = torch.cat([study.pool.images[clean], study.broken.images[broken]])
         nearest = torch.cat([clean, study.broken.nearest[broken]])
         truth = study.pool.images[nearest]
         quality = torch.cat([torch.ones(CLEAN), 1 - study.broken.damage[broken]])
         images, truth = augmented(images, truth, generator=generator)
-        loss = quality_loss(network, images, truth, quality, study.pool.class_ids[nearest])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 200 == 199 or step == steps - 1:
-            report = measure(network.eval(), unseen)
-            network.train()
-            say(f"step {step + 1}/{steps}, loss {loss.item():.3f}; unseen: " + report)
-    network.eval()
+        return quality_loss(network, images, truth, quality, study.pool.class_ids[nearest])
+
+    def report(done: int, loss: float) -> None:
+        say(f"step {done}/{steps}, loss {loss:.3f}; unseen: {measure(network, unseen)}")
+
+    fit(network, [optimizer], steps, lesson, report)
     save_network(out_dir, network, CONFIG)
     return network
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from argrpo_cli.nano.scenes import caption_batch, class_batch
-from argrpo_cli.nano.training import cosine_with_warmup, save_half
+from argrpo_cli.nano.training import fit, save_half
 from argrpo_cli.policy.vq import VQConfig, VQModel, from_uint8, to_uint8
 
 CONFIG = {
@@ -99,14 +99,14 @@ def train(
     """Train from a fixed seed and save half-precision weights under `out_dir`; returns the model."""
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    model = VQModel(VQConfig(**CONFIG)).to(memory_format=torch.channels_last).train()
+    model = VQModel(VQConfig(**CONFIG)).to(memory_format=torch.channels_last)
     model.quantize.embedding.weight.requires_grad_(False)
     codebook = RunningCodebook(model.quantize.embedding.weight, generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.2e-3, betas=(0.9, 0.98), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(150, steps))
     held_out = torch.from_numpy(class_batch(np.random.default_rng(seed + 10_000), 512, balanced=True)[0])
     started = time.time()
-    for step in range(steps):
+
+    def lesson(step: int) -> Tensor:
         target = from_uint8(scene_batch(rng, BATCH)).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             latent = model.latent(target)
@@ -124,22 +124,19 @@ def train(
             quantised, commitment = latent, latent.new_zeros(())
         with torch.autocast("cpu", torch.bfloat16):
             output = model.decode_latent(quantised)
-        loss = reconstruction_loss(output.float(), target) + 0.05 * commitment
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 250 == 249 or step == steps - 1:
-            psnr, used = measure(model.eval(), held_out)
-            model.train()
-            log(
-                f"nano-vq step {step + 1}/{steps}: loss {loss.item():.4f}, commitment {commitment.item():.3f}, "
-                f"PSNR {psnr:.2f} dB on unseen scenes, codebook in use {used:.0%}, {time.time() - started:.0f} s"
-            )
-            if not math.isfinite(loss.item()):
-                raise RuntimeError(f"nano-vq diverged at step {step + 1}")
-    save_half(model.eval(), out_dir)
+        return reconstruction_loss(output.float(), target) + 0.05 * commitment
+
+    def report(done: int, loss: float) -> None:
+        psnr, used = measure(model, held_out)
+        log(
+            f"nano-vq step {done}/{steps}: loss {loss:.4f}, PSNR {psnr:.2f} dB on unseen scenes, "
+            f"codebook in use {used:.0%}, {time.time() - started:.0f} s"
+        )
+        if not math.isfinite(loss):
+            raise RuntimeError(f"nano-vq diverged at step {done}")
+
+    fit(model, [optimizer], steps, lesson, report, every=250, warmup=150)
+    save_half(model, out_dir)
     return model
 
 

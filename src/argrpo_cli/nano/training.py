@@ -1,4 +1,4 @@
-"""What the trainers of the nano world share: the learning-rate curve, half-precision saving, a small command line."""
+"""What the trainers of the nano world share: the loop, half-precision saving, a small command line."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import copy
 import inspect
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from argrpo_cli.nano import WEIGHTS
@@ -27,6 +28,47 @@ def cosine_with_warmup(warmup: int, steps: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
     return factor
+
+
+def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Optimiser groups: matrices and kernels decay, biases, gains and other vectors do not."""
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def fit(
+    network: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    steps: int,
+    lesson: Callable[[int], Tensor],
+    report: Callable[[int, float], None],
+    every: int = 200,
+    warmup: int = 100,
+    horizon: int | None = None,
+    max_grad_norm: float = 1.0,
+) -> None:
+    """Take `steps` steps down the gradients of `lesson(step)`, clipped to a norm, and leave `network` in eval mode.
+
+    `report(steps done, loss)` is called every so many steps, and at the end, with the network in eval mode.
+    The learning rate follows `cosine_with_warmup(warmup, horizon)`; the horizon is `steps` unless given.
+    """
+    curve = cosine_with_warmup(warmup, horizon or steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one, curve) for one in optimizers]
+    network.train()
+    for step in range(steps):
+        loss = lesson(step)
+        network.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
+        for one in (*optimizers, *schedules):
+            one.step()
+        if step % every == every - 1 or step == steps - 1:
+            network.eval()
+            report(step + 1, loss.item())
+            network.train()
+    network.eval()
 
 
 def save_half(model: PreTrainedModel, folder: str | Path) -> None:
