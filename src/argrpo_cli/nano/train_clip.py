@@ -25,7 +25,7 @@ from argrpo_cli.nano.training import decay_groups, fit
 from argrpo_cli.rewards.nano_clip import WordTokenizer, build_clip
 from argrpo_cli.rewards.weights import save_network, to_unit
 
-SCENES, BROKEN_PER_SCENE, CAPTION_SCENES = 3600, 2, 2400
+SCENES, BROKEN_PER_SCENE, CAPTION_SCENES, UNSEEN = 3600, 2, 2400, 240
 BATCH, CAPTIONED = 40, 24  # pairs of a class scene and its broken version; scenes of the text task
 FULL = 0.85  # cosine that a clean scene and its caption should reach
 FALL = 0.8  # how much of it total damage takes away
@@ -71,8 +71,8 @@ def train(
     vq = load_tokenizer(weights / "nano-vq")
     study = make_study(vq, seed + 3, SCENES, BROKEN_PER_SCENE, say)
     captioned, texts = captioned_scenes(vq, seed + 4, CAPTION_SCENES)
-    unseen = make_study(vq, seed + 40_000, 240, 2, lambda line: None)
-    unseen_captioned = captioned_scenes(vq, seed + 40_001, 240)
+    unseen = make_study(vq, seed + 40_000, UNSEEN, 2, lambda line: None)
+    unseen_captioned = captioned_scenes(vq, seed + 40_001, UNSEEN)
     settings = config()
     network, words = build_clip(settings)
     optimizer = torch.optim.AdamW(decay_groups(list(network.parameters()), 0.1), lr=1.5e-3, betas=(0.9, 0.98))

@@ -26,7 +26,7 @@ from argrpo_cli.policy.vq import from_uint8
 from argrpo_cli.rewards.weights import save_network
 
 GEOMETRY = {"width": 80, "dilations": [1, 2, 4, 1]}
-SCENES = 9000
+SCENES, UNSEEN = 9000, 600
 BATCH = 48
 CELLS = scenes.IMAGE_SIZE // STRIDE
 SPREAD = 0.12  # of a centre's bell over the neighbouring cells, in sides of the box
@@ -137,7 +137,7 @@ def train(
     known = [truth(scene) for scene in made]
     again = decode(vq, encode(vq, raw))
     say(f"{SCENES} scenes rendered")
-    unseen_raw, unseen_made = make_scenes(seed + 50_000, 600)
+    unseen_raw, unseen_made = make_scenes(seed + 50_000, UNSEEN)
     unseen = decode(vq, encode(vq, unseen_raw))
     network = DetectorNet(**GEOMETRY).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(decay_groups(list(network.parameters()), 0.02), lr=2e-3, betas=(0.9, 0.98))

@@ -28,7 +28,7 @@ from argrpo_cli.policy.vq import VQModel, from_uint8
 GEOMETRY = {"hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6}
 BATCH = 32
 CLASS_DROPOUT = 0.1
-POOL = 48_000  # scenes tokenised up front, fewer than one pass over them
+POOL, UNSEEN = 48_000, 1000  # scenes tokenised up front, fewer than one pass over them
 HORIZON = 1800  # steps of the learning-rate curve
 
 
@@ -62,7 +62,7 @@ def train(
     torch.manual_seed(seed)
     vq = VQModel.from_pretrained(weights / "nano-vq", dtype=torch.float32).eval()
     pool, pool_classes = tokenised_scenes(vq, np.random.default_rng(seed + 1), POOL)
-    held, held_classes = (t[:1000] for t in tokenised_scenes(vq, np.random.default_rng(seed + 20_000), 1000))
+    held, held_classes = tokenised_scenes(vq, np.random.default_rng(seed + 20_000), UNSEEN)
     model = LlamaGenForImageGeneration(
         LlamaGenConfig(
             vocab_size=vq.config.codebook_size,

@@ -26,7 +26,7 @@ from argrpo_cli.rewards.weights import save_network, to_unit
 CONFIG = {"widths": [32, 48, 80], "blocks": [1, 2, 2], "classes": len(CLASS_NAMES)}
 BATCH = 64
 CLEAN = 20  # of a batch
-SCENES, BROKEN_PER_SCENE = 4800, 2
+SCENES, BROKEN_PER_SCENE, UNSEEN = 4800, 2, 240
 LOCAL_WEIGHT, NAMING_WEIGHT = 2.0, 0.2
 
 
@@ -54,7 +54,7 @@ def train(
     vq = load_tokenizer(weights / "nano-vq")
     propose = proposer(weights / ("nano-c2i" if task == "classes" else "nano-t2i"), seed)
     study = make_study(vq, seed + 2, SCENES, BROKEN_PER_SCENE, say, propose, task)
-    unseen = make_study(vq, seed + 30_000, 240, 2, lambda line: None, propose, task)
+    unseen = make_study(vq, seed + 30_000, UNSEEN, 2, lambda line: None, propose, task)
     network = QualityNet(**CONFIG)
     if task == "captions":
         network.load_state_dict(NanoQuality(weights / "nano-quality").network.state_dict())

@@ -38,6 +38,7 @@ CAPTION_TOKENS = 16  # the longest caption has eleven words and an end
 BATCH = 48
 CAPTION_DROPOUT = 0.1
 POOL = 80_000  # scenes tokenised up front; training sees each one or two times
+UNSEEN = 1000
 MUON_RATE, ADAMW_RATE = 0.02, 1.2e-3
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2 as in T5
 
@@ -132,7 +133,7 @@ def train(
     vq = VQModel.from_pretrained(weights / "nano-vq", dtype=torch.float32).eval()
     words = text_tokenizer()
     pool, captions = tokenised_captions(vq, np.random.default_rng(seed + 2), POOL)
-    held, held_captions = tokenised_captions(vq, np.random.default_rng(seed + 30_000), 1000)
+    held, held_captions = tokenised_captions(vq, np.random.default_rng(seed + 30_000), UNSEEN)
     read = lambda texts: words(texts, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")  # noqa: E731
     text, held_text = read(captions), read(held_captions)
     both = CaptionedPolicy(words, vq.config.codebook_size, pool.shape[1])
