@@ -58,4 +58,4 @@ nano: install
 	$(BIN)/python -m argrpo_cli.nano.build --install
 
 paper-nano: install
-	$(BIN)/python -m argrpo_cli.nano.paper
+	$(BIN)/python -m argrpo_cli.evals.paper

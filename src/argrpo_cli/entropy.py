@@ -21,6 +21,7 @@ from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import atomic_path, make_dir, read_json, write_jsonl
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.policy import checkpoint_folders
 from argrpo_cli.progress import progress
 
 FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 200_000_000, 10_000, 10_000  # of samples of prompts; `eval` draws others
@@ -102,10 +103,10 @@ def subjects_of_run(run: Path) -> list[Subject]:
     if not base or not Path(base).is_dir():
         raise UserError(f"the base policy of {run} is gone: {base}; measure its checkpoints with --policy")
     found = [Subject(base, "base", 0)]
-    steps = sorted(int(folder.name[5:]) for folder in run.glob("checkpoints/step_*") if folder.name[5:].isdigit())
-    found += [Subject(str(run / "checkpoints" / f"step_{step:06d}"), f"step {step}", step) for step in steps]
+    checkpoints = checkpoint_folders(run)
+    found += [Subject(str(folder), f"step {step}", step) for step, folder in checkpoints.items()]
     finished = (notes.get("finished") or {}).get("step")
-    if finished is not None and finished not in steps and (run / "policy").is_dir():
+    if finished is not None and finished not in checkpoints and (run / "policy").is_dir():
         found.append(Subject(str(run / "policy"), f"step {finished}", finished))
     if len(found) < 2:
         raise UserError(f"{run} has no checkpoints yet; train longer, or lower logging.save_every")
@@ -148,7 +149,7 @@ def measure(
                 for mode, scale in zip(MODES, (None, cfg_scale), strict=True):
                     values[mode].append(token_entropy(policy, tokens[part], conditions[part], scale, temperature))
                 advance(len(conditions[part]))
-        prompts = "geneval-nano" if question.prompts == "geneval" and _few_words(policy) else question.prompts
+        prompts = question.prompts and _readable(policy, question.prompts)
         for mode in MODES:
             entropy = torch.cat(values[mode])
             row = {"policy": subject.name, "step": subject.step, "mode": mode}
@@ -266,7 +267,7 @@ def _material(
         return tokens[: question.limit], conditions[: question.limit]
     if policy.text_encoder is None:
         raise UserError(f"{subject.path} draws classes and reads no prompts; measure it with --split val")
-    conditions = _readable(policy, question.prompts)[: question.limit]
+    conditions = policy.conditions(read_captions(_readable(policy, question.prompts)))[: question.limit]
     if len(conditions) < 2:
         raise UserError(f"--prompts {question.prompts} holds one caption, and an interval needs 2 or more")
     if not 0 <= question.seed < MOST_SEEDS:
@@ -289,10 +290,7 @@ def _material(
     return torch.cat(drawn), conditions
 
 
-def _readable(policy: Policy, prompts: str) -> list[Condition]:
-    """The prompts of a set; of the official GenEval list, those that a policy of few words can read."""
-    return policy.conditions(read_captions("geneval-nano" if prompts == "geneval" and _few_words(policy) else prompts))
-
-
-def _few_words(policy: Policy) -> bool:
-    return policy.text_encoder is not None and policy.text_encoder.words is not None
+def _readable(policy: Policy, prompts: str) -> str:
+    """The set itself; for the official GenEval list, the part of it that a policy of few words can read."""
+    few_words = policy.text_encoder is not None and policy.text_encoder.words is not None
+    return "geneval-nano" if prompts == "geneval" and few_words else prompts

@@ -20,7 +20,7 @@ from argrpo_cli.policy import Policy, load_policy
 from tests.captioned import replayed, save_captioned_policy
 from tests.grpo.tiny import tiny_caption_policy
 
-SMALL = g.Protocol(per_prompt=1, sets=("geneval-nano",))
+SMALL = g.GenEvalSettings(per_prompt=1, sets=("geneval-nano",))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(finished, policy, 
 def test_a_folder_is_not_used_for_two_evaluations(finished, policy, tmp_path):
     out, _ = finished
     with pytest.raises(UserError, match="holds an evaluation of something else; choose another --out"):
-        g.run_geneval([policy], out, g.Protocol(per_prompt=1, seed=1, sets=("geneval-nano",)))
+        g.run_geneval([policy], out, g.GenEvalSettings(per_prompt=1, seed=1, sets=("geneval-nano",)))
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "file").write_text("")
     with pytest.raises(UserError, match="is not empty"):
@@ -136,10 +136,10 @@ def test_the_difference_of_a_category_has_the_error_of_its_prompts():
 
 
 def test_seeds_differ_between_images():
-    protocol = g.Protocol(per_prompt=4)
-    seeds = [protocol.image_seed(place, sample) for place in range(224) for sample in range(4)]
+    settings = g.GenEvalSettings(per_prompt=4)
+    seeds = [settings.image_seed(place, sample) for place in range(224) for sample in range(4)]
     assert len(set(seeds)) == 896 and min(seeds) == g.FIRST_SEED
-    assert g.Protocol(seed=1).image_seed(0, 0) > max(seeds)
+    assert g.GenEvalSettings(seed=1).image_seed(0, 0) > max(seeds)
 
 
 def test_the_table_names_the_baseline_first(finished):

@@ -28,8 +28,8 @@ def results():
     """The bundled policy against itself, and alone in other batches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nano, "UNSEEN_SCENES", 48)
-        pair = nano.evaluate(["nano-c2i", "nano-c2i"], n=N, device="cpu")
-        alone = nano.evaluate(["nano-c2i"], n=N, batch_size=17, device="cpu")
+        pair = nano.evaluate(["nano-c2i", "nano-c2i"], nano.Sampling(N), device="cpu")
+        alone = nano.evaluate(["nano-c2i"], nano.Sampling(N), batch_size=17, device="cpu")
     return pair, alone
 
 
@@ -132,12 +132,12 @@ def test_the_difference_is_trained_minus_base_in_units_of_the_base(monkeypatch):
         "trained": {"match": noise + 5, "precision": noise > -1, "nano-clip": 3 * noise + 1, nano.TOTAL: 6 * noise + 4},
     }
     known = {name: {key: v.float() for key, v in values.items()} for name, values in known.items()}
-    monkeypatch.setattr(nano, "_nano_policy", lambda path, device: path)
+    monkeypatch.setattr(nano, "open_nano_policy", lambda path, device: path)
     monkeypatch.setattr(nano, "load_rewards", lambda names, device: None)
-    monkeypatch.setattr(nano, "measure_real", lambda *rest: {"match": torch.ones(2)})
-    monkeypatch.setattr(nano, "_measure_policy", lambda policy, *rest: known[policy])
+    monkeypatch.setattr(nano.Bench, "real_values", lambda bench: {"match": torch.ones(2)})
+    monkeypatch.setattr(nano.Bench, "policy_values", lambda bench, policy, *rest: known[policy])
     monkeypatch.setattr(nano, "measure_tokenizer", lambda *rest: {"psnr": 1.0, "codebook_used": 1.0, "note": ""})
-    result = nano.evaluate(["trained", "base"], n=N, device="cpu", weights={"nano-clip": 2.0})
+    result = nano.evaluate(["trained", "base"], nano.Sampling(N), device="cpu", weights={"nano-clip": 2.0})
     for key, of_base in known["base"].items():
         change = known["trained"][key] - of_base
         assert result["difference"][key]["mean"] == pytest.approx(change.mean().item(), abs=1e-6), key
@@ -175,9 +175,10 @@ class NoRewards:
 def test_precision_is_of_samples_and_recall_of_the_set(monkeypatch):
     judge = nano.load_judge()
     monkeypatch.setattr(nano, "token_entropy", lambda policy, tokens, *rest: torch.ones(len(tokens), 64))
-    settings = {"seed": 0, "cfg_scale": 1.0, "temperature": 1.0}
-    ids = judge.reference_classes[:N]
-    values = nano._measure_policy(Replayed(judge), judge, NoRewards(), {"nano-clip": 1.0}, ids, settings, 17, "x")
+    sampling, ids = nano.Sampling(N, cfg_scale=1.0), judge.reference_classes[:N]
+    assert torch.equal(sampling.class_ids, ids)
+    bench = nano.Bench(judge, NoRewards(), {"nano-clip": 1.0}, batch_size=17)
+    values = bench.policy_values(Replayed(judge), sampling, "replayed")
     assert len(values["precision"]) == N and values["precision"].all(), "every sample is a reference scene"
     covered = fidelity.precision_recall(judge.reference_features[:N], judge.reference_features)[1]
     assert covered[:N].all()
@@ -201,10 +202,10 @@ def test_a_seed_that_reaches_the_critics_training_samples_is_refused(monkeypatch
 
     monkeypatch.setattr(nano, "resolve_device", reach)
     with pytest.raises(Reached):
-        nano.evaluate(["nano-c2i"], n=99_999, seed=489)
+        nano.evaluate(["nano-c2i"], nano.Sampling(99_999, seed=489))
     for seed, n in ((490, N), (489, 100_000), (-1, N)):
         with pytest.raises(UserError, match=f"seed {seed} is out of range"):
-            nano.evaluate(["nano-c2i"], n=n, seed=seed)
+            nano.evaluate(["nano-c2i"], nano.Sampling(n, seed=seed))
 
 
 def test_the_missing_font_is_said_not_raised(monkeypatch):
@@ -218,6 +219,6 @@ def test_the_missing_font_is_said_not_raised(monkeypatch):
 
 def test_too_few_samples_and_too_many_policies_are_refused():
     with pytest.raises(UserError, match="47 samples"):
-        nano.evaluate(["nano-c2i"], n=47)
+        nano.evaluate(["nano-c2i"], nano.Sampling(47))
     with pytest.raises(UserError, match="3 policies"):
         nano.evaluate(["nano-c2i"] * 3)

@@ -88,11 +88,12 @@ def evaluate(
 
         result = evaluate_images(images, batch_size=batch_size, device=device)
     else:
+        from argrpo_cli.evals.nano import Sampling
         from argrpo_cli.evals.nano import evaluate as measure
 
         policies = [policy or "nano-c2i", *([baseline] if baseline else [])]
-        count = NANO_IMAGES if n is None else n
-        result = measure(policies, n=count, batch_size=batch_size, device=device, **sampling)
+        drawn = Sampling(NANO_IMAGES if n is None else n, **sampling)
+        result = measure(policies, drawn, batch_size=batch_size, device=device)
     Console().print(table(result))
     if out is not None:
         write_json(out, result)
@@ -103,8 +104,8 @@ def _geneval(
 ) -> None:
     from rich.console import Console
 
-    from argrpo_cli.evals.geneval import Protocol, run_geneval, table
+    from argrpo_cli.evals.geneval import GenEvalSettings, run_geneval, table
 
-    protocol = Protocol(per_prompt=GENEVAL_IMAGES if n is None else n, **sampling)
-    Console().print(table(run_geneval(policies, out, protocol, batch_size, device)))
+    settings = GenEvalSettings(per_prompt=GENEVAL_IMAGES if n is None else n, **sampling)
+    Console().print(table(run_geneval(policies, out, settings, batch_size, device)))
     print(f"images, verdicts, prompts.jsonl, summary.json and the failures as a picture (failures.png) in {out}")

@@ -24,13 +24,14 @@ from PIL import Image
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals.geneval_sheet import failure_sheet
+from argrpo_cli.evals.nano import open_nano_policy
 from argrpo_cli.files import make_dir, read_json, read_jsonl, save_png, write_json, write_jsonl
 from argrpo_cli.geneval.grammar import Prompt
 from argrpo_cli.geneval.prompts import official_jsonl, prompt_set
 from argrpo_cli.geneval.rules import judge_image
-from argrpo_cli.geneval.summary import Score, tag_scores
+from argrpo_cli.geneval.summary import Score, summarise, tag_scores
 from argrpo_cli.nano.detector import NANO_THRESHOLDS, Detector, Found, by_class, color_of, load_detector
-from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy import Policy
 from argrpo_cli.policy.loading import fingerprint
 from argrpo_cli.progress import progress
 
@@ -43,7 +44,7 @@ MOST_FAILURES = 40  # on the sheet
 
 
 @dataclass(frozen=True)
-class Protocol:
+class GenEvalSettings:
     """What decides the result, beside the policies."""
 
     per_prompt: int = 4
@@ -64,44 +65,48 @@ class Protocol:
 def run_geneval(
     policies: Sequence[str],
     out: Path,
-    protocol: Protocol = Protocol(),
+    settings: GenEvalSettings = GenEvalSettings(),
     batch_size: int = 64,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Draw, detect, judge and average; one policy, or two of which the second is the baseline.
 
     Returns:
-        What summary.json holds: `scores` {policy: {set: {category or "overall": {mean, error, images, prompts}}}} and,
-        for two policies, `difference` of the same shape (errors paired by prompt), and the protocol.
+        What summary.json holds: `scores` {policy: {set: {category or "overall": {mean, error, images, prompts}}}},
+        `totals` {policy: {correct_images, correct_prompts}}, for two policies `difference` of the shape of a policy's
+        scores (errors paired by prompt), and the settings.
 
     Raises:
         UserError: no such policy, one that reads no captions or knows too few words, an `out` used for something else.
     """
     names = _names(policies)
-    most = SEED_STRIDE // len(protocol.prompts)
-    if not 1 <= protocol.per_prompt <= most:
-        raise UserError(f"--n {protocol.per_prompt}: give 1 to {most} images per prompt")
-    if not 0 <= protocol.seed < MOST_SEEDS:
-        raise UserError(f"--seed {protocol.seed}: give 0 to {MOST_SEEDS - 1}")
+    most = SEED_STRIDE // len(settings.prompts)
+    if not 1 <= settings.per_prompt <= most:
+        raise UserError(f"--n {settings.per_prompt}: give 1 to {most} images per prompt")
+    if not 0 <= settings.seed < MOST_SEEDS:
+        raise UserError(f"--seed {settings.seed}: give 0 to {MOST_SEEDS - 1}")
     device = resolve_device(device)
     loaded = {name: _captioned(path, device) for name, path in zip(names, policies, strict=True)}
     detector = load_detector(device=device)
     identity = {
-        **asdict(protocol),
-        "sets": list(protocol.sets),
+        **asdict(settings),
+        "sets": list(settings.sets),
         "policies": {name: policy.fingerprint() for name, policy in loaded.items()},
-        "prompts": hashlib.sha256(official_jsonl(protocol.prompts).encode()).hexdigest(),
+        "prompts": hashlib.sha256(official_jsonl(settings.prompts).encode()).hexdigest(),
         "detector": {"name": "nano-detector", "weights": fingerprint([detector.network])},
         "thresholds": asdict(NANO_THRESHOLDS),
     }
     _claim(out, identity)
-    rows = {name: _judge_policy(policy, detector, protocol, out / name, batch_size) for name, policy in loaded.items()}
-    result: dict[str, Any] = {"scores": {name: _scores(own, protocol) for name, own in rows.items()}}
+    rows = {name: _judge_policy(policy, detector, settings, out / name, batch_size) for name, policy in loaded.items()}
+    result: dict[str, Any] = {
+        "scores": {name: _scores(own, settings) for name, own in rows.items()},
+        "totals": {name: _totals(own, settings) for name, own in rows.items()},
+    }
     if len(names) == 2:
         pairs = zip(rows[names[0]], rows[names[1]], strict=True)
-        result["difference"] = _scores([{**a, "correct": a["correct"] - b["correct"]} for a, b in pairs], protocol)
-    result["protocol"] = identity
-    write_jsonl(out / "prompts.jsonl", _by_prompt(rows, protocol))
+        result["difference"] = _scores([{**a, "correct": a["correct"] - b["correct"]} for a, b in pairs], settings)
+    result["settings"] = identity
+    write_jsonl(out / "prompts.jsonl", _by_prompt(rows, settings))
     failures = [row for row in rows[names[0]] if not row["correct"]]
     if failures:
         count = min(MOST_FAILURES, len(failures))
@@ -122,11 +127,9 @@ def _names(policies: Sequence[str]) -> list[str]:
 
 
 def _captioned(path: str, device: str) -> Policy:
-    policy = load_policy(path, device)
+    policy = open_nano_policy(path, device)
     if policy.text_encoder is None:
         raise UserError(f"{path} draws classes, and GenEval asks with captions; give a policy such as nano-t2i")
-    if policy.image_size != 64 or policy.text_encoder.words is None:
-        raise UserError(f"{path} does not draw the nano world; GenEval at full size is not in this version")
     return policy
 
 
@@ -134,26 +137,26 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
     """Use a new or empty folder, or one that an interrupted call with the same settings left."""
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write to {out}: it is a file, not a folder")
-    settings = out / "settings.json"
-    if settings.is_file():
-        if read_json(settings) != identity:
+    path = out / "settings.json"
+    if path.is_file():
+        if read_json(path) != identity:
             raise UserError(f"{out} holds an evaluation of something else; choose another --out")
         return
     if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise UserError(f"{out} is not empty; choose another --out")
     make_dir(out)
-    write_json(settings, identity)
+    write_json(path, identity)
 
 
 def _judge_policy(
-    policy: Policy, detector: Detector, protocol: Protocol, folder: Path, batch_size: int
+    policy: Policy, detector: Detector, settings: GenEvalSettings, folder: Path, batch_size: int
 ) -> list[dict[str, Any]]:
     """One row per image, in the order of the prompts; those that an earlier call left are not drawn again."""
     images = make_dir(folder / "images")
     table = folder / "results.jsonl"
-    prompts = protocol.prompts
+    prompts = settings.prompts
     conditions = policy.conditions([prompt.text for prompt in prompts])
-    wanted = [(place, sample) for place in range(len(prompts)) for sample in range(protocol.per_prompt)]
+    wanted = [(place, sample) for place in range(len(prompts)) for sample in range(settings.per_prompt)]
     kept = {row["file"]: row for row in read_jsonl(table)} if table.is_file() else {}
     rows = [kept.get(_file(prompts[place], sample)) for place, sample in wanted]
     missing = [index for index, row in enumerate(rows) if row is None]
@@ -162,9 +165,9 @@ def _judge_policy(
             batch = missing[start : start + batch_size]
             tokens = policy.sample(
                 [conditions[wanted[index][0]] for index in batch],
-                cfg_scale=protocol.cfg_scale,
-                temperature=protocol.temperature,
-                seeds=[protocol.image_seed(*wanted[index]) for index in batch],
+                cfg_scale=settings.cfg_scale,
+                temperature=settings.temperature,
+                seeds=[settings.image_seed(*wanted[index]) for index in batch],
                 batch_size=batch_size,
             )
             pixels = policy.decode(tokens)
@@ -199,18 +202,25 @@ def _row(file: str, prompt: Prompt, objects: Sequence[Found]) -> dict[str, Any]:
     }
 
 
-def _scores(rows: Sequence[dict[str, Any]], protocol: Protocol) -> dict[str, dict[str, dict[str, float]]]:
+def _scores(rows: Sequence[dict[str, Any]], settings: GenEvalSettings) -> dict[str, dict[str, dict[str, float]]]:
     """Categories and overall, for the official part and, where there is more, for all prompts together."""
-    known = {prompt.index: prompt for prompt in protocol.prompts}
+    known = {prompt.index: prompt for prompt in settings.prompts}
     official = {prompt.index for prompt in prompt_set(OFFICIAL_PART)}
     parts = {OFFICIAL_PART: [row for row in rows if row["index"] in official]}
-    if len(protocol.sets) > 1:
-        parts[" + ".join(protocol.sets)] = list(rows)
+    if len(settings.sets) > 1:
+        parts[" + ".join(settings.sets)] = list(rows)
     result = {}
     for name, own in parts.items():
         by_tag, overall = tag_scores((known[row["index"]], float(row["correct"])) for row in own)
         result[name] = {tag: _plain(score) for tag, score in by_tag.items()} | {"overall": _plain(overall)}
     return result
+
+
+def _totals(rows: Sequence[dict[str, Any]], settings: GenEvalSettings) -> dict[str, float]:
+    """The two totals of the official summary: shares of correct images, and of prompts with a correct image."""
+    known = {prompt.index: prompt for prompt in settings.prompts}
+    summary = summarise((known[row["index"]], row["correct"]) for row in rows)
+    return {"correct_images": summary.correct_images, "correct_prompts": summary.correct_prompts}
 
 
 def _plain(score: Score) -> dict[str, float | None]:
@@ -219,13 +229,13 @@ def _plain(score: Score) -> dict[str, float | None]:
     return {**values, "error": None if values["error"] != values["error"] else values["error"]}
 
 
-def _by_prompt(rows: dict[str, list[dict[str, Any]]], protocol: Protocol) -> list[dict[str, Any]]:
+def _by_prompt(rows: dict[str, list[dict[str, Any]]], settings: GenEvalSettings) -> list[dict[str, Any]]:
     """A line per prompt: how many of its images are correct, and why not, policy by policy."""
     lines = []
-    for place, prompt in enumerate(protocol.prompts):
+    for place, prompt in enumerate(settings.prompts):
         line: dict[str, Any] = {"index": prompt.index, "tag": prompt.tag, "prompt": prompt.text}
         for name, own in rows.items():
-            images = own[place * protocol.per_prompt : (place + 1) * protocol.per_prompt]
+            images = own[place * settings.per_prompt : (place + 1) * settings.per_prompt]
             reasons = [row["reason"] for row in images if row["reason"]]
             line[name] = {"correct": sum(row["correct"] for row in images), "images": len(images), "reasons": reasons}
         lines.append(line)
@@ -236,11 +246,11 @@ def table(result: dict[str, Any]) -> Table:
     """The scores as a Rich table: baseline, policy, paired difference; one section per set."""
     from rich.table import Table
 
-    scores, protocol = result["scores"], result["protocol"]
+    scores, settings = result["scores"], result["settings"]
     names = list(scores)[::-1]  # the baseline first
     out = Table(
-        title=f"GenEval in the nano world, {protocol['per_prompt']} images per prompt, cfg {protocol['cfg_scale']:g}, "
-        f"seed {protocol['seed']}; share correct ± standard error",
+        title=f"GenEval in the nano world, {settings['per_prompt']} images per prompt, cfg {settings['cfg_scale']:g}, "
+        f"seed {settings['seed']}; share correct ± standard error",
         caption="detector: nano-detector; overall is the plain mean of the categories, as published; "
         "errors are clustered by prompt (none where a category has one)",
     )

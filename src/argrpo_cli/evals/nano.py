@@ -22,6 +22,7 @@ samples), so each has a mean and a standard error, and for two policies a paired
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,106 @@ RECOGNISED, DIVERSITY = "recognised", "diversity"
 ENTROPY, GUIDED_ENTROPY, TOTAL = "entropy", "entropy_guided", "total_reward"
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """What is drawn: n samples, classes in turn, each with noise of its own."""
+
+    n: int = 2016
+    cfg_scale: float = 2.0
+    temperature: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise UserError for too few samples or a seed that reaches training's."""
+        classes = len(scenes.CLASS_NAMES)
+        if self.n < 2 * classes:
+            raise UserError(f"{self.n} samples are too few: give at least {2 * classes}, two for each class")
+        if self.seed < 0 or FIRST_SEED + self.seed * SEED_STRIDE + self.n >= SEED_LIMIT:
+            most = (SEED_LIMIT - FIRST_SEED - self.n - 1) // SEED_STRIDE
+            raise UserError(f"seed {self.seed} is out of range: with {self.n} samples, give 0 to {most}")
+
+    @property
+    def class_ids(self) -> Tensor:
+        """int64 [n]."""
+        return torch.arange(self.n) % len(scenes.CLASS_NAMES)
+
+    @property
+    def image_seeds(self) -> list[int]:
+        """The seed of each sample, the same for every policy."""
+        return [FIRST_SEED + self.seed * SEED_STRIDE + i for i in range(self.n)]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every policy of a comparison is measured with.
+
+    Attributes:
+        weights: name of a reward to its weight in the total.
+    """
+
+    judge: Judge
+    rewards: RewardSet
+    weights: dict[str, float]
+    batch_size: int = 64
+
+    def policy_values(self, policy: Policy, sampling: Sampling, name: str) -> Values:
+        """Every measure of a policy's samples; `name` is for the progress bar."""
+        ids = sampling.class_ids.tolist()
+        captions = [class_prompt(scenes.CLASS_NAMES[i]) for i in ids]
+        conditions = policy.conditions(ids if policy.text_encoder is None else captions)
+        seeds, scale, temperature = sampling.image_seeds, sampling.cfg_scale, sampling.temperature
+        tokens, entropy, guided = [], [], []
+        with progress(f"sampling {name}", sampling.n) as advance:
+            for start in range(0, sampling.n, self.batch_size):
+                part = slice(start, start + self.batch_size)
+                asked = conditions[part]
+                drawn = policy.sample(
+                    asked, cfg_scale=scale, temperature=temperature, seeds=seeds[part], batch_size=self.batch_size
+                )
+                tokens.append(drawn)
+                entropy.append(token_entropy(policy, drawn, asked, None, temperature).mean(1))
+                guided.append(token_entropy(policy, drawn, asked, scale, temperature).mean(1))
+                advance(len(drawn))
+        images = policy.decode(torch.cat(tokens))
+        values = self.image_values(images, sampling.class_ids)
+        values |= {ENTROPY: torch.cat(entropy), GUIDED_ENTROPY: torch.cat(guided)}
+        features = self.judge.recogniser.features(images.cpu())
+        groups = class_groups(len(images), sampling.class_ids)
+        values |= set_values(images, features, self.judge, groups) | manifold_values(features, self.judge, groups)
+        return values | {DIVERSITY: diversity(features, sampling.class_ids)}
+
+    def image_values(self, images: Tensor, class_ids: Tensor) -> Values:
+        """What can be said of each picture by itself; uint8 [B, 3, 64, 64] of classes int64 [B]."""
+        conditions = [Condition(class_prompt(scenes.CLASS_NAMES[i]), i) for i in class_ids.tolist()]
+        raw = {name: scores.cpu() for name, scores in self.rewards.score(images, conditions, self.batch_size).items()}
+        recognised = self.judge.recogniser.classes(self.judge.recogniser.features(images.cpu()))
+        found = self.judge.match(images, class_ids)
+        return {
+            MATCH: found.db,
+            MATCH_AT_SIZE: found.db - self.judge.expected_db(class_ids, found.size),
+            SIZE: found.size.float(),
+            MIRRORED: found.mirror.float(),
+            RECOGNISED: (recognised == class_ids).float(),
+            **raw,
+            TOTAL: sum(scores * self.weights[name] for name, scores in raw.items()),
+        }
+
+    def real_values(self) -> Values:
+        """What real scenes score, as if they were samples."""
+        chosen = unseen_scenes()
+        values = self.image_values(self.judge.reference_images[chosen], self.judge.reference_classes[chosen])
+        return values | real_set_values(self.judge, chosen)
+
+
+def open_bench(weights: dict[str, float] | None = None, batch_size: int = 64, device: str = "cpu") -> Bench:
+    """The bundled judge and rewards; the weights are those of the recipe nano/c2i unless given."""
+    weights = weights or recipe_weights()
+    return Bench(load_judge(), load_rewards(list(weights), device), weights, batch_size)
+
+
 def evaluate(
     policies: Sequence[str],
-    n: int = 2016,
-    cfg_scale: float = 2.0,
-    temperature: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = Sampling(),
     batch_size: int = 64,
     device: str = "auto",
     weights: dict[str, float] | None = None,
@@ -65,7 +160,6 @@ def evaluate(
 
     Args:
         policies: names or paths for `load_policy`; with two, the second is the baseline.
-        n: samples per policy, classes in turn.
         weights: name of a reward to its weight in the total; default: those of the recipe nano/c2i.
 
     Returns:
@@ -77,31 +171,19 @@ def evaluate(
         UserError: no such policy, a policy of another world, too few samples, a seed that reaches training's.
     """
     names = _distinct(policies)
-    classes = len(scenes.CLASS_NAMES)
-    if n < 2 * classes:
-        raise UserError(f"{n} samples are too few: give at least {2 * classes}, two for each class")
-    if seed < 0 or FIRST_SEED + seed * SEED_STRIDE + n >= SEED_LIMIT:
-        most = (SEED_LIMIT - FIRST_SEED - n - 1) // SEED_STRIDE
-        raise UserError(f"seed {seed} is out of range: with {n} samples, give 0 to {most}")
+    sampling.check()
     device = resolve_device(device)
-    loaded = {name: _nano_policy(path, device) for name, path in zip(names, policies, strict=True)}
-    weights = weights or recipe_weights()
-    rewards, judge = load_rewards(list(weights), device), load_judge()
-    settings = {"n": n, "cfg_scale": cfg_scale, "temperature": temperature, "seed": seed}
-    class_ids = torch.arange(n) % classes
-    measured: dict[str, Values] = {}
-    for name, policy in loaded.items():
-        measured[name] = _measure_policy(policy, judge, rewards, weights, class_ids, settings, batch_size, name)
-    real = measure_real(judge, rewards, weights, batch_size)
+    loaded = {name: open_nano_policy(path, device) for name, path in zip(names, policies, strict=True)}
+    bench = open_bench(weights, batch_size, device)
+    measured = {name: bench.policy_values(policy, sampling, name) for name, policy in loaded.items()}
     last = measured[names[-1]]
-    spread = {key: within_class_std(last[key], class_ids) for key in [*weights, TOTAL]}
     result: dict[str, Any] = {
         "policies": {name: summary(values) for name, values in measured.items()},
-        "real": summary(real),
-        "within_class_std": spread,
-        "reward_weights": weights,
-        "tokenizer": measure_tokenizer(judge.tokenizer, judge.reference_tokens, seed),
-        "settings": settings,
+        "real": summary(bench.real_values()),
+        "within_class_std": {key: within_class_std(last[key], sampling.class_ids) for key in [*bench.weights, TOTAL]},
+        "reward_weights": bench.weights,
+        "tokenizer": measure_tokenizer(bench.judge.tokenizer, bench.judge.reference_tokens, sampling.seed),
+        "settings": asdict(sampling),
     }
     if len(names) == 2:
         first = measured[names[0]]
@@ -109,14 +191,20 @@ def evaluate(
     return result
 
 
-def policy_values(
-    path: str, n: int, cfg_scale: float = 2.0, temperature: float = 1.0, seed: int = 0, batch_size: int = 64
-) -> Values:
-    """Every measure of one policy as values over units, for comparisons of more than two; arguments as `evaluate`."""
-    weights, class_ids = recipe_weights(), torch.arange(n) % len(scenes.CLASS_NAMES)
-    settings = {"n": n, "cfg_scale": cfg_scale, "temperature": temperature, "seed": seed}
-    policy, rewards = _nano_policy(path, "cpu"), load_rewards(list(weights))
-    return _measure_policy(policy, load_judge(), rewards, weights, class_ids, settings, batch_size, path)
+def open_nano_policy(path: str, device: str = "cpu") -> Policy:
+    """A policy that draws the nano world's objects, by class or by caption.
+
+    Raises:
+        UserError: no such policy, or it draws something else.
+    """
+    policy = load_policy(path, device)
+    if policy.text_encoder is None:
+        fits = tuple(policy.class_names) == scenes.CLASS_NAMES
+    else:
+        fits = {word for name in scenes.CLASS_NAMES for word in name.split()} <= set(policy.text_encoder.words or ())
+    if not fits or policy.image_size != scenes.IMAGE_SIZE:
+        raise UserError(f"policy {path} does not draw the nano world's objects, so its judges cannot measure it")
+    return policy
 
 
 def recipe_weights() -> dict[str, float]:
@@ -134,86 +222,9 @@ def _distinct(policies: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else [names[0], f"{names[1]} (again)"]
 
 
-def _nano_policy(path: str, device: str) -> Policy:
-    policy = load_policy(path, device)
-    if policy.text_encoder is None:
-        fits = tuple(policy.class_names) == scenes.CLASS_NAMES
-    else:
-        fits = {word for name in scenes.CLASS_NAMES for word in name.split()} <= set(policy.text_encoder.words or ())
-    if not fits or policy.image_size != scenes.IMAGE_SIZE:
-        raise UserError(f"policy {path} does not draw the nano world's classes, so its judge cannot measure it")
-    return policy
-
-
-def _measure_policy(
-    policy: Policy,
-    judge: Judge,
-    rewards: RewardSet,
-    weights: dict[str, float],
-    class_ids: Tensor,
-    settings: dict[str, Any],
-    batch_size: int,
-    name: str,
-) -> Values:
-    ids = class_ids.tolist()
-    captions = [class_prompt(scenes.CLASS_NAMES[i]) for i in ids]
-    conditions = policy.conditions(ids if policy.text_encoder is None else captions)
-    seeds = [FIRST_SEED + settings["seed"] * SEED_STRIDE + i for i in range(len(class_ids))]
-    tokens, entropy, guided = [], [], []
-    with progress(f"sampling {name}", len(class_ids)) as advance:
-        for start in range(0, len(class_ids), batch_size):
-            part = slice(start, start + batch_size)
-            drawn = policy.sample(
-                conditions[part],
-                cfg_scale=settings["cfg_scale"],
-                temperature=settings["temperature"],
-                seeds=seeds[part],
-                batch_size=batch_size,
-            )
-            tokens.append(drawn)
-            asked, temperature = conditions[part], settings["temperature"]
-            entropy.append(token_entropy(policy, drawn, asked, None, temperature).mean(1))
-            guided.append(token_entropy(policy, drawn, asked, settings["cfg_scale"], temperature).mean(1))
-            advance(len(drawn))
-    images = policy.decode(torch.cat(tokens))
-    values = measure_images(images, class_ids, judge, rewards, weights, batch_size)
-    values |= {ENTROPY: torch.cat(entropy), GUIDED_ENTROPY: torch.cat(guided)}
-    features = judge.recogniser.features(images.cpu())
-    groups = class_groups(len(images), class_ids)
-    values |= set_values(images, features, judge, groups) | manifold_values(features, judge, groups)
-    return values | {DIVERSITY: diversity(features, class_ids)}
-
-
-def measure_images(
-    images: Tensor, class_ids: Tensor, judge: Judge, rewards: RewardSet, weights: dict[str, float], batch_size: int
-) -> Values:
-    """What can be said of each picture by itself."""
-    conditions = [Condition(class_prompt(scenes.CLASS_NAMES[i]), i) for i in class_ids.tolist()]
-    raw = {name: scores.cpu() for name, scores in rewards.score(images, conditions, batch_size).items()}
-    recognised = judge.recogniser.classes(judge.recogniser.features(images.cpu()))
-    found = judge.match(images, class_ids)
-    return {
-        MATCH: found.db,
-        MATCH_AT_SIZE: found.db - judge.expected_db(class_ids, found.size),
-        SIZE: found.size.float(),
-        MIRRORED: found.mirror.float(),
-        RECOGNISED: (recognised == class_ids).float(),
-        **raw,
-        TOTAL: sum(scores * weights[name] for name, scores in raw.items()),
-    }
-
-
 def unseen_scenes() -> slice:
     """The reference scenes that stand for real ones: not those that the judge's expectation is fitted to."""
     return slice(FITTED, FITTED + UNSEEN_SCENES)
-
-
-def measure_real(judge: Judge, rewards: RewardSet, weights: dict[str, float], batch_size: int) -> Values:
-    """What real scenes score, as if they were samples."""
-    chosen = unseen_scenes()
-    ids = judge.reference_classes[chosen]
-    values = measure_images(judge.reference_images[chosen], ids, judge, rewards, weights, batch_size)
-    return values | real_set_values(judge, chosen)
 
 
 def within_class_std(reward: Tensor, class_ids: Tensor) -> float:

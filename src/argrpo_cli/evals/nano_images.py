@@ -15,14 +15,12 @@ from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals.fidelity import NEIGHBOURS
 from argrpo_cli.evals.image_sets import ImageSet, open_images
-from argrpo_cli.evals.nano import DIVERSITY, measure_images, measure_real, recipe_weights, summary, unseen_scenes
+from argrpo_cli.evals.nano import DIVERSITY, open_bench, summary, unseen_scenes
 from argrpo_cli.evals.nano_sets import class_groups, manifold_values, real_set_values, set_values
 from argrpo_cli.files import read_jsonl
 from argrpo_cli.nano import scenes
-from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.recognition import diversity
 from argrpo_cli.progress import progress
-from argrpo_cli.rewards import load_rewards
 from argrpo_cli.sampling_job import METADATA, SETTINGS
 
 
@@ -46,7 +44,8 @@ def evaluate_images(
     if found.count <= NEIGHBOURS:
         raise UserError(f"{found.path} holds too few images: precision and recall need 4, there are {found.count}")
     device = resolve_device(device)
-    judge, read = load_judge(), []
+    bench, read = open_bench(weights, batch_size, device), []
+    judge = bench.judge
     with progress("reading", found.count) as advance:
         for batch in found.batches(batch_size):
             read.append(batch)
@@ -56,20 +55,17 @@ def evaluate_images(
     groups = class_groups(len(images), class_ids)
     values = set_values(images, features, judge, groups) | manifold_values(features, judge, groups)
     if class_ids is None:
-        weights = {}
         real = real_set_values(judge, unseen_scenes())
     else:
-        weights = weights or recipe_weights()
-        rewards = load_rewards(list(weights), device)
-        values |= measure_images(images, class_ids, judge, rewards, weights, batch_size)
+        values |= bench.image_values(images, class_ids)
         several = (class_ids.bincount() > 1)[class_ids]  # a class needs two pictures to differ
         if several.any():
             values[DIVERSITY] = diversity(features[several], class_ids[several])
-        real = measure_real(judge, rewards, weights, batch_size)
+        real = bench.real_values()
     return {
         "images": {str(path): summary(values)},
         "real": summary(real),
-        "reward_weights": weights,
+        "reward_weights": {} if class_ids is None else bench.weights,
         "settings": {"images": str(path), "n": found.count, "classes_known": class_ids is not None},
     }
 

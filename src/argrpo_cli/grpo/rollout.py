@@ -86,7 +86,7 @@ class Rollout:
 
         Returns:
             prompt_ids: what the training pass is to read as the condition of each image: its class id; for captions its
-                row in the model's `captions`, P times. Where the condition is dropped that is the null class or the
+                row in the model's `condition_table`, P times. Where the condition is dropped that is the null class or the
                 null caption: those images are drawn for their condition, but train the unconditional distribution,
                 as in the policy's pre-training.
             completion_ids: its T token ids.
@@ -113,14 +113,14 @@ class Rollout:
             images = [image for tokens, _ in drawn for image in self.policy.decode(tokens)]
             logprobs = [row for _, chunk in drawn for row in chunk.tolist()]
             return {
-                "prompt_ids": self._prompt_ids(condition, mask, torch.tensor(dropped), trainer),
+                "prompt_ids": self._training_prompts(condition, mask, torch.tensor(dropped), trainer),
                 "completion_ids": [row for tokens, _ in drawn for row in tokens.tolist()],
                 "logprobs": [[None] * len(row) if drop else row for drop, row in zip(dropped, logprobs, strict=True)],
                 "images": images,
                 "conditions": asked,
             }
 
-    def _prompt_ids(
+    def _training_prompts(
         self, condition: Tensor, mask: Tensor | None, dropped: Tensor, trainer: GRPOTrainer
     ) -> list[list[int]]:
         """The prompts of the training pass; for captions the models are told first what those count into."""
@@ -130,10 +130,10 @@ class Rollout:
             return torch.where(dropped, config.num_classes, condition)[:, None].tolist()
         null = self.policy.model.model.null_caption.to(condition.dtype)
         # The features of this batch and no other: those of a whole data set would not fit a GPU.
-        captions = torch.where(dropped[:, None, None], null, condition), mask
-        self.policy.model.captions = captions
+        table = torch.where(dropped[:, None, None], null, condition), mask
+        self.policy.model.condition_table = table
         if trainer.ref_model is not None:
-            trainer.accelerator.unwrap_model(trainer.ref_model).captions = captions
+            trainer.accelerator.unwrap_model(trainer.ref_model).condition_table = table
         return [[row] * config.cls_token_num for row in range(len(condition))]
 
     def _draw(

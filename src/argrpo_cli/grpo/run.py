@@ -24,12 +24,11 @@ from filelock import FileLock, Timeout
 
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import cannot_write, make_dir, read_json, read_text, reason, write_json, write_jsonl, write_text
+from argrpo_cli.policy.policy import CHECKPOINT_PREFIX, CHECKPOINTS, checkpoint_folders
 from argrpo_cli.recipe import dump_recipe
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
-
-CHECKPOINT_PREFIX = "step_"
 
 
 class Interrupted(SystemExit):
@@ -56,7 +55,7 @@ class RunDirectory:
 
     @property
     def checkpoints_dir(self) -> Path:
-        return self.root / "checkpoints"
+        return self.root / CHECKPOINTS
 
     @property
     def partial_dir(self) -> Path:
@@ -75,10 +74,7 @@ class RunDirectory:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        names = (
-            path.name.removeprefix(CHECKPOINT_PREFIX) for path in self.checkpoints_dir.glob(f"{CHECKPOINT_PREFIX}*")
-        )
-        return sorted(int(name) for name in names if name.isdigit())
+        return list(checkpoint_folders(self.root))
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""

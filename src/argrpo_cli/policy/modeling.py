@@ -179,7 +179,7 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
             h_u + s (h_c - h_u), where h_u belongs to the null condition. The LM head is linear and has no
             bias, so what it makes of them are the guided logits, and log-probabilities taken from those are
             the ones of the distribution that guided sampling draws from. As there, s <= 1 is no guidance.
-        captions: None, or the features [N, P, caption_dim] and mask [N, P] that `input_ids` count into: a pass that is
+        condition_table: None, or the features [N, P, caption_dim] and mask [N, P] that `input_ids` count into: a pass that is
             given no features takes those of row input_ids[:, 0]. So a trainer that only knows ids can train captions.
     """
 
@@ -195,7 +195,7 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.guidance_scale: float | None = None
-        self.captions: KeyValue | None = None
+        self.condition_table: KeyValue | None = None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -249,7 +249,7 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
 
         Args:
             input_ids: int64 [B, P + t]. Column 0 is the class id (num_classes = null); for captions the
-                first P columns are placeholders, or rows of `captions`. The rest are image token ids.
+                first P columns are placeholders, or rows of `condition_table`. The rest are image token ids.
             attention_mask: [B, P + t]; images are always complete, so only caption padding can be masked.
             condition_features: [B, P, caption_dim], left padded (`left_pad`); captions only.
             condition_mask: [B, P]; by default the first P columns of attention_mask.
@@ -268,8 +268,8 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
                 f"input_ids has {length} columns; {condition_length} condition tokens and at most "
                 f"{self.config.block_size} image tokens are expected"
             )
-        if self.captions is not None and condition_features is None:
-            condition_features, condition_mask = (part[input_ids[:, 0]] for part in self.captions)
+        if self.condition_table is not None and condition_features is None:
+            condition_features, condition_mask = (part[input_ids[:, 0]] for part in self.condition_table)
         if (self.config.condition == "caption") != (condition_features is not None):
             raise ValueError(f"a policy conditioned on a {self.config.condition}: condition_features do not fit")
         if condition_mask is None and attention_mask is not None:
@@ -326,13 +326,13 @@ class LlamaGenForImageGeneration(LlamaGenPreTrainedModel, GenerationMixin):
         self.model.guidance_scale = scale
 
     @property
-    def captions(self) -> KeyValue | None:
-        """The backbone's captions; see `LlamaGenModel`."""
-        return self.model.captions
+    def condition_table(self) -> KeyValue | None:
+        """The backbone's; see `LlamaGenModel`."""
+        return self.model.condition_table
 
-    @captions.setter
-    def captions(self, captions: KeyValue | None) -> None:
-        self.model.captions = captions
+    @condition_table.setter
+    def condition_table(self, table: KeyValue | None) -> None:
+        self.model.condition_table = table
 
     def get_output_embeddings(self) -> nn.Linear:
         """The LM head, [vocab_size, D], no bias."""

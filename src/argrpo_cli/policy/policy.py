@@ -31,6 +31,7 @@ from argrpo_cli.policy.text import TextEncoder, load_text_encoder
 from argrpo_cli.policy.vq import VQModel, to_uint8
 
 CARD = "policy.json"
+CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step_"  # of a run directory: checkpoints/step_000020
 BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
 BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
 DTYPES = ("float32", "bfloat16", "float16")
@@ -228,14 +229,20 @@ def find_policy(name_or_path: str | Path) -> Path:
         raise UserError(f"no policy {str(name_or_path)!r}: not a folder, and the bundled policies are {names}{hint}")
     if (path / CARD).is_file():
         return path
-    checkpoints = [
-        folder for folder in path.glob("checkpoints/step_*") if folder.name[5:].isdigit() and (folder / CARD).is_file()
-    ]
+    checkpoints = [folder for folder in checkpoint_folders(path).values() if (folder / CARD).is_file()]
     if checkpoints:
-        return max(checkpoints, key=lambda folder: int(folder.name[5:]))
+        return checkpoints[-1]
     if (path / "policy" / CARD).is_file():
         return path / "policy"
-    raise UserError(f"{path} is no policy: it has no {CARD}, no checkpoints/step_* and no policy/ folder with one")
+    raise UserError(
+        f"{path} is no policy: it has no {CARD}, no {CHECKPOINTS}/{CHECKPOINT_PREFIX}* and no policy/ folder with one"
+    )
+
+
+def checkpoint_folders(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run directory by step, oldest first."""
+    named = ((path.name.removeprefix(CHECKPOINT_PREFIX), path) for path in (run / CHECKPOINTS).glob("*"))
+    return dict(sorted((int(step), path) for step, path in named if step.isdigit()))
 
 
 def choose_trainable(model: nn.Module, wanted: str | Sequence[str]) -> None:

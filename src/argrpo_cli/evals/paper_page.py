@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from argrpo_cli.evals import paper_numbers as published
 from argrpo_cli.evals.nano_sets import CORRECTED
 from argrpo_cli.files import atomic_path
 from argrpo_cli.geneval.summary import tag_scores
-from argrpo_cli.nano import paper_numbers as published
 from argrpo_cli.nano.captions import SHARED
 from argrpo_cli.recipe import load_recipe
 
@@ -64,8 +64,9 @@ def page(results: Results, images: int, per_prompt: int) -> str:
         "drawing the samples. Beside each the paper's own numbers, of models 40 to 160 times larger on other data: "
         "compare directions, not sizes. Fidelity is measured on the nano judge's features, GenEval with the nano "
         "detector. GenEval's single objects and counts were trained on, its other categories were not. Unlike in the "
-        f"paper, only one block and what reads the condition are trained, at a learning rate of "
-        f"{settings.learning_rate:g}, on the `{settings.logprob}` log-probability.",
+        "paper, only one block and what reads the condition are trained, at a learning rate of "
+        f"{settings.learning_rate:g}; as there, images are drawn guided and the conditional log-probability is "
+        "trained.",
         "## Table 2: class-conditional",
         _table({"LlamaGen (base)": c2i["base"], "AR-GRPO": c2i["c2i"]}, published.TABLE_2, MEASURES),
         "## Table 5: the KL term",

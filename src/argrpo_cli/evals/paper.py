@@ -1,6 +1,6 @@
 """The paper's tables and figures in the nano world, on one page: `make paper-nano`.
 
-    python -m argrpo_cli.nano.paper [--out build/paper-nano] [--page docs/paper_nano.md] [--n 1008]
+    python -m argrpo_cli.evals.paper [--out build/paper-nano] [--page docs/paper_nano.md] [--n 1008]
 
 Trains the recipes of recipes/nano/paper/, measures every policy with the same seeds, and writes the page. Whatever is
 finished is not done again, so an interrupted call goes on where it stopped.
@@ -23,14 +23,14 @@ from argrpo_cli.captions import read_captions
 from argrpo_cli.entropy import Question, Subject, subjects_of_run
 from argrpo_cli.entropy import measure as measure_entropy
 from argrpo_cli.errors import UserError
-from argrpo_cli.evals.geneval import Protocol, run_geneval
-from argrpo_cli.evals.nano import policy_values
+from argrpo_cli.evals.geneval import GenEvalSettings, run_geneval
+from argrpo_cli.evals.nano import Sampling, open_bench, open_nano_policy
+from argrpo_cli.evals.paper_page import Results, draw_figures, page
 from argrpo_cli.files import atomic_path, make_dir, read_json, read_jsonl, write_json, write_text
 from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.grpo import run_training
 from argrpo_cli.nano.detector import load_detector
 from argrpo_cli.nano.judge import load_judge
-from argrpo_cli.nano.paper_page import Results, draw_figures, page
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.loading import fingerprint
 from argrpo_cli.recipe import dump_recipe, load_recipe
@@ -93,7 +93,8 @@ class Workplace:
         """The measures of `argrpo eval nano` as values over units."""
         path = self.root / "results" / f"{load_policy(policy).fingerprint()[:16]}-cfg{cfg_scale:g}.safetensors"
         if not path.is_file():
-            values = policy_values(policy, self.images, cfg_scale, seed=SEED)
+            sampling = Sampling(self.images, cfg_scale, seed=SEED)
+            values = open_bench().policy_values(open_nano_policy(policy), sampling, policy)
             with atomic_path(path) as temporary:
                 save_file({key: value.contiguous() for key, value in values.items()}, temporary)
         return load_file(path)
@@ -101,7 +102,7 @@ class Workplace:
     def geneval(self, policy: str) -> list[tuple[Any, float]]:
         """Prompt and verdict of every image, official and added prompts together."""
         out = self.root / "geneval" / load_policy(policy).fingerprint()[:16]
-        run_geneval([policy], out, Protocol(per_prompt=self.per_prompt, seed=SEED))
+        run_geneval([policy], out, GenEvalSettings(per_prompt=self.per_prompt, seed=SEED))
         prompts = {one.index: one for part in ("geneval-nano", "geneval-nano-extra") for one in prompt_set(part)}
         (table,) = out.glob("*/results.jsonl")
         return [(prompts[row["index"]], float(row["correct"])) for row in read_jsonl(table)]

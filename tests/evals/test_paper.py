@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from argrpo_cli.errors import UserError
+from argrpo_cli.evals import paper, paper_numbers, paper_page
 from argrpo_cli.geneval.prompts import prompt_set
-from argrpo_cli.nano import paper, paper_numbers, paper_page
 from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import load_recipe
 
