@@ -110,7 +110,7 @@ def test_dropped_captions_train_the_null_caption_under_their_own_padding(build: 
     output = trainer.rollout_func(["1"] * 32, trainer)
     dropped = torch.tensor([row[0] is None for row in output["logprobs"]])
     assert 8 <= dropped.sum() <= 24
-    features, mask = captioned.model.captions
+    features, mask = captioned.model.condition_table
     null, own = captioned.model.model.null_caption, captioned.embed(captioned.conditions(["a cat"]))
     for row, drop in enumerate(dropped):
         assert torch.equal(features[row], null if drop else own[0][0])

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from argrpo_cli.images import read_image
 from argrpo_cli.nano.detector import NANO_THRESHOLDS
 
-COLUMNS, SIDE, PAD, LINES = 5, 224, 8, 5
+COLUMNS, SIDE, PAD, LINES = 5, 224, 8, 6
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 BOX, DOUBTFUL = (220, 30, 60), (150, 150, 150)
 
@@ -40,7 +40,8 @@ def failure_sheet(rows: Sequence[dict[str, Any]], folder: Path) -> Image.Image:
             draw.rectangle(corners, outline=BOX if sure else DOUBTFUL, width=2 if sure else 1)
             if sure:
                 label = f"{one['color']} {one['class']} {one['score']:.2f}"
-                at = corners[0] + 2, min(corners[1] + 1, y + SIDE - 14)
+                width = draw.textlength(label, font=small)
+                at = min(corners[0] + 2, x + SIDE - width - 1), min(corners[1] + 1, y + SIDE - 14)
                 draw.rectangle(draw.textbbox(at, label, font=small), fill=PAPER)
                 draw.text(at, label, fill=BOX, font=small)
         words = textwrap.wrap(row["prompt"], 36)[:2]

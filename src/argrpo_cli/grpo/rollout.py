@@ -85,10 +85,10 @@ class Rollout:
         """One image per prompt, in order.
 
         Returns:
-            prompt_ids: what the training pass is to read as the condition of each image: its class id; for captions its
-                row in the model's `condition_table`, P times. Where the condition is dropped that is the null class or the
-                null caption: those images are drawn for their condition, but train the unconditional distribution,
-                as in the policy's pre-training.
+            prompt_ids: what the training pass is to read as the condition of each image: its class id; for captions
+                its row in the model's `condition_table`, P times. Where the condition is dropped that is the null class
+                or the null caption: those images are drawn for their condition, but train the unconditional
+                distribution, as in the policy's pre-training.
             completion_ids: its T token ids.
             logprobs: their log-probabilities under the distribution that `grpo.logprob` trains; None for dropped ones,
                 which were drawn from another. They feed `RatioMeter` alone: TRL computes pi_old itself.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from argrpo_cli.nano.corrupt import MIXTURE_OF_CAPTIONS, Corrupted, Pool, Propose, corrupt, make_pool
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.loading import load_pretrained
 from argrpo_cli.policy.text import load_text_encoder
 from argrpo_cli.policy.vq import VQModel
 
@@ -28,7 +29,7 @@ class Study:
 
 def load_tokenizer(folder: str | Path) -> VQModel:
     """nano-vq in float32, evaluation mode."""
-    return VQModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    return load_pretrained(VQModel, Path(folder), torch.float32).eval().requires_grad_(False)
 
 
 def base_policy(folder: str | Path) -> Policy:

@@ -20,6 +20,7 @@ from torch import Tensor
 from argrpo_cli.files import write_json
 from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, class_batch
+from argrpo_cli.nano.study import load_tokenizer
 from argrpo_cli.nano.training import decay_groups, fit, save_half
 from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
@@ -60,7 +61,7 @@ def train(
 ) -> LlamaGenForImageGeneration:
     """Train from a fixed seed on the tokens of `weights`/nano-vq and save a policy folder, weights in float16."""
     torch.manual_seed(seed)
-    vq = VQModel.from_pretrained(weights / "nano-vq", dtype=torch.float32).eval()
+    vq = load_tokenizer(weights / "nano-vq")
     pool, pool_classes = tokenised_scenes(vq, np.random.default_rng(seed + 1), POOL)
     held, held_classes = tokenised_scenes(vq, np.random.default_rng(seed + 20_000), UNSEEN)
     model = LlamaGenForImageGeneration(
@@ -105,6 +106,7 @@ def save_policy(model: LlamaGenForImageGeneration, folder: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    from argrpo_cli.nano.training import trainer_cli
+    from argrpo_cli.nano.study import load_tokenizer
+from argrpo_cli.nano.training import trainer_cli
 
     trainer_cli(train, "nano-c2i")

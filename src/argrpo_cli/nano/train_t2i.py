@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from argrpo_cli.files import write_json
 from argrpo_cli.nano import WEIGHTS, scenes
+from argrpo_cli.nano.study import load_tokenizer
 from argrpo_cli.nano.training import decay_groups, fit, save_half
 from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration, left_pad
@@ -130,7 +131,7 @@ def train(
     started = time.time()
     torch.manual_seed(seed)
     out_dir = Path(out_dir)
-    vq = VQModel.from_pretrained(weights / "nano-vq", dtype=torch.float32).eval()
+    vq = load_tokenizer(weights / "nano-vq")
     words = text_tokenizer()
     pool, captions = tokenised_captions(vq, np.random.default_rng(seed + 2), POOL)
     held, held_captions = tokenised_captions(vq, np.random.default_rng(seed + 30_000), UNSEEN)
@@ -175,6 +176,7 @@ def save(both: CaptionedPolicy, words: PreTrainedTokenizerFast, out_dir: Path) -
 
 
 if __name__ == "__main__":
-    from argrpo_cli.nano.training import trainer_cli
+    from argrpo_cli.nano.study import load_tokenizer
+from argrpo_cli.nano.training import trainer_cli
 
     trainer_cli(train, "nano-t2i")

@@ -179,8 +179,9 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
             h_u + s (h_c - h_u), where h_u belongs to the null condition. The LM head is linear and has no
             bias, so what it makes of them are the guided logits, and log-probabilities taken from those are
             the ones of the distribution that guided sampling draws from. As there, s <= 1 is no guidance.
-        condition_table: None, or the features [N, P, caption_dim] and mask [N, P] that `input_ids` count into: a pass that is
-            given no features takes those of row input_ids[:, 0]. So a trainer that only knows ids can train captions.
+        condition_table: None, or the features [N, P, caption_dim] and mask [N, P] that `input_ids` count into: a pass
+            that is given no features takes those of row input_ids[:, 0]. So a trainer that only knows ids can train
+            captions.
     """
 
     def __init__(self, config: LlamaGenConfig) -> None:

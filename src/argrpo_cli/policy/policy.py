@@ -241,7 +241,8 @@ def find_policy(name_or_path: str | Path) -> Path:
 
 def checkpoint_folders(run: Path) -> dict[int, Path]:
     """The checkpoints of a run directory by step, oldest first."""
-    named = ((path.name.removeprefix(CHECKPOINT_PREFIX), path) for path in (run / CHECKPOINTS).glob("*"))
+    found = (run / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")
+    named = ((path.name.removeprefix(CHECKPOINT_PREFIX), path) for path in found)
     return dict(sorted((int(step), path) for step, path in named if step.isdigit()))
 
 
