@@ -106,7 +106,6 @@ def save_policy(model: LlamaGenForImageGeneration, folder: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    from argrpo_cli.nano.study import load_tokenizer
-from argrpo_cli.nano.training import trainer_cli
+    from argrpo_cli.nano.training import trainer_cli
 
     trainer_cli(train, "nano-c2i")

@@ -176,7 +176,6 @@ def save(both: CaptionedPolicy, words: PreTrainedTokenizerFast, out_dir: Path) -
 
 
 if __name__ == "__main__":
-    from argrpo_cli.nano.study import load_tokenizer
-from argrpo_cli.nano.training import trainer_cli
+    from argrpo_cli.nano.training import trainer_cli
 
     trainer_cli(train, "nano-t2i")
