@@ -21,6 +21,7 @@ from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import atomic_path, make_dir, read_json, write_jsonl
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.modeling import teacher_forced
 from argrpo_cli.policy.policy import checkpoint_folders
 from argrpo_cli.progress import progress
 
@@ -73,14 +74,10 @@ def token_entropy(
     """
     model = policy.model
     condition, mask = policy.embed(conditions)
-    tokens = tokens.to(model.device)
-    prefix = model.config.cls_token_num
-    first = condition[:, None] if mask is None else tokens.new_zeros(len(tokens), prefix)
-    features = {} if mask is None else {"condition_features": condition, "condition_mask": mask}
+    inputs, predicting = teacher_forced(model.config, condition, mask, tokens.to(model.device))
     before, model.guidance_scale = model.guidance_scale, cfg_scale
     try:
-        inputs = torch.cat([first, tokens[:, :-1]], dim=1)
-        hidden = model.model(inputs, **features).last_hidden_state[:, prefix - 1 :]
+        hidden = model.model(**inputs).last_hidden_state[:, predicting]
     finally:
         model.guidance_scale = before
     rows = []

@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.console import Console
 from argrpo_cli.cli.app import run
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals import geneval as g
-from argrpo_cli.evals.geneval_sheet import COLUMNS, failure_sheet
+from argrpo_cli.evals.geneval_sheet import COLUMNS, PAD, SIDE, captions, failure_sheet
 from argrpo_cli.files import read_jsonl
 from argrpo_cli.policy import Policy, load_policy
 from tests.captioned import replayed, save_captioned_policy
@@ -153,13 +154,35 @@ def test_the_table_names_the_baseline_first(finished):
     assert "nano-detector" in text and "color_attr" in text
 
 
-def test_the_sheet_shows_every_failure_with_its_reason(finished):
+def test_the_sheet_has_a_cell_for_every_failure(finished):
     out, result = finished
     folder = out / name_of(result)
-    rows = read_jsonl(folder / "results.jsonl")[:7]
+    rows = [row for row in read_jsonl(folder / "results.jsonl") if not row["correct"]][:7]
     sheet = failure_sheet(rows, folder / "images")
     one = failure_sheet(rows[:1], folder / "images")
     assert (sheet.width, sheet.height) == (COLUMNS * one.width, 2 * one.height)
+
+
+def test_the_longest_prompt_and_reason_fit_below_a_picture():
+    prompt = max((one.text for name in g.GenEvalSettings().sets for one in g.prompt_set(name)), key=len)
+    color = "expected purple traffic light>=1, found 0 purple; and 1 orange"
+    reason = f"{color}\n{color}"
+    lines = [text for text, _ in captions({"prompt": prompt, "reason": reason})]
+    assert " ".join(lines) == f"{prompt} {color} {color}"
+
+
+def test_a_label_stays_in_its_picture(tmp_path):
+    Image.new("RGB", (64, 64), (0, 0, 255)).save(tmp_path / "a.png")
+    found = {"class": "traffic light", "box": [55.0, 60.0, 64.0, 64.0], "score": 0.9, "color": "purple"}
+    row = {"file": "a.png", "tag": "colors", "prompt": "a photo", "reason": "", "objects": [found]}
+    sheet = np.asarray(failure_sheet([row], tmp_path)).astype(int)
+    outside = np.ones(sheet.shape[:2], bool)
+    outside[PAD : PAD + SIDE, PAD : PAD + SIDE] = False
+    outside[PAD + SIDE :] = False  # the captions
+    assert (sheet[outside] == 255).all(), "nothing is drawn over the edge"
+    bare = np.asarray(failure_sheet([{**row, "objects": []}], tmp_path)).astype(int)
+    changed = np.flatnonzero((sheet != bare).any((0, 2)))
+    assert changed[0] < PAD + 0.6 * SIDE, "the label was moved to the left of its box"
 
 
 @pytest.mark.parametrize(

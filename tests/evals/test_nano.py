@@ -133,8 +133,7 @@ def test_the_difference_is_trained_minus_base_in_units_of_the_base(monkeypatch):
     }
     known = {name: {key: v.float() for key, v in values.items()} for name, values in known.items()}
     monkeypatch.setattr(nano, "open_nano_policy", lambda path, device: path)
-    monkeypatch.setattr(nano, "load_rewards", lambda names, device: None)
-    monkeypatch.setattr(nano.Bench, "real_values", lambda bench: {"match": torch.ones(2)})
+    monkeypatch.setattr(nano.Bench, "real_values", lambda bench, with_classes=True: {"match": torch.ones(2)})
     monkeypatch.setattr(nano.Bench, "policy_values", lambda bench, policy, *rest: known[policy])
     monkeypatch.setattr(nano, "measure_tokenizer", lambda *rest: {"psnr": 1.0, "codebook_used": 1.0, "note": ""})
     result = nano.evaluate(["trained", "base"], nano.Sampling(N), device="cpu", weights={"nano-clip": 2.0})
@@ -177,7 +176,8 @@ def test_precision_is_of_samples_and_recall_of_the_set(monkeypatch):
     monkeypatch.setattr(nano, "token_entropy", lambda policy, tokens, *rest: torch.ones(len(tokens), 64))
     sampling, ids = nano.Sampling(N, cfg_scale=1.0), judge.reference_classes[:N]
     assert torch.equal(sampling.class_ids, ids)
-    bench = nano.Bench(judge, NoRewards(), {"nano-clip": 1.0}, batch_size=17)
+    monkeypatch.setattr(nano, "load_rewards", lambda names, device: NoRewards())
+    bench = nano.Bench(judge, {"nano-clip": 1.0}, batch_size=17)
     values = bench.policy_values(Replayed(judge), sampling, "replayed")
     assert len(values["precision"]) == N and values["precision"].all(), "every sample is a reference scene"
     covered = fidelity.precision_recall(judge.reference_features[:N], judge.reference_features)[1]

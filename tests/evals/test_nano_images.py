@@ -150,7 +150,7 @@ def test_an_interrupted_evaluation_writes_nothing(folder, monkeypatch):
     def interrupted(*rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nano_images, "manifold_values", interrupted)
+    monkeypatch.setattr(nano, "manifold_values", interrupted)
     before = sorted(folder.parent.rglob("*"))
     assert run(["eval", "nano", "--images", str(folder), "--out", str(folder.parent / "new" / "numbers.json")]) == 130
     assert sorted(folder.parent.rglob("*")) == before

@@ -38,10 +38,10 @@ def up(value: float) -> float:
     return float(np.nextafter(np.float32(value), np.float32(1)))
 
 
-DOG = compose(0, "single_object", (Requirement("dog"),))
-TWO_DOGS = compose(0, "counting", (Requirement("dog", 2),))
-RED_DOG = compose(0, "colors", (Requirement("dog", color="red"),))
-DOG_LEFT_OF_CAT = compose(0, "position", (Requirement("cat"), Requirement("dog", position=("left of", 0))))
+DOG = compose("single_object", (Requirement("dog"),))
+TWO_DOGS = compose("counting", (Requirement("dog", 2),))
+RED_DOG = compose("colors", (Requirement("dog", color="red"),))
+DOG_LEFT_OF_CAT = compose("position", (Requirement("cat"), Requirement("dog", position=("left of", 0))))
 LEFT, MIDDLE, RIGHT = (0.0, 0.0, 20.0, 20.0), (40.0, 0.0, 60.0, 20.0), (80.0, 0.0, 100.0, 20.0)
 
 
@@ -267,7 +267,7 @@ def test_extra_objects_cost_strict_correctness_and_reward_but_not_correctness():
 
 
 def test_missing_objects_fail_their_colour_too_and_one_failure_fails_the_strict_verdict():
-    prompt = compose(0, "color_attr", (Requirement("dog", color="red"), Requirement("cat", color="blue")))
+    prompt = compose("color_attr", (Requirement("dog", color="red"), Requirement("cat", color="blue")))
     reward = reward_score(prompt, {"cat": found(0.9)}, colors("blue"))
     assert (reward.score, reward.correct, reward.strict_correct) == ((0 + 0 + 1 + 1) / 4, 0.0, 0.0)
 
@@ -288,7 +288,7 @@ def test_the_reward_asks_for_each_colour_once():
         asked.append(name)
         return ["red"] * len(detections)
 
-    prompt = compose(0, "color_attr", (Requirement("dog", color="red"), Requirement("cat", color="blue")))
+    prompt = compose("color_attr", (Requirement("dog", color="red"), Requirement("cat", color="blue")))
     reward = reward_score(prompt, {"dog": found(0.9), "cat": found(0.8)}, classify)
     assert asked == ["dog", "cat"]
     assert (reward.score, reward.correct, reward.strict_correct) == (0.75, 0.0, 0.0)

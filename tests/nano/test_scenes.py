@@ -45,7 +45,7 @@ def test_caption_scenes_stay_inside_the_picture_and_state_their_facts(tag):
     rng = np.random.default_rng(1)
     for _ in range(50):
         scene = scenes.caption_scene(rng, tag)
-        assert scene.tag == tag
+        assert scene.prompt.tag == tag or (tag == "counting" and len(scene.objects) == 1)
         assert scene.caption.startswith("a photo of ")
         for placed in scene.objects:
             assert placed.x >= 0 and placed.x + placed.size <= scenes.IMAGE_SIZE

@@ -91,7 +91,7 @@ def run_geneval(
     identity = {
         **asdict(settings),
         "sets": list(settings.sets),
-        "policies": {name: policy.fingerprint() for name, policy in loaded.items()},
+        "policies": [policy.fingerprint() for policy in loaded.values()],
         "prompts": hashlib.sha256(official_jsonl(settings.prompts).encode()).hexdigest(),
         "detector": {"name": "nano-detector", "weights": fingerprint([detector.network])},
         "thresholds": asdict(NANO_THRESHOLDS),

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from argrpo_cli.images import read_image
 from argrpo_cli.nano.detector import NANO_THRESHOLDS
 
-COLUMNS, SIDE, PAD, LINES = 5, 224, 8, 6
+COLUMNS, SIDE, PAD, LINES, CHARACTERS = 5, 224, 8, 6, 36
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 BOX, DOUBTFUL = (220, 30, 60), (150, 150, 150)
 
@@ -30,8 +30,7 @@ def failure_sheet(rows: Sequence[dict[str, Any]], folder: Path) -> Image.Image:
         pixels = read_image(folder / row["file"])
         sheet.paste(Image.fromarray(pixels.transpose(1, 2, 0)).resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, y))
         scale = SIDE / pixels.shape[-1]
-        counting = row["tag"] == "counting"
-        least = NANO_THRESHOLDS.counting_threshold if counting else NANO_THRESHOLDS.threshold
+        least = NANO_THRESHOLDS.least(row["tag"])
         for one in row["objects"]:
             sure = one["score"] > least  # others did not count and are drawn thin
             corners = [
@@ -44,8 +43,13 @@ def failure_sheet(rows: Sequence[dict[str, Any]], folder: Path) -> Image.Image:
                 at = min(corners[0] + 2, x + SIDE - width - 1), min(corners[1] + 1, y + SIDE - 14)
                 draw.rectangle(draw.textbbox(at, label, font=small), fill=PAPER)
                 draw.text(at, label, fill=BOX, font=small)
-        words = textwrap.wrap(row["prompt"], 36)[:2]
-        reason = [part for text in row["reason"].splitlines() for part in textwrap.wrap(text, 36)]
-        for place, text in enumerate([*words, *reason][:LINES]):
-            draw.text((x, y + SIDE + 2 + place * line), text, fill=INK if place < len(words) else BOX, font=font)
+        for place, (text, ink) in enumerate(captions(row)):
+            draw.text((x, y + SIDE + 2 + place * line), text, fill=ink, font=font)
     return sheet
+
+
+def captions(row: dict[str, Any]) -> list[tuple[str, tuple[int, int, int]]]:
+    """The prompt and the reason in lines that fit below a picture, each with its colour."""
+    words = textwrap.wrap(row["prompt"], CHARACTERS)
+    reason = [part for text in row["reason"].splitlines() for part in textwrap.wrap(text, CHARACTERS)]
+    return [*((text, INK) for text in words), *((text, BOX) for text in reason)][:LINES]

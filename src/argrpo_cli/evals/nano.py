@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -87,12 +88,17 @@ class Bench:
 
     Attributes:
         weights: name of a reward to its weight in the total.
+        device: of the rewards, which are loaded when they are first asked.
     """
 
     judge: Judge
-    rewards: RewardSet
     weights: dict[str, float]
     batch_size: int = 64
+    device: str = "cpu"
+
+    @cached_property
+    def rewards(self) -> RewardSet:
+        return load_rewards(list(self.weights), self.device)
 
     def policy_values(self, policy: Policy, sampling: Sampling, name: str) -> Values:
         """Every measure of a policy's samples; `name` is for the progress bar."""
@@ -112,19 +118,34 @@ class Bench:
                 entropy.append(token_entropy(policy, drawn, asked, None, temperature).mean(1))
                 guided.append(token_entropy(policy, drawn, asked, scale, temperature).mean(1))
                 advance(len(drawn))
-        images = policy.decode(torch.cat(tokens))
-        values = self.image_values(images, sampling.class_ids)
-        values |= {ENTROPY: torch.cat(entropy), GUIDED_ENTROPY: torch.cat(guided)}
-        features = self.judge.recogniser.features(images.cpu())
-        groups = class_groups(len(images), sampling.class_ids)
-        values |= set_values(images, features, self.judge, groups) | manifold_values(features, self.judge, groups)
-        return values | {DIVERSITY: diversity(features, sampling.class_ids)}
+        values = self.picture_values(policy.decode(torch.cat(tokens)), sampling.class_ids)
+        return values | {ENTROPY: torch.cat(entropy), GUIDED_ENTROPY: torch.cat(guided)}
 
-    def image_values(self, images: Tensor, class_ids: Tensor) -> Values:
-        """What can be said of each picture by itself; uint8 [B, 3, 64, 64] of classes int64 [B]."""
+    def picture_values(self, images: Tensor, class_ids: Tensor | None) -> Values:
+        """Every measure of uint8 images [B, 3, 64, 64]; without their classes, int64 [B], what needs none."""
+        features = self.judge.recogniser.features(images.cpu())
+        groups = class_groups(len(images), class_ids)
+        values = set_values(images, features, self.judge, groups) | manifold_values(features, self.judge, groups)
+        if class_ids is None:
+            return values
+        values |= self._class_values(images, features, class_ids)
+        several = (class_ids.bincount() > 1)[class_ids]  # a class needs two pictures to differ
+        return values | ({DIVERSITY: diversity(features[several], class_ids[several])} if several.any() else {})
+
+    def real_values(self, with_classes: bool = True) -> Values:
+        """What real scenes score, as if they were samples."""
+        judge, chosen = self.judge, unseen_scenes()
+        values = real_set_values(judge, chosen)
+        if not with_classes:
+            return values
+        images, features, class_ids = judge.reference_images, judge.reference_features, judge.reference_classes
+        return self._class_values(images[chosen], features[chosen], class_ids[chosen]) | values
+
+    def _class_values(self, images: Tensor, features: Tensor, class_ids: Tensor) -> Values:
+        """What can be said of each picture whose class is known."""
         conditions = [Condition(class_prompt(scenes.CLASS_NAMES[i]), i) for i in class_ids.tolist()]
         raw = {name: scores.cpu() for name, scores in self.rewards.score(images, conditions, self.batch_size).items()}
-        recognised = self.judge.recogniser.classes(self.judge.recogniser.features(images.cpu()))
+        recognised = self.judge.recogniser.classes(features)
         found = self.judge.match(images, class_ids)
         return {
             MATCH: found.db,
@@ -136,17 +157,11 @@ class Bench:
             TOTAL: sum(scores * self.weights[name] for name, scores in raw.items()),
         }
 
-    def real_values(self) -> Values:
-        """What real scenes score, as if they were samples."""
-        chosen = unseen_scenes()
-        values = self.image_values(self.judge.reference_images[chosen], self.judge.reference_classes[chosen])
-        return values | real_set_values(self.judge, chosen)
-
 
 def open_bench(weights: dict[str, float] | None = None, batch_size: int = 64, device: str = "cpu") -> Bench:
     """The bundled judge and rewards; the weights are those of the recipe nano/c2i unless given."""
     weights = weights or recipe_weights()
-    return Bench(load_judge(), load_rewards(list(weights), device), weights, batch_size)
+    return Bench(load_judge(), weights, batch_size, device)
 
 
 def evaluate(

@@ -15,11 +15,9 @@ from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals.fidelity import NEIGHBOURS
 from argrpo_cli.evals.image_sets import ImageSet, open_images
-from argrpo_cli.evals.nano import DIVERSITY, open_bench, summary, unseen_scenes
-from argrpo_cli.evals.nano_sets import class_groups, manifold_values, real_set_values, set_values
+from argrpo_cli.evals.nano import open_bench, summary
 from argrpo_cli.files import read_jsonl
 from argrpo_cli.nano import scenes
-from argrpo_cli.nano.recognition import diversity
 from argrpo_cli.progress import progress
 from argrpo_cli.sampling_job import METADATA, SETTINGS
 
@@ -45,28 +43,16 @@ def evaluate_images(
         raise UserError(f"{found.path} holds too few images: precision and recall need 4, there are {found.count}")
     device = resolve_device(device)
     bench, read = open_bench(weights, batch_size, device), []
-    judge = bench.judge
     with progress("reading", found.count) as advance:
         for batch in found.batches(batch_size):
             read.append(batch)
             advance(len(batch))
-    images = torch.cat(read)
-    features = judge.recogniser.features(images)
-    groups = class_groups(len(images), class_ids)
-    values = set_values(images, features, judge, groups) | manifold_values(features, judge, groups)
-    if class_ids is None:
-        real = real_set_values(judge, unseen_scenes())
-    else:
-        values |= bench.image_values(images, class_ids)
-        several = (class_ids.bincount() > 1)[class_ids]  # a class needs two pictures to differ
-        if several.any():
-            values[DIVERSITY] = diversity(features[several], class_ids[several])
-        real = bench.real_values()
+    known = class_ids is not None
     return {
-        "images": {str(path): summary(values)},
-        "real": summary(real),
-        "reward_weights": {} if class_ids is None else bench.weights,
-        "settings": {"images": str(path), "n": found.count, "classes_known": class_ids is not None},
+        "images": {str(path): summary(bench.picture_values(torch.cat(read), class_ids))},
+        "real": summary(bench.real_values(with_classes=known)),
+        "reward_weights": bench.weights if known else {},
+        "settings": {"images": str(path), "n": found.count, "classes_known": known},
     }
 
 

@@ -27,7 +27,6 @@ from argrpo_cli.evals.geneval import GenEvalSettings, run_geneval
 from argrpo_cli.evals.nano import Sampling, open_bench, open_nano_policy
 from argrpo_cli.evals.paper_page import Results, draw_figures, page
 from argrpo_cli.files import atomic_path, make_dir, read_json, read_jsonl, write_json, write_text
-from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.grpo import run_training
 from argrpo_cli.nano.detector import load_detector
 from argrpo_cli.nano.judge import load_judge
@@ -102,8 +101,9 @@ class Workplace:
     def geneval(self, policy: str) -> list[tuple[Any, float]]:
         """Prompt and verdict of every image, official and added prompts together."""
         out = self.root / "geneval" / load_policy(policy).fingerprint()[:16]
-        run_geneval([policy], out, GenEvalSettings(per_prompt=self.per_prompt, seed=SEED))
-        prompts = {one.index: one for part in ("geneval-nano", "geneval-nano-extra") for one in prompt_set(part)}
+        settings = GenEvalSettings(per_prompt=self.per_prompt, seed=SEED)
+        run_geneval([policy], out, settings)
+        prompts = {one.index: one for one in settings.prompts}
         (table,) = out.glob("*/results.jsonl")
         return [(prompts[row["index"]], float(row["correct"])) for row in read_jsonl(table)]
 

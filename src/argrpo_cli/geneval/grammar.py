@@ -17,6 +17,8 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# How many objects, and how many of them in a colour, the categories without counts and relations ask for.
+OBJECTS_AND_COLORS = {(1, 0): "single_object", (1, 1): "colors", (2, 0): "two_object", (2, 2): "color_attr"}
 COUNTS = {2: "two", 3: "three", 4: "four"}
 # The 80 classes of COCO in COCO's order, some under clearer names (COCO's "mouse" is "computer mouse" here).
 _OBJECTS = """
@@ -85,8 +87,8 @@ class Prompt:
         return cls(index, row["tag"], row["prompt"], include, exclude)
 
 
-def compose(index: int, tag: str, include: tuple[Requirement, ...]) -> Prompt:
-    """The prompt of a category that asks for `include`, in the benchmark's words."""
+def compose(tag: str, include: tuple[Requirement, ...], index: int = -1) -> Prompt:
+    """The prompt of a category that asks for `include`, in the benchmark's words; -1 is the index of none in a list."""
     if tag == "counting":
         (wanted,) = include
         text = f"a photo of {COUNTS[wanted.count]} {plural(wanted.name)}"
@@ -105,7 +107,7 @@ def parse_prompt(text: str) -> Prompt:
         UserError: a text that no template makes.
     """
     words = text.strip().lower().removeprefix("a photo of ")
-    tag, include = "single_object", ()
+    tag, include = None, ()
     counted = re.fullmatch(rf"({'|'.join(COUNTS.values())}) (.+)", words)
     related = re.fullmatch(rf"(.+) ({'|'.join(RELATIONS)}) (.+)", words)
     if counted:
@@ -114,16 +116,14 @@ def parse_prompt(text: str) -> Prompt:
         tag, include = "counting", tuple(Requirement(name, count) for name in names)
     elif related:
         subject, target = _object(related[1]), _object(related[3])
-        tag, include = "position", (target, replace(subject, position=(related[2], 0)))
+        if subject.color is None and target.color is None:
+            tag, include = "position", (target, replace(subject, position=(related[2], 0)))
     else:
         include = tuple(_object(part) for part in words.split(" and "))
-        colored = any(part.color for part in include)
-        if len(include) == 2:
-            tag = "color_attr" if colored else "two_object"
-        elif colored:
-            tag = "colors"
-    known = include and all(part.name in OBJECT_NAMES for part in include)
-    prompt = compose(-1, tag, include) if known else None
+        colored = sum(part.color is not None for part in include)
+        tag = OBJECTS_AND_COLORS.get((len(include), colored))
+    known = tag is not None and include and all(part.name in OBJECT_NAMES for part in include)
+    prompt = compose(tag, include) if known else None
     if prompt is None or prompt.text != text.strip().lower():
         raise UserError(f"GenEval has no such prompt: {text!r}; one it has is 'a photo of a red car and a blue dog'")
     return prompt
@@ -146,4 +146,4 @@ def mirrored(prompt: Prompt) -> Prompt:
     target, subject = prompt.include
     relation = OPPOSITE[subject.position[0]]
     include = (Requirement(subject.name), Requirement(target.name, position=(relation, 0)))
-    return compose(prompt.index, prompt.tag, include)
+    return compose(prompt.tag, include, prompt.index)

@@ -32,7 +32,7 @@ def official_jsonl(prompts: Iterable[Prompt]) -> str:
 def official_prompts() -> tuple[Prompt, ...]:
     """The 553 prompts in official order, checked against the hash of the official file."""
     facts = _read_facts(Path(__file__).with_name("prompts.txt"))
-    prompts = tuple(compose(index, tag, _requirements(tag, fact)) for index, (tag, fact) in enumerate(facts))
+    prompts = tuple(compose(tag, _requirements(tag, fact), index) for index, (tag, fact) in enumerate(facts))
     if hashlib.sha256(official_jsonl(prompts).encode()).hexdigest() != OFFICIAL_SHA256:
         raise UserError("GenEval's prompts in this installation are not the official ones: install argrpo-cli again")
     return prompts
@@ -70,7 +70,7 @@ def nano_extra_prompts() -> tuple[Prompt, ...]:
             best = min(candidates, key=lambda prompt: sum(used[word] for word in _words(prompt)))
             candidates.remove(best)
             used.update(_words(best))
-            extra.append(compose(len(official_prompts()) + len(extra), tag, best.include))
+            extra.append(compose(tag, best.include, len(official_prompts()) + len(extra)))
     return tuple(extra)
 
 
@@ -130,7 +130,7 @@ def _nano_compositions(tag: str) -> Iterator[Prompt]:
             (Requirement(first, color=one), Requirement(second, color=two))
             for (first, second), (one, two) in product(permutations(names, 2), palette)
         )
-    return (compose(0, tag, include) for include in includes)
+    return (compose(tag, include) for include in includes)
 
 
 def _words(prompt: Prompt) -> list[str | int]:

@@ -28,6 +28,10 @@ class Thresholds:
     nms_threshold: float = 1.0
     position_threshold: float = 0.1  # share of the objects' sides by which their centres may differ unnoticed
 
+    def least(self, tag: str) -> float:
+        """What a score must exceed in a category."""
+        return self.counting_threshold if tag == "counting" else self.threshold
+
 
 OFFICIAL = Thresholds()
 
@@ -140,7 +144,7 @@ def select(detections: Detections, tag: str, thresholds: Thresholds = OFFICIAL) 
 
     Classes of which nothing is left are left out. Of equal scores the later detection comes first.
     """
-    least = np.float32(thresholds.counting_threshold if tag == "counting" else thresholds.threshold)
+    least = np.float32(thresholds.least(tag))
     kept = {}
     for name, found in detections.items():
         scores = np.array([detection.score for detection in found], np.float32)

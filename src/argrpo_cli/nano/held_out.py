@@ -50,7 +50,7 @@ def train(out_dir: str | Path, seed: int = 0, weights: Path = WEIGHTS, log=print
         "captions": encode(vq, torch.from_numpy(captioned)).to(torch.int16),
     }
     out_dir = Path(out_dir)
-    write_jsonl(out_dir / CAPTIONS_FILE, [{"prompt": scene.caption, "tag": scene.tag} for scene in made])
+    write_jsonl(out_dir / CAPTIONS_FILE, [{"prompt": scene.caption} for scene in made])
     with atomic_path(out_dir / TOKENS_FILE) as temporary:
         save_file(kept, temporary)
     log(f"nano-val: {SCENES} scenes of each task tokenised")

@@ -87,14 +87,12 @@ class Scene:
 
     Attributes:
         prompt: what the scene shows, in GenEval's terms; None for one that nobody describes.
-        tag: the category it was drawn for; a single object may come from `counting`.
         class_id: of the class-conditional task.
     """
 
     objects: tuple[Placed, ...]
     background: tuple[float, float, float]
     prompt: Prompt | None = None
-    tag: str = "single_object"
     class_id: int | None = None
 
     @property
@@ -208,7 +206,7 @@ def class_scene(rng: np.random.Generator, class_id: int | None = None) -> Scene:
     x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - size + 1, 2))
     hue = float(rng.integers(-6, 7)) * HUE_RANGE / 6  # a grid of 13, so that turned colours can be cached
     placed = Placed(class_id, size, x, y, bool(rng.integers(2)), hue)
-    prompt = compose(-1, "single_object", (Requirement(CLASS_NAMES[class_id]),))
+    prompt = compose("single_object", (Requirement(CLASS_NAMES[class_id]),))
     return Scene((placed,), random_background(rng), prompt, class_id=class_id)
 
 
@@ -226,13 +224,13 @@ def caption_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
         objects = tuple(_in_cell(rng, class_id, cell) for cell in _cells(rng, count))
         wanted = Requirement(CLASS_NAMES[class_id], count)
         # GenEval counts from two; one is a single object.
-        return Scene(objects, background, compose(-1, tag if count > 1 else "single_object", (wanted,)), tag)
+        return Scene(objects, background, compose(tag if count > 1 else "single_object", (wanted,)))
     if tag == "colors":
         class_id, color = pick(1)[0], list(COLORS)[rng.integers(len(COLORS))]
         size = int(rng.integers(SINGLE_SIZES[0], SINGLE_SIZES[1] + 1))
         x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - size + 1, 2))
         placed = Placed(class_id, size, x, y, bool(rng.integers(2)), 0.0, color)
-        return Scene((placed,), background, compose(-1, tag, (Requirement(CLASS_NAMES[class_id], color=color),)), tag)
+        return Scene((placed,), background, compose(tag, (Requirement(CLASS_NAMES[class_id], color=color),)))
     pair = pick(2)
     first, second = (CLASS_NAMES[class_id] for class_id in pair)
     colors: list[str | None] = [None, None]
@@ -248,7 +246,7 @@ def caption_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
             colors = [list(COLORS)[i] for i in rng.choice(len(COLORS), 2, replace=False)]
         include = Requirement(first, color=colors[0]), Requirement(second, color=colors[1])
     objects = tuple(_in_cell(rng, *placed) for placed in zip(pair, cells, colors, strict=True))
-    return Scene(objects, background, compose(-1, tag, include), tag)
+    return Scene(objects, background, compose(tag, include))
 
 
 def _cells(rng: np.random.Generator, count: int, axis: str | None = None) -> list[tuple[int, int, int, int]]:

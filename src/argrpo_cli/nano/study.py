@@ -14,6 +14,7 @@ from torch import Tensor
 from argrpo_cli.nano.corrupt import MIXTURE_OF_CAPTIONS, Corrupted, Pool, Propose, corrupt, make_pool
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.loading import load_pretrained
+from argrpo_cli.policy.modeling import teacher_forced
 from argrpo_cli.policy.text import load_text_encoder
 from argrpo_cli.policy.vq import VQModel
 
@@ -48,18 +49,16 @@ def proposer(folder: str | Path, seed: int) -> Propose:
     tokens before. One forward pass serves all places, and the scene they belong to stays known."""
     policy = base_policy(folder)
     generator = torch.Generator().manual_seed(seed)
-    prefix = policy.model.config.cls_token_num
 
     @torch.inference_mode()
     def propose(tokens: Tensor, asked: Sequence[int | str]) -> Tensor:
         drawn = []
         for start in range(0, len(tokens), 100):
             part = tokens[start : start + 100]
-            features, mask = policy.embed(policy.conditions(asked[start : start + 100]))
-            first = features[:, None] if mask is None else tokens.new_zeros(len(part), prefix)
-            given = {} if mask is None else {"condition_features": features, "condition_mask": mask}
+            condition, mask = policy.embed(policy.conditions(asked[start : start + 100]))
+            inputs, predicting = teacher_forced(policy.model.config, condition, mask, part)
             with torch.autocast("cpu", torch.bfloat16):
-                logits = policy.model(torch.cat([first, part[:, :-1]], dim=1), **given).logits[:, prefix - 1 :]
+                logits = policy.model(**inputs).logits[:, predicting]
             chosen = torch.multinomial(logits.float().softmax(-1).flatten(0, 1), 1, generator=generator)
             drawn.append(chosen.view_as(part))
         return torch.cat(drawn)

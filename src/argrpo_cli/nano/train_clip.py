@@ -77,10 +77,10 @@ def train(
     network, words = build_clip(settings)
     optimizer = torch.optim.AdamW(decay_groups(list(network.parameters()), 0.1), lr=1.5e-3, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
-    lessons: tuple[Tensor, ...] = ()
+    parts: tuple[Tensor, ...] = ()  # of the loss
 
     def lesson(step: int) -> Tensor:
-        nonlocal lessons
+        nonlocal parts
         broken = torch.randint(len(study.rows), (BATCH,), generator=generator)
         others = torch.randint(len(texts), (CAPTIONED,), generator=generator)
         clean = study.rows[broken]
@@ -98,15 +98,15 @@ def train(
         similarity = (named * text[label]).sum(-1)
         fallen = (damaged * text[label[:BATCH]]).sum(-1)
         gap = similarity[:BATCH] - fallen
-        lessons = (
+        parts = (
             naming_loss(named, text, label, scale),
             (FULL - similarity).clamp(min=0).square().mean(),
             F.smooth_l1_loss(gap, FALL * study.broken.own[broken], beta=0.1),
         )
-        return lessons[0] + 4 * lessons[1] + 4 * lessons[2]
+        return parts[0] + 4 * parts[1] + 4 * parts[2]
 
     def report(done: int, _loss: float) -> None:
-        losses = ", ".join(f"{part.item():.3f}" for part in lessons)
+        losses = ", ".join(f"{part.item():.3f}" for part in parts)
         say(f"step {done}/{steps}, losses {losses}; unseen: {measure(network, words, unseen, unseen_captioned)}")
 
     fit(network, [optimizer], steps, lesson, report)

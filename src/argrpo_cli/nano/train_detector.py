@@ -142,10 +142,10 @@ def train(
     network = DetectorNet(**GEOMETRY).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(decay_groups(list(network.parameters()), 0.02), lr=2e-3, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
-    lessons: tuple[Tensor, ...] = ()
+    parts: tuple[Tensor, ...] = ()  # of the loss
 
     def lesson(step: int) -> Tensor:
-        nonlocal lessons
+        nonlocal parts
         rows = torch.randint(SCENES, (BATCH,), generator=generator)
         reconstructed = torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.5
         images = from_uint8(torch.where(reconstructed, again[rows], raw[rows]))
@@ -153,15 +153,15 @@ def train(
         with torch.autocast("cpu", torch.bfloat16):
             centres, box, color = network(images.to(memory_format=torch.channels_last))
         at = places[:, 0], slice(None), places[:, 1], places[:, 2]
-        lessons = (
+        parts = (
             centre_loss(centres, bells),
             (box[at] - sides).abs().mean() / 10,
             F.cross_entropy(color[at], colors, ignore_index=-1),
         )
-        return sum(lessons)
+        return sum(parts)
 
     def report(done: int, _loss: float) -> None:
-        losses = ", ".join(f"{part.item():.3f}" for part in lessons)
+        losses = ", ".join(f"{part.item():.3f}" for part in parts)
         say(f"step {done}/{steps}, losses {losses}; unseen: {measure(Detector(network), unseen, unseen_made)}")
         network.requires_grad_(True)  # a Detector is frozen
 
@@ -216,7 +216,7 @@ def quality(
                 free.remove(best)
                 if best.colors and one.score > threshold:
                     colors.append(one.color == best.color)
-        if scene.tag == "position":
+        if scene.prompt is not None and scene.prompt.tag == "position":
             target, subject = scene.prompt.include
             there_is = {one.name: one for one in reversed(sure)}
             first, second = there_is.get(subject.name), there_is.get(target.name)

@@ -23,7 +23,7 @@ from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, class_batch
 from argrpo_cli.nano.study import load_tokenizer
 from argrpo_cli.nano.training import decay_groups, fit, save_half
 from argrpo_cli.policy.config import LlamaGenConfig
-from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.modeling import LlamaGenForImageGeneration, teacher_forced
 from argrpo_cli.policy.vq import VQModel, from_uint8
 
 GEOMETRY = {"hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6}
@@ -37,18 +37,17 @@ HORIZON = 1800  # steps of the learning-rate curve
 def tokenised_scenes(tokenizer: VQModel, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
     """Tokens int16 [count, T] and class ids int64 [count] of fresh class scenes."""
     tokens, classes = [], []
-    for _ in range(count // 250):
-        images, ids = class_batch(rng, 250)
-        with torch.autocast("cpu", torch.bfloat16, enabled=False):  # the ids must be those of float32 encoding
-            tokens.append(tokenizer.encode(from_uint8(torch.from_numpy(images))).to(torch.int16))
+    for start in range(0, count, 250):
+        images, ids = class_batch(rng, min(250, count - start))
+        tokens.append(tokenizer.encode(from_uint8(torch.from_numpy(images))).to(torch.int16))
         classes.append(torch.from_numpy(ids))
     return torch.cat(tokens), torch.cat(classes)
 
 
 def next_token_loss(model: LlamaGenForImageGeneration, classes: Tensor, tokens: Tensor) -> Tensor:
     """Mean cross entropy in nats over all image tokens given the class and the tokens before."""
-    inputs = torch.cat([classes[:, None], tokens[:, :-1]], dim=1)
-    logits = model(inputs).logits
+    inputs, _ = teacher_forced(model.config, classes, None, tokens)
+    logits = model(**inputs).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
 
 

@@ -30,7 +30,7 @@ from argrpo_cli.nano import WEIGHTS, scenes
 from argrpo_cli.nano.study import load_tokenizer
 from argrpo_cli.nano.training import decay_groups, fit, save_half
 from argrpo_cli.policy.config import LlamaGenConfig
-from argrpo_cli.policy.modeling import LlamaGenForImageGeneration, left_pad
+from argrpo_cli.policy.modeling import LlamaGenForImageGeneration, left_pad, teacher_forced
 from argrpo_cli.policy.vq import VQModel, from_uint8
 
 GEOMETRY = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 8}
@@ -96,9 +96,9 @@ class CaptionedPolicy(torch.nn.Module):
         """
         features, mask = left_pad(self.encoder(words, word_mask).last_hidden_state, word_mask)
         features = torch.where(dropped[:, None, None], self.policy.model.null_caption, features)
-        inputs = torch.cat([words, images[:, :-1]], dim=1)  # the first columns only take up room
-        logits = self.policy(inputs, condition_features=features, condition_mask=mask).logits
-        return F.cross_entropy(logits[:, CAPTION_TOKENS - 1 :].flatten(0, 1).float(), images.flatten())
+        inputs, predicting = teacher_forced(self.policy.config, features, mask, images)
+        logits = self.policy(**inputs).logits[:, predicting]
+        return F.cross_entropy(logits.flatten(0, 1).float(), images.flatten())
 
 
 @torch.no_grad()

@@ -32,7 +32,8 @@ CONFIG = {
     "z_channels": 128,
     "patch_size": 4,
 }
-BATCH = 32
+BATCH, UNSEEN = 32, 512
+QUANTISED_FROM = 60  # step: by then the encoder tells scenes apart; before, latents pass through unquantised
 CAPTION_SHARE = 0.25  # scenes of the text task, so that both tasks share this tokenizer
 DECAY = 0.98
 DEAD_BELOW = 0.05  # expected uses per batch (of 2048 tokens, a code's fair share is 2) below which a code starts again
@@ -103,7 +104,7 @@ def train(
     model.quantize.embedding.weight.requires_grad_(False)
     codebook = RunningCodebook(model.quantize.embedding.weight, generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.2e-3, betas=(0.9, 0.98), weight_decay=1e-4)
-    held_out = torch.from_numpy(class_batch(np.random.default_rng(seed + 10_000), 512, balanced=True)[0])
+    held_out = torch.from_numpy(class_batch(np.random.default_rng(seed + 10_000), UNSEEN, balanced=True)[0])
     started = time.time()
 
     def lesson(step: int) -> Tensor:
@@ -112,9 +113,9 @@ def train(
             latent = model.latent(target)
         latent = F.normalize(latent.float(), dim=1)
         flat = latent.detach().permute(0, 2, 3, 1).reshape(-1, latent.shape[1])
-        if step == 60:  # by now the encoder tells scenes apart; before, codes pass through unquantised
+        if step == QUANTISED_FROM:
             codebook.start_from(flat)
-        if step >= 60:
+        if step >= QUANTISED_FROM:
             indices = model.quantize.nearest(latent.detach())
             entries = model.quantize.entries(indices, *latent.shape[2:])
             commitment = (latent - entries).square().sum(1).mean()

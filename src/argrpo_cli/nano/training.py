@@ -85,7 +85,7 @@ def save_half(model: PreTrainedModel, folder: str | Path) -> None:
 def trainer_cli(train: Callable, name: str) -> None:
     """`python -m argrpo_cli.nano.train_x [OUT] [--seed] [--steps] [--weights]`."""
     parser = argparse.ArgumentParser(description=f"Train {name} of the nano world.")
-    parser.add_argument("out", nargs="?", type=Path, default=WEIGHTS / name)
+    parser.add_argument("out", nargs="?", type=Path, help="folder to write (default: the package's own)")
     parser.add_argument("--seed", type=int, default=0)
     known = inspect.signature(train).parameters
     if "steps" in known:
@@ -95,6 +95,6 @@ def trainer_cli(train: Callable, name: str) -> None:
     if "task" in known:
         parser.add_argument("--task", choices=TASKS, help="what the scenes are scenes of (default: classes)")
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
-    out = given.pop("out")
+    out = given.pop("out", WEIGHTS / (f"{name}-t2i" if given.get("task") == "captions" else name))
     out.parent.mkdir(parents=True, exist_ok=True)
     train(out, log=lambda line: print(line, flush=True), **given)

@@ -292,6 +292,25 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         return BaseModelOutput(last_hidden_state=guide(*hidden.chunk(2), scale))
 
 
+def teacher_forced(
+    config: LlamaGenConfig, condition: Tensor, mask: Tensor | None, tokens: Tensor
+) -> tuple[dict[str, Tensor], slice]:
+    """Arguments of a forward pass along whole images, and the positions whose outputs predict their tokens.
+
+    Args:
+        condition: class ids int64 [B], or caption features [B, P, caption_dim]; as `Policy.embed` gives them.
+        mask: of captions, int64 [B, P]; None for classes.
+        tokens: int64 [B, T].
+    """
+    length = config.cls_token_num
+    predicting = slice(length - 1, None)
+    if config.condition == "class":
+        return {"input_ids": torch.cat([condition[:, None], tokens[:, :-1]], dim=1)}, predicting
+    columns = tokens.new_zeros(len(tokens), length)  # taken up by the caption
+    features = {"condition_features": condition, "condition_mask": mask}
+    return {"input_ids": torch.cat([columns, tokens[:, :-1]], dim=1), **features}, predicting
+
+
 def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance on hidden states: h_u + s (h_c - h_u), computed in float32."""
     conditional32, null32 = conditional.float(), null.float()
