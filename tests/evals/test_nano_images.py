@@ -11,7 +11,7 @@ from PIL import Image
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.errors import UserError
-from argrpo_cli.evals import nano, nano_images
+from argrpo_cli.evals import nano
 from argrpo_cli.evals.nano_images import evaluate_images
 from argrpo_cli.evals.nano_table import table
 from argrpo_cli.nano.judge import load_judge

@@ -41,7 +41,8 @@ def entropy(
     """Measure the entropy of policies in nats per token, conditional and guided, and by position."""
     from rich.console import Console
 
-    from argrpo_cli.entropy import Question, Subject, measure, subjects_of_run, table, write_results
+    from argrpo_cli.evals.entropy import Question, Subject, measure, subjects_of_run
+    from argrpo_cli.evals.entropy_table import table, write_results
 
     if split is not None and prompts is not None:
         raise UserError("give --split or --prompts, not both")

@@ -20,9 +20,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from argrpo_cli.captions import read_captions
-from argrpo_cli.entropy import Question, Subject, subjects_of_run
-from argrpo_cli.entropy import measure as measure_entropy
 from argrpo_cli.errors import UserError
+from argrpo_cli.evals.entropy import Question, Subject, subjects_of_run
+from argrpo_cli.evals.entropy import measure as measure_entropy
 from argrpo_cli.evals.geneval import GenEvalSettings, run_geneval
 from argrpo_cli.evals.nano import Sampling, open_bench, open_nano_policy
 from argrpo_cli.evals.paper_page import Results, draw_figures, page

@@ -1,8 +1,7 @@
 """Policy entropy: how undecided a policy is about the next image token (section 4.3 and figures 3 and 4 of the paper).
 
-H_t = - sum_v pi(v | x_<t, c) log pi(v | x_<t, c) in nats, teacher-forced: the tokens before come from held-out scenes
-or from samples of the policy itself. `argrpo entropy` prints the mean over tokens and images with its error, and keeps
-the mean at each position; for several policies it draws the curve.
+Teacher-forced: the tokens before come from held-out scenes or from samples of the policy itself. `argrpo entropy` prints
+the mean over tokens and images with its error, and keeps the mean at each position (`entropy_table.py`).
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ from argrpo_cli.captions import read_captions
 from argrpo_cli.conditions import Condition
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
-from argrpo_cli.files import atomic_path, make_dir, read_json, write_jsonl
+from argrpo_cli.files import read_json
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.policy.modeling import teacher_forced
+from argrpo_cli.policy.entropy import token_entropy
 from argrpo_cli.policy.policy import checkpoint_folders
 from argrpo_cli.progress import progress
 
 FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 200_000_000, 10_000, 10_000  # of samples of prompts; `eval` draws others
 MODES = ("conditional", "guided")
-LOGITS_AT_ONCE = 2**26  # a quarter of a gigabyte
 NORMAL_95 = 1.959964  # half-width of a 95 % interval in standard errors
 
 
@@ -55,36 +53,6 @@ class Question:
     prompts: str | None = None
     limit: int | None = None
     seed: int = 0
-
-
-@torch.inference_mode()
-def token_entropy(
-    policy: Policy,
-    tokens: Tensor,
-    conditions: Sequence[Condition],
-    cfg_scale: float | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Entropy in nats of the next-token distribution at every position, float32 [B, T] on the CPU.
-
-    Args:
-        tokens: int64 [B, T], what comes before.
-        cfg_scale: None for the conditional distribution, a number for the guided one.
-        temperature: the logits are divided by it (0 counts as 1e-5, as in sampling).
-    """
-    model = policy.model
-    condition, mask = policy.embed(conditions)
-    inputs, predicting = teacher_forced(model.config, condition, mask, tokens.to(model.device))
-    before, model.guidance_scale = model.guidance_scale, cfg_scale
-    try:
-        hidden = model.model(**inputs).last_hidden_state[:, predicting]
-    finally:
-        model.guidance_scale = before
-    rows = []
-    for part in hidden.split(max(1, LOGITS_AT_ONCE // (hidden.shape[1] * model.config.vocab_size))):
-        log_probs = torch.log_softmax(model.lm_head(part).float() / max(temperature, 1e-5), dim=-1)
-        rows.append(-(log_probs.exp() * log_probs).sum(-1).cpu())
-    return torch.cat(rows)
 
 
 def subjects_of_run(run: Path) -> list[Subject]:
@@ -158,73 +126,6 @@ def measure(
             first.setdefault(mode, entropy)
             rows.append(row)
     return rows
-
-
-def write_results(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """entropy.jsonl and curve.png in the folder `out`."""
-    write_jsonl(make_dir(out) / "entropy.jsonl", rows)
-    draw(rows, out / "curve.png")
-
-
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Two panels: mean entropy against step (or by policy) with 95 % intervals, and entropy by position."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    names = list(dict.fromkeys(row["policy"] for row in rows))
-    steps = {row["policy"]: row["step"] for row in rows}
-    along_run = len(names) > 1 and all(step is not None for step in steps.values())
-    for mode, color in zip(MODES, ("tab:blue", "tab:orange"), strict=True):
-        own = [row for row in rows if row["mode"] == mode]
-        x = [steps[row["policy"]] if along_run else names.index(row["policy"]) for row in own]
-        error = [NORMAL_95 * row["standard_error"] for row in own]
-        left.errorbar(x, [row["mean"] for row in own], error, color=color, marker="o", capsize=3, label=mode,
-                      linestyle="-" if along_run else "none")  # fmt: skip
-    left.set_ylabel("entropy, nats per token")
-    left.set_xlabel("step" if along_run else "")
-    if not along_run:
-        left.set_xticks(range(len(names)), names)
-        left.set_xlim(-0.5, len(names) - 0.5)
-    left.legend()
-    left.grid(alpha=0.3)
-    shown = [name for name in names if name in (names[0], names[-1])]
-    for name, style in zip(shown, ("-", "--"), strict=False):
-        for mode, color in zip(MODES, ("tab:blue", "tab:orange"), strict=True):
-            row = next(row for row in rows if row["policy"] == name and row["mode"] == mode)
-            right.plot(row["by_position"], style, color=color, label=f"{name}, {mode}", linewidth=1.3)
-    right.set_xlabel("position of the token")
-    right.set_ylabel("entropy, nats")
-    right.legend(fontsize=8)
-    right.grid(alpha=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Any:
-    """A Rich table, one line per policy."""
-    from rich.table import Table
-
-    first = rows[0]
-    what = f"split {first['split']}" if first["split"] else f"samples of the prompts {first['prompts']}"
-    out = Table(title=f"entropy in nats per token, {first['images']} images, {what}; ± 95 % interval")
-    out.add_column("policy")
-    changes = any("change" in row for row in rows)
-    for mode in MODES:
-        out.add_column(mode if mode == "conditional" else f"guided, cfg {first['cfg_scale']:g}", justify="right")
-        if changes:
-            out.add_column("change", justify="right")
-    for name in dict.fromkeys(row["policy"] for row in rows):
-        cells = []
-        for row in (row for row in rows if row["policy"] == name):
-            cells.append(f"{row['mean']:.4f} ± {NORMAL_95 * row['standard_error']:.4f}")
-            if changes:
-                has = "change" in row
-                cells.append(f"{row['change']:+.4f} ± {NORMAL_95 * row['change_error']:.4f}" if has else "")
-        out.add_row(name, *cells)
-    return out
 
 
 def _statistics(entropy: Tensor) -> dict[str, Any]:
