@@ -1,7 +1,7 @@
 """Policy entropy: how undecided a policy is about the next image token (section 4.3 and figures 3 and 4 of the paper).
 
-Teacher-forced: the tokens before come from held-out scenes or from samples of the policy itself. `argrpo entropy` prints
-the mean over tokens and images with its error, and keeps the mean at each position (`entropy_table.py`).
+Teacher-forced: the tokens before come from held-out scenes or from samples of the policy itself. `argrpo entropy`
+prints the mean over tokens and images with its error, and keeps the mean at each position (`entropy_table.py`).
 """
 
 from __future__ import annotations
