@@ -127,7 +127,7 @@ def test_prompts_that_were_trained_on_are_told_apart(results):
     t2i = {**results.t2i, "base": [verdicts(numbers)], "t2i": [gained] * 3}
     changed = dataclasses.replace(results, t2i=t2i)
     assert "**shows**" in line(changed, "GenEval rises overall")
-    assert "**not clear**" in line(changed, "GenEval rises on prompts not trained on")
+    assert "**not clear**" in line(changed, "GenEval rises on prompts that GRPO did not ask for")
 
 
 def test_fid_is_compared_without_its_bias(results):
