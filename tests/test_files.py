@@ -9,6 +9,7 @@ import os
 import pytest
 from PIL import Image
 
+from argrpo_cli import files
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import atomic_path, make_dir, read_jsonl, save_png, write_json, write_jsonl, write_text
 
@@ -72,3 +73,18 @@ def test_jsonl_round_trip_and_the_number_of_a_bad_line(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
         read_jsonl(path)
+
+
+def test_a_folder_is_tried_before_it_is_made(tmp_path, monkeypatch):
+    files.check_writable(tmp_path / "new" / "below")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file, not a folder"):
+        files.check_writable(tmp_path / "file" / "below")
+
+    def refused(**options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
+    with pytest.raises(UserError, match=r"cannot write .*new: permission denied"):
+        files.check_writable(tmp_path / "new")

@@ -36,6 +36,24 @@ def make_dir(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Find out before long work whether files can be written to a folder, there already or not; it is not created.
+
+    Raises:
+        UserError: they cannot.
+    """
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not there.is_dir():
+        what = "it" if there == folder else there
+        raise UserError(f"cannot write to {folder}: {what} is a file, not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`.

@@ -13,7 +13,7 @@ import numpy as np
 
 from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.errors import UserError
-from argrpo_cli.files import make_dir, read_jsonl, write_json, write_jsonl
+from argrpo_cli.files import check_writable, make_dir, read_jsonl, write_json, write_jsonl
 from argrpo_cli.images import image_files, read_image
 from argrpo_cli.progress import progress
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from argrpo_cli.rewards import RewardSet
 
 METADATA, SCORES, SUMMARY = "metadata.jsonl", "scores.jsonl", "summary.json"
+UNFINISHED = "sampling.json"  # of `argrpo sample`, which writes the metadata last
 NO_PROMPT_WORDS = {
     "",
     "dsc",
@@ -84,7 +85,11 @@ def score_folder(
             raise UserError(f"--rewards names {name!r} twice")
     if prompt is not None and class_name is not None:
         raise UserError("give --prompt or --class, not both")
+    for option, text in (("--prompt", prompt), ("--class", class_name)):
+        if text is not None and not text.strip():
+            raise UserError(f"{option} is empty; say what the images should show")
     items, note = _items(folder, prompt, class_name)
+    check_writable(out or folder)
     from argrpo_cli.devices import resolve_device
     from argrpo_cli.rewards import load_rewards
 
@@ -95,7 +100,6 @@ def score_folder(
             if reward_set.family[name] == "conditional":
                 raise UserError(f"{name} needs to know what {without.path} should show; give --prompt or --class")
     reward_set.check([item.condition for item in items if item.condition is not None])
-    target = make_dir(out) if out is not None else folder
     if show_progress:
         with progress("scoring", len(items)) as advance:
             columns = _score(reward_set, items, batch_size, advance)
@@ -114,6 +118,7 @@ def score_folder(
             name: {"family": reward_set.family[name], **_statistics(columns[name])} for name in reward_set.names
         },
     }
+    target = make_dir(out) if out is not None else folder
     write_jsonl(target / SCORES, rows)
     write_json(target / SUMMARY, summary)
     uses_prompt = any(reward_set.family[name] == "conditional" for name in reward_set.names)
@@ -140,6 +145,8 @@ def _items(folder: Path, prompt: str | None, class_name: str | None) -> tuple[li
         if prompt is not None or class_name is not None:
             raise UserError(f"{folder / METADATA} says what the images show; leave out --prompt and --class")
         return _items_of_metadata(folder), ""
+    if (folder / UNFINISHED).is_file() and prompt is None and class_name is None:
+        raise UserError(f"{folder} is unfinished; give the same `argrpo sample` command again to complete it")
     names = image_files(folder)
     if class_name is not None:
         prompt = class_prompt(class_name)

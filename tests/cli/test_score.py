@@ -216,4 +216,21 @@ def test_two_sources_of_prompts_are_one_too_many(folder, fails):
 
 def test_an_unwritable_output_is_told(folder, fails):
     (folder / "file").write_text("")
-    assert "cannot create the folder" in fails("score", folder, "--rewards", "bright", "--out", folder / "file")
+    assert "it is a file, not a folder" in fails("score", folder, "--rewards", "bright", "--out", folder / "file")
+
+
+def test_an_empty_prompt_and_an_unfinished_folder_are_refused(folder, fails, tmp_path):
+    assert "--prompt is empty; say what the images should show" in fails(
+        "score", folder, "--rewards", "bright", "--prompt", " "
+    )
+    (folder / "sampling.json").write_text("{}")
+    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    assert "is unfinished; give the same `argrpo sample` command again" in fails("score", folder, "--rewards", "bright")
+
+
+def test_a_refused_folder_leaves_no_other_behind(folder, fails, tmp_path):
+    (folder / "text.png").write_text("not a picture")
+    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    arguments = ("--rewards", "bright", "--class", "dog", "--out", tmp_path / "out")
+    assert "cannot read the image" in fails("score", folder, *arguments)
+    assert not (tmp_path / "out").exists()

@@ -184,3 +184,17 @@ def test_bad_input_is_one_line_and_writes_nothing(captioned, tmp_path, monkeypat
     assert run(["entropy", *arguments, *reader]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "one.txt"]
+
+
+def test_a_folder_with_other_things_or_other_entropy_is_left_alone(captioned, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["entropy", "--n", "4"]) == 0
+    assert run(["entropy", "--n", "6"]) == 0, "the same question again"
+    capsys.readouterr()
+    assert run(["entropy", "--prompts", "geneval", "--policy", captioned, "--n", "4"]) == 2
+    assert "entropy holds the entropy on other images; choose another --out" in capsys.readouterr().err
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"x")
+    assert run(["entropy", "--n", "4", "--out", "images"]) == 2
+    assert "images is not empty (there is a.png)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["a.png"]

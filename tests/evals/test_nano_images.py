@@ -126,12 +126,12 @@ def test_the_command_refuses_in_one_line(folder, capsys):
         return error
 
     large, few = folder.parent / "large", folder.parent / "few"
-    for path, size, count in ((large, 65, 5), (few, 64, 3)):
+    for path, size, count in ((large, 65, 5), (few, 64, 4)):
         path.mkdir()
         for index in range(count):
             Image.new("RGB", (size, 64)).save(path / f"{index}.png")
     assert f"{large / '0.png'} is 65x64; nano pictures are 64x64" in fails("--images", large)
-    assert "precision and recall need 4, there are 3" in fails("--images", few)
+    assert "recall and its error need 5, there are 4" in fails("--images", few)
     assert "no folder or .npz file" in fails("--images", folder / "nowhere")
     assert "leave out --policy" in fails("--images", folder, "--policy", "nano-c2i")
     assert "leave out --cfg-scale" in fails("--images", folder, "--cfg-scale", "2")

@@ -42,20 +42,19 @@ def entropy(
     from rich.console import Console
 
     from argrpo_cli.evals.entropy import Question, Subject, measure, subjects_of_run
-    from argrpo_cli.evals.entropy_table import table, write_results
+    from argrpo_cli.evals.entropy_table import claim, table, write_results
 
     if split is not None and prompts is not None:
         raise UserError("give --split or --prompts, not both")
     if run is not None and policy:
         raise UserError("give --policy or --run, not both")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"cannot write to {out}: it is a file, not a folder")
     default = "nano-t2i" if prompts is not None else "nano-c2i"
     chosen = subjects_of_run(run) if run is not None else [Subject(one, one) for one in policy or [default]]
     names = [one.name for one in chosen]
     if len(set(names)) < len(names):
         raise UserError(f"--policy names {next(name for name in names if names.count(name) > 1)} twice")
     question = Question(None if prompts is not None else split or "val", prompts, n, seed)
+    claim(out, question)
     rows = measure(chosen, question, cfg_scale, temperature, batch_size, device)
     write_results(rows, out)
     Console().print(table(rows))

@@ -76,12 +76,15 @@ def evaluate(
         policies = [policy or "nano-t2i", *([baseline] if baseline else [])]
         _geneval(policies, out or Path("geneval"), n, sampling, batch_size, device)
         return
+    from argrpo_cli.files import check_writable, write_json
+
     if out is not None and out.is_dir():
         raise UserError(f"cannot write {out}: it is a folder; give the name of a file")
+    if out is not None:
+        check_writable(out.parent)
     from rich.console import Console
 
     from argrpo_cli.evals.nano_table import table
-    from argrpo_cli.files import write_json
 
     if images is not None:
         from argrpo_cli.evals.nano_images import evaluate_images
@@ -97,6 +100,7 @@ def evaluate(
     Console().print(table(result))
     if out is not None:
         write_json(out, result)
+        print(f"the numbers are in {out}")
 
 
 def _geneval(

@@ -118,7 +118,7 @@ def measure(
         for mode in MODES:
             entropy = torch.cat(values[mode])
             row = {"policy": subject.name, "step": subject.step, "mode": mode}
-            row |= {"split": question.split, "prompts": prompts}
+            row |= {"split": question.split, "prompts": prompts, "asked": question.prompts}
             row |= {"cfg_scale": cfg_scale, "temperature": temperature} | _statistics(entropy)
             if mode in first:
                 change = entropy.mean(1) - first[mode].mean(1)

@@ -6,14 +6,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from argrpo_cli.evals.entropy import MODES, NORMAL_95
-from argrpo_cli.files import atomic_path, make_dir, write_jsonl
+from argrpo_cli.errors import UserError
+from argrpo_cli.evals.entropy import MODES, NORMAL_95, Question
+from argrpo_cli.files import atomic_path, check_writable, make_dir, read_jsonl, write_jsonl
+
+NUMBERS, CURVE = "entropy.jsonl", "curve.png"
+
+
+def claim(out: Path, question: Question) -> None:
+    """Refuse a folder that cannot be written, has other things in it, or holds the entropy on other images.
+
+    Raises:
+        UserError: what is in the way.
+    """
+    check_writable(out)
+    if not out.is_dir():
+        return
+    others = [path.name for path in out.iterdir() if path.name not in (NUMBERS, CURVE) and path.name[0] != "."]
+    if others:
+        raise UserError(f"{out} is not empty (there is {min(others)}); choose another --out")
+    rows = read_jsonl(out / NUMBERS) if (out / NUMBERS).is_file() else []
+    if rows and (rows[0].get("split"), rows[0].get("asked")) != (question.split, question.prompts):
+        raise UserError(f"{out} holds the entropy on other images; choose another --out")
 
 
 def write_results(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """entropy.jsonl and curve.png in the folder `out`."""
-    write_jsonl(make_dir(out) / "entropy.jsonl", rows)
-    draw(rows, out / "curve.png")
+    write_jsonl(make_dir(out) / NUMBERS, rows)
+    draw(rows, out / CURVE)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -67,6 +67,8 @@ class Sampling:
         classes = len(scenes.CLASS_NAMES)
         if self.n < 2 * classes:
             raise UserError(f"{self.n} samples are too few: give at least {2 * classes}, two for each class")
+        if self.n > SEED_STRIDE:
+            raise UserError(f"{self.n} samples are too many: give at most {SEED_STRIDE}")
         if self.seed < 0 or FIRST_SEED + self.seed * SEED_STRIDE + self.n >= SEED_LIMIT:
             most = (SEED_LIMIT - FIRST_SEED - self.n - 1) // SEED_STRIDE
             raise UserError(f"seed {self.seed} is out of range: with {self.n} samples, give 0 to {most}")

@@ -39,8 +39,9 @@ def evaluate_images(
     if found.size != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE):
         side = f"{scenes.IMAGE_SIZE}x{scenes.IMAGE_SIZE}"
         raise UserError(f"{found.name(0)} is {found.size[1]}x{found.size[0]}; nano pictures are {side}")
-    if found.count <= NEIGHBOURS:
-        raise UserError(f"{found.path} holds too few images: precision and recall need 4, there are {found.count}")
+    least = NEIGHBOURS + 2  # and one less for the jackknife
+    if found.count < least:
+        raise UserError(f"{found.path}: too few images: recall and its error need {least}, there are {found.count}")
     device = resolve_device(device)
     bench, read = open_bench(weights, batch_size, device), []
     with progress("reading", found.count) as advance:

@@ -110,7 +110,7 @@ class GrpoSection(Section):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}")
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}; lower it too")
         return self
 
 
