@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.checkpoints import from_published, to_published
 from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.published import class_names
 from argrpo_cli.policy.vq import VQConfig, VQModel, to_uint8
 from argrpo_cli.rewards import load_rewards
 from tests.formula import formula_weights
@@ -68,6 +70,21 @@ def copied(saved, tmp_path) -> Path:
 
 def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_synonym_names_its_class_and_an_ambiguous_one_is_asked_for_the_id():
+    policy = replace(miniature(), class_names=["tench, Tinca tinca", "crane", "boom, crane"])
+    assert [one.class_id for one in policy.conditions(["Tinca tinca", "boom", "tench, Tinca tinca"])] == [0, 2, 0]
+    assert policy.conditions(["crane"])[0].class_id == 1, "the whole name goes first"
+    for names in (["a, crane", "b", "c, crane"], ["crane", "b", "crane"]):
+        with pytest.raises(UserError, match="'crane' names the classes 0 and 2; give the id"):
+            replace(policy, class_names=names).conditions(["crane"])
+
+
+def test_imagenet_names_are_the_published_synonyms():
+    names = class_names(1000)
+    assert len(names) == 1000 and names[0] == "tench, Tinca tinca" and names[207] == "golden retriever"
+    assert names[134] == "crane" and names[517] == "crane"
 
 
 # --- use ---
@@ -239,7 +256,7 @@ def test_a_run_directory_without_checkpoints_means_its_final_policy(saved, tmp_p
 
 
 def test_an_unknown_name_lists_the_bundled_ones(tmp_path):
-    with pytest.raises(UserError, match=r"no policy 'nano-c2j'.*bundled policies are nano-c2i, nano-t2i; did you mean"):
+    with pytest.raises(UserError, match=r"no policy 'nano-c2j'.*nano-c2i, nano-t2i, the published .* did you mean"):
         load_policy("nano-c2j")
     with pytest.raises(UserError, match=r"is no policy: it has no policy\.json"):
         load_policy(tmp_path)

@@ -7,6 +7,7 @@ grids/               the same conditions and seeds every few updates
 before_after.png, curves.png
 checkpoints/step_000020/   a policy folder with the trainer's state beside it
 policy/              the trained policy, once the run is finished
+base/                the policy that training started from, where it came from no policy folder
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ class RunDirectory:
     @property
     def policy_dir(self) -> Path:
         return self.root / "policy"
+
+    @property
+    def base_dir(self) -> Path:
+        return self.root / "base"
 
     def grid_file(self, step: int) -> Path:
         return self.root / "grids" / f"step_{step:06d}.png"

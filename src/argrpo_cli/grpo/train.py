@@ -123,6 +123,8 @@ class _Job:
         seconds = kept[-1]["seconds_total"] if kept else 0.0
         if self._nothing_left(start):
             return
+        if not Path(self.policy.model.config._name_or_path or " ").is_dir():
+            self._save_base()
         trainer, metrics, stop = self._assemble(seconds)
         base = os.path.abspath(self.policy.model.config._name_or_path)
         run.note(base_policy=base, trained=_trained(self.policy), conditions=_digest(self.conditions), finished=None)
@@ -201,6 +203,9 @@ class _Job:
                 raise
             raise cannot_write(self.run.root, error) from error
         except SafetensorError as error:  # carries the system's reason in its text, a full disk for instance
+            if "deserializing" in str(error):
+                mend = "remove it to go on from the one before"
+                raise UserError(f"cannot read the checkpoint {checkpoint}: it is damaged ({error}); {mend}") from error
             raise UserError(f"cannot write a checkpoint to {self.run.checkpoints_dir}: {error}") from error
         except RuntimeError as error:
             if TORCH_WRITER not in str(error):
@@ -217,10 +222,18 @@ class _Job:
         raise Interrupted(self.request.exit_code)
 
     def _save_policy(self) -> None:
-        partial = self.run.root / ".policy.partial"
+        self._save_to(self.run.policy_dir)
+
+    def _save_base(self) -> None:
+        """A published policy has no folder of its own; the reference model and a resumed run need one."""
+        self._save_to(self.run.base_dir)
+        self.policy.model.config._name_or_path = str(self.run.base_dir)
+
+    def _save_to(self, folder: Path) -> None:
+        partial = self.run.root / f".{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         self.policy.save(partial)
-        replace_folder(partial, self.run.policy_dir)
+        replace_folder(partial, folder)
 
 
 def _load_base_policy(recipe: Recipe, out: Path, resume: bool) -> Policy:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from argrpo_cli.errors import UserError
 from argrpo_cli.policy.config import LlamaGenConfig
@@ -26,8 +27,12 @@ RENAMES = {
 }
 RENAMES_BACK = {ours: published for published, ours in RENAMES.items()}
 
-# A training checkpoint holds the weights under one of these; a consolidated one is the state dict itself.
-WRAPPERS = ("model", "module", "state_dict")
+# A training checkpoint holds the weights under one of these; a consolidated one is the state dict itself. Where a
+# running mean of the weights lies beside them, the published scripts take it for tokenizers only.
+WRAPPERS = ("model", "module", "state_dict", "ema")
+TOKENIZER_WRAPPERS = ("ema", "model", "module", "state_dict")
+# What wrappers of distributed and compiled training put before every key.
+WRAPPED_KEYS = re.compile(r"^(?:(?:_orig_mod|module|_fsdp_wrapped_module)\.)+")
 
 # The rotary table: computed, never loaded. Some published files carry it.
 COMPUTED = frozenset({"freqs_cis"})
@@ -40,41 +45,70 @@ def to_published(model: LlamaGenForImageGeneration) -> dict[str, Tensor]:
 
 
 def from_published(
-    state: Mapping[str, Tensor], config: LlamaGenConfig, source: str = "the state dict"
+    state: Mapping[str, Tensor],
+    config: LlamaGenConfig,
+    source: str = "the state dict",
+    dtype: torch.dtype = torch.float32,
 ) -> LlamaGenForImageGeneration:
-    """A float32 model with the weights of a published state dict.
+    """A model with the weights of a published state dict; weights of this dtype already are not copied.
 
     Raises:
         UserError: naming missing, unexpected and wrongly shaped keys (`source` says of what).
     """
     with torch.device("meta"):
         model = LlamaGenForImageGeneration(config)
-    expected = {key: tuple(value.shape) for key, value in to_published(model).items()}
     given = {key: value for key, value in state.items() if key not in COMPUTED}
+    names = {key: RENAMES.get(key) or f"model.{key}" for key in (*given, *to_published(model))}
+    fit_state(model, given, names, f"{source} does not fit {_describe(config)}", dtype)
+    return model.eval()
+
+
+def fit_state(
+    model: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str], source: str, dtype: torch.dtype
+) -> None:
+    """Put a published state dict into a model on the meta device.
+
+    `names` takes published keys, those of `state` and all of the model's, to the model's own. Numbers that are not
+    floating point keep their type.
+
+    Raises:
+        UserError: `source` and what is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    back = {ours: published for published, ours in names.items()}
+    expected = {back.get(key, key): tuple(value.shape) for key, value in own.items()}
     problems = []
-    if missing := sorted(expected.keys() - given.keys()):
+    if missing := sorted(expected.keys() - state.keys()):
         problems.append(f"missing {_some(missing)}")
-    if unexpected := sorted(given.keys() - expected.keys()):
+    if unexpected := sorted(state.keys() - expected.keys()):
         problems.append(f"unexpected {_some(unexpected)}")
     shapes = [
-        f"{key} is {_shape(given[key])}, expected {list(shape)}"
+        f"{key} is {_shape(state[key])}, expected {list(shape)}"
         for key, shape in expected.items()
-        if key in given and _shape(given[key]) != list(shape)
+        if key in state and _shape(state[key]) != list(shape)
     ]
     if shapes:
         problems.append(f"wrong shape: {_some(shapes)}")
     if problems:
-        raise UserError(f"{source} does not fit {_describe(config)}: {'; '.join(problems)}")
-    ours = {RENAMES.get(key) or f"model.{key}": value.float() for key, value in given.items()}
+        raise UserError(f"{source}: {'; '.join(problems)}")
+    ours = {names[key]: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(ours, strict=True, assign=True)
-    return model.eval()
 
 
 def load_published(path: str | Path, config: LlamaGenConfig) -> LlamaGenForImageGeneration:
-    """Open a published `.pt` file; no pickled code is run (`weights_only`).
+    """Open a published `.pt` file in float32; see `read_checkpoint`.
 
     Raises:
         UserError: the file is absent, is no torch checkpoint of weights, or does not fit `config`.
+    """
+    return from_published(read_checkpoint(path), config, str(path))
+
+
+def read_checkpoint(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file, mapped into memory; no pickled code is run (`weights_only`).
+
+    Raises:
+        UserError: the file is absent or is no torch checkpoint of weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,18 +120,18 @@ def load_published(path: str | Path, config: LlamaGenConfig) -> LlamaGenForImage
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is not a readable torch checkpoint of weights: {first_line}") from error
-    return from_published(unwrap_state(content, str(path)), config, str(path))
+    return unwrap_state(content, str(path), wrappers)
 
 
-def unwrap_state(content: object, source: str) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint's content; UserError if there is none."""
-    for wrapper in WRAPPERS:
+def unwrap_state(content: object, source: str, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
+    """The state dict in a checkpoint's content, the first of `wrappers` that is there; UserError if there is none."""
+    for wrapper in wrappers:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{source} holds no state dict, neither on top nor under {', '.join(WRAPPERS)}")
-    return content
+    return {WRAPPED_KEYS.sub("", key): value for key, value in content.items()}
 
 
 def _shape(value: object) -> list[int] | str:

@@ -44,7 +44,9 @@ def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype) -> Mode
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"cannot load {folder}: {lines[0] if lines else type(error).__name__}") from error
+        why = lines[0] if lines else type(error).__name__
+        damaged = "; the file is damaged" if "deserializing" in why else ""
+        raise UserError(f"cannot load {folder}: {why}{damaged}") from error
     for what in ("missing_keys", "unexpected_keys"):
         if keys := sorted(info[what]):
             raise UserError(f"cannot load {folder}: {len(keys)} {what.replace('_', ' ')} such as {keys[0]}")

@@ -6,7 +6,8 @@ a class-conditional and a caption-conditional policy says
     {"tokenizer": "nano-vq", "classes": ["airplane", ...], "image_size": 64, "base": "nano-c2i"}
     {"tokenizer": "nano-vq", "text_encoder": "nano-t5", "image_size": 64, "base": "nano-t2i"}
 
-where the tokenizer and the text encoder are bundled ones or folders relative to this one.
+where the tokenizer and the text encoder are bundled ones, published ones or folders relative to this one. What is
+published (LlamaGen's and AR-GRPO's checkpoints) opens by name and file as well: `published.py`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,23 @@ from argrpo_cli.files import make_dir, read_json, write_json
 from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.policy.loading import fingerprint, load_pretrained, save_model
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.published import (
+    POLICIES,
+    TEXT_ENCODER,
+    TOKENIZERS,
+    is_published,
+    open_published,
+    open_tokenizer,
+)
 from argrpo_cli.policy.sampling import sample_tokens
-from argrpo_cli.policy.text import TextEncoder, load_text_encoder
+from argrpo_cli.policy.text import TextEncoder, load_text_encoder, open_text_encoder
 from argrpo_cli.policy.vq import VQModel, to_uint8
 
 CARD = "policy.json"
 CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step_"  # of a run directory: checkpoints/step_000020
 BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
 BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
+NAMED_PARTS = (*BUNDLED_PARTS, *TOKENIZERS, TEXT_ENCODER)  # which are not copied into every checkpoint
 DTYPES = ("float32", "bfloat16", "float16")
 DECODE_PIXELS = 2**20  # decoded at a time; at 256 px with VQ-16 about half a gigabyte for each activation
 
@@ -45,12 +55,12 @@ class Policy:
     Attributes:
         model: the LlamaGen, in evaluation mode.
         tokenizer: image tokenizer, always float32 (token ids must not depend on the policy's dtype).
-        tokenizer_name: name of a bundled tokenizer, None if it came from a folder.
+        tokenizer_name: name of a bundled or published tokenizer, None if it came from a folder or file.
         class_names: names of the class ids 0, 1, ...; empty for a caption-conditional policy.
         image_size: pixels a side.
         base: the policy this one descends from.
         text_encoder: what reads the captions; None for a class-conditional policy.
-        text_encoder_name: name of a bundled text encoder, None if it came from a folder.
+        text_encoder_name: name of a bundled or published text encoder, None if it came from a folder.
     """
 
     model: LlamaGenForImageGeneration
@@ -157,20 +167,28 @@ class Policy:
             asked = {"text_encoder": self.text_encoder_name or "text_encoder"}
             if self.text_encoder_name is None:
                 self.text_encoder.save(make_dir(folder / "text_encoder"))
+            if self.text_encoder.right_padded:
+                asked["right_padded"] = True
         card = {"tokenizer": self.tokenizer_name or "tokenizer", **asked}
         write_json(folder / CARD, {**card, "image_size": self.image_size, "base": self.base})
 
     def _class_id(self, given: str | int) -> int:
-        if isinstance(given, str) and given in self.class_names:
-            return self.class_names.index(given)
-        count = len(self.class_names)
+        names, count = self.class_names, len(self.class_names)
+        if isinstance(given, str):
+            # ImageNet lists synonyms, and some stand for two classes: "crane" is a bird and a machine.
+            exact = [index for index, name in enumerate(names) if name == given]
+            named = exact or [index for index, name in enumerate(names) if given in name.split(", ")]
+            if len(named) > 1:
+                raise UserError(f"{given!r} names the classes {' and '.join(map(str, named))}; give the id")
+            if named:
+                return named[0]
         if isinstance(given, int) or given.strip().isdecimal():
             if 0 <= int(given) < count:
                 return int(given)
             raise UserError(f"no class {given}: this policy has the ids 0 to {count - 1}")
-        hint = did_you_mean(given, self.class_names)
+        hint = did_you_mean(given, names)
         if not hint and count <= 40:
-            hint = f"; the classes are {', '.join(self.class_names)}"
+            hint = f"; the classes are {', '.join(names)}"
         raise UserError(f"no class {given!r} among this policy's {count} classes{hint}")
 
     def _known_id(self, condition: Condition) -> int:
@@ -183,8 +201,9 @@ def load_policy(name_or_path: str | Path, device: str = "cpu", dtype: str = "flo
     """Open a policy.
 
     Args:
-        name_or_path: a bundled name ("nano-c2i"), a policy folder, a checkpoint folder of a run, or a run
-            directory (its newest checkpoint, or its final policy where there are none).
+        name_or_path: a bundled name ("nano-c2i"), a published one ("c2i-l-384"), a policy folder, a checkpoint folder
+            of a run, a run directory (its newest checkpoint, or its final policy where there are none), a published
+            checkpoint file, or an AR-GRPO folder.
         device: a torch device, or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16", for the model; the tokenizer stays in float32.
 
@@ -194,24 +213,31 @@ def load_policy(name_or_path: str | Path, device: str = "cpu", dtype: str = "flo
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     device = resolve_device(device)
+    if is_published(name_or_path):
+        return open_published(name_or_path, device, dtype)
     folder = find_policy(name_or_path)
     card = _read_card(folder)
     model = load_pretrained(LlamaGenForImageGeneration, folder, getattr(torch, dtype))
-    tokenizer = load_pretrained(VQModel, _part(folder, "image tokenizer", card["tokenizer"]), torch.float32)
+    if card["tokenizer"] in TOKENIZERS:
+        tokenizer = open_tokenizer(card["tokenizer"])[1]
+    else:
+        tokenizer = load_pretrained(VQModel, _part(folder, "image tokenizer", card["tokenizer"]), torch.float32)
     text_encoder, encoder_name = None, card.get("text_encoder")
-    if model.config.condition == "caption":
+    if model.config.condition == "caption" and encoder_name == TEXT_ENCODER:
+        text_encoder = open_text_encoder(TEXT_ENCODER, device, card.get("right_padded", False))
+    elif model.config.condition == "caption":
         text_encoder = load_text_encoder(_part(folder, "text encoder", encoder_name), getattr(torch, dtype))
         text_encoder.model.to(device)
     _check_fit(folder, model, tokenizer, text_encoder, card)
     return Policy(
         model=model.to(device),
         tokenizer=tokenizer.to(device),
-        tokenizer_name=card["tokenizer"] if card["tokenizer"] in BUNDLED_PARTS else None,
+        tokenizer_name=card["tokenizer"] if card["tokenizer"] in NAMED_PARTS else None,
         class_names=card.get("classes", []),
         image_size=card["image_size"],
         base=card.get("base", str(name_or_path)),
         text_encoder=text_encoder,
-        text_encoder_name=encoder_name if encoder_name in BUNDLED_PARTS else None,
+        text_encoder_name=encoder_name if encoder_name in NAMED_PARTS else None,
     )
 
 
@@ -223,10 +249,10 @@ def find_policy(name_or_path: str | Path) -> Path:
             raise UserError(f"the weights of {name_or_path} are not in this version; `{train}` trains them")
         return WEIGHTS / str(name_or_path)
     path = Path(name_or_path)
-    names = ", ".join(BUNDLED_POLICIES)
     if not path.exists():
-        hint = did_you_mean(name_or_path, BUNDLED_POLICIES)
-        raise UserError(f"no policy {str(name_or_path)!r}: not a folder, and the bundled policies are {names}{hint}")
+        hint = did_you_mean(name_or_path, (*BUNDLED_POLICIES, *POLICIES))
+        names = f"the bundled policies are {', '.join(BUNDLED_POLICIES)}, the published ones {', '.join(POLICIES)}"
+        raise UserError(f"no policy {str(name_or_path)!r}: not a folder; {names}{hint}")
     if (path / CARD).is_file():
         return path
     checkpoints = [folder for folder in checkpoint_folders(path).values() if (folder / CARD).is_file()]

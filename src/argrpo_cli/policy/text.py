@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.files import cannot_write, read_json
+from argrpo_cli.policy.caption_cleaning import published_caption
 from argrpo_cli.policy.loading import load_pretrained, quiet_transformers, save_model
 from argrpo_cli.policy.modeling import left_pad
 
@@ -23,10 +24,20 @@ class TextEncoder:
         model: the encoder, in evaluation mode and frozen; features have its `d_model` as width.
         tokenizer: any transformers tokenizer with a padding and an end token.
         words: for a tokenizer of whole words, all it knows; None for one that can spell anything.
+        cleans: captions go through the published cleaning first, as those did that LlamaGen was trained on.
+        right_padded: features stay where the encoder put them, padding and all, as AR-GRPO's code has it; LlamaGen's
+            are moved to the right end and their padding is zero.
     """
 
-    def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        model: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cleans: bool = False,
+        right_padded: bool = False,
+    ) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.cleans, self.right_padded = cleans, right_padded
         whole_words = type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
         special = set(tokenizer.all_special_tokens)
         self.words = sorted(set(tokenizer.get_vocab()) - special) if whole_words else None
@@ -62,18 +73,21 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         """Features of prompts, each distinct one encoded once.
 
-        As published (goldens set B, quirk 10): tokens padded or cut to `length`, padding left out of the encoder's
-        attention, features of padding zero, the valid rows moved to the right end.
+        As LlamaGen's: tokens padded or cut to `length`, padding left out of the encoder's attention, features of
+        padding zero, the valid rows moved to the right end (unless `right_padded`).
 
         Returns:
             features [B, length, width] in the encoder's dtype and mask int64 [B, length], 1 on valid rows.
         """
+        prompts = [published_caption(prompt) for prompt in prompts] if self.cleans else list(prompts)
         distinct = list(dict.fromkeys(prompts))
         batch = self.tokenizer(
             distinct, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).to(self.model.device)
         features = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        features, mask = left_pad(features, batch.attention_mask)
+        mask = batch.attention_mask
+        if not self.right_padded:
+            features, mask = left_pad(features, mask)
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=features.device)
         return features[rows], mask[rows]
 
@@ -84,6 +98,22 @@ class TextEncoder:
             self.tokenizer.save_pretrained(folder)
         except OSError as error:
             raise cannot_write(folder, error) from error
+
+
+def open_text_encoder(name: str, device: str = "cpu", right_padded: bool = False) -> TextEncoder:
+    """A published T5 encoder by its name on the hub, in bfloat16 as published, with the published caption cleaning.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        model = T5EncoderModel.from_pretrained(name, dtype=torch.bfloat16)
+    except (OSError, ValueError) as error:
+        mend = f"fetch it with `hf download {name}` where there is a network"
+        raise UserError(f"cannot open the text encoder {name}: {str(error).splitlines()[0]}; {mend}") from error
+    return TextEncoder(model.to(device), tokenizer, cleans=True, right_padded=right_padded)
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextEncoder:

@@ -1,0 +1,275 @@
+"""Published checkpoints: every size's keys, every wrapping, names, files, AR-GRPO folders, and the way back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from argrpo_cli.cli.app import run
+from argrpo_cli.errors import UserError
+from argrpo_cli.policy import load_policy, published
+from argrpo_cli.policy.checkpoints import fit_state, to_published
+from argrpo_cli.policy.config import SIZES, published_config
+from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.vq import VQConfig, VQModel
+from tests.formula import formula_weights
+
+DATA = Path(__file__).parents[1] / "data" / "policy"
+PUBLISHED = json.loads((DATA / "sizes.json").read_text())
+CODES = 32
+
+
+def shapes_of(name: str) -> dict[str, list[int]]:
+    """Published key to shape of a published size."""
+    facts = PUBLISHED[name]
+    layers = {f"layers.{i}.{key}": shape for i in range(facts["layers"]) for key, shape in facts["layer"].items()}
+    return {**facts["rest"], **layers}
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_every_size_has_the_published_keys_shapes_and_counts(name):
+    facts, shapes = PUBLISHED[name], shapes_of(name)
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    config = published.config_of(state, 576, name)
+    assert config.num_attention_heads == facts["heads"]
+    condition = "caption" if name.endswith("t2i") else "class"
+    size = name.removeprefix("GPT-").partition("_")[0]
+    wanted = published_config(size, image_size=384, condition=condition)
+    assert config.to_dict() == wanted.to_dict()
+    with torch.device("meta"):
+        model = LlamaGenForImageGeneration(config)
+    assert {key: list(value.shape) for key, value in to_published(model).items()} == shapes
+    assert sum(p.numel() for p in model.parameters()) == facts["n_parameters"]
+    assert sum(v.numel() for v in model.state_dict().values()) == facts["n_state_dict_elements"]
+    assert len(shapes) == facts["n_keys"]
+
+
+def test_every_published_name_says_size_condition_and_pixels():
+    for name, entry in published.POLICIES.items():
+        kind, size, pixels = name.split("-")
+        assert entry.file.lower().startswith(f"{kind}_{size}") and entry.file.endswith(f"_{pixels}.pt")
+        assert entry.image_size == int(pixels) and entry.tokenizer in published.TOKENIZERS
+
+
+@pytest.mark.parametrize("name", ["VQ-8", "VQ-16"])
+def test_a_tokenizer_is_read_off_its_keys(name):
+    shapes = json.loads((DATA / f"{name}.json").read_text())["shapes"]
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    model = published.tokenizer_from(state)
+    assert model.config.downsample == int(name.removeprefix("VQ-"))
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == shapes
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path) -> Path:
+    """A folder with published files of a size of its own: c2i_tiny_256.pt and vq_ds16_c2i.pt, 16x16 tokens."""
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setitem(SIZES, "tiny", size)
+    config = published_config("tiny")
+    config.vocab_size, config.num_classes = CODES, 5
+    with torch.device("meta"):
+        meta = LlamaGenForImageGeneration(config)
+        vq = VQModel(
+            VQConfig(
+                codebook_size=CODES,
+                ch=32,
+                encoder_ch_mult=[1, 1, 1, 1, 2],
+                decoder_ch_mult=[1, 1, 1, 1, 2],
+                num_res_blocks=1,
+                z_channels=32,
+            )
+        )
+    weights = formula_weights({key: value.shape for key, value in to_published(meta).items()})
+    torch.save({"model": weights, "optimizer": {}, "steps": 7}, tmp_path / "c2i_tiny_256.pt")
+    torch.save(
+        {"model": formula_weights({k: v.shape for k, v in vq.state_dict().items()})}, tmp_path / "vq_ds16_c2i.pt"
+    )
+    return tmp_path
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_a_file_draws_pictures_and_comes_back_bit_for_bit(tiny, tmp_path, capsys):
+    policy = load_policy(tiny / "c2i_tiny_256.pt")
+    assert (policy.image_size, policy.tokenizer_name, policy.class_names) == (256, "vq-ds16-c2i", list("01234"))
+    tokens = policy.sample(policy.conditions([0, 3]), seeds=[0, 1])
+    assert tokens.shape == (2, 256)
+    assert policy.decode(tokens[:1]).shape == (1, 3, 256, 256)
+    for arguments in (
+        [str(tiny / "c2i_tiny_256.pt"), str(tmp_path / "folder"), "--tokenizer", str(tiny / "vq_ds16_c2i.pt")],
+        [str(tmp_path / "folder"), str(tmp_path / "back.pt"), "--back"],
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["published", *arguments])
+            published.main()
+    again = load_policy(tmp_path / "folder")
+    assert torch.equal(again.sample(again.conditions([0, 3]), seeds=[0, 1]), tokens)
+    before, after = weights_of(tiny / "c2i_tiny_256.pt"), weights_of(tmp_path / "back.pt")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("wrapping", ["bare", "module", "state_dict", "ema", "ddp", "compiled", "rotary"])
+def test_every_wrapping_opens(tiny, wrapping):
+    path = tiny / "c2i_tiny_256.pt"
+    weights = weights_of(path)
+    content = {
+        "bare": weights,
+        "ddp": {"model": {f"module.{key}": value for key, value in weights.items()}},
+        "compiled": {"model": {f"_orig_mod.{key}": value for key, value in weights.items()}},
+        "rotary": {"model": {**weights, "freqs_cis": torch.zeros(3)}},
+    }.get(wrapping, {wrapping: weights})
+    torch.save(content, path)
+    state = to_published(load_policy(path).model)
+    assert all(torch.equal(state[key], value) for key, value in weights.items())
+
+
+def test_a_tokenizer_is_its_running_mean_and_a_policy_is_not(tiny):
+    for file in ("c2i_tiny_256.pt", "vq_ds16_c2i.pt"):
+        weights = weights_of(tiny / file)
+        torch.save({"model": weights, "ema": {key: value + 1 for key, value in weights.items()}}, tiny / file)
+    policy = load_policy(tiny / "c2i_tiny_256.pt")
+    assert torch.equal(policy.model.lm_head.weight, weights_of(tiny / "c2i_tiny_256.pt")["output.weight"])
+    mean = torch.load(tiny / "vq_ds16_c2i.pt", weights_only=True)["ema"]["quantize.embedding.weight"]
+    assert torch.equal(policy.tokenizer.quantize.embedding.weight, mean)
+
+
+def test_weights_in_half_precision_are_opened_as_asked(tiny):
+    path = tiny / "c2i_tiny_256.pt"
+    torch.save({"model": {key: value.bfloat16() for key, value in weights_of(path).items()}}, path)
+    assert load_policy(path).model.dtype == torch.float32
+    half = load_policy(path, dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16 and half.tokenizer.dtype == torch.float32
+
+
+def test_an_argrpo_folder_holds_policy_and_tokenizer(tiny):
+    folder = tiny / "ar-grpo-256"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "other"}')
+    parts = {"gpt_model.": weights_of(tiny / "c2i_tiny_256.pt"), "vq_model.": weights_of(tiny / "vq_ds16_c2i.pt")}
+    whole = {prefix + key: value.clone() for prefix, weights in parts.items() for key, value in weights.items()}
+    names = sorted(whole)
+    for shard, part in enumerate((names[:20], names[20:])):
+        save_file({key: whole[key] for key in part}, folder / f"model-{shard + 1:05d}-of-00002.safetensors")
+    policy, plain = load_policy(folder), load_policy(tiny / "c2i_tiny_256.pt")
+    assert policy.tokenizer_name is None  # it is the folder's own
+    for one, other in ((policy.model, plain.model), (policy.tokenizer, plain.tokenizer)):
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda w: w.pop("norm.weight"), "missing norm.weight"),
+        (lambda w: w.update({"layers.0.new": torch.zeros(1)}), "unexpected layers.0.new"),
+        (lambda w: w.update({"output.weight": torch.zeros(3, 32)}), r"output.weight is \[3, 32\], expected \[32, 32\]"),
+        (lambda w: w.pop("tok_embeddings.weight"), "is no LlamaGen checkpoint: it has no tok_embeddings.weight"),
+        (lambda w: w.update({"tok_embeddings.weight": torch.zeros(CODES, 48)}), "is 48 wide, like no published size"),
+    ],
+)
+def test_a_misfit_is_one_line(tiny, spoil, message):
+    path = tiny / "c2i_tiny_256.pt"
+    weights = weights_of(path)
+    spoil(weights)
+    torch.save({"model": weights}, path)
+    with pytest.raises(UserError, match=message) as caught:
+        load_policy(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_does_not_say_its_size_is_asked_to(tiny):
+    (tiny / "c2i_tiny_256.pt").rename(tiny / "policy.pt")
+    with pytest.raises(UserError, match=r"does not say whether it draws 256, 384, 512 pixels.*--image-size"):
+        load_policy(tiny / "policy.pt")
+
+
+def test_a_tokenizer_of_other_codes_is_refused(tiny):
+    weights = weights_of(tiny / "c2i_tiny_256.pt")
+    for key in ("tok_embeddings.weight", "output.weight"):
+        weights[key] = torch.zeros(CODES + 1, 32)
+    torch.save({"model": weights}, tiny / "c2i_tiny_256.pt")
+    with pytest.raises(UserError, match="has 32 codes, and the policy draws 33"):
+        load_policy(tiny / "c2i_tiny_256.pt")
+
+
+def test_a_tokenizer_that_is_none_is_refused(tiny):
+    with pytest.raises(UserError, match="is no LlamaGen tokenizer"):
+        published.open_tokenizer(tiny / "c2i_tiny_256.pt")
+
+
+def test_fit_state_lists_every_fault_at_once():
+    with torch.device("meta"):
+        model = torch.nn.Linear(3, 2)
+    with pytest.raises(UserError, match=r"x: missing bias; unexpected b; wrong shape: weight is \[1\], expected"):
+        fit_state(model, {"weight": torch.zeros(1), "b": torch.zeros(2)}, {}, "x", torch.float32)
+
+
+def test_without_a_network_a_name_says_what_to_download(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"https://huggingface\.co/FoundationVision/LlamaGen/blob/main/c2i_L_384\.pt"):
+        published.fetch("FoundationVision/LlamaGen", "c2i_L_384.pt")
+    monkeypatch.chdir(tmp_path)
+    assert run(["sample", "--policy", "c2i-l-384", "--class", "207", "--out", "images"]) == 2
+    assert "cannot fetch c2i_L_384.pt" in capsys.readouterr().err and not (tmp_path / "images").exists()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a hub as a download needs: sizes, hashes and ranges of one file."""
+
+    content = bytes(range(256)) * 4000
+    ranges: list = []  # noqa: RUF012 (shared on purpose: a request is an instance)
+
+    def _head(self) -> bytes:
+        start = 0
+        if "Range" in self.headers and not self.headers["Range"].endswith("-0"):
+            start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
+        Hub.ranges.append(start)
+        body = self.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", '"abc123"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(body)))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        self.end_headers()
+        return body
+
+    def do_HEAD(self) -> None:
+        self._head()
+
+    def do_GET(self) -> None:
+        self.wfile.write(self._head())
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_name_is_fetched_once_into_the_cache_of_the_hub(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "from argrpo_cli.policy.published import POLICIES, fetch; one = POLICIES['c2i-b-256']; "
+        "print(fetch(one.repo, one.file)); print(fetch(one.repo, one.file))"
+    )
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    try:
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split()
+    assert first == second and Path(first).name == "c2i_B_256.pt" and tmp_path in Path(first).parents
+    assert Path(first).read_bytes() == Hub.content
