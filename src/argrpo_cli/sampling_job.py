@@ -2,6 +2,10 @@
 
 The folder holds `sampling.json` (the settings, written first), one PNG per image, grid.png, and
 metadata.jsonl (written last, so its presence means the folder is complete).
+
+Several processes share the work by batches, and a batch of which something is missing is drawn whole: an image comes
+out of the same batch whoever draws it and whenever, so that its bytes are always the same. That is why the batch size
+is kept with the settings and an unfinished folder goes on with its own.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import math
 import re
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +24,16 @@ import numpy as np
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
-from argrpo_cli.files import atomic_path, cannot_write, make_dir, read_text, save_png, write_json, write_jsonl
+from argrpo_cli.files import (
+    atomic_path,
+    cannot_write,
+    make_dir,
+    read_json,
+    read_text,
+    save_png,
+    write_json,
+    write_jsonl,
+)
 from argrpo_cli.images import read_image
 from argrpo_cli.progress import progress
 
@@ -27,13 +41,16 @@ if TYPE_CHECKING:
     from argrpo_cli.policy import Policy
 
 SETTINGS, METADATA, GRID, NPZ = "sampling.json", "metadata.jsonl", "grid.png", "samples.npz"
+BATCH_SIZE = "batch_size"
+MOST_OF_ONE = 1_000_000
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 OUR_IMAGE = re.compile(r"\d{3,}-[a-z0-9-]*-\d{5,}\.png")
 GRID_COLUMNS, GRID_ROWS = 8, 32  # a look at the samples, not all of them
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What decides the images. Batch size and device change only the speed, so they are not part of it."""
+    """What decides the images. Batch size and device change them by rounding at most, and are not part of it."""
 
     policy: str
     classes: tuple[str, ...] = ()  # names or ids; none means every class
@@ -45,6 +62,7 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     dtype: str = "float32"
+    resize: int | None = None  # pixels a side that the images are scaled to (bicubic), None as drawn
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,7 @@ class SamplingResult:
     grid: Path
     count: int
     kept: int
+    first: bool = True  # of several processes, the one that reports
 
 
 @dataclass(frozen=True)
@@ -85,29 +104,38 @@ def run_sampling(
     Raises:
         UserError: a setting out of range, an unknown policy or class, an `out` in use or not writable.
     """
-    from argrpo_cli.devices import resolve_device
     from argrpo_cli.policy import load_policy
+    from argrpo_cli.processes import join_team
 
     _check(settings)
-    _check_folder(out, overwrite)
-    policy = load_policy(settings.policy, device=resolve_device(device), dtype=settings.dtype)
+    team = join_team(device)
+    team.lead(lambda: _check_folder(out, overwrite))
+    policy = load_policy(settings.policy, device=team.device, dtype=settings.dtype)
     shots = _plan(policy, settings)
     asked = {"classes": list(settings.classes), "prompts": list(settings.prompts)}
     identity = {**asdict(settings), **asked, "weights": policy.fingerprint()}
-    _prepare_folder(out, identity, overwrite)
+    team.lead(lambda: _prepare_folder(out, identity, batch_size, overwrite))
+    batch_size = read_json(out / SETTINGS)[BATCH_SIZE]
 
-    missing = [shot for shot in shots if not (out / shot.file).is_file()]
-    if show_progress and missing:
-        with progress("sampling", len(missing)) as advance:
-            _draw(policy, settings, missing, out, batch_size, advance)
-    else:
-        _draw(policy, settings, missing, out, batch_size, lambda count: None)
+    batches = [shots[start : start + batch_size] for start in range(0, len(shots), batch_size)]
+    missing = [[shot for shot in batch if not _whole(out / shot.file)] for batch in batches]
+    left = sum(map(len, missing))
+    team.together(lambda: None)  # all have looked before one draws
+    mine = [pair for pair in zip(batches, missing, strict=True) if pair[1]][team.index :: team.count]
 
-    grid = _write_grid(shots, settings.n, out)
-    if npz:
-        _write_npz([out / shot.file for shot in shots], out / NPZ)
-    write_jsonl(out / METADATA, [_row(shot, settings) for shot in shots])
-    return SamplingResult(folder=out, grid=grid, count=len(shots), kept=len(shots) - len(missing))
+    def draw() -> None:
+        with ExitStack() as stack:
+            advance: Callable[[int], None] = lambda count: None  # noqa: E731
+            if show_progress and team.index == 0 and mine:
+                label = "sampling" if team.count == 1 else f"sampling, one of {team.count} processes"
+                advance = stack.enter_context(progress(label, sum(len(wanted) for _, wanted in mine)))
+            for batch, wanted in mine:
+                _draw(policy, settings, batch, wanted, out)
+                advance(len(wanted))
+
+    team.together(draw)
+    team.lead(lambda: _finish(shots, settings, out, npz))
+    return SamplingResult(folder=out, grid=out / GRID, count=len(shots), kept=len(shots) - left, first=team.index == 0)
 
 
 def file_name(number: int, name: str, seed: int) -> str:
@@ -124,9 +152,13 @@ def _check(settings: SamplingSettings) -> None:
     ):
         if not (good and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {allowed}")
+    if settings.resize is not None and settings.resize < 1:
+        raise UserError(f"--resize {settings.resize}: must be 1 or more")
     for name, least in (("n", 1), ("seed", 0), ("top_k", 0)):
         if getattr(settings, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be {least} or more")
+    if settings.n > MOST_OF_ONE:
+        raise UserError(f"--n {settings.n}: must be at most {MOST_OF_ONE} of one class or prompt")
     if settings.seed + settings.n > 2**32:  # torch's CPU generator looks at no more bits: images would repeat
         raise UserError(f"--seed {settings.seed}: must be below 2**32")
 
@@ -151,30 +183,45 @@ def _plan(policy: Policy, settings: SamplingSettings) -> list[_Shot]:
 
 
 def _draw(
-    policy: Policy,
-    settings: SamplingSettings,
-    shots: Sequence[_Shot],
-    out: Path,
-    batch_size: int,
-    advance: Callable[[int], None],
+    policy: Policy, settings: SamplingSettings, batch: Sequence[_Shot], wanted: Sequence[_Shot], out: Path
 ) -> None:
+    """Draw a batch and write those of its images that are wanted."""
     from PIL import Image
 
-    for start in range(0, len(shots), batch_size):
-        batch = shots[start : start + batch_size]
-        tokens = policy.sample(
-            [shot.condition for shot in batch],
-            cfg_scale=settings.cfg_scale,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            seeds=[shot.seed for shot in batch],
-            batch_size=batch_size,
-        )
-        pixels = policy.decode(tokens).permute(0, 2, 3, 1).cpu().numpy()
-        for shot, image in zip(batch, pixels, strict=True):
-            save_png(out / shot.file, Image.fromarray(image))
-        advance(len(batch))
+    tokens = policy.sample(
+        [shot.condition for shot in batch],
+        cfg_scale=settings.cfg_scale,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seeds=[shot.seed for shot in batch],
+        batch_size=len(batch),
+    )
+    pixels = policy.decode(tokens).permute(0, 2, 3, 1).cpu().numpy()
+    for shot, array in zip(batch, pixels, strict=True):
+        if shot in wanted:
+            image = Image.fromarray(array)
+            if settings.resize is not None:
+                image = image.resize((settings.resize, settings.resize), Image.Resampling.BICUBIC)
+            save_png(out / shot.file, image)
+
+
+def _whole(path: Path) -> bool:
+    """Whether a PNG is there to its end."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), 2)
+            return file.read() == PNG_END
+    except OSError:
+        return False
+
+
+def _finish(shots: Sequence[_Shot], settings: SamplingSettings, out: Path, npz: bool) -> None:
+    """The files of which there is one, metadata last."""
+    _write_grid(shots, settings.n, out)
+    if npz:
+        _write_npz([out / shot.file for shot in shots], out / NPZ)
+    write_jsonl(out / METADATA, [_row(shot, settings) for shot in shots])
 
 
 def _row(shot: _Shot, settings: SamplingSettings) -> dict[str, Any]:
@@ -190,6 +237,7 @@ def _row(shot: _Shot, settings: SamplingSettings) -> dict[str, Any]:
         "top_k": settings.top_k,
         "top_p": settings.top_p,
         "dtype": settings.dtype,
+        **({} if settings.resize is None else {"resize": settings.resize}),
     }
 
 
@@ -201,7 +249,7 @@ def _check_folder(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} is not empty; choose another --out")
 
 
-def _prepare_folder(out: Path, identity: dict[str, Any], overwrite: bool) -> None:
+def _prepare_folder(out: Path, identity: dict[str, Any], batch_size: int, overwrite: bool) -> None:
     """Make `out` ready: new, emptied of older samples, or an unfinished one of the same `identity`."""
     settings = out / SETTINGS
     if settings.is_file() and not overwrite:
@@ -209,7 +257,7 @@ def _prepare_folder(out: Path, identity: dict[str, Any], overwrite: bool) -> Non
             held = json.loads(read_text(settings))
         except ValueError:
             held = None
-        if held != identity:
+        if not isinstance(held, dict) or not isinstance(held.pop(BATCH_SIZE, None), int) or held != identity:
             raise UserError(f"{out} holds samples of other settings; choose another --out, or --overwrite to replace")
         return
     make_dir(out)
@@ -219,7 +267,7 @@ def _prepare_folder(out: Path, identity: dict[str, Any], overwrite: bool) -> Non
                 path.unlink()
             except OSError as error:
                 raise cannot_write(path, error) from error
-    write_json(settings, identity)
+    write_json(settings, {**identity, BATCH_SIZE: batch_size})
 
 
 def _ours(out: Path) -> list[Path]:
@@ -235,7 +283,7 @@ def _others(out: Path) -> bool:
         raise UserError(f"cannot read the folder {out}: {error.strerror}") from error
 
 
-def _write_grid(shots: Sequence[_Shot], per_class: int, out: Path) -> Path:
+def _write_grid(shots: Sequence[_Shot], per_class: int, out: Path) -> None:
     """grid.png: a row per class, as many as fit a sheet."""
     from argrpo_cli.grids import image_grid
 
@@ -244,7 +292,6 @@ def _write_grid(shots: Sequence[_Shot], per_class: int, out: Path) -> Path:
     images = np.stack([read_image(out / shot.file) for row in rows for shot in row])
     scale = max(1, 128 // images.shape[-1])
     save_png(out / GRID, image_grid(images, columns, [row[0].name for row in rows], scale=scale))
-    return out / GRID
 
 
 def _write_npz(paths: Sequence[Path], target: Path) -> None:

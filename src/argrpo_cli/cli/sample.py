@@ -34,13 +34,21 @@ def sample(
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", metavar="TEXT", help="What to draw, for a policy of captions; repeatable."),
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            help="What to draw, for a policy of captions, e.g. 'a photo of two dogs'; repeatable.",
+        ),
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option("--prompts", metavar="FILE", help="The same from a .txt (one a line) or .jsonl file (`prompt`)."),
+        typer.Option(
+            "--prompts",
+            metavar="SET|FILE",
+            help="Captions of a set (nano, geneval-nano, geneval-nano-extra, geneval) or of a .txt or .jsonl file.",
+        ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Images per class or prompt.")] = 8,
+    n: Annotated[int, typer.Option("--n", "--per-class", min=1, help="Images per class or prompt.")] = 8,
     seed: Annotated[
         int,
         typer.Option("--seed", min=0, help="Seed of the first image of each; the next take seed + 1, ..."),
@@ -55,11 +63,16 @@ def sample(
     npz: Annotated[
         bool, typer.Option("--npz", help="Also write samples.npz (arr_0, uint8 [N, H, W, 3]) for FID tools.")
     ] = False,
+    resize: Annotated[
+        int | None,
+        typer.Option("--resize", min=1, help="Pixels a side to scale images to, as 384 to 256 for ImageNet's metrics."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the samples in --out.")] = False,
 ) -> None:
     """Draw images from a policy: PNGs, a grid and metadata.jsonl.
 
-    The same command on an unfinished folder draws what is missing there.
+    The same command on an unfinished folder draws what is missing there. `torchrun --nproc_per_node=2 -m argrpo_cli
+    sample --per-class 50 ...` splits the work over processes, `accelerate launch -m argrpo_cli sample ...` too.
     """
     from argrpo_cli.sampling_job import SamplingSettings, run_sampling
 
@@ -79,9 +92,12 @@ def sample(
         top_k=top_k,
         top_p=top_p,
         dtype=dtype.value,
+        resize=resize,
     )
     result = run_sampling(
         settings, out, batch_size=batch_size, device=device, npz=npz, overwrite=overwrite, show_progress=True
     )
+    if not result.first:
+        return
     kept = f" ({result.kept} were there already)" if result.kept else ""
     print(f"{result.count} images{kept} in {out}, overview in {result.grid}")

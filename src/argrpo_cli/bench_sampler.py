@@ -1,0 +1,176 @@
+"""The sampler at a published size against LlamaGen's own algorithm: `python -m argrpo_cli.bench_sampler`.
+
+Random weights of a published geometry; time and memory do not depend on the values. Three things are timed in turns in
+one process:
+
+- `reference`: the published algorithm, written from its description: a cache of the whole length, attention over all of
+  it under a mask by the plain matrix products, condition and null through the LM head, tokens by `torch.multinomial`.
+- `argrpo`: `policy.sampling.sample_tokens`.
+- `floor`: the linear layers alone, with the batch of every step and nothing between them. No sampler that reads every
+  weight once per token can be faster on this machine by this library.
+
+On a GPU the floor is the time to read the weights and the filled cache once per token at the bandwidth given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from argrpo_cli.bench import measure
+from argrpo_cli.devices import resolve_device
+from argrpo_cli.policy.config import SIZES, published_config
+from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.rope import apply_rope, rope_table
+from argrpo_cli.policy.sampling import new_cache, sample_tokens
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print a table for every precision."""
+    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench_sampler", description=__doc__)
+    parser.add_argument("--size", default="B", choices=list(SIZES))
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--cfg-scale", type=float, default=2.0)
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--bandwidth", type=float, help="of the device's memory in GB/s, for the roofline")
+    options = parser.parse_args(arguments)
+    device = resolve_device(options.device)
+    config = published_config(options.size, options.image_size)
+    tokens = options.batch_size * config.block_size
+    threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+    print(f"{platform.machine()}, {threads}, torch {torch.__version__}")
+    print(
+        f"LlamaGen-{options.size}, {options.image_size} px ({config.block_size} tokens), {options.batch_size} images, "
+        f"cfg {options.cfg_scale:g}, median of {options.repeats}"
+    )
+    print(f"{'':10}{'reference':>22}{'argrpo':>22}{'ratio':>8}{'floor':>9}{'of floor':>10}")
+    for dtype in options.dtypes:
+        model = random_policy(options.size, options.image_size, getattr(torch, dtype), device)
+        classes, scale = torch.arange(options.batch_size, device=device), options.cfg_scale
+        seeds = list(range(options.batch_size))
+        jobs: dict[str, Callable[[], object]] = {
+            "reference": partial(sample_as_published, model, classes, scale),
+            "argrpo": partial(sample_tokens, model, classes, cfg_scale=scale, seeds=seeds),
+        }
+        if device == "cpu":
+            jobs["floor"] = partial(linear_layers_alone, model, len(classes), scale)
+        else:  # kernels are compiled and graphs captured on the first call
+            for job in jobs.values():
+                job()
+            torch.cuda.reset_peak_memory_stats()
+        times = measure(jobs, options.repeats)
+        if device != "cpu" and options.bandwidth:
+            times["floor"] = roofline_seconds(model, len(classes), scale, options.bandwidth)
+        floor = times.get("floor")
+        cells = "".join(f"{times[name]:9.2f} s {tokens / times[name]:5.0f} tok/s" for name in ("reference", "argrpo"))
+        below = f"{floor:7.2f} s{floor / times['argrpo']:10.0%}" if floor else f"{'':>9}{'':>10}"
+        print(f"{dtype:10}{cells}{times['reference'] / times['argrpo']:7.2f}x{below}")
+        explain_memory(model, len(classes), scale, device)
+        del model
+
+
+def random_policy(size: str, image_size: int, dtype: torch.dtype, device: str) -> LlamaGenForImageGeneration:
+    """A published geometry with random weights (a fresh LM head is zero: it would draw evenly)."""
+    torch.manual_seed(0)
+    model = LlamaGenForImageGeneration(published_config(size, image_size))
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+@torch.inference_mode()
+def sample_as_published(model: LlamaGenForImageGeneration, classes: Tensor, cfg_scale: float) -> Tensor:
+    """LlamaGen's algorithm for class ids int64 [B] under guidance; tokens int64 [B, T]."""
+    backbone, config = model.model, model.config
+    batch, length, prefix = len(classes), config.block_size, config.cls_token_num
+    whole = -(-(prefix + length) // 8) * 8
+    weight = backbone.embed_tokens.weight
+    shape = (2 * batch, config.num_key_value_heads, whole, config.head_dim)
+    caches = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in backbone.layers]
+    causal = torch.ones(whole, whole, dtype=torch.bool, device=weight.device).tril()
+    table = rope_table(config.grid_size, config.head_dim, prefix, config.rope_theta, weight.device)
+    x = torch.cat([backbone.embed_condition(classes), backbone.embed_null(batch)]).to(weight.dtype)
+    tokens = torch.empty(batch, length, dtype=torch.int64, device=weight.device)
+    for index in range(length):
+        position = index
+        mask = causal[None, None, position : position + 1]
+        for layer, (keys, values) in zip(backbone.layers, caches, strict=True):
+            attention = layer.attention
+            qkv = attention.wqkv(layer.attention_norm(x)).unflatten(-1, (-1, config.head_dim))
+            heads, kv = attention.heads, attention.kv_heads
+            q = apply_rope(qkv[:, :, :heads], table[position : position + 1]).transpose(1, 2)
+            k = apply_rope(qkv[:, :, heads : heads + kv], table[position : position + 1]).transpose(1, 2)
+            keys[:, :, position : position + 1] = k
+            values[:, :, position : position + 1] = qkv[:, :, heads + kv :].transpose(1, 2)
+            with sdpa_kernel(SDPBackend.MATH):
+                seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            x = x + attention.wo(seen.transpose(1, 2).flatten(2))
+            x = x + layer.feed_forward(layer.ffn_norm(x))
+        logits = model.lm_head(backbone.norm(x)).float()[:, -1]
+        conditional, null = logits.chunk(2)
+        logits = null + cfg_scale * (conditional - null)
+        tokens[:, index] = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+        x = backbone.embed_tokens(tokens[:, index].repeat(2))[:, None]
+    return tokens
+
+
+@torch.inference_mode()
+def linear_layers_alone(model: LlamaGenForImageGeneration, batch: int, cfg_scale: float) -> None:
+    """Every linear layer of every step, and nothing else."""
+    config, weight = model.config, model.model.embed_tokens.weight
+    rows = 2 * batch if cfg_scale > 1 else batch
+    x = weight.new_ones(rows, 1, config.hidden_size)
+    wide = weight.new_ones(rows, 1, config.intermediate_size)
+    for _ in range(config.block_size):
+        for layer in model.model.layers:
+            layer.attention.wqkv(x)
+            layer.attention.wo(x)
+            layer.feed_forward.w1(x)
+            layer.feed_forward.w3(x)
+            layer.feed_forward.w2(wide)
+        model.lm_head(x[:batch])
+
+
+def roofline_seconds(model: LlamaGenForImageGeneration, batch: int, cfg_scale: float, bandwidth: float) -> float:
+    """Seconds to read all weights and the filled part of the cache once per token, at `bandwidth` GB/s."""
+    config = model.config
+    size = model.lm_head.weight.element_size()
+    layers = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
+    length = config.block_size
+    rows = 2 * batch if cfg_scale > 1 else batch
+    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rows
+    read = length * layers + per_position * length * (length + 1) / 2
+    return read * size / (bandwidth * 1e9)
+
+
+def explain_memory(model: LlamaGenForImageGeneration, batch: int, cfg_scale: float, device: str) -> None:
+    """Print the peak, and what it is made of."""
+    mib = 2**20
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / mib
+    rows = 2 * batch if cfg_scale > 1 else batch
+    with torch.device("meta"):
+        cache = sum(k.nbytes + v.nbytes for k, v in new_cache(model, rows)) / mib
+    if device == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else mib)
+        what = "of the process so far, the reference and torch itself included"
+    else:
+        peak, what = torch.cuda.max_memory_allocated() / mib, "allocated, the reference included"
+    print(f"{'':10}weights {weights:,.0f} MiB, cache {cache:,.0f} MiB, peak {peak:,.0f} MiB {what}")
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    main()
+    print(f"measured in {time.perf_counter() - started:.0f} s")

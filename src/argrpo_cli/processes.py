@@ -1,0 +1,80 @@
+"""Several processes, on one machine or many, that share one job: who this one is, and doing things in step.
+
+Started by `accelerate launch` or `torchrun`, which say in the environment how many there are; alone otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+from argrpo_cli.devices import resolve_device
+from argrpo_cli.errors import UserError
+
+LONGEST_JOB = timedelta(days=30)  # the first to finish waits for the last
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among its kind.
+
+    Attributes:
+        index: 0 for the one that reports and writes what there is one of.
+        count: how many processes there are.
+        device: what this one computes on.
+    """
+
+    index: int
+    count: int
+    device: str
+
+    def lead(self, action: Callable[[], None]) -> None:
+        """Let the first process act while the others wait.
+
+        Raises:
+            UserError: what `action` raised, in the first process; the others exit with code 2 without a word.
+        """
+        self.together(action if self.index == 0 else lambda: None)
+
+    def together(self, action: Callable[[], None]) -> None:
+        """Let every process act, and wait for the slowest.
+
+        Raises:
+            UserError: in the first process, what `action` raised in the first of them that failed; the others exit
+                with code 2 without a word.
+        """
+        fault: str | None = None
+        try:
+            action()
+        except UserError as error:
+            if self.count == 1:
+                raise
+            fault = str(error)
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        faults: list[str | None] = [None] * self.count
+        dist.all_gather_object(faults, fault)
+        first = next((one for one in faults if one is not None), None)
+        if first is not None and self.index == 0:
+            raise UserError(first)
+        if first is not None:
+            raise SystemExit(2)
+
+
+def join_team(device: str = "auto") -> Team:
+    """The team of this process; a device without a number becomes this process's own.
+
+    Raises:
+        UserError: no such device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return Team(0, 1, resolve_device(device))
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu", timeout=LONGEST_JOB)
+    own = str(state.device) if device in ("auto", "cpu", state.device.type) else resolve_device(device)
+    return Team(state.process_index, state.num_processes, own)

@@ -1,0 +1,108 @@
+"""`argrpo sample` by two processes, killed in the middle and started again: the same files, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from argrpo_cli.cli.app import run
+from tests.grpo.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
+
+N, BATCH = 8, 5  # images per class; a batch crosses classes
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_tiny_policy(tmp_path_factory.mktemp("policy") / "tiny")
+
+
+def arguments(policy, out):
+    where = ["sample", "--policy", str(policy), "--out", str(out), "--per-class", str(N)]
+    return [*where, "--batch-size", str(BATCH), "--npz", "--device", "cpu"]
+
+
+def together(policy, out, **options) -> subprocess.CompletedProcess:
+    """Two processes, as `torchrun` starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "-m", "argrpo_cli", *arguments(policy, out)],
+        env=environment, capture_output=True, text=True, timeout=300, **options,
+    )  # fmt: skip
+
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "samples.npz"}
+
+
+@pytest.fixture(scope="module")
+def alone(policy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "images"
+    assert run(arguments(policy, out)) == 0
+    return out
+
+
+def test_two_processes_write_what_one_does(policy, alone, tmp_path):
+    done = together(policy, tmp_path / "images")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "images") == contents(alone)
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "images" / "samples.npz")["arr_0"], np.load(alone / "samples.npz")["arr_0"]
+    )
+    assert done.stdout.count(f"{CLASSES * N} images") == 1, "one of them reports"
+
+
+def test_a_fault_of_the_first_is_told_once_and_stops_both(policy, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    done = together(policy, tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("is not empty; choose another --out") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_killed_job_is_completed_to_the_same_bytes(policy, alone, tmp_path):
+    out = tmp_path / "images"
+    slow = (  # the real command, with time between two batches to be killed in
+        "import time, argrpo_cli.sampling_job as job; draw = job._draw\n"
+        "def slowly(*a):\n    draw(*a); time.sleep(0.5)\n"
+        "job._draw = slowly\n"
+        "import sys; from argrpo_cli.cli.app import main; sys.argv = ['argrpo', *sys.argv[1:]]; main()"
+    )
+    job = subprocess.Popen([sys.executable, "-c", slow, *arguments(policy, out)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("*-*.png"))) < 6:
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    drawn = sorted(out.glob("[0-9]*-*.png"))
+    assert 6 <= len(drawn) < CLASSES * N and not (out / "metadata.jsonl").exists()
+    drawn[2].write_bytes(drawn[2].read_bytes()[:-20])  # torn, as by a power cut
+    assert run([*arguments(policy, out)[:-4], "7", *arguments(policy, out)[-3:]]) == 0  # the folder keeps its batches
+    left = {name: data for name, data in contents(out).items() if not name.startswith(".tmp-")}
+    assert left == contents(alone)
+
+
+def test_resize_is_bicubic_and_part_of_the_settings(policy, alone, tmp_path, capsys):
+    out, side = tmp_path / "images", IMAGE_SIZE // 2
+    assert run([*arguments(policy, out), "--resize", str(side)]) == 0
+    name = next(path.name for path in alone.glob("*-*.png"))
+    with Image.open(alone / name) as whole, Image.open(out / name) as small:
+        assert small.size == (side, side)
+        np.testing.assert_array_equal(
+            np.asarray(small), np.asarray(whole.resize((side, side), Image.Resampling.BICUBIC))
+        )
+    assert np.load(out / "samples.npz")["arr_0"].shape == (CLASSES * N, side, side, 3)
+    assert run(arguments(policy, out)) == 2
+    assert "other settings" in capsys.readouterr().err
