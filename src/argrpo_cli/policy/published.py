@@ -153,13 +153,20 @@ def fetch(repo: str, file: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging as hub_logging
 
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # it tells of every attempt; the outcome is enough
     try:
         return Path(hf_hub_download(repo, file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = "the hub is not reached, and it is not in the cache"
+        if not isinstance(error, LocalEntryNotFoundError):
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         mend = f"download https://huggingface.co/{repo}/blob/main/{file} and give the file instead"
-        raise UserError(f"cannot fetch {file} of {repo} from the hub ({reason[:150]}); {mend}") from error
+        raise UserError(f"cannot fetch {file} of {repo}: {why}; {mend}") from error
+    finally:
+        hub_logging.set_verbosity(level)
 
 
 def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGenConfig:
