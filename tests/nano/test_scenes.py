@@ -9,17 +9,7 @@ from argrpo_cli.conditions import class_prompt
 from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.grammar import TAGS
 from argrpo_cli.nano import scenes
-
-
-def font_missing() -> bool:
-    try:
-        scenes.find_font()
-    except UserError:
-        return True
-    return False
-
-
-needs_font = pytest.mark.skipif(font_missing(), reason="rendering needs the font Noto Color Emoji")
+from tests.emoji import needs_font
 
 
 def test_there_are_at_least_24_classes_with_distinct_names():

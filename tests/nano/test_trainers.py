@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.nano import WEIGHTS, scenes, training
+from argrpo_cli.nano import WEIGHTS, training
 from argrpo_cli.nano.detector import load_detector
 from argrpo_cli.nano.recognition import load_recogniser
 from argrpo_cli.nano.study import base_policy, load_tokenizer
@@ -19,6 +18,7 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.rewards.nano_clip import NanoClip
 from argrpo_cli.rewards.nano_critic import NanoCritic
 from argrpo_cli.rewards.nano_quality import NanoQuality
+from tests.emoji import needs_font
 
 SMALL = {
     "tokenizer": {"BATCH": 4, "UNSEEN": 8, "QUANTISED_FROM": 1},
@@ -43,15 +43,7 @@ OPENERS = {
 }
 
 
-def font_missing() -> bool:
-    try:
-        scenes.find_font()
-    except UserError:
-        return True
-    return False
-
-
-@pytest.mark.skipif(font_missing(), reason="training scenes are rendered with the font Noto Color Emoji")
+@needs_font
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_trainer_learns_saves_what_opens_and_repeats(name, options, tmp_path, monkeypatch):
     trainer = importlib.import_module(f"argrpo_cli.nano.train_{name}")
@@ -91,9 +83,8 @@ def test_the_codebook_follows_the_latents_and_dead_codes_begin_again():
     assert any(torch.allclose(book.embedding[2], latent) for latent in latents)
 
 
+@needs_font
 def test_the_optimiser_leaves_the_codebook_alone(tmp_path, monkeypatch):
-    if font_missing():
-        pytest.skip("training scenes are rendered with the font Noto Color Emoji")
     from argrpo_cli.nano import train_tokenizer
 
     for constant, value in SMALL["tokenizer"].items():
