@@ -92,6 +92,7 @@ def run_sampling(
     *,
     batch_size: int = 64,
     device: str = "auto",
+    text_device: str = "same",
     npz: bool = False,
     overwrite: bool = False,
     show_progress: bool = False,
@@ -110,7 +111,7 @@ def run_sampling(
     _check(settings)
     team = join_team(device)
     team.lead(lambda: _check_folder(out, overwrite))
-    policy = load_policy(settings.policy, device=team.device, dtype=settings.dtype)
+    policy = load_policy(settings.policy, device=team.device, dtype=settings.dtype, text_device=text_device)
     shots = _plan(policy, settings)
     asked = {"classes": list(settings.classes), "prompts": list(settings.prompts)}
     identity = {**asdict(settings), **asked, "weights": policy.fingerprint()}

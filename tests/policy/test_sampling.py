@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 
 from argrpo_cli.errors import UserError
+from argrpo_cli.policy import decoding, sampling
 from argrpo_cli.policy.checkpoints import from_published, to_published
 from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.packing import packed_linears
 from argrpo_cli.policy.sampling import draw_tokens, filter_logits, inverse_cdf, sample_tokens
 from tests.formula import formula_weights
 from tests.goldens import TOLERANCE, cases, golden_model, max_difference, tensors
@@ -75,8 +77,12 @@ def test_greedy_decoding_and_the_logits_of_every_step(name, run):
     assert torch.equal(sample_tokens(model, condition, greedy=True, **settings), expected)
 
 
+@pytest.mark.parametrize("bucketed", [False, True], ids=["exact", "bucketed"])
 @pytest.mark.parametrize("name", ["A_c2i", "B_t2i8", "B_t2i120"])
-def test_cached_decoding_equals_the_published_cache_and_the_teacher_forced_pass(name):
+def test_cached_decoding_equals_the_published_cache_and_the_teacher_forced_pass(name, bucketed, monkeypatch):
+    """With a step's attention over the filled part, and over whole buckets as on a GPU."""
+    monkeypatch.setattr(decoding, "BUCKET", 7)  # a golden image has 16 tokens
+    monkeypatch.setattr(sampling, "Decoder", partial(decoding.Decoder, bucketed=bucketed))
     data, model = tensors(name), golden_model(name)
     given, steps = data["in/tokens"], []
 
@@ -95,6 +101,31 @@ def test_cached_decoding_equals_the_published_cache_and_the_teacher_forced_pass(
         assert max_difference(actual, data[f"out/{output}"][:, -length - 1 : -1]) < TOLERANCE
 
 
+@pytest.mark.parametrize("cfg_interval", [-1, 5])
+def test_bucketed_steps_follow_guidance(cfg_interval, monkeypatch):
+    data, model = tensors("B_t2i8"), golden_model("B_t2i8")
+    condition, mask = condition_of("B_t2i8", data)
+    settings = {"cfg_scale": 2.5, "cfg_interval": cfg_interval, "condition_mask": mask, "return_logprobs": "guided"}
+    expected = sample_tokens(model, condition, seeds=range(len(condition)), **settings)
+    monkeypatch.setattr(decoding, "BUCKET", 7)
+    monkeypatch.setattr(sampling, "Decoder", partial(decoding.Decoder, bucketed=True))
+    tokens, logprobs = sample_tokens(model, condition, seeds=range(len(condition)), **settings)
+    assert torch.equal(tokens, expected[0]) and max_difference(logprobs, expected[1]) < TOLERANCE
+
+
+def test_packed_linear_layers_compute_the_same_and_leave_no_trace():
+    model = copy.deepcopy(golden_model("A_c2i"))
+    layer, x = model.model.layers[0].feed_forward.w1, torch.randn(4, 1, model.config.hidden_size)
+    plain = layer(x)
+    with packed_linears(model, rows=4) as packed:
+        assert packed == torch.backends.mkldnn.is_available()
+        assert ("forward" in vars(layer)) == packed
+        assert max_difference(layer(x), plain) < 1e-5
+    assert "forward" not in vars(layer)
+    with torch.autocast("cpu", torch.bfloat16), packed_linears(model, rows=4) as packed:
+        assert not packed, "the copies would not be cast"
+
+
 def test_decoding_works_with_grouped_queries():
     """The published cache cannot; ours must agree with the teacher-forced pass."""
     model, class_ids = golden_model("C_rope", "gqa_kv2"), torch.tensor([1, 7])
@@ -110,9 +141,11 @@ def test_decoding_works_with_grouped_queries():
 def test_the_null_half_runs_only_where_guidance_needs_it(cfg_scale, cfg_interval, guided_tokens, monkeypatch):
     model = copy.deepcopy(golden_model("A_c2i"))
     backbone_batches, head_batches = [], []
-    run, head = model.model.run, model.lm_head.forward
-    monkeypatch.setattr(model.model, "run", lambda x, *rest: backbone_batches.append(len(x)) or run(x, *rest))
-    monkeypatch.setattr(model.lm_head, "forward", lambda h: head_batches.append(len(h)) or head(h))
+    run = model.model.run
+    monkeypatch.setattr(
+        model.model, "run", lambda x, *rest, **more: backbone_batches.append(len(x)) or run(x, *rest, **more)
+    )
+    model.lm_head.register_forward_pre_hook(lambda head, given: head_batches.append(len(given[0])))
     sample_tokens(model, torch.tensor([3, 4]), cfg_scale=cfg_scale, cfg_interval=cfg_interval, seeds=[0, 1])
     assert backbone_batches == [4] * guided_tokens + [2] * (16 - guided_tokens)
     assert head_batches == [2] * 16, "one head pass a token, for the conditional batch only"

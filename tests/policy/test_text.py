@@ -7,7 +7,7 @@ import torch
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
-from argrpo_cli.policy import load_policy
+from argrpo_cli.policy import load_policy, text
 from tests.grpo.tiny import save_tiny_policy, tiny_caption_policy, tiny_text_encoder
 
 
@@ -33,8 +33,37 @@ def test_a_distinct_caption_is_encoded_once(monkeypatch):
     monkeypatch.setattr(
         encoder.model, "forward", lambda **given: sizes.append(len(given["input_ids"])) or forward(**given)
     )
-    encoder.encode(["a dog", "a cat", "a dog", "a dog"], length=6)
+    before = encoder.encode(["a dog", "a cat", "a dog", "a dog"], length=6)
     assert sizes == [2]
+    again = encoder.encode(["a red dog", "a cat", "a dog"], length=6)
+    assert sizes == [2, 1], "what the call before read is remembered"
+    assert torch.equal(again[0][1:], before[0][1:3]) and torch.equal(again[1][1:], before[1][1:3])
+    encoder.encode(["a cat"], length=5)
+    assert sizes == [2, 1, 1], "but not for another length"
+
+
+def test_only_the_latest_captions_are_remembered(monkeypatch):
+    monkeypatch.setattr(text, "KEPT", 2)
+    encoder, read = tiny_text_encoder(), []
+    original = encoder._read
+    monkeypatch.setattr(encoder, "_read", lambda new, length: read.append(new) or original(new, length))
+    for prompts in (["a dog"], ["a cat"], ["a dog"], ["a red dog"], ["a dog"], ["a cat"]):
+        encoder.encode(prompts, length=6)
+    assert read == [["a dog"], ["a cat"], ["a red dog"], ["a cat"]]
+
+
+def test_an_offloaded_encoder_visits_the_device_only_to_read(monkeypatch):
+    """A second name of the CPU stands for a GPU."""
+    encoder, where = tiny_text_encoder(), []
+    encoder.place("cpu", "offload")
+    move = encoder.model.to
+    monkeypatch.setattr(encoder.model, "to", lambda device: where.append(str(device)) or move(device))
+    encoder.device = torch.device("cpu", 0)
+    encoder.encode(["a dog"], length=6)
+    encoder.encode(["a dog"], length=6)
+    assert where == ["cpu:0", "cpu"], "there and back once"
+    with pytest.raises(UserError, match="device 'nowhere'"):
+        encoder.place("cpu", "nowhere")
 
 
 def test_a_long_caption_is_cut_and_still_ends():

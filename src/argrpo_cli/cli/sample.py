@@ -60,6 +60,14 @@ def sample(
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.float32,
+    text_device: Annotated[
+        str,
+        typer.Option(
+            "--text-device",
+            metavar="same|offload|DEVICE",
+            help="Of the text encoder: beside the policy, there only while it reads captions, or elsewhere.",
+        ),
+    ] = "same",
     npz: Annotated[
         bool, typer.Option("--npz", help="Also write samples.npz (arr_0, uint8 [N, H, W, 3]) for FID tools.")
     ] = False,
@@ -95,7 +103,14 @@ def sample(
         resize=resize,
     )
     result = run_sampling(
-        settings, out, batch_size=batch_size, device=device, npz=npz, overwrite=overwrite, show_progress=True
+        settings,
+        out,
+        batch_size=batch_size,
+        device=device,
+        text_device=text_device,
+        npz=npz,
+        overwrite=overwrite,
+        show_progress=True,
     )
     if not result.first:
         return

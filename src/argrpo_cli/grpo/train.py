@@ -242,7 +242,10 @@ def _load_base_policy(recipe: Recipe, out: Path, resume: bool) -> Policy:
 
     noted = RunDirectory(out).notes().get("base_policy") if resume else None
     # Weights stay in float32 whatever policy.dtype says: bfloat16 is autocast, or small updates would be rounded away.
-    return load_policy(noted or recipe.policy.checkpoint, device=resolve_device(recipe.policy.device), dtype="float32")
+    chosen = recipe.policy
+    return load_policy(
+        noted or chosen.checkpoint, resolve_device(chosen.device), dtype="float32", text_device=chosen.text_device
+    )
 
 
 def _trained(policy: Policy) -> list[str]:

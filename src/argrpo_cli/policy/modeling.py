@@ -52,6 +52,26 @@ def left_pad(features: Tensor, mask: Tensor) -> KeyValue:
     return moved * flipped[..., None].to(moved.dtype), flipped
 
 
+def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query by matrix products; on a CPU up to three times as fast as the fused kernel in bfloat16.
+
+    Args:
+        q: [B, heads, 1, head_dim]; consecutive heads share a head of k and v.
+        k, v: [B, kv_heads, S, head_dim].
+        mask: bool, broadcast over [B, 1, 1, S]; None is all of them.
+
+    Returns:
+        [B, heads, 1, head_dim] in q's dtype; the softmax is in float32.
+    """
+    batch, heads, _, head_dim = q.shape
+    grouped = q.reshape(batch, k.shape[1], -1, head_dim) * head_dim**-0.5
+    scores = (k @ grouped.transpose(-1, -2)).transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    return (weights @ v).view(batch, heads, 1, head_dim)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, cast back before it is scaled by the weight."""
 
@@ -84,26 +104,33 @@ class Attention(nn.Module):
         table: Tensor,
         mask: Tensor | None = None,
         past: KeyValue | None = None,
-        start: int = 0,
+        positions: Tensor | None = None,
+        filled: int = 0,
     ) -> Tensor:
-        """x [B, S, D] at positions start .. start + S - 1; `past` is this layer's cache, written in place."""
+        """x [B, S, D]; with `past`, this layer's cache, which is written in place, see `LlamaGenModel.run`."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         rotated = apply_rope(qkv[:, :, : self.heads + self.kv_heads], table).transpose(1, 2)
         q, k = rotated[:, : self.heads], rotated[:, self.heads :]
         v = qkv[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+        one = x.shape[1] == 1
         if past is not None:
-            end = start + x.shape[1]
-            past[0][:, :, start:end] = k
-            past[1][:, :, start:end] = v
-            k, v = past[0][:, :, :end], past[1][:, :, :end]
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and x.shape[1] > 1,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+            for cache, new in zip(past, (k, v), strict=True):
+                if positions is None:
+                    cache[:, :, filled - x.shape[1] : filled] = new
+                else:
+                    cache.index_copy_(2, positions, new.to(cache.dtype))
+            k, v = (cache[:, :, :filled] for cache in past)
+        if one and past is not None and x.device.type == "cpu":
+            out = attend_one(q, k, v, mask)
+        else:
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and not one,
+                enable_gqa=self.kv_heads != self.heads,
+            )
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -136,9 +163,10 @@ class Layer(GradientCheckpointingLayer):
         table: Tensor,
         mask: Tensor | None = None,
         past: KeyValue | None = None,
-        start: int = 0,
+        positions: Tensor | None = None,
+        filled: int = 0,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, mask, past, start)
+        x = x + self.attention(self.attention_norm(x), table, mask, past, positions, filled)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -219,19 +247,26 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         x: Tensor,
         mask: Tensor | None = None,
         past: list[KeyValue] | None = None,
-        start: int = 0,
+        positions: Tensor | None = None,
+        filled: int = 0,
     ) -> Tensor:
-        """The transformer on embeddings x [B, S, D] at positions start .. start + S - 1.
+        """The transformer on embeddings x [B, S, D].
+
+        Without `past` these are the first S positions of an image. With it the keys and values before them are in the
+        cache, and theirs are written into it: at positions filled - S .. filled - 1, or at `positions` if given.
 
         Args:
             mask: bool, broadcast over [B, heads, S, keys]; None is causal attention (or one query).
-            past: caches of all layers, see `sampling.new_cache`; without them start must be 0.
+            past: caches of all layers, see `decoding.new_cache`.
+            positions: int64 [S], where the operations must not depend on them (CUDA graphs).
+            filled: how many positions of the cache are attended to.
         """
         c = self.config
         table = rope_table(c.grid_size, c.head_dim, c.cls_token_num, c.rope_theta, x.device)
-        table = table[start : start + x.shape[1]]
+        end = x.shape[1] if past is None else filled
+        table = table[end - x.shape[1] : end] if positions is None else table[positions]
         for index, layer in enumerate(self.layers):
-            x = layer(x, table, mask, None if past is None else past[index], start)
+            x = layer(x, table, mask, None if past is None else past[index], positions, filled)
         return self.norm(x)
 
     def forward(

@@ -36,7 +36,7 @@ from argrpo_cli.policy.published import (
     open_tokenizer,
 )
 from argrpo_cli.policy.sampling import sample_tokens
-from argrpo_cli.policy.text import TextEncoder, load_text_encoder, open_text_encoder
+from argrpo_cli.policy.text import SAME, TextEncoder, load_text_encoder, open_text_encoder
 from argrpo_cli.policy.vq import VQModel, to_uint8
 
 CARD = "policy.json"
@@ -197,7 +197,9 @@ class Policy:
         return condition.class_id
 
 
-def load_policy(name_or_path: str | Path, device: str = "cpu", dtype: str = "float32") -> Policy:
+def load_policy(
+    name_or_path: str | Path, device: str = "cpu", dtype: str = "float32", text_device: str = SAME
+) -> Policy:
     """Open a policy.
 
     Args:
@@ -206,6 +208,7 @@ def load_policy(name_or_path: str | Path, device: str = "cpu", dtype: str = "flo
             checkpoint file, or an AR-GRPO folder.
         device: a torch device, or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16", for the model; the tokenizer stays in float32.
+        text_device: of the text encoder; "same", "offload" or the name of a device, see `TextEncoder.place`.
 
     Raises:
         UserError: nothing there, or something that is not a whole policy; in one line that names the path.
@@ -214,7 +217,7 @@ def load_policy(name_or_path: str | Path, device: str = "cpu", dtype: str = "flo
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     device = resolve_device(device)
     if is_published(name_or_path):
-        return open_published(name_or_path, device, dtype)
+        return open_published(name_or_path, device, dtype, text_device)
     folder = find_policy(name_or_path)
     card = _read_card(folder)
     model = load_pretrained(LlamaGenForImageGeneration, folder, getattr(torch, dtype))
@@ -224,11 +227,12 @@ def load_policy(name_or_path: str | Path, device: str = "cpu", dtype: str = "flo
         tokenizer = load_pretrained(VQModel, _part(folder, "image tokenizer", card["tokenizer"]), torch.float32)
     text_encoder, encoder_name = None, card.get("text_encoder")
     if model.config.condition == "caption" and encoder_name == TEXT_ENCODER:
-        text_encoder = open_text_encoder(TEXT_ENCODER, device, card.get("right_padded", False))
+        text_encoder = open_text_encoder(TEXT_ENCODER, card.get("right_padded", False))
     elif model.config.condition == "caption":
         text_encoder = load_text_encoder(_part(folder, "text encoder", encoder_name), getattr(torch, dtype))
-        text_encoder.model.to(device)
     _check_fit(folder, model, tokenizer, text_encoder, card)
+    if text_encoder is not None:
+        text_encoder.place(device, text_device)
     return Policy(
         model=model.to(device),
         tokenizer=tokenizer.to(device),

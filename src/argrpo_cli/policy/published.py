@@ -81,6 +81,7 @@ def open_published(
     given: str | Path,
     device: str = "cpu",
     dtype: str = "float32",
+    text_device: str = "same",
     tokenizer: str | Path | None = None,
     image_size: int | None = None,
 ) -> Policy:
@@ -88,6 +89,7 @@ def open_published(
 
     Args:
         given: a name of `POLICIES`, a checkpoint file, or an AR-GRPO folder.
+        device, dtype, text_device: as of `load_policy`.
         tokenizer: a name of `TOKENIZERS` or a file; by default the one it was trained on.
         image_size: pixels a side; by default what its name says.
 
@@ -117,7 +119,8 @@ def open_published(
     if reads_captions:
         from argrpo_cli.policy.text import open_text_encoder
 
-        encoder = open_text_encoder(TEXT_ENCODER, device, right_padded=vq_state is not None)
+        encoder = open_text_encoder(TEXT_ENCODER, right_padded=vq_state is not None)
+        encoder.place(device, text_device)
         text = {"text_encoder": encoder, "text_encoder_name": TEXT_ENCODER}
     return Policy(
         model=model.to(device),

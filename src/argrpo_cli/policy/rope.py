@@ -44,6 +44,5 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
         x: [B, S, heads, head_dim].
         table: float32 [S, head_dim / 2, 2], the rows of `rope_table` at x's positions.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table[:, None].unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.view_as_complex(table)[:, None]).flatten(-2).to(x.dtype)

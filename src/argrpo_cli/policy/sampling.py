@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.policy.modeling import KeyValue, LlamaGenForImageGeneration, caption_attention_mask, guide
+from argrpo_cli.policy.decoding import Decoder
+from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.packing import packed_linears
 
 MIN_TEMPERATURE = 1e-5  # as in LlamaGen: temperature 0 is a very sharp distribution, not a division by zero
 
@@ -65,13 +67,6 @@ def image_uniforms(seeds: Sequence[int], length: int, device: torch.device) -> T
     return table.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
 
 
-def new_cache(model: LlamaGenForImageGeneration, batch: int) -> list[KeyValue]:
-    """Unfilled keys and values [batch, kv_heads, P + T, head_dim] of every layer, in the weights' dtype."""
-    config, weight = model.config, model.model.embed_tokens.weight
-    shape = (batch, config.num_key_value_heads, config.cls_token_num + config.block_size, config.head_dim)
-    return [(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(config.num_hidden_layers)]
-
-
 @torch.inference_mode()
 def draw_tokens(
     model: LlamaGenForImageGeneration,
@@ -94,37 +89,17 @@ def draw_tokens(
     Returns:
         int64 [B, block_size].
     """
-    backbone, config = model.model, model.config
-    batch, length, prefix = condition.shape[0], config.block_size, config.cls_token_num
+    batch, length = condition.shape[0], model.config.block_size
     guided = cfg_scale > 1
-    x = backbone.embed_condition(condition)
-    if guided:
-        x = torch.cat([x, backbone.embed_null(batch)])  # conditional half first
-    x = x.to(backbone.embed_tokens.weight.dtype)
-    mask = keys = None
-    if condition_mask is not None:
-        mask = caption_attention_mask(condition_mask, prefix + length)
-        if guided:
-            mask = mask.repeat(2, 1, 1, 1)
-        keys = mask[:, :, -1:]  # an image token sees the valid caption rows and all image tokens before it
-        mask = mask[:, :, :prefix, :prefix]
-    past = new_cache(model, x.shape[0])
-    tokens = torch.empty(batch, length, dtype=torch.int64, device=x.device)
-
-    hidden = backbone.run(x, mask, past)[:, -1]
-    for index in range(length):
-        conditional = hidden[:batch]
-        steered = guide(conditional, hidden[batch:], cfg_scale) if guided else conditional
-        logits = model.lm_head(steered).float()
-        tokens[:, index] = chosen = choose(logits, conditional, index)
-        if index + 1 == length:
-            break
-        if guided and 0 <= cfg_interval < index:  # the last guided token is drawn: drop the null half
-            guided, keys = False, None if keys is None else keys[:batch]
-            past = [(k[:batch], v[:batch]) for k, v in past]
-        x = backbone.embed_tokens(chosen.repeat(2) if guided else chosen)[:, None]
-        position = prefix + index
-        hidden = backbone.run(x, None if keys is None else keys[..., : position + 1], past, position)[:, 0]
+    tokens = torch.empty(batch, length, dtype=torch.int64, device=condition.device)
+    with packed_linears(model, rows=2 * batch if guided else batch):
+        decoder = Decoder(model, batch, cfg_scale)
+        logits, conditional = decoder.start(condition, condition_mask)
+        for index in range(length):
+            tokens[:, index] = chosen = choose(logits, conditional, index)
+            if index + 1 < length:
+                guided = guided and not 0 <= cfg_interval < index  # dropped once the last guided token is drawn
+                logits, conditional = decoder.step(chosen, index, guided)
     return tokens
 
 

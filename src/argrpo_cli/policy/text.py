@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +11,16 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
+from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.files import cannot_write, read_json
 from argrpo_cli.policy.caption_cleaning import published_caption
 from argrpo_cli.policy.loading import load_pretrained, quiet_transformers, save_model
 from argrpo_cli.policy.modeling import left_pad
+
+SAME, OFFLOAD = "same", "offload"  # beside names of devices: where a text encoder may live
+BATCH = 64  # captions encoded at a time
+KEPT = 1024  # captions whose features are kept; those of FLAN-T5 XL take half a megabyte each
 
 
 class TextEncoder:
@@ -38,6 +44,8 @@ class TextEncoder:
     ) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.cleans, self.right_padded = cleans, right_padded
+        self.device, self.offloaded = model.device, False
+        self._kept: OrderedDict[tuple[str, int], tuple[Tensor, Tensor]] = OrderedDict()
         whole_words = type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
         special = set(tokenizer.all_special_tokens)
         self.words = sorted(set(tokenizer.get_vocab()) - special) if whole_words else None
@@ -69,27 +77,62 @@ class TextEncoder:
             if tokens > length:
                 raise UserError(f"the prompt {prompt!r} has {tokens} tokens and the policy reads {length}: shorten it")
 
+    def place(self, device: str | torch.device, where: str = SAME) -> None:
+        """Put the encoder beside a policy on `device` (where = "same"), or on another device (its name).
+
+        With where = "offload" it stays in the CPU's memory and visits `device` only while it reads new captions.
+
+        Raises:
+            UserError: this machine has no such device.
+        """
+        self.offloaded = where == OFFLOAD
+        self.device = torch.device(device if where in (SAME, OFFLOAD) else resolve_device(where))
+        self.model.to("cpu" if self.offloaded else self.device)
+
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-        """Features of prompts, each distinct one encoded once.
+        """Features of prompts, each distinct one encoded once; the latest `KEPT` are remembered from call to call.
 
         As LlamaGen's: tokens padded or cut to `length`, padding left out of the encoder's attention, features of
         padding zero, the valid rows moved to the right end (unless `right_padded`).
 
         Returns:
-            features [B, length, width] in the encoder's dtype and mask int64 [B, length], 1 on valid rows.
+            features [B, length, width] in the encoder's dtype and mask int64 [B, length], 1 on valid rows; on the CPU.
         """
         prompts = [published_caption(prompt) for prompt in prompts] if self.cleans else list(prompts)
-        distinct = list(dict.fromkeys(prompts))
-        batch = self.tokenizer(
-            distinct, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).to(self.model.device)
-        features = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        mask = batch.attention_mask
-        if not self.right_padded:
-            features, mask = left_pad(features, mask)
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=features.device)
-        return features[rows], mask[rows]
+        wanted = {prompt: self._kept.get((prompt, length)) for prompt in prompts}
+        new = [prompt for prompt, known in wanted.items() if known is None]
+        if new:
+            wanted.update(zip(new, self._read(new, length), strict=True))
+        for prompt, known in wanted.items():
+            self._kept[prompt, length] = known
+            self._kept.move_to_end((prompt, length))
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        rows = [wanted[prompt] for prompt in prompts]
+        return torch.stack([features for features, _ in rows]), torch.stack([mask for _, mask in rows])
+
+    def _read(self, prompts: list[str], length: int) -> list[tuple[Tensor, Tensor]]:
+        """Features [length, width] and mask [length] of every prompt, on the CPU."""
+        if self.offloaded:
+            self.model.to(self.device)
+        read: list[tuple[Tensor, Tensor]] = []
+        for at in range(0, len(prompts), BATCH):
+            batch = self.tokenizer(
+                prompts[at : at + BATCH],
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_tensors="pt",
+            ).to(self.device)
+            mask = batch.attention_mask
+            features = self.model(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
+            if not self.right_padded:
+                features, mask = left_pad(features, mask)
+            read += zip(features.cpu(), mask.cpu(), strict=True)
+        if self.offloaded:
+            self.model.to("cpu")
+        return read
 
     def save(self, folder: Path) -> None:
         """Write both parts into an existing folder; UserError when it cannot be written."""
@@ -100,7 +143,7 @@ class TextEncoder:
             raise cannot_write(folder, error) from error
 
 
-def open_text_encoder(name: str, device: str = "cpu", right_padded: bool = False) -> TextEncoder:
+def open_text_encoder(name: str, right_padded: bool = False) -> TextEncoder:
     """A published T5 encoder by its name on the hub, in bfloat16 as published, with the published caption cleaning.
 
     Raises:
@@ -113,7 +156,7 @@ def open_text_encoder(name: str, device: str = "cpu", right_padded: bool = False
     except (OSError, ValueError) as error:
         mend = f"fetch it with `hf download {name}` where there is a network"
         raise UserError(f"cannot open the text encoder {name}: {str(error).splitlines()[0]}; {mend}") from error
-    return TextEncoder(model.to(device), tokenizer, cleans=True, right_padded=right_padded)
+    return TextEncoder(model, tokenizer, cleans=True, right_padded=right_padded)
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextEncoder:

@@ -27,6 +27,7 @@ class PolicySection(Section):
     checkpoint: str = "nano-c2i"  # a name, a policy folder, a run directory or a checkpoint
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"  # auto: a GPU when there is one
+    text_device: str = "same"  # of the text encoder: same, offload (there only while it reads captions), or a device
     # What is trained: everything, or the parameters with one of these in their names, such as "layers.4.".
     trainable: Name | Annotated[list[Name], Field(min_length=1)] = "all"
 
