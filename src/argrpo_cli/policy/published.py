@@ -27,6 +27,7 @@ from torch import Tensor
 
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import atomic_path
+from argrpo_cli.hub import fetch
 from argrpo_cli.policy.checkpoints import (
     TOKENIZER_WRAPPERS,
     fit_state,
@@ -146,30 +147,6 @@ def open_tokenizer(given: str | Path, beside: Path | None = None) -> tuple[str |
     near = beside.with_name(file) if beside is not None else None
     path = near if near is not None and near.is_file() else fetch(repo, file)
     return str(given), tokenizer_from(read_checkpoint(path, TOKENIZER_WRAPPERS), str(path))
-
-
-def fetch(repo: str, file: str) -> Path:
-    """A file of the hub in Hugging Face's cache; fetched, or fetched further, with a progress bar where it is not.
-
-    Raises:
-        UserError: no network, no such file, no room.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import logging as hub_logging
-
-    level = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # it tells of every attempt; the outcome is enough
-    try:
-        return Path(hf_hub_download(repo, file))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = "the hub is not reached, and it is not in the cache"
-        if not isinstance(error, LocalEntryNotFoundError):
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        mend = f"download https://huggingface.co/{repo}/blob/main/{file} and give the file instead"
-        raise UserError(f"cannot fetch {file} of {repo}: {why}; {mend}") from error
-    finally:
-        hub_logging.set_verbosity(level)
 
 
 def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGenConfig:

@@ -1,0 +1,31 @@
+"""Published files, fetched from their hub when they are first asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from argrpo_cli.errors import UserError
+
+
+def fetch(repo: str, file: str) -> Path:
+    """A file of the hub in Hugging Face's cache; fetched, or fetched further, with a progress bar where it is not.
+
+    Raises:
+        UserError: no network, no such file, no room.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging as hub_logging
+
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # it tells of every attempt; the outcome is enough
+    try:
+        return Path(hf_hub_download(repo, file))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        why = "the hub is not reached, and it is not in the cache"
+        if not isinstance(error, LocalEntryNotFoundError):
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        mend = f"download https://huggingface.co/{repo}/blob/main/{file} and give the file instead"
+        raise UserError(f"cannot fetch {file} of {repo}: {why}; {mend}") from error
+    finally:
+        hub_logging.set_verbosity(level)
