@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.objective import group_std
 from argrpo_cli.grpo.reward_functions import LEFT_OUT, WITHIN_GROUP_STD, BatchScorer
 from argrpo_cli.grpo.rollout import Stopwatch
@@ -75,3 +76,42 @@ def test_every_batch_is_scored_anew() -> None:
 
     assert (ask(1), ask(2)) == ([1.0, 1.0], [2.0, 2.0])
     assert rewards.calls == 2
+
+
+def watched(max_missing: float, *columns: list[float], weight: float = 1.0) -> list[str]:
+    """What the scorer says while it scores one batch after the other."""
+    batches = iter(columns)
+    rewards = FakeRewards(a=lambda images: torch.tensor(next(batches)), b=lambda images: torch.ones(2))
+    rewards.last_error = {"a": "the server said 500"}
+    failures: list[str] = []
+    scorer = BatchScorer(rewards, {"a": weight, "b": 1.0}, 2, Stopwatch(), max_missing, failures.append)
+    function = scorer.functions()[0]
+    for _ in columns:
+        function(
+            images=[torch.zeros(3, 2, 2, dtype=torch.uint8)] * 2,
+            conditions=[None] * 2,
+            log_metric=lambda name, number: None,
+        )
+    return failures
+
+
+def test_a_reward_that_fails_too_often_is_named_with_its_last_error() -> None:
+    bad, half, good = [NAN, NAN], [1.0, NAN], [1.0, 2.0]
+    assert watched(0.5, bad, bad, half, good) == [
+        "reward a lacks 62% of the scores of the last 4 batches (the latest: the server said 500)"
+    ]
+    assert not watched(0.5, bad, half, half, good), "half of the scores may be missing"
+    assert not watched(0.5, bad, bad, bad), "a short outage is no reason"
+    assert not watched(0.5, *[good] * 4, bad, bad, good, good), "what was long ago is forgotten"
+    assert not watched(0.5, bad, bad, bad, bad, weight=0.0), "one that is only measured stops nothing"
+
+
+def test_a_reward_that_cannot_be_asked_leaves_every_image_out() -> None:
+    def broken(images: Tensor) -> Tensor:
+        raise UserError("reward a failed: KeyError")
+
+    failures: list[str] = []
+    scorer = BatchScorer(FakeRewards(a=broken), {"a": 1.0}, 2, Stopwatch(), 1.0, failures.append)
+    images = [torch.zeros(3, 2, 2, dtype=torch.uint8)] * 2
+    result = scorer.functions()[0](images=images, conditions=[None] * 2, log_metric=lambda name, number: None)
+    assert result == [None, None] and failures == ["reward a failed: KeyError"]

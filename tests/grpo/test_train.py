@@ -269,6 +269,22 @@ def test_diverged_training_stops_with_one_line(policy_folder: Path, tmp_path: Pa
         train(tiny_recipe(policy_folder, learning_rate=1e30), tmp_path / "run")
 
 
+def test_a_failed_reward_stops_the_run_with_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise UserError("reward bright failed: KeyError: 'x'")
+
+    out = tmp_path / "run"
+    with pytest.raises(
+        UserError, match=r"stopped after step 4: reward bright failed: KeyError.*train --resume"
+    ) as told:
+        train(recipe, out, rewards=at_batch(4, fail))
+    assert "\n" not in str(told.value)
+    assert metrics(out)[-1]["images_left_out"] == recipe.grpo.batch_size
+    assert (out / "checkpoints" / "step_000004").is_dir() and not (out / "policy").exists()
+    train(recipe, out, resume=True)
+    assert metrics(out)[-1]["step"] == 6
+
+
 def test_used_folders_are_refused(finished: Path, recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"already holds a run; continue it with `argrpo train --resume"):
         train(recipe, finished)

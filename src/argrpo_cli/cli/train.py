@@ -83,4 +83,5 @@ def _check_names(recipe: Recipe) -> None:
 
     policy = load_policy(recipe.policy.checkpoint)
     choose_trainable(policy.model, recipe.policy.trainable)
-    load_rewards([term.name for term in recipe.rewards.terms]).check(run_conditions(recipe, policy))
+    options = {term.name: term.options for term in recipe.rewards.terms}
+    load_rewards(list(options), options=options).check(run_conditions(recipe, policy))

@@ -60,7 +60,12 @@ class Workplace:
         """
         recipes = "".join(dump_recipe(load_recipe(f"nano/paper/{name}")) for name in (*C2I, *T2I))
         networks = [load_judge().recogniser.network, load_detector().network]
-        networks += [one.network for one in load_rewards([n for n in REWARDS if n != "nano-geneval"]).rewards.values()]
+        networks += [
+            one.network
+            for one in load_rewards(
+                [n for n in REWARDS if n.startswith("nano-") and n != "nano-geneval"]
+            ).rewards.values()
+        ]
         identity = {
             "images": self.images,
             "per_prompt": self.per_prompt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.objective import group_std
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ RewardFunction = Callable[..., list[float | None]]
 # Names under which the reward functions hand their measurements to TRL's log.
 WITHIN_GROUP_STD = "reward_within_group_std"
 LEFT_OUT = "images_left_out"
+
+WINDOW = 4  # batches over which missing scores are counted: a server that restarts is no reason to stop
 
 
 class Rewards(Protocol):
@@ -36,14 +40,24 @@ class Rewards(Protocol):
 
 @dataclass
 class BatchScorer:
-    """Scores a batch when the first reward function asks, and answers the others from memory."""
+    """Scores a batch when the first reward function asks, and answers the others from memory.
+
+    Attributes:
+        weights: what each raw score counts; 0 for one that is only measured.
+        max_missing: the share of scores of a reward that counts, over the latest `WINDOW` batches, that may be missing.
+        fail: told once it is more, or a reward cannot be asked at all. The images without scores are left out, so the
+            update that is in progress does no harm.
+    """
 
     rewards: Rewards
     weights: dict[str, float]
     group_size: int
     stopwatch: Stopwatch
+    max_missing: float = 1.0
+    fail: Callable[[str], None] = lambda why: None
     _images: list[Tensor] | None = field(default=None, init=False, repr=False)
     _scores: dict[str, list[float | None]] = field(default_factory=dict, init=False, repr=False)
+    _missing: deque[Tensor] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False, repr=False)
 
     def functions(self) -> list[RewardFunction]:
         """One TRL reward function per reward, named after it (TRL logs it under that name)."""
@@ -65,10 +79,15 @@ class BatchScorer:
     def _score(
         self, images: list[Tensor], conditions: list[Condition], log_metric: Callable[[str, float], None]
     ) -> dict[str, list[float | None]]:
-        with self.stopwatch.measure("reward"), torch.inference_mode():
-            raw = self.rewards.score(torch.stack(images), conditions)
+        try:
+            with self.stopwatch.measure("reward"), torch.inference_mode():
+                raw = self.rewards.score(torch.stack(images), conditions)
+        except UserError as error:
+            self.fail(str(error))
+            raw = {name: torch.full((len(images),), torch.nan) for name in self.weights}
         table = torch.stack([raw[name].detach().double().cpu() for name in self.weights], dim=1)
         table[~table.isfinite()] = torch.nan
+        self._watch(table.isnan().double().mean(dim=0))
         weights = torch.tensor(list(self.weights.values()), dtype=table.dtype)
         # TRL sums the rewards of a sample with nansum, which would count a missing one as 0. A sample that lacks any
         # reward that counts gets None for all: TRL then leaves it out of its group and sets its advantage to 0.
@@ -81,3 +100,16 @@ class BatchScorer:
         log_metric(LEFT_OUT, float(missing.sum()))
         columns = zip(self.weights, table.T.tolist(), strict=True)
         return {name: [None if math.isnan(score) else score for score in column] for name, column in columns}
+
+    def _watch(self, missing: Tensor) -> None:
+        """Fail when too many scores were missing; `missing` [rewards] is their share in the latest batch."""
+        self._missing.append(missing)
+        if len(self._missing) < WINDOW:
+            return
+        for (name, weight), share in zip(
+            self.weights.items(), torch.stack(list(self._missing)).mean(dim=0), strict=True
+        ):
+            if weight and share > self.max_missing:
+                last = getattr(self.rewards, "last_error", {}).get(name, "")
+                why = f" (the latest: {last})" if last else ""
+                self.fail(f"reward {name} lacks {share:.0%} of the scores of the last {WINDOW} batches{why}")

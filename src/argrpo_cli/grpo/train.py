@@ -141,6 +141,10 @@ class _Job:
         self._update(trainer, checkpoint, start)
         step = trainer.state.global_step
         draw_curves(run.metrics(), run.root / "curves.png", title=recipe.name)
+        if self.request.failure is not None:
+            raise UserError(
+                f"stopped after step {step}: {self.request.failure}; continue with: argrpo train --resume {run.root}"
+            )
         if self.request.signal is not None and step < recipe.grpo.steps and not stop.out_of_time:
             self._interrupted(step)
 
@@ -173,7 +177,9 @@ class _Job:
         grpo, logging = recipe.grpo, recipe.logging
         stopwatch = Stopwatch()
         rollout = Rollout(recipe, self.conditions, policy, stopwatch)
-        scorer = BatchScorer(self.rewards, self.weights, grpo.group_size, stopwatch)
+        scorer = BatchScorer(
+            self.rewards, self.weights, grpo.group_size, stopwatch, recipe.rewards.max_missing, self.request.fail
+        )
         metrics = MetricsCallback(run, self.display, stopwatch, list(self.weights), grpo.batch_size, seconds_before)
         stop = StopCallback(self.request, metrics, grpo.updates_per_batch, self.time_limit)
         # The order counts: measure, decide whether to stop, then save and draw.
@@ -262,6 +268,7 @@ def _load_rewards(recipe: Recipe, policy: Policy, conditions: list[Condition]) -
     """The package's rewards, all of which can read all conditions."""
     from argrpo_cli.rewards import load_rewards
 
-    rewards = load_rewards([term.name for term in recipe.rewards.terms], device=str(policy.model.device))
+    options = {term.name: term.options for term in recipe.rewards.terms}
+    rewards = load_rewards(list(options), str(policy.model.device), options)
     rewards.check(conditions)
     return rewards

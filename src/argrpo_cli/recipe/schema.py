@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -53,9 +53,10 @@ class SamplingSection(Section):
 class RewardTerm(Section):
     """One reward; its family (conditional, quality or realism) decides which lambda applies to it."""
 
-    name: str
-    factor: float = 1.0  # brings the raw score to the scale of the other rewards
-    weight: float = 1.0  # how much it counts within its family
+    name: str  # of the package, or module:function of your own
+    factor: float | None = None  # brings the raw score to the scale of the others; null is the published one, or 1
+    weight: float = 1.0  # how much it counts within its family; 0 measures and logs it, for a watch on reward hacking
+    options: dict[str, Any] = {}  # of the reward itself, such as {model: ViT-L-14-quickgelu} of clip
 
 
 class RewardSection(Section):
@@ -69,6 +70,9 @@ class RewardSection(Section):
         RewardTerm(name="nano-quality"),
         RewardTerm(name="nano-critic"),
     ]
+
+    # Training stops, with a checkpoint, when a reward that counts lacks more than this share of the scores for a while.
+    max_missing: Probability = 0.5
 
     @model_validator(mode="after")
     def _each_reward_once(self) -> RewardSection:

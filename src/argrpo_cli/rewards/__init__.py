@@ -6,8 +6,13 @@ scores = load_rewards(["nano-clip", "nano-quality"]).score(images, conditions)  
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+import importlib
+import inspect
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError, did_you_mean
@@ -19,87 +24,245 @@ FAMILIES = ("conditional", "quality", "realism")  # r_C, r_I, r_R of equations 7
 
 
 class Entry(NamedTuple):
-    """Where a reward lives (imported when asked for), its family, and the bundled weights where a class has several."""
+    """Where a reward lives (imported when asked for), and what its scores are.
+
+    Attributes:
+        family: one of `FAMILIES`; a conditional reward needs a prompt.
+        weights: the bundled weights where a class has several.
+        low, high: the range of its scores; one outside it is taken for none.
+        steps_of: the reward whose scores this one turns into steps (`shaping.quantize`); it has no network of its own.
+        factor: what brings its scores to those of the others, about 1 to 2 (appendix D).
+    """
 
     module: str
     class_name: str
     family: str
     weights: str | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    steps_of: str | None = None
+    factor: float = 1.0
 
+
+def _entry(
+    module: str, class_name: str, family: str, low: float = -math.inf, high: float = math.inf, factor: float = 1.0
+) -> Entry:
+    return Entry(f"argrpo_cli.rewards.{module}", class_name, family, None, low, high, None, factor)
+
+
+_COSINE = (-1.001, 1.001)  # in half precision it passes 1 by a rounding
 
 REWARDS: dict[str, Entry] = {
-    "nano-clip": Entry("argrpo_cli.rewards.nano_clip", "NanoClip", "conditional"),
-    "nano-geneval": Entry("argrpo_cli.rewards.nano_geneval", "NanoGenEval", "conditional"),
-    "nano-quality": Entry("argrpo_cli.rewards.nano_quality", "NanoQuality", "quality"),
-    "nano-quality-t2i": Entry("argrpo_cli.rewards.nano_quality", "NanoQuality", "quality", "nano-quality-t2i"),
-    "nano-critic": Entry("argrpo_cli.rewards.nano_critic", "NanoCritic", "realism"),
-    "nano-critic-t2i": Entry("argrpo_cli.rewards.nano_critic", "NanoCritic", "realism", "nano-critic-t2i"),
+    "nano-clip": _entry("nano_clip", "NanoClip", "conditional", *_COSINE),
+    "nano-geneval": _entry("nano_geneval", "NanoGenEval", "conditional"),
+    "nano-quality": _entry("nano_quality", "NanoQuality", "quality"),
+    "nano-quality-t2i": _entry("nano_quality", "NanoQuality", "quality")._replace(weights="nano-quality-t2i"),
+    "nano-critic": _entry("nano_critic", "NanoCritic", "realism"),
+    "nano-critic-t2i": _entry("nano_critic", "NanoCritic", "realism")._replace(weights="nano-critic-t2i"),
+    "clip": _entry("clip", "Clip", "conditional", *_COSINE, factor=5),
+    "clip-quantized": _entry("clip", "Clip", "conditional")._replace(steps_of="clip"),
+    "hpsv2": _entry("hpsv2", "HPSv2", "conditional", *_COSINE, factor=5),
+    "hpsv2-quantized": _entry("hpsv2", "HPSv2", "conditional")._replace(steps_of="hpsv2"),
+    "maniqa": _entry("maniqa", "Maniqa", "quality", low=0.0, factor=2),  # its last layer is a ReLU
+    "judge-quality": _entry("judge", "JudgeQuality", "realism", 0.0, 5.0, factor=0.25),
+    "judge-fake": _entry("judge", "JudgeFake", "realism", 0.0, 1.0, factor=0.25),
+    "judge-weird": _entry("judge", "JudgeWeird", "realism", 0.0, 1.0, factor=0.25),
+    "aesthetic": _entry("aesthetic", "Aesthetic", "quality"),
+    "imagereward": _entry("imagereward", "ImageReward", "conditional"),
+    "pickscore": _entry("pickscore", "PickScore", "conditional", factor=1 / 26),
+    "deqa": _entry("deqa", "Deqa", "quality", 1.0, 5.0),
+    "unified-reward": _entry("judge.unified_reward", "UnifiedReward", "conditional", 1.0, 5.0, factor=1 / 5),
+    "geneval": _entry("geneval", "GenEval", "conditional"),
+    "ocr": _entry("ocr", "Ocr", "conditional", 0.0, 1.0),
 }
 
 
 class Reward(Protocol):
     """A reward model: one raw score per image, in the reward's own unit.
 
-    One of the conditional family also has `check(conditions)`, which raises UserError for what it cannot read.
+    One that cannot read every condition also has `check(conditions)`, which raises UserError for those. One that waits
+    for another machine sets `remote = True`, and says in `last_error` why a score is missing.
     """
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] and B conditions to float32 [B]."""
+        """uint8 [B, 3, H, W] and B conditions to float32 [B]; NaN where there is no score."""
         ...
 
 
 def check_reward(name: str) -> Entry:
-    """The table's row for a reward; UserError lists the names when there is none."""
+    """The table's row for a reward, or that of one's own; UserError when there is none.
+
+    A reward of one's own is `module:function`, or the name of an entry point of the group `argrpo.rewards`.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    from argrpo_cli.rewards.custom import find_function
+
+    function = find_function(name)
+    if function is None:
+        own = "or module:function for one of your own"
+        raise UserError(
+            f"reward {name!r} is unknown; there are {', '.join(REWARDS)}, {own}{did_you_mean(name, REWARDS)}"
+        )
+    family = getattr(function, "family", "conditional")
+    if family not in FAMILIES:
+        raise UserError(f"reward {name!r}: its family is {family!r}; choose one of {', '.join(FAMILIES)}")
+    return Entry("argrpo_cli.rewards.custom", "Custom", family)
+
+
+def load_reward(name: str, device: str = "cpu", options: Mapping[str, Any] | None = None) -> Reward:
+    """Load one reward model by name, with options of its own.
+
+    Raises:
+        UserError: no such reward or option, weights that are missing or do not fit.
+    """
+    entry, options = check_reward(name), dict(options or {})
     if name not in REWARDS:
-        raise UserError(f"reward {name!r} is unknown; there are {', '.join(REWARDS)}{did_you_mean(name, REWARDS)}")
-    return REWARDS[name]
+        from argrpo_cli.rewards.custom import Custom, find_function
+
+        return Custom(name, find_function(name), options)
+    reward = _class_of(name, entry)
+    known = [key for key in inspect.signature(reward).parameters if key not in ("device", "folder")]
+    for key in options:
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise UserError(f"reward {name}: no option {key!r}; {has}{did_you_mean(key, known)}")
+    if entry.weights is not None:
+        from argrpo_cli.nano import WEIGHTS
+
+        return reward(WEIGHTS / entry.weights, device)
+    return reward(device=device, **options)
 
 
-def load_reward(name: str, device: str = "cpu") -> Reward:
-    """Load one reward model by name."""
-    import importlib
-
-    from argrpo_cli.nano import WEIGHTS
-
-    entry = check_reward(name)
-    reward = getattr(importlib.import_module(entry.module), entry.class_name)
-    return reward(device=device) if entry.weights is None else reward(WEIGHTS / entry.weights, device)
+def _class_of(name: str, entry: Entry) -> type:
+    try:
+        return getattr(importlib.import_module(entry.module), entry.class_name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing == "argrpo_cli":
+            raise
+        raise UserError(f"reward {name} needs the package {missing}; install it: pip install {missing}") from error
 
 
 class RewardSet:
-    """Several reward models that look at the same images."""
+    """Several reward models that look at the same images.
 
-    def __init__(self, rewards: dict[str, Reward], device: str = "cpu"):
-        self.rewards, self.device = rewards, device
-        self.names = list(rewards)
-        self.family = {name: check_reward(name).family for name in rewards}
+    Attributes:
+        names: of all rewards, those that are steps of another included.
+        family: name to family.
+        missing: how many scores of each reward were missing, not finite or out of range.
+        last_error: what was wrong with the latest of those.
+    """
+
+    def __init__(
+        self, rewards: dict[str, Reward], device: str = "cpu", steps: Mapping[str, tuple[str, str]] | None = None
+    ):
+        """`steps` has for a reward that is made of another's scores that other's name and the mapping's."""
+        self.rewards, self.device, self.steps = rewards, device, dict(steps or {})
+        self.names = [*rewards, *self.steps]
+        self.entries = {name: check_reward(name) for name in self.names}
+        self.family = {name: entry.family for name, entry in self.entries.items()}
+        self.missing: Counter[str] = Counter()
+        self.last_error: dict[str, str] = {}
+        self._most: dict[str, int] = {}  # images at a time, of rewards that ran out of memory
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        """Raise UserError for a condition that a conditional reward cannot read, before anything is scored."""
-        for name, reward in self.rewards.items():
-            if self.family[name] == "conditional":
+        """Raise UserError for a condition that a reward cannot read, before anything is scored."""
+        for reward in self.rewards.values():
+            if hasattr(reward, "check"):
                 reward.check(conditions)
 
     def score(self, images: Tensor, conditions: Sequence[Condition], batch_size: int = 64) -> dict[str, Tensor]:
-        """Raw scores of uint8 images [B, 3, H, W]: name to float32 [B], on the device of the models."""
+        """Raw scores of uint8 images [B, 3, H, W]: name to float32 [B], on the device of the models.
+
+        Rewards that wait for another machine do so while the others compute. Those run on `batch_size` images at a
+        time, moved to the device once for all, and on half as many as long as memory does not suffice. A score that is
+        not finite or lies outside the reward's range is NaN, as a missing one is, and counted in `missing`.
+        """
         import torch
 
         if len(images) != len(conditions):
             raise ValueError(f"{len(images)} images but {len(conditions)} conditions")
-        parts: dict[str, list[Tensor]] = {name: [] for name in self.names}
-        for start in range(0, len(images), batch_size):
-            chunk = images[start : start + batch_size].to(self.device)
-            for name, reward in self.rewards.items():
-                parts[name].append(reward.score(chunk, conditions[start : start + batch_size]).float())
-        return {name: torch.cat(p) if p else torch.zeros(0, device=self.device) for name, p in parts.items()}
+        remote = {name: reward for name, reward in self.rewards.items() if getattr(reward, "remote", False)}
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.rewards if name not in remote}
+        with ThreadPoolExecutor(max_workers=max(1, len(remote))) as waiting:
+            asked = {name: waiting.submit(reward.score, images, conditions) for name, reward in remote.items()}
+            for start in range(0, len(images), batch_size):
+                chunk = images[start : start + batch_size].to(self.device)
+                for name in parts:
+                    parts[name].append(self._score(name, chunk, conditions[start : start + batch_size]))
+        empty = torch.zeros(0, device=self.device)
+        raw = {name: torch.cat(chunks) if chunks else empty for name, chunks in parts.items()}
+        raw |= {name: answer.result().to(self.device) for name, answer in asked.items()}
+        raw = {name: self._trusted(name, raw[name].float(), len(images)) for name in self.rewards}
+        return raw | self._quantized(raw)
+
+    def _score(self, name: str, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        import torch
+
+        parts, start = [], 0
+        while start < len(images):
+            most = self._most.get(name, len(images))
+            part = slice(start, start + most)
+            try:
+                parts.append(self.rewards[name].score(images[part], conditions[part]))
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                now = len(images[part])
+                if now == 1:
+                    raise UserError(
+                        f"reward {name}: the memory of {self.device} does not suffice for one image"
+                    ) from error
+                self._most[name] = now // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            start += most
+        return torch.cat(parts)
+
+    def _trusted(self, name: str, scores: Tensor, count: int) -> Tensor:
+        if scores.shape != (count,):
+            raise UserError(f"reward {name} gave scores of shape {list(scores.shape)} for {count} images")
+        entry = self.entries[name]
+        wrong = ~scores.isfinite() | (scores < entry.low) | (scores > entry.high)
+        if wrong.any():
+            self.missing[name] += int(wrong.sum())
+            value = scores[wrong][-1].item()
+            told = getattr(self.rewards[name], "last_error", "") if math.isnan(value) else ""
+            self.last_error[name] = told or f"a score of {value:g}"
+        return scores.masked_fill(wrong, math.nan)
+
+    def _quantized(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from argrpo_cli.rewards.shaping import quantize
+
+        return {name: quantize(raw[of], mapping) for name, (of, mapping) in self.steps.items()}
 
 
-def load_rewards(names: Sequence[str], device: str = "cpu") -> RewardSet:
+def load_rewards(
+    names: Sequence[str], device: str = "cpu", options: Mapping[str, Mapping[str, Any]] | None = None
+) -> RewardSet:
     """Load reward models by name; all names are checked before anything is loaded.
 
+    Args:
+        options: name to the options of that reward. Those of a quantised reward are those of the reward it is made of,
+            and `mapping`, see `shaping.quantize`; the network is loaded once for both.
+
     Raises:
-        UserError: a name is unknown, or its weights are missing.
+        UserError: a name or option is unknown, or weights are missing.
     """
+    from argrpo_cli.rewards.shaping import MAPPINGS
+
+    options = {name: dict(given) for name, given in (options or {}).items()}
+    steps: dict[str, tuple[str, str]] = {}
     for name in names:
-        check_reward(name)
-    return RewardSet({name: load_reward(name, device) for name in names}, device)
+        entry = check_reward(name)
+        if entry.steps_of is not None:
+            mapping = options.get(name, {}).pop("mapping", MAPPINGS[0])
+            if mapping not in MAPPINGS:
+                raise UserError(f"reward {name}: mapping {mapping!r} is unknown; choose one of {', '.join(MAPPINGS)}")
+            steps[name] = (entry.steps_of, mapping)
+            inherited = options.setdefault(entry.steps_of, options.get(name, {}))
+            if options.get(name) and options[name] != inherited:
+                raise UserError(f"{name} is made of the scores of {entry.steps_of}; give options to one of them")
+    models = dict.fromkeys([*(name for name in names if name not in steps), *(of for of, _ in steps.values())])
+    loaded = {name: load_reward(name, device, options.get(name)) for name in models}
+    return RewardSet(loaded, device, steps)

@@ -18,15 +18,20 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's num
 
 
 class StopRequest:
-    """Remembers that a signal asked the run to stop; the update in progress is finished first."""
+    """Remembers that the run is to stop, for a signal or a failure; the update in progress is finished first."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.failure: str | None = None
 
     @property
     def exit_code(self) -> int:
         """What the process should exit with, 0 when nobody asked."""
         return EXIT_CODES[self.signal] if self.signal is not None else 0
+
+    def fail(self, why: str) -> None:
+        """Stop because something that training needs does not work."""
+        self.failure = self.failure or why
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -49,7 +54,7 @@ class StopRequest:
 
 
 class StopCallback(TrainerCallback):
-    """Ends training after the step during which a signal came, or when the time is up.
+    """Ends training after the step during which a signal came or something failed, or when the time is up.
 
     Args:
         updates_per_batch: a checkpoint between two updates of one batch could not be resumed exactly, so training goes
@@ -72,5 +77,5 @@ class StopCallback(TrainerCallback):
             return
         if self.time_limit is not None and seconds + step_seconds * self.updates_per_batch > self.time_limit:
             self.out_of_time = True  # one more step would pass the limit
-        if self.request.signal is not None or self.out_of_time:
+        if self.request.signal is not None or self.request.failure is not None or self.out_of_time:
             control.should_training_stop = True

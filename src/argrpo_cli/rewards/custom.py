@@ -1,0 +1,92 @@
+"""Rewards of one's own: a plain function of images and conditions.
+
+    # brightness.py
+    def reward(images, conditions):
+        return images.float().mean((1, 2, 3)) / 255
+
+is the reward `brightness:reward` wherever a reward is named. `images` is uint8 [B, 3, H, W] on the device of the other
+rewards, `conditions` has B items with `.prompt` and `.class_id`; B numbers come back, NaN or None where there is none.
+`reward.family = "quality"` (or "realism") says that it does not look at the prompt. A package offers one under a name
+of its own as an entry point of the group `argrpo.rewards`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argrpo_cli.conditions import Condition
+from argrpo_cli.errors import UserError
+
+GROUP = "argrpo.rewards"
+
+
+@cache
+def find_function(name: str) -> Callable[..., Any] | None:
+    """The function behind `module:function` or the name of an entry point; None for a name that is neither.
+
+    Modules are also looked for in the working directory.
+
+    Raises:
+        UserError: the module cannot be imported, or has no such function.
+    """
+    point = next(iter(entry_points(group=GROUP, name=name)), None)
+    target = point.value if point is not None else name
+    module, colon, attribute = target.partition(":")
+    if not colon or not module or not attribute:
+        return None
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # whatever its author's code raises while it is imported
+        raise UserError(f"reward {name}: cannot import {module}: {_told(error)}") from error
+    if not callable(function):
+        raise UserError(f"reward {name}: {module} has no function {attribute!r}")
+    return function
+
+
+class Custom:
+    """A function as a reward; its options are passed on as keyword arguments."""
+
+    def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any] | None = None):
+        self.name, self.function, self.options = name, function, dict(options or {})
+
+    @torch.inference_mode()
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """Float32 [B] of what the function returns.
+
+        Raises:
+            UserError: the function failed or returned something else than B numbers; it names the reward.
+        """
+        try:
+            result = self.function(images, list(conditions), **self.options)
+            if not isinstance(result, Tensor):
+                result = torch.tensor([math.nan if one is None else float(one) for one in result])
+            scores = result.detach().float().flatten()
+        except torch.OutOfMemoryError:
+            raise  # the caller halves the batch
+        except Exception as error:  # whatever its author's code raises
+            raise UserError(f"reward {self.name} failed: {_told(error)}") from error
+        if len(scores) != len(images):
+            raise UserError(f"reward {self.name} returned {len(scores)} scores for {len(images)} images")
+        return scores
+
+
+def _told(error: BaseException) -> str:
+    """What was raised, and the line of the author's file where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inner = next((one for one in reversed(frames) if os.path.basename(one.filename) != "custom.py"), None)
+    where = f" ({os.path.basename(inner.filename)}, line {inner.lineno})" if inner and inner.line else ""
+    text = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}{where}"
