@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,30 +10,38 @@ import numpy as np
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import reason
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-GRID = "grid.png"  # an overview of the other pictures, not one of them
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+OVERVIEWS = ("grid.png", "best_worst.png")  # of the other pictures, not some of them
 
 
 def image_files(folder: Path) -> list[str]:
-    """Names of the pictures in a folder, sorted, without grid.png and hidden files; UserError when there are none."""
+    """Names of the pictures in a folder, sorted, without overviews and hidden files; UserError when there are none."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
     try:
         names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
-    names = [name for name in names if name != GRID and not name.startswith(".")]
+    names = [name for name in names if name not in OVERVIEWS and not name.startswith(".")]
     if not names:
         raise UserError(f"no images in {folder} (looked for {', '.join(SUFFIXES)})")
     return names
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An image file as uint8 [3, H, W], RGB, transparency laid on white; UserError when it cannot be read."""
-    from PIL import Image
+    """An image file as uint8 [3, H, W], RGB: upright, transparency laid on white, 16 bits scaled to 8, the first frame.
+
+    Raises:
+        UserError: it cannot be read, or unpacks to more than twice as many pixels as Pillow takes for harmless.
+    """
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as opened:
+            warnings.simplefilter("ignore")  # of odd files that Pillow reads all the same
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             if image.has_transparency_data:
                 coloured = image.convert("RGBA")
                 white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
@@ -43,6 +52,9 @@ def read_image(path: Path) -> np.ndarray:
     except OSError as error:  # Pillow's UnidentifiedImageError and truncated files are OSErrors without a number
         why = reason(error) if error.errno else "it is not an image, or a damaged one"
         raise UserError(f"cannot read the image {path}: {why}") from error
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise UserError(f"cannot read the image {path}: it unpacks to more than {most:,} pixels") from error
+    except (SyntaxError, ValueError) as error:
         raise UserError(f"cannot read the image {path}: it is not an image, or a damaged one") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -1,215 +1,263 @@
-"""Scoring a folder of images with reward models: what `argrpo score` does."""
+"""Scoring images with reward models: what `argrpo score` does."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
-import re
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from argrpo_cli.conditions import Condition, class_prompt
+from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
-from argrpo_cli.files import check_writable, make_dir, read_jsonl, write_json, write_jsonl
-from argrpo_cli.images import image_files, read_image
+from argrpo_cli.files import cannot_write, check_writable, make_dir, save_png, write_json, write_jsonl, write_text
 from argrpo_cli.progress import progress
+from argrpo_cli.score_items import Item, Said, find_items
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from argrpo_cli.rewards import RewardSet
 
-METADATA, SCORES, SUMMARY = "metadata.jsonl", "scores.jsonl", "summary.json"
-UNFINISHED = "sampling.json"  # of `argrpo sample`, which writes the metadata last
-NO_PROMPT_WORDS = {
-    "",
-    "dsc",
-    "generated",
-    "image",
-    "images",
-    "img",
-    "output",
-    "photo",
-    "picture",
-    "sample",
-    "untitled",
-}
+SCORES, TABLE, SUMMARY, SHEET = "scores.jsonl", "scores.csv", "summary.json", "best_worst.png"
+PARTIAL = "scores.partial.jsonl"  # of a job that has not ended
+SHEET_COLUMNS, THUMBNAIL = 8, 128
+READERS = 4  # threads that decode images
 
 
 @dataclass(frozen=True)
 class ScoringResult:
-    """The summary as written, where the files are, and a remark on where the prompts came from (or "")."""
+    """The summary as written, the folder it is in, how many images had been scored before, and a remark (or "")."""
 
     summary: dict[str, Any]
-    scores_path: Path
-    summary_path: Path
+    folder: Path
+    kept: int
     note: str
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One image to score; no condition when nothing says what it should show."""
-
-    file: str
-    path: Path
-    condition: Condition | None
-    extra: dict[str, Any]
-
-
-def score_folder(
-    folder: Path,
+def score_images(
+    sources: Sequence[Path],
     rewards: Sequence[str],
     *,
-    prompt: str | None = None,
-    class_name: str | None = None,
+    said: Said | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     out: Path | None = None,
     batch_size: int = 64,
     device: str = "auto",
     show_progress: bool = False,
 ) -> ScoringResult:
-    """Score every image of a folder; scores.jsonl and summary.json go to `out` (default: the folder itself).
+    """Score images; scores.jsonl, scores.csv, summary.json and best_worst.png go to `out`.
 
-    Prompts: metadata.jsonl (`file`, `prompt`, `class_id`), else `prompt`, else `class_name` as a class
-    prompt, else file names that are words (`golden_retriever-12.png`). Scores are raw, in each
-    reward's own unit.
+    Scores are raw, in each reward's own unit. Scores of an interrupted call with the same rewards and images are kept.
+
+    Args:
+        sources: a folder, an .npz, or image files; see `score_items.find_items`.
+        said: what the images should show, where nothing beside them says it.
+        options: name of a reward to options of its own.
+        out: by default the folder of the images, or one beside the .npz.
 
     Raises:
-        UserError: no such folder, no images, an unreadable one, an unknown reward, or a reward that looks
-            at the prompt where there is none. Nothing is written then.
+        UserError: no images, an unreadable one, an unknown reward, or a reward that looks at the prompt where there is
+            none. What was scored until then is kept for the same call.
     """
     if not rewards:
         raise UserError("--rewards is empty; name at least one reward")
     for name in rewards:
         if rewards.count(name) > 1:
             raise UserError(f"--rewards names {name!r} twice")
-    if prompt is not None and class_name is not None:
-        raise UserError("give --prompt or --class, not both")
-    for option, text in (("--prompt", prompt), ("--class", class_name)):
-        if text is not None and not text.strip():
-            raise UserError(f"{option} is empty; say what the images should show")
-    items, note = _items(folder, prompt, class_name)
-    check_writable(out or folder)
+    found = find_items(sources, said or Said())
+    items, target = found.items, out or found.folder
+    check_writable(target)
     from argrpo_cli.devices import resolve_device
     from argrpo_cli.rewards import load_rewards
 
-    reward_set = load_rewards(list(rewards), device=resolve_device(device))
+    reward_set = load_rewards(list(rewards), resolve_device(device), options)
+    _check_conditions(reward_set, items)
+    journal = _Journal(target, {"rewards": list(rewards), "options": options or {}})
+    kept = sum(journal.scores(item) is not None for item in items)
+    try:
+        if show_progress:
+            with progress("scoring", len(items)) as advance:
+                _score(reward_set, items, journal, batch_size, advance)
+        else:
+            _score(reward_set, items, journal, batch_size, lambda count: None)
+    finally:
+        journal.close()
+
+    names = list(rewards)
+    columns = {name: [journal.scores(item)[name] for item in items] for name in names}
+    summary = {
+        "images": len(items),
+        "folder": str(sources[0] if len(sources) == 1 else found.folder),
+        "rewards": {name: {"family": reward_set.family[name], **_statistics(columns[name])} for name in names},
+    }
+    for name, why in reward_set.last_error.items():
+        if name in summary["rewards"]:
+            summary["rewards"][name]["last_error"] = why
+    rows = [_row(item, {name: columns[name][index] for name in names}) for index, item in enumerate(items)]
+    write_jsonl(make_dir(target) / SCORES, rows)
+    write_text(target / TABLE, _csv(rows, names))
+    save_png(target / SHEET, best_and_worst(items, columns))
+    write_json(target / SUMMARY, summary)
+    journal.remove()
+    uses_prompt = any(reward_set.family[name] == "conditional" for name in names)
+    return ScoringResult(summary, target, kept, found.note if uses_prompt else "")
+
+
+def best_and_worst(items: Sequence[Item], columns: Mapping[str, Sequence[float | None]]) -> Image.Image:
+    """A sheet with two rows for each reward, of the images it likes best and least."""
+    from argrpo_cli.grids import image_grid
+
+    count = min(SHEET_COLUMNS, len(items))
+    rows: list[tuple[str, list[int]]] = []
+    for name, scores in columns.items():
+        order = sorted((index for index, score in enumerate(scores) if score is not None), key=lambda i: -scores[i])
+        for word, chosen in (("best", order[:count]), ("worst", order[::-1][:count])):
+            span = f"{scores[chosen[0]]:.4g} to {scores[chosen[-1]]:.4g}" if chosen else "no scores"
+            rows.append((f"{name}, {word}: {span}", chosen))
+    small = {index: _thumbnail(items[index].read()) for index in sorted({i for _, chosen in rows for i in chosen})}
+    blank = np.full((3, THUMBNAIL, THUMBNAIL), 255, np.uint8)
+    padded = [index for _, chosen in rows for index in [*chosen, *[-1] * (count - len(chosen))]]
+    tiles = [small.get(index, blank) for index in padded]
+    return image_grid(np.stack(tiles), count, [label for label, _ in rows])
+
+
+def _thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """The image within a white square, uint8 [3, THUMBNAIL, THUMBNAIL]."""
+    from PIL import Image, ImageOps
+
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    square = ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC, (255, 255, 255))
+    return np.asarray(square).transpose(2, 0, 1)
+
+
+class _Journal:
+    """Scores on disk while a job runs: one line for each image, after a first line that says which job it is."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        self.path, self.identity = folder / PARTIAL, json.loads(json.dumps(identity))
+        self._known: dict[str, dict[str, float | None]] = {}
+        self._file: io.TextIOWrapper | None = None
+        lines = self.path.read_text("utf-8", "replace").splitlines() if self.path.is_file() else []
+        rows = [row for row in map(_parsed, lines) if row is not None]
+        self.continues = bool(rows) and rows[0] == self.identity
+        if self.continues:
+            self._known = {row["key"]: row["scores"] for row in rows[1:] if "key" in row}
+
+    def scores(self, item: Item) -> dict[str, float | None] | None:
+        """What is known of an image, None where it must be scored."""
+        return self._known.get(self._key(item))
+
+    def add(self, items: Sequence[Item], columns: Mapping[str, Sequence[float | None]]) -> None:
+        """Note the scores of some images, on disk when this returns."""
+        try:
+            if self._file is None:
+                make_dir(self.path.parent)
+                self._file = open(self.path, "a" if self.continues else "w", encoding="utf-8")  # noqa: SIM115
+                # A line that was cut off ends here.
+                self._file.write("\n" if self.continues else json.dumps(self.identity) + "\n")
+            for index, item in enumerate(items):
+                scores = {name: column[index] for name, column in columns.items()}
+                self._known[self._key(item)] = scores
+                self._file.write(json.dumps({"key": self._key(item), "scores": scores}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _key(item: Item) -> str:
+        said = [item.condition.prompt, item.condition.class_id] if item.condition else None
+        return json.dumps([item.file, item.stamp, said])
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _check_conditions(reward_set: RewardSet, items: Sequence[Item]) -> None:
     without = next((item for item in items if item.condition is None), None)
     if without is not None:
         for name in reward_set.names:
             if reward_set.family[name] == "conditional":
-                raise UserError(f"{name} needs to know what {without.path} should show; give --prompt or --class")
+                raise UserError(f"{name} needs to know what {without.file} should show; give --prompt or --class")
     reward_set.check([item.condition for item in items if item.condition is not None])
-    if show_progress:
-        with progress("scoring", len(items)) as advance:
-            columns = _score(reward_set, items, batch_size, advance)
-    else:
-        columns = _score(reward_set, items, batch_size, lambda count: None)
-
-    rows = []
-    for index, item in enumerate(items):
-        said = {"prompt": item.condition.prompt, "class_id": item.condition.class_id} if item.condition else {}
-        scores = {name: columns[name][index] for name in reward_set.names}
-        rows.append({"file": item.file, **said, **item.extra, "scores": scores})
-    summary = {
-        "images": len(items),
-        "folder": str(folder),
-        "rewards": {
-            name: {"family": reward_set.family[name], **_statistics(columns[name])} for name in reward_set.names
-        },
-    }
-    target = make_dir(out) if out is not None else folder
-    write_jsonl(target / SCORES, rows)
-    write_json(target / SUMMARY, summary)
-    uses_prompt = any(reward_set.family[name] == "conditional" for name in reward_set.names)
-    return ScoringResult(summary, target / SCORES, target / SUMMARY, note if uses_prompt else "")
 
 
-def prompt_from_file_name(stem: str) -> str | None:
-    """What a file name says its image shows, or None when it is only a number or a camera's word.
-
-    `a_photo_of_two_cats_007`: `a photo of two cats`; `003-dog-00012`: `a photo of a dog`; `IMG_0012`: None.
-    """
-    words = re.sub(r"[_\-\s]+", " ", stem).strip()
-    words = re.sub(r"^(\d+ )+|( ?\(?\d+\)?)+$", "", words).strip()
-    if words.lower() in NO_PROMPT_WORDS or not any(character.isalpha() for character in words):
-        return None
-    return words if len(words.split()) >= 4 else class_prompt(words)
-
-
-def _items(folder: Path, prompt: str | None, class_name: str | None) -> tuple[list[_Item], str]:
-    """The images of a folder with their conditions, and a remark on guessed ones."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
-    if (folder / METADATA).is_file():
-        if prompt is not None or class_name is not None:
-            raise UserError(f"{folder / METADATA} says what the images show; leave out --prompt and --class")
-        return _items_of_metadata(folder), ""
-    if (folder / UNFINISHED).is_file() and prompt is None and class_name is None:
-        raise UserError(f"{folder} is unfinished; give the same `argrpo sample` command again to complete it")
-    names = image_files(folder)
-    if class_name is not None:
-        prompt = class_prompt(class_name)
-    items, guess = [], ""
-    for name in names:
-        text = prompt if prompt is not None else prompt_from_file_name(Path(name).stem)
-        if prompt is None and text is not None:
-            guess = guess or f"prompts were read from the file names ({name}: {text!r})"
-        items.append(_Item(name, folder / name, None if text is None else Condition(text), {}))
-    return items, guess
-
-
-def _items_of_metadata(folder: Path) -> list[_Item]:
-    path = folder / METADATA
-    items = []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        file, prompt, class_id = row.get("file"), row.get("prompt"), row.get("class_id")
-        if not isinstance(file, str) or not file:
-            raise UserError(f"{path}, image {number}: 'file' is missing")
-        if prompt is not None and not isinstance(prompt, str):
-            raise UserError(f"{path}, {file}: prompt = {prompt!r}: must be text")
-        if class_id is not None and (not isinstance(class_id, int) or isinstance(class_id, bool)):
-            raise UserError(f"{path}, {file}: class_id = {class_id!r}: must be a whole number")
-        if not (folder / file).is_file():
-            raise UserError(f"{path} lists {file}, which is not there")
-        extra = {key: row[key] for key in ("class_name", "seed", "policy") if key in row}
-        items.append(_Item(file, folder / file, Condition(prompt, class_id) if prompt is not None else None, extra))
-    if not items:
-        raise UserError(f"{path} lists no images")
-    return items
-
-
-def _score(reward_set: RewardSet, items: Sequence[_Item], batch_size: int, advance: Any) -> dict[str, list[float]]:
-    """Raw scores per reward, one per item; images are read batch by batch."""
+def _score(
+    reward_set: RewardSet, items: Sequence[Item], journal: _Journal, batch_size: int, advance: Callable[[int], None]
+) -> None:
+    """Score what the journal does not know; images are read batch by batch."""
     import torch
 
-    columns: dict[str, list[float]] = {name: [] for name in reward_set.names}
-    for batch, pixels in _batches(items, batch_size):
+    left = [item for item in items if journal.scores(item) is None]
+    advance(len(items) - len(left))
+    for batch, pixels in _batches(left, batch_size):
         conditions = [item.condition or Condition("") for item in batch]
         scores = reward_set.score(torch.from_numpy(pixels), conditions, batch_size=batch_size)
-        for name in reward_set.names:
-            columns[name] += scores[name].tolist()
+        told = {name: [None if math.isnan(x) else x for x in scores[name].tolist()] for name in reward_set.names}
+        journal.add(batch, told)
         advance(len(batch))
-    return columns
 
 
-def _batches(items: Sequence[_Item], batch_size: int) -> Iterator[tuple[list[_Item], np.ndarray]]:
+def _batches(items: Sequence[Item], batch_size: int) -> Iterator[tuple[list[Item], np.ndarray]]:
     """Runs of images of one size, at most `batch_size` long, as uint8 [B, 3, H, W]."""
-    batch: list[_Item] = []
+    batch: list[Item] = []
     pixels: list[np.ndarray] = []
-    for item in items:
-        image = read_image(item.path)
-        if batch and (len(batch) == batch_size or image.shape != pixels[0].shape):
-            yield batch, np.stack(pixels)
-            batch, pixels = [], []
-        batch.append(item)
-        pixels.append(image)
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(items), batch_size):
+            part = items[start : start + batch_size]
+            one_by_one = len({item.stamp for item in part}) < len(part)  # of one file, which is read in order
+            images = [item.read() for item in part] if one_by_one else pool.map(lambda item: item.read(), part)
+            for item, image in zip(part, images, strict=True):
+                if batch and (len(batch) == batch_size or image.shape != pixels[0].shape):
+                    yield batch, np.stack(pixels)
+                    batch, pixels = [], []
+                batch.append(item)
+                pixels.append(image)
     if batch:
         yield batch, np.stack(pixels)
 
 
-def _statistics(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, its standard error (None for a single image), minimum and maximum."""
+def _row(item: Item, scores: dict[str, float | None]) -> dict[str, Any]:
+    said = {"prompt": item.condition.prompt, "class_id": item.condition.class_id} if item.condition else {}
+    return {"file": item.file, **said, **item.extra, "scores": scores}
+
+
+def _csv(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "prompt", "class_id", *names])
+    for row in rows:
+        writer.writerow([row["file"], row.get("prompt"), row.get("class_id"), *(row["scores"][name] for name in names)])
+    return text.getvalue()
+
+
+def _statistics(scores: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean, its standard error (None for a single image), minimum and maximum, and how many are missing if any are."""
+    values = [score for score in scores if score is not None]
+    missing = {"missing": len(scores) - len(values)} if len(values) < len(scores) else {}
+    if not values:
+        return {"mean": None, "standard_error": None, "min": None, "max": None, **missing}
     count = len(values)
     mean = math.fsum(values) / count
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1) if count > 1 else None
@@ -218,4 +266,5 @@ def _statistics(values: Sequence[float]) -> dict[str, float | None]:
         "standard_error": math.sqrt(variance / count) if variance is not None else None,
         "min": min(values),
         "max": max(values),
+        **missing,
     }

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from argrpo_cli.cli.app import run
+from argrpo_cli.errors import UserError
 from argrpo_cli.files import read_jsonl, write_jsonl
+from argrpo_cli.images import read_image
 from argrpo_cli.rewards import load_rewards
-from argrpo_cli.scoring import prompt_from_file_name
+from argrpo_cli.score_items import prompt_from_file_name
 
 
 class Rewards:
@@ -23,7 +25,7 @@ class Rewards:
     family = {"bright": "quality", "words": "conditional"}  # noqa: RUF012
 
     def __init__(self, names, device):
-        self.names, self.batches = names, []
+        self.names, self.batches, self.last_error = names, [], {}
 
     def check(self, conditions):
         """They judge any condition."""
@@ -42,7 +44,7 @@ class Rewards:
 def rewards(monkeypatch):
     made = []
 
-    def load(names, device="cpu"):
+    def load(names, device="cpu", options=None):
         made.append(Rewards(names, device))
         return made[-1]
 
@@ -148,7 +150,12 @@ def test_images_of_any_kind_and_size_are_scored_as_rgb_in_batches(tmp_path, rewa
 def test_the_scores_can_go_elsewhere(folder, tmp_path):
     before = sorted(os.listdir(folder))
     assert run(["score", str(folder), "--rewards", "bright", "--out", str(tmp_path / "new" / "out")]) == 0
-    assert sorted(os.listdir(tmp_path / "new" / "out")) == ["scores.jsonl", "summary.json"]
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == [
+        "best_worst.png",
+        "scores.csv",
+        "scores.jsonl",
+        "summary.json",
+    ]
     assert sorted(os.listdir(folder)) == sorted([*before, "new"])
 
 
@@ -174,7 +181,9 @@ def test_a_cut_off_image_is_named(folder, fails):
 def test_an_empty_folder_and_a_file_are_named(tmp_path, fails):
     assert f"no images in {tmp_path}" in fails("score", tmp_path, "--rewards", "bright")
     (tmp_path / "file").write_text("")
-    assert "is a file, not a folder of images" in fails("score", tmp_path / "file", "--rewards", "bright")
+    assert "file: it is not an image" in fails("score", tmp_path / "file", "--rewards", "bright")
+    assert f"no folder {tmp_path / 'gone'}" in fails("score", tmp_path / "gone", "--rewards", "bright")
+    assert "there is no image" in fails("score", tmp_path / "gone.png", "--rewards", "bright")
 
 
 def test_a_conditional_reward_needs_to_know_what_the_image_should_show(tmp_path, fails):
@@ -234,3 +243,160 @@ def test_a_refused_folder_leaves_no_other_behind(folder, fails, tmp_path):
     arguments = ("--rewards", "bright", "--class", "dog", "--out", tmp_path / "out")
     assert "cannot read the image" in fails("score", folder, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+# --- kinds of pictures ---
+
+
+def test_odd_kinds_of_pictures_are_what_a_viewer_shows(tmp_path):
+    wide = Image.new("RGB", (8, 4), (200, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter
+    wide.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (3, 8, 4)
+
+    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
+    red = read_image(tmp_path / "print.jpg").mean((1, 2))
+    assert red[0] > 200 and red[1] < 60 and red[2] < 60
+
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    assert np.unique(read_image(tmp_path / "deep.png")).tolist() == [round(40_000 / 257)]
+
+    frames = [Image.new("RGB", (4, 4), (shade,) * 3) for shade in (10, 250)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "moving.gif").max() <= 12, "the first frame"
+
+    Image.new("LA", (4, 4), (0, 0)).save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png").min() == 255
+
+
+def test_a_picture_that_unpacks_to_far_too_much_is_named(folder, fails, monkeypatch):
+    _save(folder / "dog-1.png", 20, size=64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    line = fails("score", folder, "--rewards", "bright")
+    assert "dog-1.png: it unpacks to more than 2,000 pixels" in line
+
+
+# --- sources ---
+
+
+def test_image_files_and_an_npz_are_scored_like_a_folder(folder, fails):
+    files = [str(folder / f"dog-{index}.png") for index in (2, 0)]
+    assert run(["score", *files, "--rewards", "bright", "--out", str(folder / "a")]) == 0
+    assert [row["scores"]["bright"] for row in read_jsonl(folder / "a" / "scores.jsonl")] == [60, 10]
+
+    pixels = np.stack([np.full((4, 6, 3), value, np.uint8) for value in (7, 9, 8)])
+    np.savez_compressed(folder / "set.npz", pixels)
+    arguments = ["--rewards", "bright,words", "--prompt", "a b", "--batch-size", "2"]
+    assert run(["score", str(folder / "set.npz"), *arguments]) == 0
+    rows = read_jsonl(folder / "set-scores" / "scores.jsonl")
+    assert [(row["file"], row["scores"]) for row in rows] == [
+        (f"0000{index}", {"bright": value, "words": 2}) for index, value in enumerate((7, 9, 8))
+    ]
+    np.savez(folder / "wrong.npz", pixels.astype(np.float32))
+    assert "arr_0.npy is float32 [3, 4, 6, 3]; expected uint8" in fails("score", folder / "wrong.npz")
+    (folder / "cut.npz").write_bytes((folder / "set.npz").read_bytes()[:200])
+    assert "cut.npz: it is no .npz, or a damaged one" in fails("score", folder / "cut.npz")
+    assert "give one folder, one .npz, or image files" in fails("score", folder, folder / "set.npz")
+
+
+def test_captions_come_in_order_or_by_name(folder, fails):
+    (folder / "captions.txt").write_text("one\none two\none two three\n")
+    assert run(["score", str(folder), "--rewards", "words", "--prompts", str(folder / "captions.txt")]) == 0
+    assert [row["scores"]["words"] for row in read_jsonl(folder / "scores.jsonl")] == [1, 2, 3]
+    named = [{"file": f"dog-{index}.png", "prompt": "x " * (index + 5)} for index in (2, 0, 1)]
+    write_jsonl(folder / "captions.jsonl", named)
+    assert run(["score", str(folder), "--rewards", "words", "--prompts", str(folder / "captions.jsonl")]) == 0
+    assert [row["scores"]["words"] for row in read_jsonl(folder / "scores.jsonl")] == [5, 6, 7]
+    (folder / "captions.txt").write_text("one\n")
+    line = fails("score", folder, "--rewards", "words", "--prompts", folder / "captions.txt")
+    assert "1 captions for 3 images" in line
+
+
+# --- what is written ---
+
+
+def test_the_table_and_the_sheet(folder):
+    assert run(["score", str(folder), "--rewards", "bright", "--class", "dog"]) == 0
+    assert (folder / "scores.csv").read_text().splitlines() == [
+        "file,prompt,class_id,bright",
+        "dog-0.png,a photo of a dog,,10.0",
+        "dog-1.png,a photo of a dog,,20.0",
+        "dog-2.png,a photo of a dog,,60.0",
+    ]
+    sheet = np.asarray(Image.open(folder / "best_worst.png").convert("L"))
+    rows = np.split(sheet, 2)
+    left_to_right = [[int(np.median(row[60:-4, x])) for x in (64, 196, 328)] for row in rows]
+    assert left_to_right == [[60, 20, 10], [10, 20, 60]], "best first, then worst first"
+    assert run(["score", str(folder), "--rewards", "bright", "--class", "dog"]) == 0, "the sheet is no image to score"
+    assert len(read_jsonl(folder / "scores.jsonl")) == 3
+
+
+def test_missing_scores_are_told_and_left_out_of_the_statistics(folder, rewards, capsys, monkeypatch):
+    def score(self, images, conditions, batch_size=64):
+        self.last_error = {"bright": "the server said 500"}
+        return {"bright": torch.tensor([1.0, float("nan"), 3.0])}
+
+    monkeypatch.setattr(Rewards, "score", score)
+    assert run(["score", str(folder), "--rewards", "bright"]) == 0
+    assert [row["scores"]["bright"] for row in read_jsonl(folder / "scores.jsonl")] == [1, None, 3]
+    told = json.loads((folder / "summary.json").read_text())["rewards"]["bright"]
+    assert (told["mean"], told["missing"], told["last_error"]) == (2, 1, "the server said 500")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "bright has no score for 1 images (the latest: the server said 500)" in out
+
+
+# --- interruption ---
+
+
+def test_an_interrupted_job_keeps_its_scores(folder, rewards, monkeypatch, fails, capsys):
+    score = Rewards.score
+    arguments = ["score", str(folder), "--rewards", "bright", "--batch-size", "1"]
+
+    def stops(self, images, conditions, batch_size=64):
+        if len(self.batches) == 2:
+            raise UserError("the judge is gone")
+        return score(self, images, conditions, batch_size)
+
+    monkeypatch.setattr(Rewards, "score", stops)
+    assert "the judge is gone" in fails(*arguments)
+    assert _no_scores(folder)
+    with open(folder / "scores.partial.jsonl", "a") as partial:
+        partial.write('{"key": "[\\"dog-2')  # cut off by the power
+    monkeypatch.setattr(Rewards, "score", score)
+    assert run(arguments) == 0
+    assert len(rewards[-1].batches) == 1, "only the one that was missing"
+    assert "(2 were scored before)" in " ".join(capsys.readouterr().out.split())
+    assert [row["scores"]["bright"] for row in read_jsonl(folder / "scores.jsonl")] == [10, 20, 60]
+    assert not (folder / "scores.partial.jsonl").exists()
+
+
+@pytest.mark.parametrize("change", ["rewards", "picture", "prompt"])
+def test_scores_of_something_else_are_not_kept(folder, rewards, monkeypatch, fails, change):
+    score = Rewards.score
+
+    def stops(self, images, conditions, batch_size=64):
+        if len(self.batches) == 2:
+            raise UserError("gone")
+        return score(self, images, conditions, batch_size)
+
+    monkeypatch.setattr(Rewards, "score", stops)
+    fails("score", folder, "--rewards", "bright", "--batch-size", "1")
+    monkeypatch.setattr(Rewards, "score", score)
+    names, more = "bright", []
+    if change == "rewards":
+        names = "bright,words"
+    elif change == "picture":
+        _save(folder / "dog-0.png", 99, size=5)
+    else:
+        more = ["--class", "cat"]
+    assert run(["score", str(folder), "--rewards", names, "--batch-size", "1", *more]) == 0
+    assert len(rewards[-1].batches) == {"rewards": 3, "picture": 2, "prompt": 3}[change]
+
+
+def test_options_of_rewards_are_read_and_checked(folder, fails, monkeypatch):
+    monkeypatch.setattr("argrpo_cli.rewards.load_rewards", load_rewards)
+    score = ("score", folder, "--class", "dog", "--rewards", "nano-quality")
+    assert "expected REWARD.KEY=VALUE" in fails(*score, "--set", "version=2")
+    assert "'clip' is not among --rewards" in fails(*score, "--set", "clip.model=x")
+    assert "reward nano-quality: no option 'size'; it has none" in fails(*score, "--set", "nano-quality.size=2")

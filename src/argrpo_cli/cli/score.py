@@ -1,4 +1,4 @@
-"""`argrpo score`: reward models over a folder of images."""
+"""`argrpo score`: reward models over images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from argrpo_cli.cli.options import BatchSizeOption, DeviceOption
 
 
 def score(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", show_default=False)],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGES...", help="A folder of images, an .npz, or image files.", show_default=False),
+    ],
     rewards: Annotated[
-        str, typer.Option("--rewards", help="Names of rewards, with commas between them.")
+        str, typer.Option("--rewards", help="Names of rewards, or module:function, with commas between them.")
     ] = "nano-clip,nano-quality,nano-critic",
     prompt: Annotated[
         str | None,
@@ -23,31 +26,72 @@ def score(
         str | None,
         typer.Option("--class", metavar="NAME", help="The same, as a class name: 'a photo of a NAME'."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write the scores.  [default: DIR]")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="A caption for each image: .txt (one a line) or .jsonl."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="REWARD.KEY=VALUE", help="An option of a reward, such as hpsv2.version=2.0; repeatable."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the scores.  [default: beside the images]")
+    ] = None,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
 ) -> None:
-    """Score a folder of images: a table, scores.jsonl and summary.json.
+    """Score images: a table, scores.jsonl, scores.csv, summary.json and a sheet of the best and worst.
 
-    Prompts come from the folder's metadata.jsonl, else from --prompt or --class, else from the file names.
+    Prompts come from the folder's metadata.jsonl, else from --prompt, --class or --prompts, else from the file names.
+    The same command after an interruption keeps the scores that are there.
     """
-    from argrpo_cli.scoring import score_folder
+    from argrpo_cli.score_items import Said
+    from argrpo_cli.scoring import SHEET, score_images
 
     names = [name.strip() for name in rewards.split(",") if name.strip()]
-    result = score_folder(
-        folder,
+    result = score_images(
+        images,
         names,
-        prompt=prompt,
-        class_name=class_,
+        said=Said(prompt, class_, prompts),
+        options=_options(settings or [], names),
         out=out,
         batch_size=batch_size,
         device=device,
         show_progress=True,
     )
     _print_table(result.summary)
+    for name, row in result.summary["rewards"].items():
+        if row.get("missing"):
+            print(f"{name} has no score for {row['missing']} images (the latest: {row.get('last_error', 'see above')})")
     if result.note:
         print(result.note)
-    print(f"scores of each image in {result.scores_path}, summary in {result.summary_path}")
+    kept = f" ({result.kept} were scored before)" if result.kept else ""
+    print(f"scores{kept} in {result.folder}, best and worst in {result.folder / SHEET}")
+
+
+def _options(settings: list[str], names: list[str]) -> dict[str, dict[str, object]]:
+    """`hpsv2.version=2.0` and the like as options of each reward; values are read as YAML."""
+    import yaml
+
+    from argrpo_cli.errors import UserError, did_you_mean
+
+    options: dict[str, dict[str, object]] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        name, dot, option = key.rpartition(".")
+        if not (equals and dot and name and option):
+            raise UserError(f"--set {text}: expected REWARD.KEY=VALUE, such as hpsv2.version=2.0")
+        if name not in names:
+            raise UserError(
+                f"--set {text}: {name!r} is not among --rewards {','.join(names)}{did_you_mean(name, names)}"
+            )
+        try:
+            options.setdefault(name, {})[option] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {text}: {value!r} is not a value in YAML") from error
+    return options
 
 
 def _print_table(summary: dict[str, object]) -> None:
@@ -60,6 +104,9 @@ def _print_table(summary: dict[str, object]) -> None:
     for heading in ("mean", "std. error", "min", "max"):
         table.add_column(heading, justify="right")
     for name, row in summary["rewards"].items():
+        if row["mean"] is None:
+            table.add_row(name, row["family"], *["–"] * 4)
+            continue
         error = "–" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
         table.add_row(name, row["family"], f"{row['mean']:.4f}", error, f"{row['min']:.4f}", f"{row['max']:.4f}")
     Console().print(table)

@@ -1,0 +1,225 @@
+"""Several rewards at once: ranges, missing scores, memory, waiting, options, quantised ones, one's own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from argrpo_cli.conditions import Condition
+from argrpo_cli.errors import UserError
+from argrpo_cli.grpo.objective import advantages
+from argrpo_cli.recipe.schema import RewardSection, RewardTerm
+from argrpo_cli.rewards import REWARDS, RewardSet, check_reward, load_reward, load_rewards
+from argrpo_cli.rewards.custom import find_function
+from argrpo_cli.rewards.shaping import quantize, reward_weights
+
+GOLDEN = json.loads((Path(__file__).parent.parent / "data" / "reward_shaping.json").read_text())
+NAN = float("nan")
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, 4, 4)
+
+
+def conditions(count: int) -> list[Condition]:
+    return [Condition(f"a photo of {index}") for index in range(count)]
+
+
+class Values:
+    """A reward that gives each image the value at the place its pixels say."""
+
+    def __init__(self, *values: float, most: int = 1000, remote: bool = False):
+        self.values, self.most, self.remote, self.sizes = torch.tensor(values), most, remote, []
+
+    def score(self, images, conditions):
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("out of memory")
+        self.sizes.append(len(images))
+        return self.values[images[:, 0, 0, 0].long()]
+
+
+# --- trust ---
+
+
+def test_scores_that_are_no_scores_are_missing_and_counted():
+    given = Values(0.2, NAN, float("inf"), 7.0, -3.0, 1.0)
+    rewards = RewardSet({"clip": given})
+    scores = rewards.score(images(6), conditions(6))["clip"]
+    assert scores.isnan().tolist() == [False, True, True, True, True, False]
+    assert rewards.missing["clip"] == 4 and rewards.last_error["clip"] == "a score of -3"
+    given.last_error = "the server said 500"
+    given.values = torch.tensor([NAN])
+    rewards.score(images(1), conditions(1))
+    assert rewards.missing["clip"] == 5 and rewards.last_error["clip"] == "the server said 500"
+
+
+def test_a_reward_with_the_wrong_number_of_scores_is_named():
+    class Short:
+        def score(self, images, conditions):
+            return torch.zeros(1)
+
+    with pytest.raises(UserError, match="reward maniqa gave scores of shape"):
+        RewardSet({"maniqa": Short()}).score(images(2), conditions(2))
+
+
+# --- memory and time ---
+
+
+def test_half_as_many_images_at_a_time_where_memory_ends():
+    reward = Values(*range(10), most=3)
+    rewards = RewardSet({"aesthetic": reward})
+    assert rewards.score(images(10), conditions(10))["aesthetic"].tolist() == list(range(10))
+    assert max(reward.sizes) <= 3
+    reward.sizes.clear()
+    rewards.score(images(10), conditions(10))
+    assert max(reward.sizes) == 2, "remembered"
+    with pytest.raises(UserError, match="reward aesthetic: the memory of cpu does not suffice for one image"):
+        RewardSet({"aesthetic": Values(1.0, most=0)}).score(images(1), conditions(1))
+
+
+def test_remote_rewards_wait_while_the_others_compute():
+    """Each of the three goes on only when the others have begun: one after the other they would never end."""
+    barrier = threading.Barrier(3, timeout=10)
+
+    class Meets(Values):
+        def score(self, images, conditions):
+            barrier.wait()
+            return super().score(images, conditions)
+
+    rewards = RewardSet(
+        {
+            "judge-fake": Meets(0.0, 1.0, remote=True),
+            "judge-weird": Meets(1.0, 0.0, remote=True),
+            "aesthetic": Meets(3.0, 4.0),
+        }
+    )
+    scores = rewards.score(images(2), conditions(2))
+    assert {name: column.tolist() for name, column in scores.items()} == {
+        "judge-fake": [0, 1], "judge-weird": [1, 0], "aesthetic": [3, 4],
+    }  # fmt: skip
+
+
+# --- shaping ---
+
+
+def test_quantised_scores_follow_the_paper_and_the_published_code():
+    rows = [row for row in GOLDEN["rows"] if row["clip_or_hpsv2"]["quantized_error"] is None]
+    assert len(rows) > 100
+    raw = torch.tensor([row["raw"] for row in rows])
+    published = torch.tensor([row["clip_or_hpsv2"]["quantized"] for row in rows])
+    assert torch.equal(quantize(raw, "code"), published)
+    assert torch.equal(quantize(raw, "paper"), published.clamp(min=0.5))
+    crashed = [row["raw"] for row in GOLDEN["rows"] if row["clip_or_hpsv2"]["quantized_error"] is not None]
+    assert crashed and quantize(torch.tensor(crashed), "code").isnan().all()
+    assert (quantize(torch.tensor(crashed), "paper") == 1.5).all()
+    assert quantize(torch.tensor([NAN]), "paper").isnan().all()
+
+
+def test_published_factors():
+    """As the published code scales 200 raw scores of each reward, and the judge's."""
+    section = RewardSection(
+        terms=[RewardTerm(name=name) for name in ("clip", "hpsv2", "clip-quantized", "maniqa", "judge-quality")]
+    )
+    weights = reward_weights(section, {term.name: REWARDS[term.name].family for term in section.terms})
+    for row in GOLDEN["rows"]:
+        assert row["raw"] * weights["clip"] == pytest.approx(row["clip_or_hpsv2"]["scaled"])
+        if row["maniqa"]["scaled_error"] is None:
+            assert row["raw"] * weights["maniqa"] == pytest.approx(row["maniqa"]["scaled"])
+    for row in GOLDEN["vlm_judge"]:
+        assert row["judge_score"] * weights["judge-quality"] == pytest.approx(row["reward"])
+    assert weights["hpsv2"] == 5 and weights["clip-quantized"] == 1
+    assert {REWARDS[name].factor for name in ("judge-fake", "judge-weird")} == {0.25}
+
+
+@pytest.mark.parametrize("case", GOLDEN["group_advantage"])
+def test_published_advantages_of_the_eight_rewards(case):
+    table = torch.tensor(case["rewards_per_func"], dtype=torch.float64)  # [images, rewards]
+    total = (table * torch.tensor(case["weights"], dtype=torch.float64)).nansum(dim=1)
+    assert torch.allclose(total, torch.tensor(case["rewards"], dtype=torch.float64), atol=1e-6)
+    actual = advantages(total.view(-1, case["num_generations"])).flatten()
+    assert torch.allclose(actual, torch.tensor(case["advantages"], dtype=torch.float64), atol=1e-4)
+
+
+def test_a_quantised_reward_is_made_of_the_scores_of_its_base():
+    rewards = RewardSet({"clip": Values(0.2, 0.35, NAN)}, steps={"clip-quantized": ("clip", "paper")})
+    scores = rewards.score(images(3), conditions(3))
+    assert scores["clip-quantized"][:2].tolist() == [0.5, 1.0] and scores["clip-quantized"][2].isnan()
+    assert rewards.family["clip-quantized"] == "conditional"
+    with pytest.raises(UserError, match="mapping 'papre' is unknown"):
+        load_rewards(["clip-quantized"], options={"clip-quantized": {"mapping": "papre"}})
+
+
+# --- names ---
+
+
+def test_every_family_is_known_and_unknown_names_are_told():
+    assert {entry.family for entry in REWARDS.values()} == {"conditional", "quality", "realism"}
+    with pytest.raises(UserError, match="did you mean 'maniqa'"):
+        check_reward("manica")
+    with pytest.raises(UserError, match="reward nano-clip: no option 'modle'"):
+        load_reward("nano-clip", options={"modle": 3})
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of the user's in the working directory."""
+
+    def write(source: str) -> str:
+        (tmp_path / "brightness.py").write_text(textwrap.dedent(source))
+        return "brightness:reward"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield write
+    sys.modules.pop("brightness", None)
+    find_function.cache_clear()
+
+
+def test_a_reward_of_ones_own_in_five_lines(own):
+    name = own(
+        """
+        def reward(images, conditions):
+            return images.float().mean((1, 2, 3)) / 255
+
+        reward.family = "quality"
+        """
+    )
+    rewards = load_rewards([name])
+    assert rewards.family[name] == "quality"
+    assert rewards.score(images(3), conditions(3))[name].tolist() == pytest.approx([0, 1 / 255, 2 / 255])
+
+
+def test_it_may_return_a_list_with_gaps_and_take_options(own):
+    name = own(
+        """
+        def reward(images, conditions, scale=1):
+            return [None if "1" in one.prompt else scale * len(one.prompt) for one in conditions]
+        """
+    )
+    scores = load_rewards([name], options={name: {"scale": 2}}).score(images(2), conditions(2))[name]
+    assert scores[0] == 2 * len("a photo of 0") and scores[1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "def reward(images, conditions):\n    return {}['x']",
+            r"brightness:reward failed: KeyError: 'x' \(brightness.py, line 2\)",
+        ),
+        ("def reward(images, conditions):\n    return [1.0]", "returned 1 scores for 2 images"),
+        ("def other(images, conditions):\n    return [1.0]", "brightness has no function 'reward'"),
+        ("import nothing_of_this_name", "cannot import brightness: ModuleNotFoundError"),
+        ("def reward(i, c):\n    return [1.0]\nreward.family = 'nice'", "its family is 'nice'"),
+    ],
+)
+def test_errors_in_it_name_it(own, source, message):
+    with pytest.raises(UserError, match=message):
+        name = own(source)
+        load_rewards([name]).score(images(2), conditions(2))
