@@ -143,8 +143,11 @@ def test_published_advantages_of_the_eight_rewards(case):
     table = torch.tensor(gaps, dtype=torch.float64)  # [images, rewards]; the published code counts a gap as 0
     total = (table * torch.tensor(case["weights"], dtype=torch.float64)).nansum(dim=1)
     assert torch.allclose(total, torch.tensor(case["rewards"], dtype=torch.float64), atol=1e-5)
-    actual = advantages(total.view(-1, case["num_generations"])).flatten()
-    assert torch.allclose(actual, torch.tensor(case["advantages"], dtype=torch.float64), atol=1e-4)
+    actual = advantages(total.view(-1, case["num_generations"]))
+    published = torch.tensor(case["advantages"], dtype=torch.float64).view_as(actual)
+    equal = torch.tensor(case["std"]) == 0  # there the published -0.0095 is the rounding of a float32 mean over 1e-4
+    assert torch.allclose(actual[~equal], published[~equal], atol=1e-4)
+    assert (actual[equal] == 0).all()
 
 
 def test_a_quantised_reward_is_made_of_the_scores_of_its_base():
