@@ -1,7 +1,7 @@
 """The sampler at a published size against LlamaGen's own algorithm: `python -m argrpo_cli.bench_sampler`.
 
-Random weights of a published geometry; time and memory do not depend on the values. Three things are timed in turns in
-one process:
+Random weights of a published geometry; time and memory do not depend on the values. These are timed in turns in one
+process:
 
 - `reference`: the published algorithm with all that it does, `sample_as_published`.
 - `argrpo`: `policy.sampling.sample_tokens`.
@@ -32,7 +32,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from argrpo_cli.bench import measure
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.policy.config import SIZES, published_config
-from argrpo_cli.policy.decoding import new_cache
 from argrpo_cli.policy.modeling import Attention, KeyValue, LlamaGenForImageGeneration, RMSNorm
 from argrpo_cli.policy.packing import packed_linears
 from argrpo_cli.policy.rope import apply_rope, rope_table
@@ -193,10 +192,10 @@ def explain_memory(model: LlamaGenForImageGeneration, batch: int, cfg_scale: flo
     """Print the peak, and what it is made of."""
     mib = 2**20
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / mib
-    linear = weights - sum(p.nbytes for p in model.model.embed_tokens.parameters()) / mib
-    rows = 2 * batch if cfg_scale > 1 else batch
-    with torch.device("meta"):
-        cache = sum(k.nbytes + v.nbytes for k, v in new_cache(model, rows)) / mib
+    linear = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear)) / mib
+    config, rows = model.config, 2 * batch if cfg_scale > 1 else batch
+    positions = config.num_hidden_layers * rows * (config.cls_token_num + config.block_size)
+    cache = 2 * positions * config.num_key_value_heads * config.head_dim * model.lm_head.weight.element_size() / mib
     if device == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else mib)
         what = "of the process so far, the reference and torch itself included"

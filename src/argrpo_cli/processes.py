@@ -9,9 +9,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
+
+Result = TypeVar("Result")
 
 LONGEST_JOB = timedelta(days=30)  # the first to finish waits for the last
 
@@ -38,31 +41,31 @@ class Team:
         """
         self.together(action if self.index == 0 else lambda: None)
 
-    def together(self, action: Callable[[], None]) -> None:
-        """Let every process act, and wait for the slowest.
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Let every process act, wait for the slowest, and return what `action` returned here.
 
         Raises:
             UserError: in the first process, what `action` raised in the first of them that failed; the others exit
                 with code 2 without a word.
         """
-        fault: str | None = None
-        try:
-            action()
-        except UserError as error:
-            if self.count == 1:
-                raise
-            fault = str(error)
         if self.count == 1:
-            return
+            return action()
         import torch.distributed as dist
 
+        result: Any = None
+        fault: str | None = None
+        try:
+            result = action()
+        except UserError as error:
+            fault = str(error)
         faults: list[str | None] = [None] * self.count
         dist.all_gather_object(faults, fault)
         first = next((one for one in faults if one is not None), None)
-        if first is not None and self.index == 0:
+        if first is None:
+            return result
+        if self.index == 0:
             raise UserError(first)
-        if first is not None:
-            raise SystemExit(2)
+        raise SystemExit(2)
 
 
 def join_team(device: str = "auto") -> Team:

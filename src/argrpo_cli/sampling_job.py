@@ -61,6 +61,7 @@ class SamplingSettings:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    cfg_interval: int = -1  # the last decoding step that is guided; -1 guides all
     dtype: str = "float32"
     resize: int | None = None  # pixels a side that the images are scaled to (bicubic), None as drawn
 
@@ -111,17 +112,16 @@ def run_sampling(
     _check(settings)
     team = join_team(device)
     team.lead(lambda: _check_folder(out, overwrite))
-    policy = load_policy(settings.policy, device=team.device, dtype=settings.dtype, text_device=text_device)
-    shots = _plan(policy, settings)
+    policy = team.together(lambda: load_policy(settings.policy, team.device, settings.dtype, text_device))
+    shots = team.together(lambda: _plan(policy, settings))
     asked = {"classes": list(settings.classes), "prompts": list(settings.prompts)}
     identity = {**asdict(settings), **asked, "weights": policy.fingerprint()}
     team.lead(lambda: _prepare_folder(out, identity, batch_size, overwrite))
     batch_size = read_json(out / SETTINGS)[BATCH_SIZE]
 
     batches = [shots[start : start + batch_size] for start in range(0, len(shots), batch_size)]
-    missing = [[shot for shot in batch if not _whole(out / shot.file)] for batch in batches]
+    missing = team.together(lambda: [[shot for shot in batch if not _whole(out / shot.file)] for batch in batches])
     left = sum(map(len, missing))
-    team.together(lambda: None)  # all have looked before one draws
     mine = [pair for pair in zip(batches, missing, strict=True) if pair[1]][team.index :: team.count]
 
     def draw() -> None:
@@ -155,13 +155,14 @@ def _check(settings: SamplingSettings) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {allowed}")
     if settings.resize is not None and settings.resize < 1:
         raise UserError(f"--resize {settings.resize}: must be 1 or more")
-    for name, least in (("n", 1), ("seed", 0), ("top_k", 0)):
+    for name, least in (("n", 1), ("seed", 0), ("top_k", 0), ("cfg_interval", -1)):
         if getattr(settings, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be {least} or more")
     if settings.n > MOST_OF_ONE:
         raise UserError(f"--n {settings.n}: must be at most {MOST_OF_ONE} of one class or prompt")
     if settings.seed + settings.n > 2**32:  # torch's CPU generator looks at no more bits: images would repeat
-        raise UserError(f"--seed {settings.seed}: must be below 2**32")
+        last = settings.seed + settings.n - 1
+        raise UserError(f"--seed {settings.seed} with --n {settings.n}: the last seed, {last}, must be below 2**32")
 
 
 def _plan(policy: Policy, settings: SamplingSettings) -> list[_Shot]:
@@ -195,12 +196,14 @@ def _draw(
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
+        cfg_interval=settings.cfg_interval,
         seeds=[shot.seed for shot in batch],
         batch_size=len(batch),
     )
     pixels = policy.decode(tokens).permute(0, 2, 3, 1).cpu().numpy()
+    missing = {shot.file for shot in wanted}
     for shot, array in zip(batch, pixels, strict=True):
-        if shot in wanted:
+        if shot.file in missing:
             image = Image.fromarray(array)
             if settings.resize is not None:
                 image = image.resize((settings.resize, settings.resize), Image.Resampling.BICUBIC)
@@ -237,6 +240,7 @@ def _row(shot: _Shot, settings: SamplingSettings) -> dict[str, Any]:
         "temperature": settings.temperature,
         "top_k": settings.top_k,
         "top_p": settings.top_p,
+        "cfg_interval": settings.cfg_interval,
         "dtype": settings.dtype,
         **({} if settings.resize is None else {"resize": settings.resize}),
     }
@@ -260,9 +264,10 @@ def _prepare_folder(out: Path, identity: dict[str, Any], batch_size: int, overwr
             held = None
         if not isinstance(held, dict) or not isinstance(held.pop(BATCH_SIZE, None), int) or held != identity:
             raise UserError(f"{out} holds samples of other settings; choose another --out, or --overwrite to replace")
-        return
+        if _ours(out):  # images depend by rounding on their batch: what is drawn so far decides for all
+            return
     make_dir(out)
-    if settings.is_file():
+    if settings.is_file() and overwrite:
         for path in _ours(out):
             try:
                 path.unlink()

@@ -49,6 +49,7 @@ def test_the_folder_holds_images_a_grid_and_metadata(sample, policy, tmp_path, c
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
+        "cfg_interval": -1,
         "dtype": "float32",
     }
     with Image.open(out / "003-dog-00007.png") as image:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.policy.checkpoints import from_published, load_published, to_published
+from argrpo_cli.policy.checkpoints import from_published, read_checkpoint, to_published
 from argrpo_cli.policy.config import LlamaGenConfig
 from tests.formula import formula_weights
 from tests.goldens import cases, golden_config, golden_model
@@ -71,6 +71,10 @@ def test_a_caption_checkpoint_is_no_class_policy():
     state, _ = published("B_t2i8")
     with pytest.raises(UserError, match=r"missing cls_embedding\.embedding_table\.weight"):
         from_published(state, published("A_c2i")[1])
+
+
+def load_published(path, config):
+    return from_published(read_checkpoint(path), config, str(path))
 
 
 @pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", None])

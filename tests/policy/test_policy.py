@@ -176,8 +176,8 @@ def test_sampling_settings_reach_the_sampler():
     policy = miniature()
     conditions, seeds = policy.conditions([0, 1, 2]), [1, 2, 3]
     default = policy.sample(conditions, seeds=seeds)
-    assert torch.equal(default, policy.sample(conditions, 2.0, 1.0, 0, 1.0, seeds))
-    for change in ({"cfg_scale": 1.0}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}):
+    assert torch.equal(default, policy.sample(conditions, 2.0, 1.0, 0, 1.0, -1, seeds))
+    for change in ({"cfg_scale": 1.0}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {"cfg_interval": 2}):
         assert not torch.equal(policy.sample(conditions, seeds=seeds, **change), default), change
 
 

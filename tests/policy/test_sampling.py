@@ -113,6 +113,22 @@ def test_bucketed_steps_follow_guidance(cfg_interval, monkeypatch):
     assert torch.equal(tokens, expected[0]) and max_difference(logprobs, expected[1]) < TOLERANCE
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["A_c2i", "B_t2i8"])
+def test_recorded_steps_draw_what_unrecorded_ones_do(name, autocast, monkeypatch):
+    model, (condition, mask) = copy.deepcopy(golden_model(name)).cuda(), condition_of(name, tensors(name))
+    condition, mask = condition.cuda(), None if mask is None else mask.cuda()
+    settings = {"cfg_scale": 2.5, "cfg_interval": 5, "condition_mask": mask, "return_logprobs": "guided"}
+    monkeypatch.setattr(decoding, "BUCKET", 8)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        recorded = sample_tokens(model, condition, seeds=range(len(condition)), **settings)
+        monkeypatch.setattr(sampling, "Decoder", partial(decoding.Decoder, bucketed=False))
+        plain = sample_tokens(model, condition, seeds=range(len(condition)), **settings)
+    assert torch.equal(recorded[0], plain[0])
+    assert max_difference(recorded[1], plain[1]) < (1e-2 if autocast else TOLERANCE)
+
+
 def test_packed_linear_layers_compute_the_same_and_leave_no_trace():
     model = copy.deepcopy(golden_model("A_c2i"))
     layer, x = model.model.layers[0].feed_forward.w1, torch.randn(4, 1, model.config.hidden_size)

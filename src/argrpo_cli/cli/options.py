@@ -25,10 +25,6 @@ def _finite(param: typer.CallbackParam, value: float) -> float:
     return value
 
 
-PolicyOption = Annotated[
-    str,
-    typer.Option("--policy", help="A policy: a name such as nano-c2i, a run directory, a checkpoint folder."),
-]
 CfgScaleOption = Annotated[
     float,
     typer.Option("--cfg-scale", min=1.0, callback=_finite, help="Classifier-free guidance scale; 1 is no guidance."),

@@ -57,6 +57,10 @@ def sample(
     temperature: TemperatureOption = 1.0,
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
+    cfg_interval: Annotated[
+        int,
+        typer.Option("--cfg-interval", min=-1, help="Guide decoding steps 0 to this one only, as LlamaGen; -1: all."),
+    ] = -1,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.float32,
@@ -99,6 +103,7 @@ def sample(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        cfg_interval=cfg_interval,
         dtype=dtype.value,
         resize=resize,
     )

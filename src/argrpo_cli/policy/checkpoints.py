@@ -95,15 +95,6 @@ def fit_state(
     model.load_state_dict(ours, strict=True, assign=True)
 
 
-def load_published(path: str | Path, config: LlamaGenConfig) -> LlamaGenForImageGeneration:
-    """Open a published `.pt` file in float32; see `read_checkpoint`.
-
-    Raises:
-        UserError: the file is absent, is no torch checkpoint of weights, or does not fit `config`.
-    """
-    return from_published(read_checkpoint(path), config, str(path))
-
-
 def read_checkpoint(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
     """The state dict in a checkpoint file, mapped into memory; no pickled code is run (`weights_only`).
 

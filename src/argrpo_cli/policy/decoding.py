@@ -44,7 +44,7 @@ class Decoder:
         length = self.prefix + config.block_size
         if bucketed:
             length = -(-length // BUCKET) * BUCKET
-        rows = batch if cfg_scale <= 1 else 2 * batch
+        self.rows = rows = batch if cfg_scale <= 1 else 2 * batch
         self.past = new_cache(model, rows, length)
         self.positions = torch.arange(length, device=device)
         self.valid: Tensor | None = None  # bool [rows, 1, 1, length]: not the padding of a caption

@@ -53,7 +53,9 @@ def left_pad(features: Tensor, mask: Tensor) -> KeyValue:
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query by matrix products; on a CPU up to three times as fast as the fused kernel in bfloat16.
+    """Attention of one query by matrix products, with k as it lies in the cache on their left.
+
+    On a CPU this is as fast as torch's fused kernel in float32 and up to three times as fast in bfloat16.
 
     Args:
         q: [B, heads, 1, head_dim]; consecutive heads share a head of k and v.

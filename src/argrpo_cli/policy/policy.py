@@ -105,6 +105,7 @@ class Policy:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        cfg_interval: int = -1,
         seeds: Sequence[int] | None = None,
         batch_size: int = 64,
     ) -> Tensor:
@@ -130,6 +131,7 @@ class Policy:
                     temperature=temperature,
                     top_k=top_k,
                     top_p=top_p,
+                    cfg_interval=cfg_interval,
                     seeds=None if seeds is None else seeds[part],
                 )
             )

@@ -135,18 +135,19 @@ def open_published(
 
 
 def open_tokenizer(given: str | Path, beside: Path | None = None) -> tuple[str | None, VQModel]:
-    """A published tokenizer, float32, and its name where it has one.
+    """A published tokenizer, float32, and its name where it was opened by that.
 
     Args:
         given: a name of `TOKENIZERS`, or a file.
-        beside: a checkpoint; a tokenizer that lies beside it under its published file name is not fetched.
+        beside: a checkpoint; a tokenizer that lies beside it under its published file name is taken as a file: a policy
+            saved with it brings it along and needs no network.
     """
     if str(given) not in TOKENIZERS:
         return None, tokenizer_from(read_checkpoint(given, TOKENIZER_WRAPPERS), str(given))
     repo, file = TOKENIZERS[str(given)]
     near = beside.with_name(file) if beside is not None else None
-    path = near if near is not None and near.is_file() else fetch(repo, file)
-    return str(given), tokenizer_from(read_checkpoint(path, TOKENIZER_WRAPPERS), str(path))
+    path, name = (near, None) if near is not None and near.is_file() else (fetch(repo, file), str(given))
+    return name, tokenizer_from(read_checkpoint(path, TOKENIZER_WRAPPERS), str(path))
 
 
 def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGenConfig:

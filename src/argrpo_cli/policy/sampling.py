@@ -92,8 +92,8 @@ def draw_tokens(
     batch, length = condition.shape[0], model.config.block_size
     guided = cfg_scale > 1
     tokens = torch.empty(batch, length, dtype=torch.int64, device=condition.device)
-    with packed_linears(model, rows=2 * batch if guided else batch):
-        decoder = Decoder(model, batch, cfg_scale)
+    decoder = Decoder(model, batch, cfg_scale)
+    with packed_linears(model, decoder.rows):
         logits, conditional = decoder.start(condition, condition_mask)
         for index in range(length):
             tokens[:, index] = chosen = choose(logits, conditional, index)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from argrpo_cli.policy.loading import load_pretrained, quiet_transformers, save_
 from argrpo_cli.policy.modeling import left_pad
 
 SAME, OFFLOAD = "same", "offload"  # beside names of devices: where a text encoder may live
-BATCH = 64  # captions encoded at a time
 KEPT = 1024  # captions whose features are kept; those of FLAN-T5 XL take half a megabyte each
 
 
@@ -33,6 +32,7 @@ class TextEncoder:
         cleans: captions go through the published cleaning first, as those did that LlamaGen was trained on.
         right_padded: features stay where the encoder put them, padding and all, as AR-GRPO's code has it; LlamaGen's
             are moved to the right end and their padding is zero.
+        device, offloaded: where it reads, and whether it lives elsewhere in between; see `place`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TextEncoder:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.cleans, self.right_padded = cleans, right_padded
         self.device, self.offloaded = model.device, False
-        self._kept: OrderedDict[tuple[str, int], tuple[Tensor, Tensor]] = OrderedDict()
+        self._features = lru_cache(maxsize=KEPT)(self._read)
         whole_words = type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
         special = set(tokenizer.all_special_tokens)
         self.words = sorted(set(tokenizer.get_vocab()) - special) if whole_words else None
@@ -89,50 +89,37 @@ class TextEncoder:
         self.device = torch.device(device if where in (SAME, OFFLOAD) else resolve_device(where))
         self.model.to("cpu" if self.offloaded else self.device)
 
-    @torch.inference_mode()
     def encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         """Features of prompts, each distinct one encoded once; the latest `KEPT` are remembered from call to call.
 
         As LlamaGen's: tokens padded or cut to `length`, padding left out of the encoder's attention, features of
-        padding zero, the valid rows moved to the right end (unless `right_padded`).
+        padding zero, the valid rows moved to the right end (unless `right_padded`). Each prompt is read alone: in a
+        batch its features would depend, by rounding, on what else is asked for or was remembered, and an interrupted
+        job would not end in the same bytes.
 
         Returns:
             features [B, length, width] in the encoder's dtype and mask int64 [B, length], 1 on valid rows; on the CPU.
         """
-        prompts = [published_caption(prompt) for prompt in prompts] if self.cleans else list(prompts)
-        wanted = {prompt: self._kept.get((prompt, length)) for prompt in prompts}
-        new = [prompt for prompt, known in wanted.items() if known is None]
-        if new:
-            wanted.update(zip(new, self._read(new, length), strict=True))
-        for prompt, known in wanted.items():
-            self._kept[prompt, length] = known
-            self._kept.move_to_end((prompt, length))
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        rows = [wanted[prompt] for prompt in prompts]
+        try:
+            cleaned = map(published_caption, prompts) if self.cleans else prompts
+            rows = [self._features(prompt, length) for prompt in cleaned]
+        finally:
+            if self.offloaded:
+                self.model.to("cpu")
         return torch.stack([features for features, _ in rows]), torch.stack([mask for _, mask in rows])
 
-    def _read(self, prompts: list[str], length: int) -> list[tuple[Tensor, Tensor]]:
-        """Features [length, width] and mask [length] of every prompt, on the CPU."""
-        if self.offloaded:
-            self.model.to(self.device)
-        read: list[tuple[Tensor, Tensor]] = []
-        for at in range(0, len(prompts), BATCH):
-            batch = self.tokenizer(
-                prompts[at : at + BATCH],
-                padding="max_length",
-                max_length=length,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.device)
-            mask = batch.attention_mask
-            features = self.model(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
-            if not self.right_padded:
-                features, mask = left_pad(features, mask)
-            read += zip(features.cpu(), mask.cpu(), strict=True)
-        if self.offloaded:
-            self.model.to("cpu")
-        return read
+    @torch.inference_mode()
+    def _read(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
+        """Features [length, width] and mask [length] of a prompt, on the CPU."""
+        self.model.to(self.device)  # moves nothing unless the encoder is offloaded
+        batch = self.tokenizer(
+            [prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        mask = batch.attention_mask
+        features = self.model(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
+        if not self.right_padded:
+            features, mask = left_pad(features, mask)
+        return features[0].cpu(), mask[0].cpu()
 
     def save(self, folder: Path) -> None:
         """Write both parts into an existing folder; UserError when it cannot be written."""
@@ -154,7 +141,7 @@ def open_text_encoder(name: str, right_padded: bool = False) -> TextEncoder:
             tokenizer = AutoTokenizer.from_pretrained(name)
         model = T5EncoderModel.from_pretrained(name, dtype=torch.bfloat16)
     except (OSError, ValueError) as error:
-        mend = f"fetch it with `hf download {name}` where there is a network"
+        mend = f"fetch it with `hf download {name} --include '*.json' '*.model' '*.safetensors'`"
         raise UserError(f"cannot open the text encoder {name}: {str(error).splitlines()[0]}; {mend}") from error
     return TextEncoder(model, tokenizer, cleans=True, right_padded=right_padded)
 
