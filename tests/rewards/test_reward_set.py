@@ -185,15 +185,9 @@ def own(tmp_path, monkeypatch):
     find_function.cache_clear()
 
 
-def test_a_reward_of_ones_own_in_five_lines(own):
-    name = own(
-        """
-        def reward(images, conditions):
-            return images.float().mean((1, 2, 3)) / 255
-
-        reward.family = "quality"
-        """
-    )
+def test_the_documented_reward_of_ones_own(own):
+    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text("utf-8")
+    name = own(text.split("```python\n")[1].split("```")[0])
     rewards = load_rewards([name])
     assert rewards.family[name] == "quality"
     assert rewards.score(images(3), conditions(3))[name].tolist() == pytest.approx([0, 1 / 255, 2 / 255])
