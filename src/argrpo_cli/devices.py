@@ -16,6 +16,8 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(name).type == "meta":
+            raise RuntimeError("a device without numbers")
         torch.empty(0, device=torch.device(name))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]

@@ -103,7 +103,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
 def read_text(path: str | os.PathLike[str]) -> str:
     """Read UTF-8 text; UserError naming the path when it is missing, unreadable or not text."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # Windows writes a mark at the start
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from error
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from argrpo_cli.errors import UserError
@@ -20,12 +21,16 @@ def fetch(repo: str, file: str) -> Path:
     level = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # it tells of every attempt; the outcome is enough
     try:
-        return Path(hf_hub_download(repo, file))
+        try:
+            return Path(hf_hub_download(repo, file, local_files_only=True))
+        except LocalEntryNotFoundError:
+            print(f"fetching {file} of {repo}", file=sys.stderr, flush=True)
+            return Path(hf_hub_download(repo, file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         why = "the hub is not reached, and it is not in the cache"
         if not isinstance(error, LocalEntryNotFoundError):
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        mend = f"download https://huggingface.co/{repo}/blob/main/{file} and give the file instead"
+        mend = f"download https://huggingface.co/{repo}/resolve/main/{file} and give the file instead"
         raise UserError(f"cannot fetch {file} of {repo}: {why}; {mend}") from error
     finally:
         hub_logging.set_verbosity(level)

@@ -78,6 +78,6 @@ def join_team(device: str = "auto") -> Team:
         return Team(0, 1, resolve_device(device))
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu", timeout=LONGEST_JOB)
+    state = PartialState(cpu=resolve_device(device) == "cpu", timeout=LONGEST_JOB)
     own = str(state.device) if device in ("auto", "cpu", state.device.type) else resolve_device(device)
     return Team(state.process_index, state.num_processes, own)

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 SETTINGS, METADATA, GRID, NPZ = "sampling.json", "metadata.jsonl", "grid.png", "samples.npz"
 BATCH_SIZE = "batch_size"
-MOST_OF_ONE = 1_000_000
+MOST_OF_ONE = 1_000_000  # images of one class or prompt: more is a slip of the finger
+LARGEST = 8192  # pixels a side
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 OUR_IMAGE = re.compile(r"\d{3,}-[a-z0-9-]*-\d{5,}\.png")
 GRID_COLUMNS, GRID_ROWS = 8, 32  # a look at the samples, not all of them
@@ -153,8 +154,8 @@ def _check(settings: SamplingSettings) -> None:
     ):
         if not (good and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {allowed}")
-    if settings.resize is not None and settings.resize < 1:
-        raise UserError(f"--resize {settings.resize}: must be 1 or more")
+    if settings.resize is not None and not 1 <= settings.resize <= LARGEST:
+        raise UserError(f"--resize {settings.resize}: must be 1 to {LARGEST}")
     for name, least in (("n", 1), ("seed", 0), ("top_k", 0), ("cfg_interval", -1)):
         if getattr(settings, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be {least} or more")
@@ -211,12 +212,16 @@ def _draw(
 
 
 def _whole(path: Path) -> bool:
-    """Whether a PNG is there to its end."""
+    """Whether a PNG is there, to its end and with the checksums that it was written with."""
+    from PIL import Image
+
     try:
+        with Image.open(path) as image:
+            image.verify()
         with open(path, "rb") as file:
             file.seek(-len(PNG_END), 2)
             return file.read() == PNG_END
-    except OSError:
+    except (OSError, SyntaxError, ValueError):
         return False
 
 
@@ -257,15 +262,18 @@ def _check_folder(out: Path, overwrite: bool) -> None:
 def _prepare_folder(out: Path, identity: dict[str, Any], batch_size: int, overwrite: bool) -> None:
     """Make `out` ready: new, emptied of older samples, or an unfinished one of the same `identity`."""
     settings = out / SETTINGS
-    if settings.is_file() and not overwrite:
+    if settings.is_file() and not overwrite and _ours(out):
         try:
             held = json.loads(read_text(settings))
         except ValueError:
             held = None
-        if not isinstance(held, dict) or not isinstance(held.pop(BATCH_SIZE, None), int) or held != identity:
-            raise UserError(f"{out} holds samples of other settings; choose another --out, or --overwrite to replace")
-        if _ours(out):  # images depend by rounding on their batch: what is drawn so far decides for all
-            return
+        if not isinstance(held, dict) or not isinstance(held.pop(BATCH_SIZE, None), int):
+            held = {}
+        if held != identity:
+            other = ", ".join(key for key in identity if held.get(key) != identity[key])
+            mend = "choose another --out, or --overwrite to replace"
+            raise UserError(f"{out} holds samples of other settings ({other}); {mend}")
+        return  # with its batch size: images depend on it by rounding
     make_dir(out)
     if settings.is_file() and overwrite:
         for path in _ours(out):

@@ -95,7 +95,7 @@ def test_samples_of_other_settings_are_not_mixed_or_lost(sample, fails, policy, 
     out = tmp_path / "a"
     first = sample(out, "--n", 2)
     line = fails("sample", "--policy", policy, "--out", out, "--n", 2, "--cfg-scale", 3)
-    assert "holds samples of other settings" in line and "--overwrite" in line
+    assert "holds samples of other settings (" in line and "--overwrite" in line
     assert {path.name: path.read_bytes() for path in out.glob("*-*.png")} == first
 
 

@@ -11,9 +11,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from argrpo_cli.cli.app import run
+from argrpo_cli.processes import join_team
 from tests.grpo.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
 
 N, BATCH = 8, 5  # images per class; a batch crosses classes
@@ -61,6 +63,21 @@ def test_two_processes_write_what_one_does(policy, alone, tmp_path):
         np.load(tmp_path / "images" / "samples.npz")["arr_0"], np.load(alone / "samples.npz")["arr_0"]
     )
     assert done.stdout.count(f"{CLASSES * N} images") == 1, "one of them reports"
+
+
+def test_without_a_device_of_its_own_a_team_is_one_of_the_cpu(monkeypatch):
+    """`--device auto` on a machine without a GPU: the two must know of each other."""
+    chosen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("argrpo_cli.processes.resolve_device", lambda name: "cpu")
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu, timeout: chosen.append(cpu) or State())
+    assert join_team("auto").count == 2 and chosen == [True]
+
+
+class State:
+    """What join_team reads of accelerate's."""
+
+    device, process_index, num_processes = torch.device("cpu"), 0, 2
 
 
 def test_a_fault_of_the_first_is_told_once_and_stops_both(policy, tmp_path):

@@ -127,6 +127,30 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path):
         load_published(tmp_path / "cut.pt", config)
 
 
+def test_an_older_torch_file_opens(tmp_path):
+    state, config = published()
+    torch.save({"model": state}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_published(tmp_path / "old.pt", config).lm_head.weight, state["output.weight"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (3, torch.zeros(2), "3 is "),
+        ("norm.weight", "text", "'norm.weight' is a str"),
+        ("norm.weight", torch.zeros(64).to_sparse(), "'norm.weight' is of layout torch.sparse_coo"),
+        ("norm.weight", torch.zeros(64, dtype=torch.int64), "wrong numbers: norm.weight is torch.int64"),
+        ("norm.weight", torch.zeros(64, dtype=torch.complex64), "wrong numbers: norm.weight is torch.complex64"),
+    ],
+)
+def test_what_is_no_weight_is_named(key, value, message, tmp_path):
+    state, config = published()
+    torch.save({**state, key: value}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match=message) as told:
+        load_published(tmp_path / "odd.pt", config)
+    assert "\n" not in str(told.value)
+
+
 def test_real_size_b_has_exactly_the_published_keys():
     shapes = cases()["G_gptB"]["shapes"]
     ours = {key: list(value.shape) for key, value in to_published(golden_model("G_gptB")).items()}

@@ -217,7 +217,9 @@ def test_fit_state_lists_every_fault_at_once():
 def test_without_a_network_a_name_says_what_to_download(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"https://huggingface\.co/FoundationVision/LlamaGen/blob/main/c2i_L_384\.pt"):
+    with pytest.raises(
+        UserError, match=r"https://huggingface\.co/FoundationVision/LlamaGen/resolve/main/c2i_L_384\.pt"
+    ):
         published.fetch("FoundationVision/LlamaGen", "c2i_L_384.pt")
     monkeypatch.chdir(tmp_path)
     assert run(["sample", "--policy", "c2i-l-384", "--class", "207", "--out", "images"]) == 2
@@ -273,3 +275,52 @@ def test_a_name_is_fetched_once_into_the_cache_of_the_hub(tmp_path):
     first, second = done.stdout.split()
     assert first == second and Path(first).name == "c2i_B_256.pt" and tmp_path in Path(first).parents
     assert Path(first).read_bytes() == Hub.content
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tok_embeddings.weight", torch.zeros(8), "tok_embeddings.weight is [8], expected two sides"),
+        ("cls_embedding.embedding_table.weight", torch.zeros(1, 768), "has one row, that of the null class"),
+        ("layers.x.foo", torch.zeros(1), "unexpected layers.x.foo"),
+        ("layers.100000.ffn_norm.weight", torch.zeros(1), "unexpected layers.100000.ffn_norm.weight"),
+    ],
+)
+def test_a_damaged_policy_is_one_line(tiny, key, value, message):
+    path = tiny / "c2i_tiny_256.pt"
+    torch.save({"model": {**weights_of(path), key: value}}, path)
+    with pytest.raises(UserError) as told:
+        load_policy(path)
+    assert message in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("gone", ["encoder.conv_blocks.", "encoder.conv_out.weight", "quantize."])
+def test_a_damaged_tokenizer_is_one_line(tiny, gone):
+    path = tiny / "vq_ds16_c2i.pt"
+    state = {key: value for key, value in weights_of(path).items() if not key.startswith(gone)}
+    torch.save({"model": state}, path)
+    with pytest.raises(UserError, match="is no LlamaGen tokenizer") as told:
+        load_policy(tiny / "c2i_tiny_256.pt")
+    assert "\n" not in str(told.value)
+
+
+def test_a_policy_folder_made_of_files_needs_no_network(tiny, tmp_path, monkeypatch):
+    load_policy(tiny / "c2i_tiny_256.pt").save(tmp_path / "folder")
+    monkeypatch.setattr(published, "fetch", lambda *asked: pytest.fail(f"fetched {asked}"))
+    assert load_policy(tmp_path / "folder").tokenizer_name is None
+    published.export(tmp_path / "folder", tmp_path / "back.pt")
+    (tiny / "vq_ds16_c2i.pt").unlink()
+
+    def offline(repo, file):
+        raise UserError("cannot fetch; download x and give the file instead")
+
+    monkeypatch.setattr(published, "fetch", offline)
+    with pytest.raises(UserError, match=r"and put it beside .*c2i_tiny_256\.pt"):
+        load_policy(tiny / "c2i_tiny_256.pt")
+
+
+def test_an_empty_name_and_an_absent_file_are_told():
+    with pytest.raises(UserError, match="the name of the policy is empty"):
+        load_policy("")
+    with pytest.raises(UserError, match=r"no checkpoint file c2i_B_256\.pt"):
+        load_policy("c2i_B_256.pt")

@@ -94,7 +94,7 @@ def sample(
 
         captions += read_captions(prompts)
     settings = SamplingSettings(
-        policy=policy or ("nano-t2i" if captions else "nano-c2i"),
+        policy=policy if policy is not None else "nano-t2i" if captions else "nano-c2i",
         classes=tuple(class_ or ()),
         prompts=tuple(captions),
         n=n,

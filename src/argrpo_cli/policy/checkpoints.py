@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -89,6 +90,13 @@ def fit_state(
     ]
     if shapes:
         problems.append(f"wrong shape: {_some(shapes)}")
+    kinds = [
+        f"{key} is {value.dtype}"
+        for key, value in state.items()
+        if key in expected and own[names.get(key, key)].is_floating_point() != value.is_floating_point()
+    ]
+    if kinds:
+        problems.append(f"wrong numbers: {_some(kinds)}")
     if problems:
         raise UserError(f"{source}: {'; '.join(problems)}")
     ours = {names[key]: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
@@ -107,10 +115,12 @@ def read_checkpoint(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dic
     try:
         # LlamaGen's trainer stored its command-line arguments beside the weights; Namespace is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a readable torch checkpoint of weights: {first_line}") from error
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        why = "it is cut off, damaged or something else; fetch it again"
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+            why = "it holds more than weights, and pickled code is not run"
+        raise UserError(f"{path} is not a readable torch checkpoint of weights: {why}") from error
     return unwrap_state(content, str(path), wrappers)
 
 
@@ -121,7 +131,11 @@ def unwrap_state(content: object, source: str, wrappers: Sequence[str] = WRAPPER
             content = content[wrapper]
             break
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{source} holds no state dict, neither on top nor under {', '.join(WRAPPERS)}")
+        raise UserError(f"{source} holds no state dict, neither on top nor under {', '.join(wrappers)}")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            what = f"a {type(value).__name__}" if not isinstance(value, Tensor) else f"of layout {value.layout}"
+            raise UserError(f"{source} holds no state dict: {key!r} is {what}, expected a dense tensor under a name")
     return {WRAPPED_KEYS.sub("", key): value for key, value in content.items()}
 
 

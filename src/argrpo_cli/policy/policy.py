@@ -31,6 +31,7 @@ from argrpo_cli.policy.published import (
     POLICIES,
     TEXT_ENCODER,
     TOKENIZERS,
+    WEIGHT_FILES,
     is_published,
     open_published,
     open_tokenizer,
@@ -255,6 +256,10 @@ def find_policy(name_or_path: str | Path) -> Path:
             raise UserError(f"the weights of {name_or_path} are not in this version; `{train}` trains them")
         return WEIGHTS / str(name_or_path)
     path = Path(name_or_path)
+    if not str(name_or_path).strip():
+        raise UserError("the name of the policy is empty; name one, such as nano-c2i")
+    if path.suffix in WEIGHT_FILES and not path.exists():
+        raise UserError(f"no checkpoint file {path}")
     if not path.exists():
         hint = did_you_mean(name_or_path, (*BUNDLED_POLICIES, *POLICIES))
         names = f"the bundled policies are {', '.join(BUNDLED_POLICIES)}, the published ones {', '.join(POLICIES)}"

@@ -102,7 +102,9 @@ def open_published(
     entry = POLICIES.get(str(given))
     path = fetch(entry.repo, entry.file) if entry else Path(given)
     state, vq_state = read_argrpo(path) if path.is_dir() else (read_checkpoint(path), None)
-    pixels = image_size or (entry.image_size if entry else _image_size_in(path))
+    pixels = image_size if image_size is not None else (entry.image_size if entry else _image_size_in(path))
+    if pixels < 1:
+        raise UserError(f"--image-size {pixels}: must be 1 or more")
     reads_captions = "cls_embedding.uncond_embedding" in state
     default = entry.tokenizer if entry else "vq-ds16-t2i" if reads_captions else "vq-ds16-c2i"
     if vq_state is not None and tokenizer is None:
@@ -146,7 +148,14 @@ def open_tokenizer(given: str | Path, beside: Path | None = None) -> tuple[str |
         return None, tokenizer_from(read_checkpoint(given, TOKENIZER_WRAPPERS), str(given))
     repo, file = TOKENIZERS[str(given)]
     near = beside.with_name(file) if beside is not None else None
-    path, name = (near, None) if near is not None and near.is_file() else (fetch(repo, file), str(given))
+    if near is not None and near.is_file():
+        path, name = near, None
+    else:
+        try:
+            path, name = fetch(repo, file), str(given)
+        except UserError as error:
+            place = "into the cache" if beside is None else f"beside {beside}"
+            raise UserError(str(error).replace("give the file instead", f"put it {place}")) from error
     return name, tokenizer_from(read_checkpoint(path, TOKENIZER_WRAPPERS), str(path))
 
 
@@ -154,7 +163,7 @@ def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGen
     """The geometry of a published state dict that draws `tokens` image tokens.
 
     Raises:
-        UserError: keys that a LlamaGen has are missing, or its width and depth are of no size in `SIZES`.
+        UserError: keys that a LlamaGen has are missing, or its width is of no size in `SIZES`.
     """
     captions = "cls_embedding.uncond_embedding" in state
     condition = "cls_embedding.cap_proj.fc1.weight" if captions else "cls_embedding.embedding_table.weight"
@@ -162,14 +171,20 @@ def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGen
     missing = [key for key in needed if key not in state]
     if missing:
         raise UserError(f"{source} is no LlamaGen checkpoint: it has no {missing[0]}")
+    for key in needed:
+        if state[key].ndim != 2:
+            shape = list(state[key].shape)
+            raise UserError(f"{source} is no LlamaGen checkpoint: {key} is {shape}, expected two sides")
     codes, width = state["tok_embeddings.weight"].shape
-    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
+    layers = len({key.split(".")[1] for key in state if key.startswith("layers.")})
     size = next((one for one in SIZES.values() if one["hidden_size"] == width), None)
     if size is None:
         known = ", ".join(f"{name} {one['hidden_size']}" for name, one in SIZES.items())
         raise UserError(f"{source} is {width} wide, like no published size ({known})")
     feed_forward = state["layers.0.feed_forward.w1.weight"].shape[0]
     asked: dict[str, Any] = {"num_classes": state[condition].shape[0] - 1}
+    if not captions and asked["num_classes"] < 1:
+        raise UserError(f"{source} is no LlamaGen checkpoint: {condition} has one row, that of the null class")
     if captions:
         tokens_of_caption, features = state["cls_embedding.uncond_embedding"].shape
         asked = {"condition": "caption", "cls_token_num": tokens_of_caption, "caption_dim": features}
@@ -191,21 +206,26 @@ def tokenizer_from(state: Mapping[str, Tensor], source: str = "the state dict") 
     Raises:
         UserError: keys or shapes that do not fit.
     """
-    if "quantize.embedding.weight" not in state or "encoder.conv_in.weight" not in state:
-        raise UserError(f"{source} is no LlamaGen tokenizer: it has no quantize.embedding.weight")
-    codes, width = state["quantize.embedding.weight"].shape
-    channels = state["encoder.conv_in.weight"].shape[0]
-    config = VQConfig(
-        codebook_size=codes,
-        codebook_embed_dim=width,
-        ch=channels,
-        encoder_ch_mult=_multipliers(state, "encoder", channels),
-        decoder_ch_mult=_multipliers(state, "decoder", channels),
-        z_channels=state["encoder.conv_out.weight"].shape[0],
-        num_res_blocks=1 + max(int(key.split(".")[4]) for key in state if key.startswith("encoder.conv_blocks.0.res.")),
-    )
-    with torch.device("meta"):
-        model = VQModel(config)
+    for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "encoder.conv_out.weight"):
+        if key not in state:
+            raise UserError(f"{source} is no LlamaGen tokenizer: it has no {key}")
+    try:
+        codes, width = state["quantize.embedding.weight"].shape
+        channels = state["encoder.conv_in.weight"].shape[0]
+        blocks = {key.split(".")[4] for key in state if key.startswith("encoder.conv_blocks.0.res.")}
+        config = VQConfig(
+            codebook_size=codes,
+            codebook_embed_dim=width,
+            ch=channels,
+            encoder_ch_mult=_multipliers(state, "encoder", channels),
+            decoder_ch_mult=_multipliers(state, "decoder", channels),
+            z_channels=state["encoder.conv_out.weight"].shape[0],
+            num_res_blocks=len(blocks),
+        )
+        with torch.device("meta"):
+            model = VQModel(config)
+    except (ValueError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{source} is no LlamaGen tokenizer: its keys or shapes are those of none ({error})") from error
     names = {key: key for key in (*state, *model.state_dict())}
     fit_state(model, state, names, f"{source} does not fit a tokenizer of {codes} codes", torch.float32)
     return model.eval()
@@ -227,8 +247,9 @@ def read_argrpo(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
         for prefix in (ARGRPO_POLICY, ARGRPO_TOKENIZER)
     )
-    if not all(parts):
-        raise UserError(f"{folder} is no AR-GRPO folder: no weights under {ARGRPO_POLICY} or {ARGRPO_TOKENIZER}")
+    for part, prefix in zip(parts, (ARGRPO_POLICY, ARGRPO_TOKENIZER), strict=True):
+        if not part:
+            raise UserError(f"{folder} is no policy folder, and no whole AR-GRPO folder: no weights under {prefix}")
     return parts
 
 
@@ -267,17 +288,24 @@ def _image_size_in(path: Path) -> int:
 
 def _multipliers(state: Mapping[str, Tensor], half: str, channels: int) -> list[int]:
     """Channels of each level over the base's, the finest level first."""
-    levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith(f"{half}.conv_blocks."))
+    levels = len({key.split(".")[2] for key in state if key.startswith(f"{half}.conv_blocks.")})
     widths = [state[f"{half}.conv_blocks.{level}.res.0.conv1.weight"].shape[0] // channels for level in range(levels)]
     return widths if half == "encoder" else widths[::-1]
 
 
 def export(folder: str | Path, file: Path) -> None:
-    """A policy's weights in the published layout, {"model": state dict}, in the dtype they are saved in."""
+    """A policy's weights in the published layout, {"model": state dict}."""
     from argrpo_cli.policy import load_policy
+    from argrpo_cli.policy.loading import load_pretrained
+    from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+    from argrpo_cli.policy.policy import find_policy
 
+    if is_published(folder):
+        model = load_policy(folder).model
+    else:
+        model = load_pretrained(LlamaGenForImageGeneration, find_policy(folder), torch.float32)
     with atomic_path(file) as temporary:
-        torch.save({"model": to_published(load_policy(folder).model)}, temporary)
+        torch.save({"model": to_published(model)}, temporary)
 
 
 def main() -> None:
