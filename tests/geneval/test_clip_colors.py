@@ -15,6 +15,7 @@ from argrpo_cli.geneval.grammar import COLORS
 from argrpo_cli.rewards.clip_model import ClipModel, Preprocess, build_open_clip, open_clip_config
 
 VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+TOKENIZER = open_clip.SimpleTokenizer()
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 
 
@@ -22,7 +23,7 @@ TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "lay
 def clip():
     torch.manual_seed(0)
     network = open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, quick_gelu=True)
-    return ClipModel(network, open_clip.SimpleTokenizer(), Preprocess(size=32))
+    return ClipModel(network, TOKENIZER, Preprocess(size=32))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def one_by_one(network, name, crop):
                 f"a photo of a {color}-colored {name}",
                 f"a photo of a {color} object",
             ]
-            features = F.normalize(network.encode_text(open_clip.SimpleTokenizer()(texts)), dim=-1).mean(0)
+            features = F.normalize(network.encode_text(TOKENIZER(texts)), dim=-1).mean(0)
             logits.append(100 * image @ (features / features.norm()))
     return torch.stack(logits)
 

@@ -60,5 +60,5 @@ def test_an_unknown_detector_is_refused_with_the_names_there_are():
 
 
 def test_missing_weights_of_the_detector_are_named(tmp_path):
-    with pytest.raises(UserError, match="weights not found: .*config.json"):
+    with pytest.raises(UserError, match=r"weights not found: .*config\.json"):
         GenEval(weights=tmp_path)

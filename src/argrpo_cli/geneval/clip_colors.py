@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from argrpo_cli.geneval.colors import color_texts, pick_colors
@@ -36,6 +38,10 @@ class ClipColors:
 
     def __init__(self, clip: ClipModel, batch_size: int = 64):
         self.clip, self.batch_size = clip, batch_size
+        pixels = clip.prepare
+        self.transform = open_clip.image_transform(
+            pixels.size, is_train=False, mean=tuple(pixels.mean), std=tuple(pixels.std), resize_mode=pixels.resize_mode
+        )
         self._classes: dict[str, Tensor] = {}
 
     def classify(self, names: Sequence[str], crops: Sequence[np.ndarray]) -> list[str]:
@@ -52,15 +58,12 @@ class ClipColors:
         rows = [torch.zeros(0, len(COLORS), device=self.clip.device)]
         for start in range(0, len(crops), self.batch_size):
             part = slice(start, start + self.batch_size)
-            pixels = torch.cat([self._prepare(crop) for crop in crops[part]]).to(self.clip.dtype)
+            pixels = torch.stack([self.transform(Image.fromarray(crop)) for crop in crops[part]])
+            pixels = pixels.to(self.clip.device, self.clip.dtype)
             images = F.normalize(self.clip.network.encode_image(pixels).float(), dim=-1)
             classes = torch.stack([self._class_features(name) for name in names[part]])
             rows.append(LOGIT_SCALE * torch.einsum("bd,bcd->bc", images, classes))
         return torch.cat(rows)
-
-    def _prepare(self, crop: np.ndarray) -> Tensor:
-        """uint8 [H, W, 3] to float32 [1, 3, size, size]."""
-        return self.clip.prepare(torch.from_numpy(crop).permute(2, 0, 1)[None].to(self.clip.device))
 
     def _class_features(self, name: str) -> Tensor:
         """float32 [10, D], a unit vector for each colour of a class."""
