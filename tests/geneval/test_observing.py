@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from argrpo_cli.geneval.colors import color_classifier
-from argrpo_cli.geneval.grammar import COLORS, parse_prompt
+from argrpo_cli.geneval.grammar import COLORS, Requirement, compose, parse_prompt
 from argrpo_cli.geneval.mask2former import Objects
 from argrpo_cli.geneval.observing import OfficialObserver
 from argrpo_cli.geneval.rules import Detection, Thresholds, colored_objects, judge_image, reward_score
@@ -93,6 +93,8 @@ def test_only_the_objects_that_count_are_asked_about():
     named = [[(name, one.index) for name, one in colored_objects(prompt, detections)] for prompt in PROMPTS]
     assert named == [[("car", 2)], [], [("dog", 1), ("car", 2)], [], [("dog", 1)]]
     assert colored_objects(PROMPTS[0], detections, Thresholds(threshold=0.8)) == []  # too few are left
+    two = compose("colors", (Requirement("dog", 2, "red"),))
+    assert [(name, one.index) for name, one in colored_objects(two, detections)] == [("dog", 1), ("dog", 2)]
 
 
 @pytest.mark.parametrize("case", goldens.decisions(), ids=range(len(goldens.decisions())))

@@ -59,6 +59,11 @@ def test_an_unknown_detector_is_refused_with_the_names_there_are():
         GenEval(detector="mask2fromer")
 
 
+def test_weights_that_the_nano_detector_does_not_use_are_refused():
+    with pytest.raises(UserError, match="the detector nano has no CLIP"):
+        GenEval(detector="nano", clip_weights="clip.safetensors")
+
+
 def test_missing_weights_of_the_detector_are_named(tmp_path):
     with pytest.raises(UserError, match=r"weights not found: .*config\.json"):
         GenEval(weights=tmp_path)

@@ -130,6 +130,7 @@ def test_small_pictures_are_read(ocr):
     image = picture([(4, 20, "STOP now")], size=(64, 64), font=12)[None]
     scores = ocr.score(image, [Condition('"stop now"')])
     assert scores.dtype == torch.float32 and scores.tolist() == [1]
+    assert ocr.read(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)) == [[]]
 
 
 def test_a_score_does_not_depend_on_the_pictures_beside_it(ocr):

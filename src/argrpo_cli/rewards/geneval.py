@@ -81,6 +81,8 @@ def load_observer(
         from argrpo_cli.nano import WEIGHTS
         from argrpo_cli.nano.detector import load_detector
 
+        if clip_weights is not None:
+            raise UserError(f"geneval: clip_weights = {clip_weights}: the detector nano has no CLIP; leave it out")
         return NanoObserver(load_detector(WEIGHTS / "nano-detector" if weights is None else weights, device))
     if detector == "mask2former":
         from argrpo_cli.geneval.clip_colors import ClipColors, load_color_clip
