@@ -162,6 +162,16 @@ def select(detections: Detections, tag: str, thresholds: Thresholds = OFFICIAL) 
     return kept
 
 
+def colored_objects(
+    prompt: Prompt, detections: Detections, thresholds: Thresholds = OFFICIAL
+) -> list[tuple[str, Detection]]:
+    """The objects, with their class, whose colour `judge_image` and `reward_score` ask for: to answer in one batch."""
+    kept = select(detections, prompt.tag, thresholds)
+    wanted = [part for part in prompt.include if part.color is not None]
+    found = [(part, kept.get(part.name, ())[: part.count]) for part in wanted]
+    return [(part.name, one) for part, objects in found if len(objects) == part.count for one in objects]
+
+
 def iou(box_a: Sequence[float], box_b: Sequence[float]) -> np.float32:
     """Intersection over union of two boxes whose last pixel belongs to them: a side is x1 - x0 + 1 long."""
     a, b = np.asarray(box_a, np.float32), np.asarray(box_b, np.float32)

@@ -23,8 +23,11 @@ from argrpo_cli.files import cannot_write, read_json
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype) -> Model:
+def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype, optional: tuple[str, ...] = ()) -> Model:
     """`from_pretrained` from a local folder that accepts nothing less than the complete weights of this kind.
+
+    Args:
+        optional: ends of keys that may be missing or unexpected.
 
     Raises:
         UserError: files missing or damaged, another kind of model, keys or shapes that do not fit.
@@ -48,7 +51,7 @@ def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype) -> Mode
         damaged = "; the file is damaged" if "deserializing" in why else ""
         raise UserError(f"cannot load {folder}: {why}{damaged}") from error
     for what in ("missing_keys", "unexpected_keys"):
-        if keys := sorted(info[what]):
+        if keys := sorted(key for key in info[what] if not key.endswith(optional)):
             raise UserError(f"cannot load {folder}: {len(keys)} {what.replace('_', ' ')} such as {keys[0]}")
     for key, saved, ours in sorted(info["mismatched_keys"]):
         raise UserError(f"cannot load {folder}: {key} is {list(saved)}, config.json says {list(ours)}")

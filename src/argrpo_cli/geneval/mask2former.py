@@ -1,0 +1,193 @@
+"""GenEval's detector: Mask2Former with a Swin-S backbone, trained on COCO's instances.
+
+    detector = load_mask2former("cuda")
+    for objects in detector.detect(images):                     # uint8 [B, 3, H, W], images of one size
+        objects.detections["dog"][0].score, objects.masks["dog"][0]
+
+The benchmark runs mmdet 2.x (`mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco`). This is its test pipeline and its
+post-processing around transformers' Mask2Former with the weights of the same architecture and recipe that Mask2Former's
+authors published; trained apart, they do not find quite the same, so results should name the detector.
+
+- The image is resized bilinearly, without antialiasing and to whole numbers as OpenCV does, to fit into 1333 x 800,
+  normalised with ImageNet's mean and deviation and padded with zeros at the right and below to multiples of 32.
+- Mask logits are enlarged to the padded input, cut to its image, and resized to the original size.
+- Of all pairs (query, class) the MAX_PER_IMAGE likeliest are reported, so one query may give several classes. Score =
+  class probability x mean mask probability where the mask's logit is positive; the box bounds those pixels. No NMS.
+
+Which of them count, `rules.Thresholds` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.geneval.grammar import OBJECT_NAMES
+from argrpo_cli.geneval.rules import Detection
+from argrpo_cli.hub import fetch
+from argrpo_cli.policy.loading import load_pretrained
+
+REPO, FILES = "facebook/mask2former-swin-small-coco-instance", ("config.json", "model.safetensors")
+LONG_EDGE, SHORT_EDGE, DIVISOR = 1333, 800, 32
+MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, in 0..255
+MAX_PER_IMAGE = 100
+MASK_PIXELS = 2**26  # enlarged mask logits at a time: 256 MB of float32
+# Swin's last norm is not on the way to the detector, and its tables of indices are computed: files differ in both.
+NOT_NEEDED = (".swin.layernorm.weight", ".swin.layernorm.bias", ".relative_position_index")
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What was found in one image: the detections of each class, and at `masks[name][detection.index]` their masks.
+
+    Masks are bool [H, W] and lie on the detector's device; several may be one tensor.
+    """
+
+    detections: dict[str, list[Detection]]
+    masks: dict[str, list[Tensor]]
+
+
+class Mask2Former:
+    """A network with the classes of OBJECT_NAMES as a detector of uint8 images.
+
+    Args:
+        network: transformers' Mask2FormerForUniversalSegmentation, or what gives its `class_queries_logits`
+            [B, Q, 81] and `masks_queries_logits` [B, Q, h, w] for pixels [B, 3, H, W].
+        batch_size: images in the network at a time, and images whose masks are in memory at a time.
+    """
+
+    def __init__(self, network: nn.Module, device: str = "cpu", batch_size: int = 8):
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.device, self.batch_size = device, batch_size
+
+    def detect(self, images: Tensor) -> Iterator[Objects]:
+        """uint8 [B, 3, H, W] to what is found in each; lazily, so that only one batch's masks are in memory."""
+        for chunk in images.split(self.batch_size):
+            yield from self._detect(chunk.to(self.device))
+
+    @torch.inference_mode()
+    def _detect(self, images: Tensor) -> list[Objects]:
+        size = (images.shape[-2], images.shape[-1])
+        pixels = preprocess(images)
+        output = self.network(pixel_values=pixels)
+        padded = (pixels.shape[-2], pixels.shape[-1])
+        return postprocess(
+            output.class_queries_logits.float(), output.masks_queries_logits.float(), padded, scaled_size(*size), size
+        )
+
+
+def scaled_size(height: int, width: int) -> tuple[int, int]:
+    """The size of an image as the network sees it: the largest of its proportions within 1333 x 800."""
+    scale = min(LONG_EDGE / max(height, width), SHORT_EDGE / min(height, width))
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def preprocess(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] to the network's float32 [B, 3, H', W'], H' and W' multiples of 32."""
+    height, width = scaled_size(images.shape[-2], images.shape[-1])
+    pixels = F.interpolate(images.float(), (height, width), mode="bilinear", align_corners=False).round()
+    mean, deviation = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    return F.pad((pixels - mean) / deviation, (0, -width % DIVISOR, 0, -height % DIVISOR))
+
+
+def postprocess(
+    class_logits: Tensor, mask_logits: Tensor, padded: tuple[int, int], scaled: tuple[int, int], size: tuple[int, int]
+) -> list[Objects]:
+    """The objects of images of one `size` (height, width) that the network saw `scaled` and then `padded`.
+
+    Args:
+        class_logits: float [B, Q, 81], the last one of no object.
+        mask_logits: float [B, Q, h, w].
+    """
+    masks, certainty, boxes = measure_masks(mask_logits.flatten(0, 1), padded, scaled, size)
+    shape = mask_logits.shape[:2]
+    probability = class_logits.softmax(-1)[..., :-1]
+    classes = probability.shape[-1]
+    value, place = probability.flatten(1).topk(min(MAX_PER_IMAGE, shape[1] * classes))
+    query, label = place // classes, place % classes
+    score = value * certainty.view(shape).gather(1, query)
+    box = boxes.view(*shape, 4).gather(1, query[..., None].expand(-1, -1, 4))
+    columns = (box.tolist(), score.tolist(), label.tolist(), query.tolist())
+    return [_objects(*rows) for rows in zip(*columns, masks.unflatten(0, shape), strict=True)]
+
+
+def measure_masks(
+    mask_logits: Tensor, padded: tuple[int, int], scaled: tuple[int, int], size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks at the size of the image, and their certainty and boxes; MASK_PIXELS bounds the memory for it.
+
+    Args:
+        mask_logits: float [N, h, w].
+
+    Returns:
+        bool [N, H, W], the mean probability inside each mask [N], and boxes (x0, y0, x1, y1) [N, 4], whose right and
+        lower sides are those of the last pixel. Both are 0 for an empty mask.
+    """
+    masks, certainty, boxes = [], [], []
+    for rows in mask_logits.split(max(1, MASK_PIXELS // (padded[0] * padded[1]))):
+        logits = F.interpolate(rows[None], padded, mode="bilinear", align_corners=False)
+        logits = F.interpolate(logits[..., : scaled[0], : scaled[1]], size, mode="bilinear", align_corners=False)[0]
+        mask = logits > 0
+        masks.append(mask)
+        certainty.append((logits.sigmoid() * mask).sum((1, 2)) / (mask.sum((1, 2)) + 1e-6))
+        boxes.append(_bounds(mask))
+    return torch.cat(masks), torch.cat(certainty), torch.cat(boxes)
+
+
+def build_mask2former() -> nn.Module:
+    """The published architecture with random weights: Swin-S, 6 and 9 layers, 100 queries, 80 classes."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    stages = [f"stage{number}" for number in range(1, 5)]
+    swin = SwinConfig(
+        image_size=224, embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7, out_features=stages
+    )
+    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_labels=len(OBJECT_NAMES)))
+
+
+def load_mask2former(device: str = "cpu", weights: str | Path | None = None) -> Mask2Former:
+    """The published detector, from a local folder with config.json and model.safetensors or fetched once.
+
+    Raises:
+        UserError: the files are missing, damaged or of another network, or cannot be fetched.
+    """
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    if weights is None:
+        weights = [fetch(REPO, file) for file in FILES][-1].parent
+    folder = Path(weights)
+    for file in FILES:
+        if not (folder / file).is_file():
+            raise UserError(f"weights not found: {folder / file}; give a folder with {' and '.join(FILES)} of {REPO}")
+    network = load_pretrained(Mask2FormerForUniversalSegmentation, folder, torch.float32, NOT_NEEDED)
+    if network.config.num_labels != len(OBJECT_NAMES):
+        raise UserError(f"{folder} tells {network.config.num_labels} classes apart, expected COCO's 80; use {REPO}")
+    return Mask2Former(network, device)
+
+
+def _bounds(masks: Tensor) -> Tensor:
+    """The boxes [N, 4] of masks bool [N, H, W]; zeros where one is empty."""
+    sides = []
+    for along in (masks.any(1), masks.any(2)):  # columns, then rows that are not empty
+        first, last = along.int().argmax(1), along.shape[1] - along.flip(1).int().argmax(1)
+        sides.append(torch.stack([first, last], 1) * along.any(1, keepdim=True))
+    return torch.cat(sides, 1)[:, [0, 2, 1, 3]].float()
+
+
+def _objects(
+    boxes: list[list[float]], scores: list[float], labels: list[int], queries: list[int], masks: Tensor
+) -> Objects:
+    """The rows of one image by class."""
+    objects = Objects({}, {})
+    for box, score, label, query in zip(boxes, scores, labels, queries, strict=True):
+        name = OBJECT_NAMES[label]
+        own = objects.detections.setdefault(name, [])
+        own.append(Detection(tuple(box), score, len(own)))
+        objects.masks.setdefault(name, []).append(masks[query])
+    return objects

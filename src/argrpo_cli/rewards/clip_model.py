@@ -1,0 +1,447 @@
+"""What the rewards on CLIP networks share: weights from files, pixels as the networks want them, features.
+
+from argrpo_cli.rewards.clip_model import load_open_clip
+clip = load_open_clip("ViT-B-32-quickgelu", "openai")
+clip.cosine(images, ["a photo of a dog"] * len(images))                  # float32 [B]
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from argrpo_cli.errors import UserError, did_you_mean
+from argrpo_cli.files import read_json
+from argrpo_cli.hub import fetch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REMEMBERED = 10_000  # prompts; 40 MB of features of width 1024
+
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
+HUB_PREFIX = "hf-hub:"  # open_clip's own notation for a hub repository in its layout
+
+Tokenizer = Callable[[list[str]], Tensor]  # texts to int64 [B, context length]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """CLIP's preprocessing on a batch: resize as Pillow does, centre crop, normalise.
+
+    `resize_mode` is "shortest" (the shortest side becomes `size`, then the centre is cropped) or "squash" (both sides
+    become `size`). For odd margins the crop is rounded as torchvision's, which open_clip uses.
+    """
+
+    size: int = 224
+    mean: Sequence[float] = open_clip.OPENAI_DATASET_MEAN
+    std: Sequence[float] = open_clip.OPENAI_DATASET_STD
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 [B, 3, size, size], normalised, on the device of the images."""
+        height, width = images.shape[-2:]
+        if self.resize_mode == "squash":
+            resized = resize(images, self.size, self.size, self.interpolation)
+        else:
+            shortest = min(height, width)
+            resized = resize(images, self.size * height // shortest, self.size * width // shortest, self.interpolation)
+        top, left = (round((side - self.size) / 2) for side in resized.shape[-2:])
+        cropped = resized[..., top : top + self.size, left : left + self.size]
+        return normalize(cropped / 255, self.mean, self.std)
+
+
+def resize(images: Tensor, height: int, width: int, interpolation: str = "bicubic") -> Tensor:
+    """Pillow's antialiased resize on a batch, bit for bit: rows, then columns, in its whole-number arithmetic.
+
+    Args:
+        images: uint8 [B, C, H, W].
+
+    Returns:
+        int32 [B, C, height, width] in [0, 255].
+    """
+    x = images.int()
+    if width != x.shape[-1]:
+        x = _resample(x.transpose(-1, -2).contiguous(), width, interpolation).transpose(-1, -2).contiguous()
+    if height != x.shape[-2]:
+        x = _resample(x, height, interpolation)
+    return x
+
+
+def _resample(x: Tensor, size: int, interpolation: str) -> Tensor:
+    """int32 [..., H, W] to [..., size, W]: one pass of weighted sums, rounded to 8 bits."""
+    where, weights = (taps.to(x.device) for taps in _taps(x.shape[-2], size, interpolation))
+    total = torch.full((*x.shape[:-2], size, x.shape[-1]), 1 << (FRACTION_BITS - 1), dtype=torch.int32, device=x.device)
+    for index, weight in zip(where, weights, strict=True):
+        total.addcmul_(x.index_select(-2, index), weight[:, None])
+    return (total >> FRACTION_BITS).clamp_(0, 255)
+
+
+@lru_cache(maxsize=64)
+def _taps(length: int, size: int, interpolation: str) -> tuple[Tensor, Tensor]:
+    """Which of `length` pixels make each of `size`, int64 [taps, size], and their weights, int32 [taps, size].
+
+    The filters are the cubic convolution of Keys 1981 with a = -0.5 and the triangle, stretched when shrinking.
+    """
+    filter_, reach = FILTERS[interpolation]
+    scale = length / size
+    stretch = max(scale, 1.0)
+    centre = (np.arange(size) + 0.5) * scale
+    first = np.maximum((centre - reach * stretch + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + reach * stretch + 0.5).astype(np.int64), length)
+    where = first + np.arange((last - first).max())[:, None]
+    weights = np.where(where < last, filter_((where - centre + 0.5) / stretch), 0.0)
+    fixed = np.rint(weights / weights.sum(0) * (1 << FRACTION_BITS)).astype(np.int32)
+    return torch.from_numpy(np.minimum(where, length - 1)), torch.from_numpy(fixed)
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    x = np.abs(x)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def _triangle(x: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - np.abs(x), 0.0)
+
+
+FRACTION_BITS = 22
+FILTERS = {"bicubic": (_cubic, 2.0), "bilinear": (_triangle, 1.0)}  # and how far they reach
+
+
+def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std for each channel of [B, 3, H, W]."""
+    shape = (3, 1, 1)
+    return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
+
+
+class ClipModel:
+    """A CLIP network with its tokenizer and preprocessing: unit features of images and of prompts.
+
+    Prompts repeat (one per class, or one per group of samples), so the features of the last 10,000 different ones are
+    remembered. A prompt longer than the context is cut by the tokenizer.
+
+    Args:
+        network: a module with `encode_image` and `encode_text`, as open_clip's; moved to `device` and `dtype`.
+        prepare: uint8 [B, 3, H, W] to float32 [B, 3, h, w].
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tokenizer: Tokenizer,
+        prepare: Callable[[Tensor], Tensor],
+        device: str = "cpu",
+        dtype: str = "float32",
+    ):
+        self.network = network.to(device=device, dtype=check_dtype(dtype)).eval().requires_grad_(False)
+        self.tokenizer, self.prepare, self.device, self.dtype = tokenizer, prepare, device, DTYPES[dtype]
+        self._texts: dict[str, Tensor] = {}  # the one used last is at the end
+
+    @torch.inference_mode()
+    def image_features(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to unit vectors, float32 [B, D]."""
+        pixels = self.prepare(images.to(self.device)).to(self.dtype)
+        return F.normalize(self.network.encode_image(pixels).float(), dim=-1)
+
+    @torch.inference_mode()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Unit vectors, float32 [B, D]."""
+        asked = list(dict.fromkeys(prompts))
+        if fresh := [prompt for prompt in asked if prompt not in self._texts]:
+            features = self.network.encode_text(self.tokenizer(fresh).to(self.device)).float()
+            self._texts.update(zip(fresh, F.normalize(features, dim=-1), strict=True))
+        rows = torch.stack([self._texts[prompt] for prompt in prompts])
+        for prompt in asked:
+            self._texts[prompt] = self._texts.pop(prompt)
+        for prompt in list(self._texts)[: max(0, len(self._texts) - REMEMBERED)]:
+            del self._texts[prompt]
+        return rows
+
+    def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine similarity of image i and prompt i in [-1, 1], float32 [B]."""
+        if not len(images):
+            return torch.zeros(0, device=self.device)
+        return (self.image_features(images) * self.text_features(prompts)).sum(-1)
+
+
+def check_dtype(name: str) -> torch.dtype:
+    """The torch type of a name; UserError lists the names."""
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is unknown; there are {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}")
+    return DTYPES[name]
+
+
+# open_clip
+
+
+def load_open_clip(
+    model: str,
+    pretrained: str = "openai",
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> ClipModel:
+    """A model of open_clip with its published weights.
+
+    Args:
+        model: a name of `open_clip.list_models()`, or `hf-hub:owner/name` for a repository in open_clip's layout.
+        pretrained: a tag of `open_clip.list_pretrained()`; it decides on weights, preprocessing and activation. Not
+            used with `hf-hub:`.
+        weights: a local file in the place of the published one.
+
+    Raises:
+        UserError: an unknown name or tag, weights that are missing, damaged or of another network.
+    """
+    check_dtype(dtype)
+    if model.startswith(HUB_PREFIX):
+        repo, files = model.removeprefix(HUB_PREFIX), OPEN_CLIP_FILES
+        whole = read_json(fetch(repo, "open_clip_config.json"))
+        config, pixels = whole.get("model_cfg", {}), whole.get("preprocess_cfg", {})
+    else:
+        config, pixels = open_clip_config(model, pretrained)
+        repo, _, file = pixels["hf_hub"].rpartition("/")
+        files = (file,) if file else OPEN_CLIP_FILES
+    path = find_weights(weights, repo, files)
+    prepare = preprocess_of(config, pixels, model)
+    with uninitialized():
+        network = build_open_clip(config)
+    load_state(network, path)
+    return ClipModel(network, tokenizer_of(config["text_cfg"]), prepare, device, dtype)
+
+
+def open_clip_config(model: str, pretrained: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's configuration of a model and of its weights, with the activation that the weights were trained with.
+
+    open_clip itself builds `ViT-B-32` with plain GELU for OpenAI's weights, which want QuickGELU, and only warns.
+
+    Raises:
+        UserError: an unknown model or tag.
+    """
+    names = open_clip.list_models()
+    if model not in names:
+        raise UserError(
+            f"open_clip has no model {model!r}{did_you_mean(model, names) or '; see open_clip.list_models()'}"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    pixels = open_clip.get_pretrained_cfg(model, pretrained)
+    if not pixels:
+        there = f"there are {', '.join(tags)}" if tags else "there are none"
+        raise UserError(f"open_clip has no weights {pretrained!r} of {model}; {there}{did_you_mean(pretrained, tags)}")
+    config = open_clip.get_model_config(model)
+    config["quick_gelu"] = bool(config.get("quick_gelu") or pixels.get("quick_gelu"))
+    return config, pixels
+
+
+def build_open_clip(config: Mapping[str, Any]) -> nn.Module:
+    """The network of an open_clip configuration, at random."""
+    config = {**config, "vision_cfg": dict(config["vision_cfg"]), "text_cfg": dict(config["text_cfg"])}
+    custom = config.pop("custom_text", False)
+    if "timm_model_name" in config["vision_cfg"]:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    if "hf_model_name" in config["text_cfg"]:
+        config["text_cfg"]["hf_model_pretrained"] = False
+        custom = True
+    if "multimodal_cfg" in config:
+        return open_clip.CoCa(**config)
+    return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+
+
+def tokenizer_of(text: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of an open_clip `text_cfg`.
+
+    Raises:
+        UserError: a tokenizer of the hub that cannot be fetched.
+    """
+    length, more = text.get("context_length", 77), text.get("tokenizer_kwargs", {})
+    if not (name := text.get("hf_tokenizer_name")):
+        return open_clip.SimpleTokenizer(context_length=length, **more)
+    try:
+        mode = text.get("tokenizer_mode")
+        return open_clip.tokenizer.HFTokenizer(name, context_length=length, tokenizer_mode=mode, **more)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot fetch the tokenizer {name}: {_first_line(error)}") from error
+
+
+def preprocess_of(config: Mapping[str, Any], pixels: Mapping[str, Any], model: str) -> Preprocess:
+    """The preprocessing that open_clip's two configurations ask for; UserError for one that there is not."""
+    size = config["vision_cfg"].get("image_size", 224)
+    known = {key: pixels[key] for key in ("mean", "std", "interpolation", "resize_mode") if pixels.get(key)}
+    prepare = Preprocess(size, **known)
+    if not isinstance(size, int) or prepare.resize_mode not in ("shortest", "squash"):
+        raise UserError(f"{model} wants images of {size}, resize_mode {prepare.resize_mode!r}; not supported")
+    return prepare
+
+
+# transformers
+
+
+class TransformersClip(nn.Module):
+    """transformers' CLIPModel with open_clip's two methods, at random.
+
+    Args:
+        config: as in the config.json of a model.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        from transformers import CLIPConfig, CLIPModel
+
+        super().__init__()
+        self.clip = CLIPModel(CLIPConfig.from_dict(dict(config)))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """[B, 3, size, size] to [B, D]."""
+        return self.clip.get_image_features(pixel_values=pixels).pooler_output
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """int64 [B, T] to [B, D]. What comes after a text's end does not reach it: attention is causal."""
+        return self.clip.get_text_features(input_ids=tokens).pooler_output
+
+
+def load_transformers_clip(
+    model: str, weights: str | Path | None = None, device: str = "cpu", dtype: str = "float32"
+) -> ClipModel:
+    """A CLIP in transformers' layout.
+
+    Args:
+        model: a repository of the hub such as `openai/clip-vit-large-patch14`, or a local folder like one.
+        weights: a local file in the place of the model's own.
+
+    Raises:
+        UserError: no such model, another kind of model, weights that are missing, damaged or of another network.
+    """
+    check_dtype(dtype)
+    folder = Path(model)
+    config = read_json(folder / "config.json" if folder.is_dir() else fetch(model, "config.json"))
+    if (kind := config.get("model_type")) != "clip":
+        raise UserError(f"{model} is a {kind!r} model; expected 'clip'")
+    if weights is None and folder.is_dir():
+        weights = next((folder / name for name in TRANSFORMERS_FILES if (folder / name).is_file()), None)
+        if weights is None:
+            raise UserError(f"{model} has neither {' nor '.join(TRANSFORMERS_FILES)}")
+    return transformers_clip(config, find_weights(weights, model, TRANSFORMERS_FILES), device, dtype)
+
+
+def transformers_clip(config: Mapping[str, Any], path: Path, device: str, dtype: str) -> ClipModel:
+    """A CLIP of a transformers configuration with the weights of a file; UserError where they do not fit."""
+    with uninitialized():
+        network = TransformersClip(config)
+    load_state(network.clip, path)
+    known = network.clip.config
+    tokenizer = open_clip.SimpleTokenizer(context_length=known.text_config.max_position_embeddings)
+    if known.text_config.vocab_size != tokenizer.vocab_size:
+        raise UserError(f"{path} has {known.text_config.vocab_size} words; CLIP's tokenizer has {tokenizer.vocab_size}")
+    return ClipModel(network, tokenizer, Preprocess(known.vision_config.image_size), device, dtype)
+
+
+# weights
+
+
+def find_weights(weights: str | Path | None, repo: str, files: Sequence[str]) -> Path:
+    """The local file `weights`, or the first of `files` that the hub's `repo` has.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if weights is not None:
+        path = Path(weights)
+        if not path.is_file():
+            raise UserError(f"no weights file {path}")
+        return path
+    first: UserError | None = None
+    for file in files:
+        try:
+            return fetch(repo, file)
+        except UserError as error:
+            first = first or error
+    raise first or ValueError("no file asked for")
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file or a torch checkpoint (on top or under `state_dict`); no code is run.
+
+    Raises:
+        UserError: the file cannot be read or holds no state dict.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UserError(f"{path} is not a readable file of weights: {_first_line(error)}") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict, neither on top nor under 'state_dict'")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_state(network: nn.Module, path: Path) -> None:
+    """Fill a network with the weights of a file, strictly, in the network's own floating-point type.
+
+    Tables of positions 0, 1, 2, ... that older transformers saved are left out, and a single number may be stored
+    with or without a dimension.
+
+    Raises:
+        UserError: what is missing, unexpected or of another shape.
+    """
+    own, state = network.state_dict(), read_state(path)
+    state = {key: value for key, value in state.items() if key in own or not key.endswith(".position_ids")}
+    if isinstance(network, open_clip.CustomTextCLIP) and "positional_embedding" in state:
+        state = open_clip.model.convert_to_custom_text_state_dict(state)
+    for key, value in state.items():
+        if key in own and isinstance(value, Tensor) and value.numel() == own[key].numel() == 1:
+            state[key] = value.reshape(own[key].shape)
+    wrong = [key for key in own if key in state and _shape(state[key]) != tuple(own[key].shape)]
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "wrong shape": [f"{key} is {_shape(state[key])}, expected {tuple(own[key].shape)}" for key in wrong],
+    }
+    if told := [f"{what} {_some(keys)}" for what, keys in problems.items() if keys]:
+        raise UserError(f"{path} does not fit {type(network).__name__}: {'; '.join(told)}")
+    network.load_state_dict(state)
+
+
+@contextmanager
+def uninitialized() -> Iterator[None]:
+    """Build networks without drawing random weights, for those whose weights are all loaded afterwards."""
+    with _NoDraws():
+        yield
+
+
+class _NoDraws(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _shape(value: object) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

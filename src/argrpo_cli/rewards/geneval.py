@@ -1,0 +1,93 @@
+"""geneval, a task reward: does a detector find what the prompt asks for?
+
+The paper names task rewards as the way forward; this one is GenEval's own logic in the form that serves as a reward
+(`geneval.rules.reward_score`, the published reward server's), for the prompts that GenEval's templates make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from argrpo_cli.conditions import Condition
+from argrpo_cli.errors import UserError, did_you_mean
+from argrpo_cli.geneval.grammar import Prompt, parse_prompt
+from argrpo_cli.geneval.observing import NanoObserver, Observer, OfficialObserver
+from argrpo_cli.geneval.rules import reward_score
+
+DETECTORS = ("mask2former", "nano")
+
+
+class GenEval:
+    """The share of what a prompt asks for that is there, at most 1.
+
+    As the published server counts: an object too many costs, too (so the score is negative where more than twice the
+    count is found), and a relation that fails costs a quarter.
+
+    Args:
+        detector: `mask2former`, with CLIP for colours, the benchmark's own; `nano`, the bundled one of the nano world.
+        strict: 1 where all is right and no object of these classes too many, else 0.
+        weights: a local folder of the detector in the place of the published or bundled one.
+        clip_weights: a local file of OpenAI's ViT-L/14 in open_clip's layout in the place of the published one.
+
+    Raises:
+        UserError: an unknown detector, weights that are missing, damaged or of another network.
+    """
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        detector: str = "mask2former",
+        strict: bool = False,
+        weights: str | Path | None = None,
+        clip_weights: str | Path | None = None,
+    ):
+        self.device, self.strict = device, strict
+        self.observer = load_observer(detector, device, weights, clip_weights)
+        self._prompts: dict[str, Prompt] = {}
+
+    def check(self, conditions: Sequence[Condition]) -> None:
+        """Raise UserError for a prompt that GenEval's templates do not make."""
+        for condition in conditions:
+            self._prompt(condition.prompt)
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """uint8 [B, 3, H, W] and B conditions to float32 [B], at most 1; UserError as `check` says."""
+        prompts = [self._prompt(condition.prompt) for condition in conditions]
+        rewards = [
+            reward_score(prompt, detections, classify_color, self.observer.thresholds)
+            for prompt, (detections, classify_color) in zip(
+                prompts, self.observer.observe(images, prompts), strict=True
+            )
+        ]
+        scores = [reward.strict_correct if self.strict else reward.score for reward in rewards]
+        return torch.tensor(scores, dtype=torch.float32, device=self.device)
+
+    def _prompt(self, text: str) -> Prompt:
+        if text not in self._prompts:
+            self._prompts[text] = parse_prompt(text)
+        return self._prompts[text]
+
+
+def load_observer(
+    detector: str, device: str = "cpu", weights: str | Path | None = None, clip_weights: str | Path | None = None
+) -> Observer:
+    """What looks at the images, by the detector's name; UserError as `GenEval` says."""
+    if detector == "nano":
+        from argrpo_cli.nano import WEIGHTS
+        from argrpo_cli.nano.detector import load_detector
+
+        if clip_weights is not None:
+            raise UserError(f"geneval: clip_weights = {clip_weights}: the detector nano has no CLIP; leave it out")
+        return NanoObserver(load_detector(WEIGHTS / "nano-detector" if weights is None else weights, device))
+    if detector == "mask2former":
+        from argrpo_cli.geneval.clip_colors import ClipColors, load_color_clip
+        from argrpo_cli.geneval.mask2former import load_mask2former
+
+        return OfficialObserver(load_mask2former(device, weights), ClipColors(load_color_clip(device, clip_weights)))
+    hint = did_you_mean(detector, DETECTORS)
+    raise UserError(f"geneval: detector {detector!r} is unknown; there are {', '.join(DETECTORS)}{hint}")
