@@ -77,15 +77,18 @@ def score_of(reply: Mapping[str, Any]) -> float:
             (one["token"].strip(" ▁Ġ\n"), float(one["logprob"]))
             for one in reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         ]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError("the reply has no top_logprobs; the server must return them for the next token") from error
+    if not all(value < 1e-3 for _, value in listed):  # room for rounding; a NaN is not below it either
+        raise ValueError("the reply has numbers that are no log-probabilities")
     logprobs: dict[str, float] = {}
     for token, value in listed:
         if token in LEVELS:
             logprobs[token] = max(value, logprobs.get(token, -math.inf))
     score = expected_level(logprobs)
-    unlisted = (len(LEVELS) - len(logprobs)) * math.exp(min(value for _, value in listed))
-    known = sum(math.exp(value) for value in logprobs.values())
+    largest, least = max(logprobs.values()), min(value for _, value in listed)
+    known = sum(math.exp(value - largest) for value in logprobs.values())
+    unlisted = (len(LEVELS) - len(logprobs)) * math.exp(least - largest)
     if 4 * unlisted / (known + unlisted) > UNCERTAINTY:  # the levels span 4
         raise ValueError(f"only {', '.join(logprobs)} among the {len(listed)} likeliest tokens, which is too little")
     return score

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class ImageRewardNetwork(nn.Module):
         self.vision = BlipVisionModel(vision)
         self.text = BlipTextModel(text, add_pooling_layer=False)
         widths = (text.hidden_size, *head)
-        self.head = nn.Sequential(*(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False)))
+        self.head = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S], tokens int64 [B, T] and their mask (1 for a token) to [B]."""
@@ -137,9 +138,7 @@ class ImageReward:
         UserError: the weights or the vocabulary are missing or do not fit.
     """
 
-    def __init__(
-        self, device: str = "cpu", *, weights: str | Path | None = None, vocabulary: str | Path | None = None
-    ):
+    def __init__(self, device: str = "cpu", *, weights: str | Path | None = None, vocabulary: str | Path | None = None):
         self.tokenizer = load_tokenizer(published_file(TOKENIZER_REPO, VOCABULARY, vocabulary))
         path = published_file(REPO, FILE, weights)
         self.network = load_network(build_network(), read_state(path), path).to(device)

@@ -158,8 +158,10 @@ class Maniqa:
                 raise UserError(f"maniqa: {name} is {value!r}; it can be {', '.join(allowed)}")
         if crop_batch < 1:
             raise UserError(f"maniqa: crop_batch is {crop_batch}; it must be at least 1")
-        network = build_network()
+        if not 0 <= seed < 2**32:
+            raise UserError(f"maniqa: seed is {seed}; it must be at least 0 and below 2^32")
         path = published_file(REPO, FILE, weights)
+        network = build_network()
         fit_state(network, read_state(path, wrappers=("params",)), path)
         self.network = network.to(device, getattr(torch, dtype))
         self.device, self.dtype, self.crop_batch = device, getattr(torch, dtype), crop_batch
