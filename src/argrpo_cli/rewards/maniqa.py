@@ -131,7 +131,8 @@ class Maniqa:
             as published: one generator draws for image after image, so the same seed and the same images in the same
             order give the same scores, in batches of any size; a call that fails draws nothing.
         seed: of the random crops, as for numpy's legacy generator (`numpy.random.seed`).
-        dtype: "float32", "bfloat16" or "float16", of the network; the pooling is in float32.
+        dtype: "float32" or "bfloat16" of the network; the pooling is in float32. (The token attention multiplies before
+            it scales, which float16 need not hold.)
         crop_batch: how many crops go through the network at once; each takes some 0.2 GB in float32.
 
     An image with a side below 224 is enlarged until its short side is 224 (the published code fails there).
@@ -147,12 +148,12 @@ class Maniqa:
         weights: str | Path | None = None,
         crops: Literal["grid", "random"] = "grid",
         seed: int = 0,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Literal["float32", "bfloat16"] = "float32",
         crop_batch: int = 20,
     ):
         for name, value, allowed in (
             ("crops", crops, ("grid", "random")),
-            ("dtype", dtype, ("float32", "bfloat16", "float16")),
+            ("dtype", dtype, ("float32", "bfloat16")),
         ):
             if value not in allowed:
                 raise UserError(f"maniqa: {name} is {value!r}; it can be {', '.join(allowed)}")
