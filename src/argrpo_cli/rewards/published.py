@@ -1,0 +1,82 @@
+"""Weights that others published: reading their files without running pickled code, fitting them strictly."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.hub import fetch
+
+
+def published_file(repo: str, file: str, weights: str | Path | None = None) -> Path:
+    """The local file `weights` when it is given, else `file` of a hub repository, fetched once.
+
+    Raises:
+        UserError: the local file is absent, or the hub's cannot be fetched.
+    """
+    if weights is None:
+        return fetch(repo, file)
+    if not Path(weights).is_file():
+        raise UserError(f"weights not found: {weights}; give the file {file} of https://huggingface.co/{repo}")
+    return Path(weights)
+
+
+def read_state(path: str | Path, wrappers: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` file or a torch file (`weights_only`: no pickled code is run).
+
+    Args:
+        wrappers: keys under which a torch file may hold it; the first that is there is opened.
+
+    Raises:
+        UserError: the file is absent, damaged or something else.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"weights not found: {path}") from error
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a readable file of weights ({why}); fetch it again") from error
+    for key in wrappers:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict of tensors")
+    return content
+
+
+def fit_state(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Give `network` all of `state`, in float32 where it is floating point; nothing may be missing or left over.
+
+    The network may live on the meta device: it takes the tensors as they are.
+
+    Raises:
+        UserError: `source`, and the keys that are missing, unexpected or of another shape.
+    """
+    own = network.state_dict()
+    shapes = [
+        f"{key} is {list(state[key].shape)}, expected {list(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    found = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(), "wrong shape": shapes}
+    if problems := [f"{what} {_some(sorted(keys))}" for what, keys in found.items() if keys]:
+        raise UserError(f"weights do not fit: {source} ({'; '.join(problems)})")
+    values = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    network.load_state_dict(values, assign=True)
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
