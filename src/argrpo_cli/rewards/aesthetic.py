@@ -17,6 +17,7 @@ from argrpo_cli.rewards.clip_model import find_weights, load_open_clip, load_sta
 # A copy of the published file, which lies in the repository above, under its name there. SHA-256 of the published one:
 # 21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0.
 REPOSITORY, CHECKPOINT = "camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth"
+CLIP = ("ViT-L-14-quickgelu", "openai")
 
 
 class AestheticHead(nn.Module):
@@ -65,7 +66,7 @@ class Aesthetic:
         self.head = AestheticHead()
         load_state(self.head, find_weights(weights, REPOSITORY, [CHECKPOINT]))
         self.head.to(device).eval().requires_grad_(False)
-        self.clip = load_open_clip("ViT-L-14-quickgelu", "openai", clip_weights, device, dtype)
+        self.clip = load_open_clip(*CLIP, clip_weights, device, dtype)
 
     @torch.inference_mode()
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:

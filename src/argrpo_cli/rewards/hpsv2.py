@@ -7,6 +7,7 @@ names and shapes, so they run in open_clip.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -30,7 +31,6 @@ from argrpo_cli.rewards.clip_model import (
 REPOSITORY = "xswu/HPSv2"
 CHECKPOINTS = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
 ARCHITECTURE = "ViT-H-14"
-SIZE = 224
 
 
 def build_hpsv2() -> nn.Module:
@@ -38,7 +38,7 @@ def build_hpsv2() -> nn.Module:
     return build_open_clip(open_clip.get_model_config(ARCHITECTURE))
 
 
-def preprocess(images: Tensor, size: int = SIZE) -> Tensor:
+def preprocess(images: Tensor, size: int = 224) -> Tensor:
     """The published preprocessing, on a batch: the longest side to `size`, black borders, no crop.
 
     The floating-point image is resized (bicubic, antialiased, not clamped to [0, 1]) and padded in the centre, an odd
@@ -91,8 +91,9 @@ class HPSv2:
         with uninitialized():
             network = build_hpsv2()
         load_state(network, path)
-        tokenizer = tokenizer_of(open_clip.get_model_config(ARCHITECTURE)["text_cfg"])
-        self.clip = ClipModel(network, tokenizer, preprocess, device, dtype)
+        config = open_clip.get_model_config(ARCHITECTURE)
+        prepare = partial(preprocess, size=config["vision_cfg"]["image_size"])
+        self.clip = ClipModel(network, tokenizer_of(config["text_cfg"]), prepare, device, dtype)
 
     @torch.inference_mode()
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
