@@ -38,9 +38,7 @@ _OPENING = re.compile(r"[{\[]")
 _CLOSING_QUOTES = {'"': '"', "'": "'", "“": "”"}
 _STRING_PARTS = {end: re.compile(rf"[\\{end}]") for end in _CLOSING_QUOTES.values()}
 # A quote ends a string only where the text after it goes on as JSON; others are quotes inside the string.
-_AFTER_STRING = re.compile(
-    rf"\s{{0,200}}+(?:\Z|}}|```|//|[,，]\s{{0,200}}+(?:\Z|}}|//|{_KEY.pattern})|{_QUOTED_KEY})"
-)
+_AFTER_STRING = re.compile(rf"\s{{0,200}}+(?:\Z|}}|```|//|[,，]\s{{0,200}}+(?:\Z|}}|//|{_KEY.pattern})|{_QUOTED_KEY})")
 _AFTER_ITEM = re.compile(r"\s{0,200}+(?:\Z|[\],，]|```|//)")
 _LITERALS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "none": None}
 
