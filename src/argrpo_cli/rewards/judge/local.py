@@ -6,20 +6,27 @@ Prompts differ in length, so batches are padded on the left: the last position o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from argrpo_cli.errors import UserError
+from argrpo_cli.hub import fetch
 from argrpo_cli.rewards.judge.prompts import FORCED_PREFIX
 from argrpo_cli.rewards.judge.replies import UnusableReply
 from argrpo_cli.rewards.judge.server import MAX_TOKENS, RESAMPLING, Answer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+EXAMPLE = "Qwen/Qwen2.5-VL-3B-Instruct"
+FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]  # no pickles
 
 _LOADED: weakref.WeakValueDictionary[tuple[str, str], LocalJudge] = weakref.WeakValueDictionary()
 
@@ -79,7 +86,7 @@ class LocalJudge:
 
     @torch.inference_mode()
     def probability_of_one(self, images: Sequence[Image], prompts: Sequence[tuple[str, str]]) -> Tensor:
-        """P("1") against P("0") as the digit after `{"score": ` in the reply: float32 [B] in [0, 1], one forward pass."""
+        """P("1") against P("0") as the digit of the reply, in one forward pass: float32 [B] in [0, 1]."""
         texts = [self._chat(prompt) + FORCED_PREFIX for prompt in prompts]
         inputs = self._inputs(images, [text + "0" for text in texts])
         zero = inputs["input_ids"][:, -1]
@@ -136,12 +143,14 @@ def load_local(name: str, device: str) -> LocalJudge:
 def _load(name: str, device: str) -> LocalJudge:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    folder = _folder(name)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     try:
-        processor = AutoProcessor.from_pretrained(name)
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        with _quiet():
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -154,3 +163,35 @@ def _load(name: str, device: str) -> LocalJudge:
     if getattr(processor, "chat_template", None) is None or not hasattr(processor, "tokenizer"):
         raise UserError(f"judge: the model {name!r} has no chat template; give one that is trained to chat")
     return LocalJudge(model.to(device).eval().requires_grad_(False), processor)
+
+
+def _folder(name: str) -> Path:
+    """A model's folder: `name` itself, or that of the hub's cache, to which the model is fetched first."""
+    from huggingface_hub import snapshot_download
+
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        raise UserError(f"judge: there is no model folder {name!r}, and a hub name looks like {EXAMPLE}")
+    fetch(name, "config.json")
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"judge: cannot fetch the model {name!r}: {why}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and reports; what goes wrong is told in one line."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
