@@ -90,7 +90,7 @@ class Exchanges:
                     response = connection.getresponse()
                     data = _read(response)
                 except (OSError, ValueError, http.client.HTTPException) as error:
-                    if expired.is_set():
+                    if expired.is_set() or isinstance(error, TimeoutError):
                         raise late from None
                     raise Fault(_why(error), retry=True) from None
             if expired.is_set():
