@@ -1,0 +1,197 @@
+"""A judge in this process: any image-text-to-text model of transformers, asked in batches.
+
+Prompts differ in length, so batches are padded on the left: the last position of every row is where its reply begins.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.hub import fetch
+from argrpo_cli.rewards.judge.prompts import FORCED_PREFIX
+from argrpo_cli.rewards.judge.replies import UnusableReply
+from argrpo_cli.rewards.judge.server import MAX_TOKENS, RESAMPLING, Answer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXAMPLE = "Qwen/Qwen2.5-VL-3B-Instruct"
+FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]  # no pickles
+
+_LOADED: weakref.WeakValueDictionary[tuple[str, str], LocalJudge] = weakref.WeakValueDictionary()
+
+
+class LocalJudge:
+    """A vision-language model and its processor, which must have a chat template."""
+
+    def __init__(self, model: Any, processor: Any, max_tokens: int = MAX_TOKENS):
+        self.model, self.processor, self.max_tokens = model, processor, max_tokens
+        self.processor.tokenizer.padding_side = "left"
+
+    @torch.inference_mode()
+    def ask(
+        self,
+        images: Sequence[Image],
+        prompts: Sequence[tuple[str, str]],
+        read: Callable[[str], float],
+        attempts: int = 3,
+    ) -> list[Answer]:
+        """Ask about every image and read the replies, in the order of the images.
+
+        Args:
+            prompts: the texts before and after each image.
+            read: from a reply to its score, or UnusableReply.
+            attempts: replies for one image at most; the first is greedy, further ones are sampled with the settings
+                of the published server path, since a greedy one would be the same again.
+        """
+        answers = [Answer(float("nan"))] * len(images)
+        left = list(range(len(images)))
+        for attempt in range(attempts):
+            if not left:
+                break
+            replies = self.generate([images[i] for i in left], [prompts[i] for i in left], sample=attempt)
+            for i, reply in zip(left, replies, strict=True):
+                try:
+                    answers[i] = Answer(read(reply))
+                except UnusableReply as error:
+                    answers[i] = Answer(float("nan"), f"{error} (attempt {attempt + 1} of {attempts})")
+            left = [i for i in left if answers[i].reason]
+        return answers
+
+    @torch.inference_mode()
+    def generate(self, images: Sequence[Image], prompts: Sequence[tuple[str, str]], sample: int = 0) -> list[str]:
+        """One reply for each image: greedy where `sample` is 0, else drawn with `sample` as the seed."""
+        inputs = self._inputs(images, [self._chat(prompt) for prompt in prompts])
+        # Whatever the model's own generation settings are, such as Qwen's repetition penalty and near-0 temperature.
+        settings = {"do_sample": True, **RESAMPLING} if sample else {"do_sample": False, "temperature": None}
+        settings |= {} if sample else {"top_p": None, "top_k": None}
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(sample)
+            tokens = self.model.generate(
+                **inputs, max_new_tokens=self.max_tokens, pad_token_id=self._padding(), **settings
+            )
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return self.processor.batch_decode(new, skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def probability_of_one(self, images: Sequence[Image], prompts: Sequence[tuple[str, str]]) -> Tensor:
+        """P("1") against P("0") as the digit of the reply, in one forward pass: float32 [B] in [0, 1]."""
+        texts = [self._chat(prompt) + FORCED_PREFIX for prompt in prompts]
+        inputs = self._inputs(images, [text + "0" for text in texts])
+        zero = inputs["input_ids"][:, -1]
+        with_one = self._inputs(images[:1], [texts[0] + "1"])["input_ids"][0]
+        one = with_one[-1]
+        first = inputs["input_ids"][0][inputs["attention_mask"][0].bool()]
+        if not (zero == zero[0]).all() or one == zero[0] or first[:-1].tolist() != with_one[:-1].tolist():
+            raise UserError(
+                "judge: reading 'logit' needs a model in whose tokenizer the digits 0 and 1 are tokens of their own; "
+                "use the reading 'generate'"
+            )
+        length = inputs["input_ids"].shape[1]
+        inputs = {
+            name: value[:, :-1] if value.ndim == 2 and value.shape == (len(images), length) else value
+            for name, value in inputs.items()
+        }
+        logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+        return (logits[:, one] - logits[:, zero[0]]).sigmoid()
+
+    def _chat(self, prompt: tuple[str, str]) -> str:
+        before, after = prompt
+        content: list[dict[str, str]] = [{"type": "text", "text": before}] if before else []
+        content += [{"type": "image"}, {"type": "text", "text": after}]
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def _inputs(self, images: Sequence[Image], texts: Sequence[str]) -> dict[str, Tensor]:
+        inputs = self.processor(
+            images=[[image] for image in images], text=list(texts), padding=True, return_tensors="pt"
+        )
+        inputs = inputs.to(self.model.device)
+        return {
+            name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
+        }
+
+    def _padding(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def load_local(name: str, device: str) -> LocalJudge:
+    """The model of this hub name or folder, in bfloat16 on a GPU and float32 on a CPU; judges share what is loaded.
+
+    Raises:
+        UserError: there is no such model, it cannot be fetched, is of a kind that is not known, or not complete.
+    """
+    key = (name, str(torch.device(device)))
+    loaded = _LOADED.get(key)
+    if loaded is None:
+        loaded = _LOADED[key] = _load(name, device)
+    return loaded
+
+
+def _load(name: str, device: str) -> LocalJudge:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = _folder(name)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    try:
+        with _quiet():
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"judge: cannot load the model {name!r}: {why}; give the hub name or the folder of an image-text-to-text "
+            "model of transformers"
+        ) from error
+    for what in ("missing_keys", "unexpected_keys"):
+        if keys := sorted(info[what]):
+            raise UserError(f"judge: cannot load {name!r}: {len(keys)} {what.replace('_', ' ')} such as {keys[0]}")
+    if getattr(processor, "chat_template", None) is None or not hasattr(processor, "tokenizer"):
+        raise UserError(f"judge: the model {name!r} has no chat template; give one that is trained to chat")
+    return LocalJudge(model.to(device).eval().requires_grad_(False), processor)
+
+
+def _folder(name: str) -> Path:
+    """A model's folder: `name` itself, or that of the hub's cache, to which the model is fetched first."""
+    from huggingface_hub import snapshot_download
+
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        raise UserError(f"judge: there is no model folder {name!r}, and a hub name looks like {EXAMPLE}")
+    fetch(name, "config.json")
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"judge: cannot fetch the model {name!r}: {why}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and reports; what goes wrong is told in one line."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

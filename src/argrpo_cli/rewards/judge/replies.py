@@ -1,0 +1,219 @@
+"""Reading a judge's reply: from its text to a score, or to the reason why there is none.
+
+Replies are data from outside. They are read by one pass of a small reader for JSON and what language models write in
+its place: no evaluation, a bounded length and depth, and regular expressions that cannot run away. It forgives
+fences, prose around the object, trailing and missing commas, single, typographic and missing quotes, quotes inside
+strings, comments and an end cut off after the score. What it does not do is guess: a score that is cut itself, a sum,
+a range, a word, NaN, or a number outside the question's range is no score, and never 0.
+
+Of several objects the last with a score counts, since the first may be the question's own example or be corrected
+by what follows; the published code takes the first block.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from argrpo_cli.rewards.judge.prompts import Question
+
+LIMIT = 65_536  # characters of a reply
+DEPTH = 16  # of nested objects and arrays
+
+_NUMBER = r"[+-]?(?:\d{1,12}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,3})?"
+_SCORE = re.compile(rf"({_NUMBER})(?:\s{{0,9}}+(?:/|out of)\s{{0,9}}+(\d{{1,6}})|\s{{0,9}}+points?)?")
+_FINAL_SCORE = re.compile(
+    r"final score[\s*_]{0,9}+[:：][\s*_]{0,9}+([+-]?\d{1,12}+(?:\.\d{0,40}+)?)"
+    r"(?:\s{0,9}+(?:/|out of)\s{0,9}+(\d{1,6}))?(?!\s{0,9}+(?:[-–+/%,]|to)\s{0,9}+\d|\s{0,9}+%)",
+    re.IGNORECASE,
+)
+
+_SPACE = re.compile(r"(?:\s++|//[^\n]*+)*+")
+_QUOTED_KEY = r'(?:"(?:[^"\\\n]|\\.){1,100}+"|“[^”\n]{1,100}+”|\'[^\'\n]{1,100}+\')\s{0,50}+[:：]'
+_KEY = re.compile(rf"{_QUOTED_KEY}|[^\W\d]\w{{0,100}}+\s{{0,50}}+[:：]")
+_WORD = re.compile(r"\w++|.", re.DOTALL)
+_TOKEN = re.compile(r"(?:[^,，}\]\[{\n`\"“']|,(?=\d))*+")  # a comma before a digit may be a decimal one: 3,5
+_ITEM = re.compile(r"[^,，}\]\[{\n`\"“']*+")
+_OPENING = re.compile(r"[{\[]")
+_CLOSING_QUOTES = {'"': '"', "'": "'", "“": "”"}
+_STRING_PARTS = {end: re.compile(rf"[\\{end}]") for end in _CLOSING_QUOTES.values()}
+# A quote ends a string only where the text after it goes on as JSON; others are quotes inside the string.
+_AFTER_STRING = re.compile(rf"\s{{0,200}}+(?:\Z|}}|```|//|[,，]\s{{0,200}}+(?:\Z|}}|//|{_KEY.pattern})|{_QUOTED_KEY})")
+_AFTER_ITEM = re.compile(r"\s{0,200}+(?:\Z|[\],，]|```|//)")
+_LITERALS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "none": None}
+
+
+class UnusableReply(ValueError):
+    """There is no score in a reply; the message says why and quotes none of its text."""
+
+
+def read_score(reply: str, question: Question) -> float:
+    """The score that a reply gives to a question of the judge.
+
+    Raises:
+        UnusableReply: there is none, it is cut off, ambiguous, no number, or none that answers the question.
+    """
+    _check_length(reply)
+    scores = _last_scores(reply)
+    if len(scores) > 1:
+        raise UnusableReply(f"the reply has {len(scores)} scores, and which one counts is not clear")
+    value = scores[0]
+    if isinstance(value, bool) and question.whole:
+        return float(value)
+    match = _SCORE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise UnusableReply("the score in the reply is not a number")
+    return _in_range(float(match[1]), match[2], question.low, question.high, question.whole)
+
+
+def read_final_score(reply: str, low: float = 1.0, high: float = 5.0) -> float:
+    """The number after the last "Final Score:" of a reply.
+
+    Raises:
+        UnusableReply: there is none, or it is outside `low` to `high`.
+    """
+    _check_length(reply)
+    *_, place = [None, *re.finditer("final score", reply, re.IGNORECASE)]
+    match = _FINAL_SCORE.match(reply, place.start()) if place else None
+    if match is None:
+        raise UnusableReply("the reply has no number after 'Final Score:'")
+    return _in_range(float(match[1]), match[2], low, high, whole=False)
+
+
+def _check_length(reply: str) -> None:
+    if len(reply) > LIMIT:
+        raise UnusableReply(f"the reply is longer than {LIMIT} characters")
+    if not reply.strip():
+        raise UnusableReply("the reply is empty")
+
+
+def _in_range(score: float, out_of: str | None, low: float, high: float, whole: bool) -> float:
+    """`score` where it answers the question; UnusableReply otherwise."""
+    if out_of is not None and float(out_of) != high:
+        raise UnusableReply(f"the score is given out of {out_of}, not out of {high:g}")
+    if not low <= score <= high:
+        raise UnusableReply(f"the score {score:g} is outside {low:g} to {high:g}")
+    if whole and score not in (low, high):
+        raise UnusableReply(f"the score {score:g} is neither {low:g} nor {high:g}")
+    return score + 0.0  # no negative zero
+
+
+def _last_scores(reply: str) -> list[Any]:
+    """The values under "score" of the last object that has any; UnusableReply when there is none."""
+    reader, last = _Reader(reply), []
+    while (opening := _OPENING.search(reply, reader.position)) is not None:
+        reader.position = opening.start()
+        value = reader.value()
+        found = _scores(value)
+        if reader.cut and not found and _keys(value):
+            raise UnusableReply("the reply ends before its score")
+        last = found or last
+    if not last:
+        raise UnusableReply("the reply has no JSON object with a score")
+    if last == [_Reader.CUT]:
+        raise UnusableReply("the reply ends within its score")
+    return last
+
+
+def _scores(value: Any) -> list[Any]:
+    """The value under "score" of an object itself, else those of everything inside it."""
+    if isinstance(value, dict):
+        if "score" in value:
+            return [value["score"]]
+        value = list(value.values())
+    return [score for child in value for score in _scores(child)] if isinstance(value, list) else []
+
+
+def _keys(value: Any) -> bool:
+    """Whether there is an object with a key somewhere, so that it is more than a bracket in prose."""
+    if isinstance(value, dict):
+        return bool(value)
+    return isinstance(value, list) and any(_keys(child) for child in value)
+
+
+class _Reader:
+    """One pass over a text that should be JSON. It never fails: what it cannot read it skips.
+
+    Objects become dicts with keys in lower case (a repeated key's last value wins), arrays lists, `true`, `false` and
+    `null` their Python values, and all else a str, quoted or not. `cut` tells that the text ended before the value.
+    """
+
+    CUT = object()  # a value that the text's end cut off
+
+    def __init__(self, text: str):
+        self.text, self.position, self.cut = text, 0, False
+
+    def value(self, depth: int = 0, in_object: bool = False) -> Any:
+        """The value at the current position."""
+        first = self._peek()
+        if first == "{" and depth < DEPTH:
+            return self._object(depth)
+        if first == "[" and depth < DEPTH:
+            return self._array(depth)
+        if first in _CLOSING_QUOTES:
+            return self._string(_CLOSING_QUOTES[first], _AFTER_STRING if in_object else _AFTER_ITEM)
+        token = (_TOKEN if in_object else _ITEM).match(self.text, self.position)[0]
+        self.position += len(token)
+        if self.position == len(self.text) and token == token.rstrip():  # more digits may have followed
+            self.cut = True
+            return self.CUT
+        token = token.partition("//")[0].strip()
+        return _LITERALS.get(token.lower(), token)
+
+    def _peek(self) -> str:
+        """The next character that is neither space nor comment; "" at the end of the text."""
+        self.position = _SPACE.match(self.text, self.position).end()
+        return self.text[self.position : self.position + 1]
+
+    def _object(self, depth: int) -> dict[str, Any]:
+        pairs: dict[str, Any] = {}
+        self.position += 1
+        while not self.cut:
+            first = self._peek()
+            if not first:
+                self.cut = True
+            elif first == "}":
+                self.position += 1
+                break
+            elif self.text.startswith("```", self.position):
+                break
+            elif first == "{" and depth + 1 < DEPTH:
+                pairs[f"{{{len(pairs)}"] = self.value(depth + 1)  # an object where a key should be
+            elif (key := _KEY.match(self.text, self.position)) is not None:
+                self.position = key.end()
+                pairs[key[0][:-1].strip().strip("\"'“”").strip().lower()] = self.value(depth + 1, in_object=True)
+            else:
+                self.position = _WORD.match(self.text, self.position).end()
+        return pairs
+
+    def _array(self, depth: int) -> list[Any]:
+        items: list[Any] = []
+        self.position += 1
+        while not self.cut:
+            first = self._peek()
+            if not first:
+                self.cut = True
+            elif first == "]":
+                self.position += 1
+                break
+            elif self.text.startswith("```", self.position):
+                break
+            elif first in "},，`" or (first in "{[" and depth + 1 >= DEPTH):
+                self.position += 1
+            else:
+                items.append(self.value(depth + 1))
+        return items
+
+    def _string(self, end: str, after: re.Pattern[str]) -> Any:
+        start = self.position + 1
+        position = start
+        while (part := _STRING_PARTS[end].search(self.text, position)) is not None:
+            if part[0] == "\\":
+                position = part.end() + 1
+            elif after.match(self.text, part.end()):
+                self.position = part.end()
+                return self.text[start : part.start()]
+            else:
+                position = part.end()
+        self.position, self.cut = len(self.text), True
+        return self.CUT

@@ -1,0 +1,144 @@
+"""judge-quality, judge-fake and judge-weird: the paper's VLM-as-a-judge (figure 13), Qwen2.5-VL-3B-Instruct by default.
+
+An image that the judge gives no score to is NaN, never 0 (the published code gives 0); `failures` counts them and
+`last_error` says why the last one has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from argrpo_cli.conditions import Condition
+from argrpo_cli.errors import UserError, did_you_mean
+from argrpo_cli.rewards.judge.prompts import FAKE, QUALITY, WEIRD, Question
+from argrpo_cli.rewards.judge.replies import read_score
+from argrpo_cli.rewards.judge.server import Answer, JudgeServer
+
+MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+BACKENDS = ("local", "server")
+READINGS = ("generate", "logit")
+
+
+class Judge:
+    """One question put to a vision-language model about every image.
+
+    Args:
+        backend: "local" is the model in this process, by transformers; "server" any OpenAI-compatible server.
+        model: hub name or folder; for a server, the name that it lists.
+        url: of the server, such as http://localhost:8000/v1. Its key, where it wants one, is read from the
+            environment: ARGRPO_JUDGE_API_KEY, else OPENAI_API_KEY.
+        reading: "generate" reads the score from the reply's JSON, as the paper. "logit", for the 0/1 questions and
+            the local backend, is P("1") against P("0") where the reply has its digit: one forward pass.
+        attempts: replies asked for one image at most.
+        concurrency, timeout, temperature, image_format, backoff: of the server backend, see JudgeServer.
+
+    Raises:
+        UserError: an option that is not one, a model that cannot be loaded, a server that is not there.
+    """
+
+    question: ClassVar[Question]
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        backend: str = "local",
+        model: str = MODEL,
+        url: str | None = None,
+        reading: str = "generate",
+        attempts: int = 3,
+        concurrency: int = 16,
+        timeout: float = 60.0,
+        temperature: float = 0.0,
+        image_format: str = "png",
+        backoff: float = 1.0,
+    ):
+        name = f"judge-{self.question.name}"
+        for option, value, allowed in (("backend", backend, BACKENDS), ("reading", reading, READINGS)):
+            if value not in allowed:
+                hint = did_you_mean(value, allowed)
+                raise UserError(f"{name}: {option} is {value!r}; it is {' or '.join(allowed)}{hint}")
+        if reading == "logit" and not self.question.whole:
+            raise UserError(f"{name}: reading 'logit' is for the 0/1 questions; use 'generate'")
+        if reading == "logit" and backend == "server":
+            raise UserError(f"{name}: reading 'logit' needs the model in this process; use backend 'local'")
+        if (url is not None) != (backend == "server"):
+            mend = (
+                "give its url, such as http://localhost:8000/v1" if url is None else "use backend 'server' with a url"
+            )
+            raise UserError(f"{name}: backend is {backend!r} and url {'missing' if url is None else 'given'}; {mend}")
+        if attempts < 1:
+            raise UserError(f"{name}: attempts is {attempts}; it must be at least 1")
+        self.device, self.reading, self.attempts = device, reading, attempts
+        self.remote = backend == "server"  # a scheduler may ask it while the device is at other work
+        self.failures, self.last_error = 0, ""
+        if url is not None:
+            self.server = JudgeServer(
+                url,
+                model,
+                attempts=attempts,
+                concurrency=concurrency,
+                timeout=timeout,
+                temperature=temperature,
+                image_format=image_format,
+                backoff=backoff,
+            )
+        else:
+            from argrpo_cli.rewards.judge.local import load_local
+
+            self.local = load_local(model, device)
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """uint8 [B, 3, H, W] and B conditions to float32 [B] in the judge's own unit; NaN where it gave no score.
+
+        0 to 5 for the quality; 0 or 1 (between them with reading "logit") for the others, 1 being good. Only the
+        quality question has the prompt in it.
+        """
+        pictures, prompts = to_pil(images), [self.question.fill(one.prompt) for one in conditions]
+        if not pictures:
+            return torch.zeros(0, device=self.device)
+        if self.reading == "logit":
+            return self.local.probability_of_one(pictures, prompts)
+        read = partial(read_score, question=self.question)
+        if self.remote:
+            answers = self.server.ask(pictures, prompts, read)
+        else:
+            answers = self.local.ask(pictures, prompts, read, self.attempts)
+        failed = [answer.reason for answer in answers if answer.reason]
+        self.failures += len(failed)
+        self.last_error = failed[-1] if failed else self.last_error
+        return to_scores(answers, self.device)
+
+
+class JudgeQuality(Judge):
+    """How well the image shows its prompt, whole, real, clear and clean: 0 to 5."""
+
+    question = QUALITY
+
+
+class JudgeFake(Judge):
+    """0 where the image looks generated by an AI, 1 where it does not."""
+
+    question = FAKE
+
+
+class JudgeWeird(Judge):
+    """0 where the image has a strange feature, 1 where it has none."""
+
+    question = WEIRD
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """uint8 [B, 3, H, W] on any device to B RGB images; one transfer."""
+    return [Image.fromarray(one) for one in images.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def to_scores(answers: Sequence[Answer], device: str) -> Tensor:
+    """float32 [B]; NaN where there is no score."""
+    return torch.tensor([answer.score for answer in answers], dtype=torch.float32, device=device)

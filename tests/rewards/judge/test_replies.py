@@ -1,0 +1,132 @@
+"""From a reply's text to a score, or to no score; never to a wrong one."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from argrpo_cli.rewards.judge.prompts import FAKE, QUALITY, WEIRD
+from argrpo_cli.rewards.judge.replies import LIMIT, UnusableReply, read_final_score, read_score
+
+CASES = Path(__file__).parents[2] / "data" / "judge" / "replies.jsonl"
+QUESTIONS = {one.name: one for one in (QUALITY, FAKE, WEIRD)}
+
+
+def score(reply: str, question=QUALITY) -> float | None:
+    try:
+        return read_score(reply, question)
+    except UnusableReply:
+        return None
+
+
+def cases() -> list[dict]:
+    return [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case['question']}-{case['kind']}")
+def test_golden_replies(case):
+    expected = None if case["expected"] == "unparseable" else case["expected"]
+    assert score(case["reply"], QUESTIONS[case["question"]]) == expected
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ('{"score": 3 // good\n}', 3),
+        ('{{"score": 3}}', 3),
+        ('{"score": 3, ...}', 3),
+        ("{'score': 3, 'explanation': 'it's fine, 'really', and 'so on'.'}", 3),
+        ('{"score": 4\n', 4),  # only the brace is missing
+        ('Result [1]: {"score": 2}', 2),
+        ('{"score": "4 out of 5"}', 4),
+        ('{"score":3}{"note":"x"}', 3),
+        ('{"score": -0.0}', 0),
+        ('{"score": 5}\x00', 5),
+    ],
+)
+def test_forgiven(reply, expected):
+    assert score(reply) == expected
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        ("", "is empty"),
+        ('{"score": 3', "ends within its score"),  # of 3.5, perhaps
+        ('{"score": "3', "ends within its score"),
+        ('{"score": 3.5} Now mine: {"description": "The im', "ends before its score"),  # not the example's 3.5
+        ('{"a": {"score": 1}, "b": {"score": 0}}', "has 2 scores"),
+        ('{"score": 3,5}', "not a number"),
+        ('{"score": "__import__(\'os\').getpid()"}', "not a number"),
+        ('{"score": 0x3}', "not a number"),
+        ('{"score": "7/10"}', "out of 10"),
+        ('{"score": 1e999}', "inf is outside 0 to 5"),
+        ('{"score": 5.0001}', "outside 0 to 5"),
+        ('{"score": 3}' + " " * LIMIT, "longer than"),
+    ],
+)
+def test_not_guessed(reply, why):
+    with pytest.raises(UnusableReply, match=why):
+        read_score(reply, QUALITY)
+
+
+def test_valid_json_is_read_as_json_reads_it():
+    rng = random.Random(0)
+    pieces = ['"', "\\", "{", "}", "[", "]", ":", ",", "\n", "'", "“", "```", "//", "score", '"score": 9', " ", "a"]
+
+    def text() -> str:
+        return "".join(rng.choice(pieces) for _ in range(rng.randrange(12)))
+
+    def value(depth: int):
+        kind = rng.randrange(6 if depth < 3 else 4)
+        if kind < 4:
+            return [text(), rng.uniform(-9, 9), True, None][kind]
+        if kind == 4:
+            return [value(depth + 1) for _ in range(rng.randrange(3))]
+        return {f"{rng.choice('abc')} {rng.choice(pieces)}": value(depth + 1) for _ in range(rng.randrange(3))}
+
+    for _ in range(500):
+        rows = [(f"k{index}", value(0)) for index in range(4)] + [("score", round(rng.uniform(0, 5), 2))]
+        rng.shuffle(rows)
+        reply = json.dumps(dict(rows), indent=rng.choice([None, 2]), ensure_ascii=rng.random() < 0.5)
+        assert score(reply) == dict(rows)["score"], reply
+
+
+def test_garbage_takes_no_time_and_raises_nothing_else():
+    rng = random.Random(1)
+    units = ['{"', "{", "[", '"', '{"a":', '" "', '"//', '", ', "\\", "`", "'", "“", "final score ", "9", " ", '"a":']
+    texts = [unit * (LIMIT // len(unit)) for unit in units] + ['{"a": "' + unit * 8000 for unit in units]
+    texts += ['{"a": "' + ('"' + " " * 199 + ", " + " " * 198 + "x") * 160]
+    texts += ["".join(rng.choice([*units, "score", ":", "}", "]", "\n"]) for _ in range(2000)) for _ in range(20)]
+    for text in texts:
+        start = time.process_time()
+        score(text[:LIMIT])
+        with pytest.raises(UnusableReply):
+            read_final_score(text[:LIMIT])
+        assert time.process_time() - start < 1.0, text[:20]
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("The cat is there.\nFinal Score: 4.5", 4.5),
+        ("**Final Score:** 3", 3),
+        ("final score: **2**.", 2),
+        ("Final Score: 4/5", 4),
+        ("Final Score: 3. No. Final Score: 4", 4),
+    ],
+)
+def test_final_score(reply, expected):
+    assert read_final_score(reply) == expected
+
+
+@pytest.mark.parametrize(
+    "reply", ["", "4", "Final Score: 0", "Final Score: 6", "Final Score: nan", "Final Score: 3-4", "Final Score: 80%"]
+)
+def test_no_final_score(reply):
+    with pytest.raises(UnusableReply):
+        read_final_score(reply)
