@@ -64,9 +64,9 @@ REWARDS: dict[str, Entry] = {
     "hpsv2": _entry("hpsv2", "HPSv2", "conditional", *_COSINE, factor=5),
     "hpsv2-quantized": _entry("hpsv2", "HPSv2", "conditional")._replace(steps_of="hpsv2"),
     "maniqa": _entry("maniqa", "Maniqa", "quality", low=0.0, factor=2),  # its last layer is a ReLU
-    "judge-quality": _entry("judge", "JudgeQuality", "realism", 0.0, 5.0, factor=0.25),
-    "judge-fake": _entry("judge", "JudgeFake", "realism", 0.0, 1.0, factor=0.25),
-    "judge-weird": _entry("judge", "JudgeWeird", "realism", 0.0, 1.0, factor=0.25),
+    "judge-quality": _entry("judge.rewards", "JudgeQuality", "realism", 0.0, 5.0, factor=0.25),
+    "judge-fake": _entry("judge.rewards", "JudgeFake", "realism", 0.0, 1.0, factor=0.25),
+    "judge-weird": _entry("judge.rewards", "JudgeWeird", "realism", 0.0, 1.0, factor=0.25),
     "aesthetic": _entry("aesthetic", "Aesthetic", "quality"),
     "imagereward": _entry("imagereward", "ImageReward", "conditional"),
     "pickscore": _entry("pickscore", "PickScore", "conditional", factor=1 / 26),
