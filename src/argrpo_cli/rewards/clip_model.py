@@ -8,6 +8,8 @@ clip.cosine(images, ["a photo of a dog"] * len(images))                  # float
 from __future__ import annotations
 
 import pickle
+import re
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,6 +69,8 @@ class Preprocess:
 
 def resize(images: Tensor, height: int, width: int, interpolation: str = "bicubic") -> Tensor:
     """Pillow's antialiased resize on a batch, bit for bit: rows, then columns, in its whole-number arithmetic.
+
+    Pillow 13 does the columns first where the height shrinks and the width grows, which "squash" alone can ask for.
 
     Args:
         images: uint8 [B, C, H, W].
@@ -342,10 +346,18 @@ def transformers_clip(config: Mapping[str, Any], path: Path, device: str, dtype:
         network = TransformersClip(config)
     load_state(network.clip, path)
     known = network.clip.config
-    tokenizer = open_clip.SimpleTokenizer(context_length=known.text_config.max_position_embeddings)
+    tokenizer = transformers_tokenizer(known.text_config.max_position_embeddings)
     if known.text_config.vocab_size != tokenizer.vocab_size:
         raise UserError(f"{path} has {known.text_config.vocab_size} words; CLIP's tokenizer has {tokenizer.vocab_size}")
     return ClipModel(network, tokenizer, Preprocess(known.vision_config.image_size), device, dtype)
+
+
+def transformers_tokenizer(length: int) -> open_clip.SimpleTokenizer:
+    """CLIP's tokenizer with transformers' cleaning of the text: other than open_clip's, it mends no encodings (ftfy)
+    and no HTML, so that typographic quotes and `&amp;` have tokens of their own."""
+    tokenizer = open_clip.SimpleTokenizer(context_length=length)
+    tokenizer.clean_fn = lambda text: re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).lower()
+    return tokenizer
 
 
 # weights
