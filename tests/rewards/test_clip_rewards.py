@@ -16,13 +16,13 @@ from argrpo_cli.rewards.aesthetic import Aesthetic, AestheticHead
 from argrpo_cli.rewards.clip import Clip
 from argrpo_cli.rewards.clip_model import (
     ClipModel,
-    Preprocess,
     build_open_clip,
     load_state,
     open_clip_config,
     tokenizer_of,
     transformers_tokenizer,
 )
+from argrpo_cli.rewards.clip_pixels import Preprocess
 from argrpo_cli.rewards.pickscore import PickScore, build_pickscore
 from tests.rewards.clips import CONFIG, random_clip, register, to_transformers, transformers_config
 
