@@ -14,7 +14,6 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.rewards import clip_model
 from argrpo_cli.rewards.clip_model import (
     ClipModel,
-    Preprocess,
     TransformersClip,
     build_open_clip,
     find_weights,
@@ -22,10 +21,10 @@ from argrpo_cli.rewards.clip_model import (
     load_state,
     open_clip_config,
     read_state,
-    resize,
     tokenizer_of,
     uninitialized,
 )
+from argrpo_cli.rewards.clip_pixels import Preprocess, resize
 from tests.rewards.clips import CONFIG, PIXELS, random_clip, register, transformers_config
 
 

@@ -16,12 +16,13 @@ from argrpo_cli.rewards.aesthetic import Aesthetic, AestheticHead
 from argrpo_cli.rewards.clip import Clip
 from argrpo_cli.rewards.clip_model import (
     ClipModel,
-    Preprocess,
     build_open_clip,
     load_state,
     open_clip_config,
     tokenizer_of,
+    transformers_tokenizer,
 )
+from argrpo_cli.rewards.clip_pixels import Preprocess
 from argrpo_cli.rewards.pickscore import PickScore, build_pickscore
 from tests.rewards.clips import CONFIG, random_clip, register, to_transformers, transformers_config
 
@@ -72,6 +73,27 @@ def test_a_clip_of_the_hub_is_fetched_file_by_file(folder, monkeypatch):
     torch.testing.assert_close(scores, expected(folder[1]), atol=1e-6, rtol=0)
     name = "openai/clip-vit-large-patch14"
     assert asked == [(name, "config.json"), (name, "model.safetensors")]
+
+
+def test_texts_are_cut_into_the_tokens_of_transformers():
+    from transformers import CLIPTokenizer
+
+    ours = transformers_tokenizer(77)
+    marks = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {marks.get(word, word): index for word, index in ours.encoder.items()}
+    theirs = CLIPTokenizer(vocab=vocabulary, merges=list(ours.bpe_ranks))
+    texts = [
+        *PROMPTS,
+        "",
+        "It's a dog's “café”,  NAÏVE; 100% &amp; fine!\n",
+        "日本の山の写真",
+        "I don’t KNOW…",
+        "e\u0301",
+    ]
+    for text, tokens in zip(texts, ours(texts).tolist(), strict=True):
+        assert (
+            tokens[: tokens.index(ours.eot_token_id) + 1] == theirs(text, truncation=True, max_length=77)["input_ids"]
+        )
 
 
 def test_another_kind_of_model_is_refused(folder):

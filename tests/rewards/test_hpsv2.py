@@ -71,6 +71,11 @@ def test_the_odd_pixel_of_a_border_is_at_the_bottom():
     assert (ours[:223] > 1).all() and (ours[223] < -1).all()
 
 
+def test_the_longest_side_decides_also_where_the_shortest_fits():
+    ours = preprocess(torch.full((1, 3, 300, 224), 255, dtype=torch.uint8))[0, 0]  # 224 x 167 and borders of 28 and 29
+    assert (ours[:, 28:195] > 1).all() and (ours[:, :28] < -1).all() and (ours[:, 195:] < -1).all()
+
+
 def test_the_network_has_the_names_and_sizes_of_the_published_checkpoints():
     with torch.device("meta"):
         state = build_hpsv2().state_dict()

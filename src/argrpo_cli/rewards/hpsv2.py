@@ -23,10 +23,10 @@ from argrpo_cli.rewards.clip_model import (
     check_dtype,
     find_weights,
     load_state,
-    normalize,
     tokenizer_of,
     uninitialized,
 )
+from argrpo_cli.rewards.clip_pixels import normalize
 
 REPOSITORY = "xswu/HPSv2"
 CHECKPOINTS = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
