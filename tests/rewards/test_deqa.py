@@ -14,6 +14,7 @@ from PIL import Image
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
 from argrpo_cli.rewards.deqa import Deqa, build_request, data_url, expected_level, score_of
+from tests.rewards.judge.fake_server import FakeServer
 
 LEVELS = ["excellent", "good", "fair", "poor", "bad"]
 
@@ -109,20 +110,23 @@ def test_images_travel_as_square_png():
     assert (pixels[6:] == (122, 116, 104)).all()
 
 
-def test_scores_come_in_order_and_what_is_missing_is_nan():
-    seen = []
-
-    def ask(requests):
-        seen.extend(requests)
-        return [reply({"good": -0.001, "bad": -9.0, "a": -20.0}), None, {"error": "busy"}]
-
-    scores = Deqa(ask=ask, model="m").score(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), [Condition("")] * 3)
-    assert scores.dtype == torch.float32
-    assert scores[0].item() == pytest.approx(4.0, abs=1e-3)
-    assert scores[1:].isnan().all()
-    assert [request["model"] for request in seen] == ["m"] * 3
+def test_scores_by_a_server_come_in_order_and_what_is_missing_is_nan():
+    """Each image is of one grey, by which the server knows it; see `fake_server`."""
+    sharp = {"good": -0.001, "bad": -9.0, "fair": -20.0, "poor": -20.0, "excellent": -20.0}
+    with FakeServer(models={"data": [{"id": "m"}]}) as server:
+        server.whole = {7: reply(sharp), 8: reply({"a": -0.1, "the": -3.0})}
+        server.script = {9: ["500", "500", "500"]}
+        deqa = Deqa(url=server.url, model="m", backoff=0.001)
+        images = torch.tensor([7, 8, 9, 7], dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
+        scores = deqa.score(images, [Condition("")] * 4)
+    assert scores.dtype == torch.float32 and deqa.remote
+    assert scores[[0, 3]].tolist() == pytest.approx([4.0, 4.0], abs=1e-3)
+    assert scores[1:3].isnan().all() and deqa.failures == 2
+    assert "500" in deqa.last_error and "attempt 3 of 3" in deqa.last_error
+    assert len(server.bodies[8]) == 3, "asked again"
+    assert server.bodies[7][0]["top_logprobs"] == 20 and "top_p" not in server.bodies[8][2]
 
 
 def test_without_a_server_it_says_so():
-    with pytest.raises(UserError, match="deqa has no server"):
+    with pytest.raises(UserError, match="deqa: url is missing"):
         Deqa()

@@ -11,7 +11,8 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
+from argrpo_cli.rewards.judge.replies import UnusableReply
+from argrpo_cli.rewards.judge.server import JudgeServer
 
 MODEL = "zhiyuanyou/DeQA-Score-Mix3"
 QUESTION = "How would you rate the quality of this image?"
@@ -27,8 +30,6 @@ LEVELS = {"excellent": 5.0, "good": 4.0, "fair": 3.0, "poor": 2.0, "bad": 1.0}
 TOP_LOGPROBS = 20  # the most that the protocol allows
 UNCERTAINTY = 0.05  # of the score, through levels that are not among the likeliest tokens
 BACKGROUND = (122, 116, 104)  # 255 x CLIP's mean, truncated: what published preprocessing makes images square with
-
-Ask = Callable[[list[dict[str, Any]]], Sequence[dict[str, Any] | None]]
 
 
 def build_request(image_url: str, model: str = MODEL) -> dict[str, Any]:
@@ -112,26 +113,53 @@ class Deqa:
     """Quality from 1 (bad) to 5 (excellent), by a model behind a server.
 
     Args:
-        ask: takes request bodies and gives the server's replies in their order, None where none came.
-        model: the model's name on the server.
+        url: of the OpenAI-compatible server; `model` is its name there. The others are JudgeServer's.
 
     Raises:
-        UserError: there is nobody to ask.
+        UserError: no url, an option out of range, a server that is not there or does not have the model.
     """
 
-    def __init__(self, device: str = "cpu", *, ask: Ask | None = None, model: str = MODEL):
-        if ask is None:
-            raise UserError(f"deqa has no server; name the OpenAI-compatible server that runs {MODEL}")
-        self.device, self.ask, self.model = device, ask, model
+    remote = True
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        url: str | None = None,
+        model: str = MODEL,
+        attempts: int = 3,
+        concurrency: int = 16,
+        timeout: float = 60.0,
+        backoff: float = 1.0,
+    ):
+        if url is None:
+            raise UserError(
+                f"deqa: url is missing; serve {MODEL} with an OpenAI-compatible server and give its url, such as "
+                "http://localhost:8000/v1"
+            )
+        self.device, self.failures, self.last_error = device, 0, ""
+        self.server = JudgeServer(
+            url, model, attempts=attempts, concurrency=concurrency, timeout=timeout, backoff=backoff
+        )
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B], NaN where the server gave no score; the conditions are not looked at."""
-        replies = self.ask([build_request(data_url(image), self.model) for image in images])
-        return torch.tensor([_score_or_nan(reply) for reply in replies], device=self.device)
+        if not len(images):
+            return torch.zeros(0, device=self.device)
+        requests = [partial(_request, image, self.server.model) for image in images.cpu()]
+        answers = self.server.complete(requests, _read, resample=False)
+        failed = [answer.reason for answer in answers if answer.reason]
+        self.failures += len(failed)
+        self.last_error = failed[-1] if failed else self.last_error
+        return torch.tensor([answer.score for answer in answers], device=self.device)
 
 
-def _score_or_nan(reply: dict[str, Any] | None) -> float:
+def _request(image: Tensor, model: str) -> dict[str, Any]:
+    return build_request(data_url(image), model)
+
+
+def _read(response: Any) -> float:
     try:
-        return math.nan if reply is None else score_of(reply)
-    except ValueError:
-        return math.nan
+        return score_of(response)
+    except ValueError as error:
+        raise UnusableReply(str(error)) from error

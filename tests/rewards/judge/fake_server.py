@@ -36,6 +36,7 @@ class FakeServer(ThreadingHTTPServer):
         self.models = {"object": "list", "data": [{"id": MODEL}]} if models is None else models
         self.models_fault = ""
         self.script: dict[int, list[str]] = {}
+        self.whole: dict[int, dict[str, Any]] = {}  # responses to send as they are
         self.delay: Callable[[int], float] = lambda grey: 0.0
         self.attempts: Counter[int] = Counter()
         self.bodies: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -103,6 +104,9 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(server.delay(grey))
         with server.lock:
             server.now -= 1
+        if grey in server.whole:
+            self.send(200, json.dumps(server.whole[grey]).encode())
+            return
         script = server.script.get(grey, [])
         self.fault(script[attempt] if attempt < len(script) else server.reply(grey))
 

@@ -15,6 +15,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from argrpo_cli.errors import UserError, did_you_mean
@@ -92,30 +93,57 @@ class JudgeServer:
             prompts: the texts before and after each image.
             read: from a reply to its score, or UnusableReply.
         """
+
+        def request(image: Image, prompt: tuple[str, str]) -> dict[str, Any]:
+            content = _content(prompt, data_url(image, self.image_format))
+            return {"messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS}
+
+        def text(response: Any) -> float:
+            reply = self._text(response)
+            try:
+                return read(reply)
+            except UnusableReply as error:
+                raise UnusableReply(f"{error}: {self._excerpt(reply)}") from None
+
+        jobs = zip(images, prompts, strict=True)
+        return self.complete([partial(request, image, prompt) for image, prompt in jobs], text)
+
+    def complete(
+        self, requests: Sequence[Callable[[], dict[str, Any]]], read: Callable[[Any], float], resample: bool = True
+    ) -> list[Answer]:
+        """Chat completions of any kind, in the order of the requests.
+
+        Args:
+            requests: each makes the body of one, without the model; made when its turn comes, since images are large.
+            read: from the response's JSON to the score, or UnusableReply.
+            resample: decode by `temperature`, and otherwise where a reply has no score; False leaves the body as it is.
+        """
         exchanges = Exchanges(self.timeout)
-        pool = ThreadPoolExecutor(max(1, min(self.concurrency, len(images))), thread_name_prefix="judge")
+        pool = ThreadPoolExecutor(max(1, min(self.concurrency, len(requests))), thread_name_prefix="judge")
         try:
-            return list(pool.map(lambda image, prompt: self._ask(exchanges, image, prompt, read), images, prompts))
+            return list(pool.map(lambda request: self._complete(exchanges, request(), read, resample), requests))
         except BaseException:
             exchanges.stop()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _ask(self, exchanges: Exchanges, image: Image, prompt: tuple[str, str], read: Callable[[str], float]) -> Answer:
-        sampling: dict[str, float] = _sampling(self.temperature)
-        messages = [{"role": "user", "content": _content(prompt, data_url(image, self.image_format))}]
+    def _complete(
+        self, exchanges: Exchanges, request: dict[str, Any], read: Callable[[Any], float], resample: bool
+    ) -> Answer:
+        sampling: dict[str, float] = _sampling(self.temperature) if resample else {}
         why, attempt = "", 0
         while attempt < self.attempts:
             if not self._top_k_accepted:
                 sampling.pop("top_k", None)
-            body = {"model": self.model, "messages": messages, "max_tokens": MAX_TOKENS, **sampling}
+            body = {"model": self.model, **request, **sampling}
             wait = 0.0
             try:
-                reply = self._text(self._json(exchanges, "POST", "/chat/completions", body))
-                return Answer(read(reply))
+                return Answer(read(self._json(exchanges, "POST", "/chat/completions", body)))
             except UnusableReply as error:
-                why, sampling = f"{error}: {self._excerpt(reply)}", dict(RESAMPLING)
+                why = self._clean(str(error))
+                if resample:
+                    sampling = dict(RESAMPLING)
             except Fault as fault:
                 why, wait = self._clean(str(fault)), fault.wait
                 if fault.status in (400, 422) and "top_k" in sampling:  # OpenAI's own servers know no top_k
