@@ -246,6 +246,14 @@ def test_the_key_is_in_nothing_that_is_kept_or_printed(server, capfd, caplog):
     assert judge.failures >= 20 and "Secret" not in seen
 
 
+def test_no_part_of_the_key_is_left_where_a_text_is_cut(server):
+    for before in range(55, 80):
+        server.script[before] = ["x" * before + KEY]
+    judge = JudgeQuality(url=server.url, attempts=1, **QUICK)
+    for before in range(55, 80):
+        assert judge.score(grey(before), prompts(1)).isnan() and "sk-" not in judge.last_error
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
