@@ -16,15 +16,14 @@ from argrpo_cli.rewards.clip_model import (
     ClipModel,
     TransformersClip,
     build_open_clip,
-    find_weights,
     load_open_clip,
     load_state,
     open_clip_config,
-    read_state,
     tokenizer_of,
     uninitialized,
 )
 from argrpo_cli.rewards.clip_pixels import Preprocess, resize
+from argrpo_cli.rewards.published import published_file, read_state
 from tests.rewards.clips import CONFIG, PIXELS, random_clip, register, transformers_config
 
 
@@ -225,8 +224,8 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
 
 
 def test_files_that_hold_no_weights_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no weights file .*nowhere"):
-        find_weights(tmp_path / "nowhere.pt", "a/b", ["c"])
+    with pytest.raises(UserError, match=r"weights not found: .*nowhere"):
+        published_file("a/b", ["c"], tmp_path / "nowhere.pt")
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "text.safetensors").write_text("hello")
     torch.save([1, 2], tmp_path / "list.pt")

@@ -161,7 +161,7 @@ def test_the_aesthetic_head_has_the_published_names():
 
 
 def test_the_aesthetic_head_is_opened_before_its_clip(tmp_path):
-    with pytest.raises(UserError, match=r"no weights file .*nowhere"):
+    with pytest.raises(UserError, match=r"weights not found: .*nowhere"):
         Aesthetic(weights=tmp_path / "nowhere.pth")
 
 
@@ -187,8 +187,8 @@ def test_pickscore_has_the_names_and_sizes_of_vit_h_14_in_transformers_layout():
 def test_weights_of_another_network_are_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(pickscore, "CONFIG", transformers_config(CONFIG, "gelu"))
     torch.save(random_clip().state_dict(), tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"does not fit CLIPModel: missing .* and \d+ more; unexpected ") as caught:
+    with pytest.raises(UserError, match=r"weights do not fit: .*missing .* and \d+ more; unexpected ") as caught:
         PickScore(weights=tmp_path / "w.pt")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="does not fit AestheticHead"):
+    with pytest.raises(UserError, match="weights do not fit: "):
         load_state(AestheticHead(), tmp_path / "w.pt")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from argrpo_cli.conditions import Condition
-from argrpo_cli.rewards.clip_model import find_weights, load_open_clip, load_state
+from argrpo_cli.rewards.clip_model import load_open_clip, load_state
+from argrpo_cli.rewards.published import published_file
 
 # A copy of the published file, which lies in the repository above, under its name there. SHA-256 of the published one:
 # 21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0.
@@ -64,7 +65,7 @@ class Aesthetic:
         dtype: str = "float32",
     ):
         self.head = AestheticHead()
-        load_state(self.head, find_weights(weights, REPOSITORY, [CHECKPOINT]))
+        load_state(self.head, published_file(REPOSITORY, CHECKPOINT, weights))
         self.head.to(device).eval().requires_grad_(False)
         self.clip = load_open_clip(*CLIP, clip_weights, device, dtype)
 

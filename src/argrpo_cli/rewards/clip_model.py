@@ -7,10 +7,8 @@ clip.cosine(images, ["a photo of a dog"] * len(images))                  # float
 
 from __future__ import annotations
 
-import pickle
 import re
 import unicodedata
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -27,6 +24,7 @@ from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.files import read_json
 from argrpo_cli.hub import fetch
 from argrpo_cli.rewards.clip_pixels import Preprocess
+from argrpo_cli.rewards.published import fit_state, published_file, read_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REMEMBERED = 10_000  # prompts; 40 MB of features of width 1024
@@ -125,7 +123,7 @@ def load_open_clip(
         config, pixels = open_clip_config(model, pretrained)
         repo, _, file = pixels["hf_hub"].rpartition("/")
         files = (file,) if file else OPEN_CLIP_FILES
-    path = find_weights(weights, repo, files)
+    path = published_file(repo, files, weights)
     prepare = preprocess_of(config, pixels, model)
     with uninitialized():
         network = build_open_clip(config)
@@ -242,7 +240,7 @@ def load_transformers_clip(
         weights = next((folder / name for name in TRANSFORMERS_FILES if (folder / name).is_file()), None)
         if weights is None:
             raise UserError(f"{model} has neither {' nor '.join(TRANSFORMERS_FILES)}")
-    return transformers_clip(config, find_weights(weights, model, TRANSFORMERS_FILES), device, dtype)
+    return transformers_clip(config, published_file(model, TRANSFORMERS_FILES, weights), device, dtype)
 
 
 def transformers_clip(config: Mapping[str, Any], path: Path, device: str, dtype: str) -> ClipModel:
@@ -268,48 +266,8 @@ def transformers_tokenizer(length: int) -> open_clip.SimpleTokenizer:
 # weights
 
 
-def find_weights(weights: str | Path | None, repo: str, files: Sequence[str]) -> Path:
-    """The local file `weights`, or the first of `files` that the hub's `repo` has.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    if weights is not None:
-        path = Path(weights)
-        if not path.is_file():
-            raise UserError(f"no weights file {path}")
-        return path
-    first: UserError | None = None
-    for file in files:
-        try:
-            return fetch(repo, file)
-        except UserError as error:
-            first = first or error
-    raise first or ValueError("no file asked for")
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors file or a torch checkpoint (on top or under `state_dict`); no code is run.
-
-    Raises:
-        UserError: the file cannot be read or holds no state dict.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is not a readable file of weights: it holds something else") from error
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        raise UserError(f"{path} is not a readable file of weights: {_first_line(error)}") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state dict, neither on top nor under 'state_dict'")
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
 def load_state(network: nn.Module, path: Path) -> None:
-    """Fill a network with the weights of a file, strictly, in the network's own floating-point type.
+    """Fill a network with the weights of a file, strictly, in float32.
 
     Tables of positions 0, 1, 2, ... that older transformers saved are left out, and a single number may be stored
     with or without a dimension.
@@ -317,22 +275,15 @@ def load_state(network: nn.Module, path: Path) -> None:
     Raises:
         UserError: what is missing, unexpected or of another shape.
     """
-    own, state = network.state_dict(), read_state(path)
+    own, read = network.state_dict(), read_state(path, ("state_dict",))
+    state = {key.removeprefix("module."): value for key, value in read.items()}
     state = {key: value for key, value in state.items() if key in own or not key.endswith(".position_ids")}
     if isinstance(network, open_clip.CustomTextCLIP) and "positional_embedding" in state:
         state = open_clip.model.convert_to_custom_text_state_dict(state)
     for key, value in state.items():
-        if key in own and isinstance(value, Tensor) and value.numel() == own[key].numel() == 1:
+        if key in own and value.numel() == own[key].numel() == 1:
             state[key] = value.reshape(own[key].shape)
-    wrong = [key for key in own if key in state and _shape(state[key]) != tuple(own[key].shape)]
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "wrong shape": [f"{key} is {_shape(state[key])}, expected {tuple(own[key].shape)}" for key in wrong],
-    }
-    if told := [f"{what} {_some(keys)}" for what, keys in problems.items() if keys]:
-        raise UserError(f"{path} does not fit {type(network).__name__}: {'; '.join(told)}")
-    network.load_state_dict(state)
+    fit_state(network, state, path)
 
 
 @contextmanager

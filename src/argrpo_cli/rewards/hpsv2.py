@@ -21,12 +21,12 @@ from argrpo_cli.rewards.clip_model import (
     ClipModel,
     build_open_clip,
     check_dtype,
-    find_weights,
     load_state,
     tokenizer_of,
     uninitialized,
 )
 from argrpo_cli.rewards.clip_pixels import normalize
+from argrpo_cli.rewards.published import published_file
 
 REPOSITORY = "xswu/HPSv2"
 CHECKPOINTS = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
@@ -79,15 +79,16 @@ class HPSv2:
         self,
         device: str = "cpu",
         *,
-        version: str = "2.1",
+        version: str | float = "2.1",
         weights: str | Path | None = None,
         dtype: str = "float32",
     ):
+        version = str(version)  # YAML reads 2.0 as a number
         if version not in CHECKPOINTS:
             hint = did_you_mean(version, CHECKPOINTS)
             raise UserError(f"hpsv2 has no version {version!r}; there are {', '.join(CHECKPOINTS)}{hint}")
         check_dtype(dtype)
-        path = find_weights(weights, REPOSITORY, [CHECKPOINTS[version]])
+        path = published_file(REPOSITORY, CHECKPOINTS[version], weights)
         with uninitialized():
             network = build_hpsv2()
         load_state(network, path)

@@ -16,9 +16,9 @@ from argrpo_cli.rewards.clip_model import (
     TRANSFORMERS_FILES,
     TransformersClip,
     check_dtype,
-    find_weights,
     transformers_clip,
 )
+from argrpo_cli.rewards.published import published_file
 
 REPOSITORY = "yuvalkirstain/PickScore_v1"
 CONFIG = {
@@ -63,7 +63,7 @@ class PickScore:
 
     def __init__(self, device: str = "cpu", *, weights: str | Path | None = None, dtype: str = "float32"):
         check_dtype(dtype)
-        path = find_weights(weights, REPOSITORY, TRANSFORMERS_FILES)
+        path = published_file(REPOSITORY, TRANSFORMERS_FILES, weights)
         self.clip = transformers_clip(CONFIG, path, device, dtype)
 
     @torch.inference_mode()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -15,17 +14,24 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.hub import fetch
 
 
-def published_file(repo: str, file: str, weights: str | Path | None = None) -> Path:
-    """The local file `weights` when it is given, else `file` of a hub repository, fetched once.
+def published_file(repo: str, files: str | Sequence[str], weights: str | Path | None = None) -> Path:
+    """The local file `weights` when it is given, else the first of `files` that a hub repository has, fetched once.
 
     Raises:
         UserError: the local file is absent, or the hub's cannot be fetched.
     """
-    if weights is None:
-        return fetch(repo, file)
-    if not Path(weights).is_file():
-        raise UserError(f"weights not found: {weights}; give the file {file} of https://huggingface.co/{repo}")
-    return Path(weights)
+    names = [files] if isinstance(files, str) else list(files)
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise UserError(f"weights not found: {weights}; give the file {names[0]} of https://huggingface.co/{repo}")
+        return Path(weights)
+    first: UserError | None = None
+    for name in names:
+        try:
+            return fetch(repo, name)
+        except UserError as error:
+            first = first or error
+    raise first or ValueError("no file asked for")
 
 
 def read_state(path: str | Path, wrappers: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -41,12 +47,13 @@ def read_state(path: str | Path, wrappers: Sequence[str] = ()) -> dict[str, Tens
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError as error:
         raise UserError(f"weights not found: {path}") from error
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a readable file of weights ({why}); fetch it again") from error
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        raise UserError(
+            f"{path} is not a readable file of weights: it is cut off, damaged or something else"
+        ) from error
     for key in wrappers:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
