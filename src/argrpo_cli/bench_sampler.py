@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         if device == "cpu":
             jobs["floor"] = partial(linear_layers_alone, model, len(classes), scale)
             jobs["packed"] = partial(linear_layers_alone, model, len(classes), scale, packed=True)
-        else:  # kernels are compiled and graphs captured on the first call
+        else:  # libraries choose their kernels on the first call
             for job in jobs.values():
                 job()
             torch.cuda.reset_peak_memory_stats()

@@ -64,7 +64,7 @@ class SamplingSettings:
     top_p: float = 1.0
     cfg_interval: int = -1  # the last decoding step that is guided; -1 guides all
     dtype: str = "float32"
-    resize: int | None = None  # pixels a side that the images are scaled to (bicubic), None as drawn
+    resize: int | None = None  # pixels a side that the images are scaled to, see `Policy.decode`; None as drawn
 
 
 @dataclass(frozen=True)
@@ -201,14 +201,11 @@ def _draw(
         seeds=[shot.seed for shot in batch],
         batch_size=len(batch),
     )
-    pixels = policy.decode(tokens).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = policy.decode(tokens, settings.resize).permute(0, 2, 3, 1).cpu().numpy()
     missing = {shot.file for shot in wanted}
     for shot, array in zip(batch, pixels, strict=True):
         if shot.file in missing:
-            image = Image.fromarray(array)
-            if settings.resize is not None:
-                image = image.resize((settings.resize, settings.resize), Image.Resampling.BICUBIC)
-            save_png(out / shot.file, image)
+            save_png(out / shot.file, Image.fromarray(array))
 
 
 def _whole(path: Path) -> bool:
@@ -309,15 +306,18 @@ def _write_grid(shots: Sequence[_Shot], per_class: int, out: Path) -> None:
 
 
 def _write_npz(paths: Sequence[Path], target: Path) -> None:
-    """arr_0 uint8 [N, H, W, 3] in the order of metadata.jsonl, streamed so that any number fits in memory."""
+    """`arr_0` uint8 [N, H, W, 3], and `index` int64 [N], the place of each image in metadata.jsonl.
+
+    Shuffled, always in the same way: ADM's evaluator takes the inception score of 5,000 images in a row, and in the
+    order of the classes those would be 100 classes. Streamed, so that any number fits in memory.
+    """
+    order = np.random.default_rng(0).permutation(len(paths))
     first = read_image(paths[0])
-    shape = (len(paths), *first.shape[1:], 3)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with (
-        atomic_path(target) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as member,
-    ):
-        np.lib.format.write_array_header_1_0(member, header)
-        for path in paths:
-            member.write(np.ascontiguousarray(read_image(path).transpose(1, 2, 0)).tobytes())
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *first.shape[1:], 3)}
+    with atomic_path(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for index in order:
+                member.write(np.ascontiguousarray(read_image(paths[index]).transpose(1, 2, 0)).tobytes())
+        with archive.open("index.npy", "w") as member:
+            np.lib.format.write_array(member, order)

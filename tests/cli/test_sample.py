@@ -69,13 +69,16 @@ def test_a_class_named_twice_is_drawn_once(sample, tmp_path):
     assert len(sample(tmp_path / "a", "--class", "dog", "--class", "3", "--n", 2)) == 2
 
 
-def test_npz_holds_the_images_in_the_order_of_the_metadata(sample, tmp_path):
+def test_npz_holds_the_images_shuffled_with_their_place_in_the_metadata(sample, tmp_path):
     out = tmp_path / "a"
     sample(out, "--n", 2, "--npz")
-    array = np.load(out / "samples.npz")["arr_0"]
+    with np.load(out / "samples.npz") as archive:
+        array, index = archive["arr_0"], archive["index"]
     assert array.shape == (2 * CLASSES, IMAGE_SIZE, IMAGE_SIZE, 3) and array.dtype == np.uint8
-    for row, pixels in zip(read_jsonl(out / "metadata.jsonl"), array, strict=True):
-        np.testing.assert_array_equal(np.asarray(Image.open(out / row["file"])), pixels)
+    assert sorted(index) == list(range(2 * CLASSES)) and sorted(index) != list(index)
+    rows = read_jsonl(out / "metadata.jsonl")
+    for place, pixels in zip(index, array, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(out / rows[place]["file"])), pixels)
 
 
 def test_an_interrupted_folder_is_completed_and_what_is_there_kept(sample, tmp_path, capsys):

@@ -181,6 +181,18 @@ def test_sampling_settings_reach_the_sampler():
         assert not torch.equal(policy.sample(conditions, seeds=seeds, **change), default), change
 
 
+def test_decoding_to_another_size_is_llamagens():
+    """Bicubic without antialiasing on the decoder's numbers, before they are bytes."""
+    policy = miniature()
+    tokens = policy.sample(policy.conditions([0, 1]), seeds=[1, 2])
+    small = policy.decode(tokens, size=policy.image_size // 2)
+    decoded = policy.tokenizer.decode_tokens(tokens)
+    expected = torch.nn.functional.interpolate(decoded, small.shape[-2:], mode="bicubic", antialias=False)
+    expected = (127.5 * expected + 127.5).clamp(0, 255).round()
+    assert (small.float() - expected).abs().max() <= 1
+    assert torch.equal(policy.decode(tokens, size=policy.image_size), policy.decode(tokens))
+
+
 def test_no_conditions_give_no_images():
     policy = miniature()
     assert policy.sample([]).shape == (0, 16)

@@ -134,14 +134,14 @@ def test_every_wrapping_opens(tiny, wrapping):
     assert all(torch.equal(state[key], value) for key, value in weights.items())
 
 
-def test_a_tokenizer_is_its_running_mean_and_a_policy_is_not(tiny):
+def test_a_running_mean_beside_the_weights_is_passed_over(tiny):
     for file in ("c2i_tiny_256.pt", "vq_ds16_c2i.pt"):
         weights = weights_of(tiny / file)
         torch.save({"model": weights, "ema": {key: value + 1 for key, value in weights.items()}}, tiny / file)
     policy = load_policy(tiny / "c2i_tiny_256.pt")
     assert torch.equal(policy.model.lm_head.weight, weights_of(tiny / "c2i_tiny_256.pt")["output.weight"])
-    mean = torch.load(tiny / "vq_ds16_c2i.pt", weights_only=True)["ema"]["quantize.embedding.weight"]
-    assert torch.equal(policy.tokenizer.quantize.embedding.weight, mean)
+    codebook = weights_of(tiny / "vq_ds16_c2i.pt")["quantize.embedding.weight"]
+    assert torch.equal(policy.tokenizer.quantize.embedding.weight, codebook)
 
 
 def test_weights_in_half_precision_are_opened_as_asked(tiny):

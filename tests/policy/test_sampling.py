@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.policy import decoding, sampling
+from argrpo_cli.policy import decoding, packing, sampling
 from argrpo_cli.policy.checkpoints import from_published, to_published
 from argrpo_cli.policy.config import LlamaGenConfig
-from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.modeling import LlamaGenForImageGeneration, RMSNorm, attend_one, guide
 from argrpo_cli.policy.packing import packed_linears
-from argrpo_cli.policy.sampling import draw_tokens, filter_logits, inverse_cdf, sample_tokens
+from argrpo_cli.policy.sampling import draw_tokens, filter_logits, image_uniforms, inverse_cdf, sample_tokens
 from tests.formula import formula_weights
 from tests.goldens import TOLERANCE, cases, golden_model, max_difference, tensors
 
@@ -140,6 +140,57 @@ def test_packed_linear_layers_compute_the_same_and_leave_no_trace():
     assert "forward" not in vars(layer)
     with torch.autocast("cpu", torch.bfloat16), packed_linears(model, rows=4) as packed:
         assert not packed, "the copies would not be cast"
+
+
+def test_packing_minds_biases_and_leaves_no_trace_of_a_failure(monkeypatch):
+    layer, x = torch.nn.Linear(8, 4), torch.randn(3, 8)
+    plain = layer(x)
+    with packed_linears(layer, rows=3):
+        assert max_difference(layer(x), plain) < 1e-6
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    pack = packing._packed
+    monkeypatch.setattr(packing, "_packed", lambda layer, rows: pack(layer, rows) if layer is layers[0] else 1 / 0)
+    with pytest.raises(ZeroDivisionError), packed_linears(layers, rows=3):
+        pass
+    assert not any("forward" in vars(layer) for layer in layers)
+    with packed_linears(torch.nn.Identity(), rows=3) as packed:
+        assert not packed
+
+
+def test_half_precision_keeps_its_sums_in_float32():
+    """The softmax, the norm and guidance; against float64 on the same bfloat16 numbers."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 16, generator=generator).bfloat16() for n in (1, 400, 400))
+    scores = ((q * 0.25) @ k.transpose(-1, -2)).double()  # whose own rounding is not at question
+    exact = scores.softmax(-1) @ v.double()
+    assert max_difference(attend_one(q, k, v, None).double(), exact) < 2e-3
+    norm = RMSNorm(16, 1e-5).bfloat16()
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(16, generator=generator))
+    x = torch.randn(4, 16, generator=generator).bfloat16()
+    wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+    assert torch.equal(norm(x), wide.bfloat16() * norm.weight), "cast back, then scaled, as published"
+    conditional, null = torch.full((1, 1), 100.25).bfloat16(), torch.full((1, 1), 100.0).bfloat16()
+    conditional[0, 0] = 101.0
+    assert guide(conditional, null, 7.5).item() == torch.tensor(107.5).bfloat16().item()
+
+
+def test_the_noise_of_a_seed_is_torchs_own_stream():
+    uniforms = image_uniforms([3, 4], 5, torch.device("cpu"))
+    for row, seed in zip(uniforms, (3, 4), strict=True):
+        expected = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(row, expected) and row.dtype == torch.float64
+
+
+def test_a_model_of_peft_is_sampled_with_its_adapters():
+    from peft import LoraConfig, get_peft_model
+
+    plain, class_ids = golden_model("A_c2i"), torch.tensor([1, 2])
+    tuned = get_peft_model(copy.deepcopy(plain), LoraConfig(r=2, target_modules=["wqkv"], init_lora_weights=False))
+    settings = {"cfg_scale": 2.0, "seeds": [0, 1], "return_logprobs": "guided"}
+    assert not torch.equal(
+        sample_tokens(tuned, class_ids, **settings)[1], sample_tokens(plain, class_ids, **settings)[1]
+    )
 
 
 def test_decoding_works_with_grouped_queries():

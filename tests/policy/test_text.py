@@ -140,3 +140,22 @@ def test_a_class_policy_reads_no_captions(tmp_path):
     save_tiny_policy(tmp_path)
     with pytest.raises(UserError, match="no class 'a dog'"):
         load_policy(tmp_path).conditions(["a dog"])
+
+
+def test_a_published_encoder_cleans_reads_in_bfloat16_and_pads_as_told(tmp_path):
+    """`open_text_encoder` on a folder in the place of a name of the hub."""
+    tiny_text_encoder().save(tmp_path)
+    encoder = text.open_text_encoder(str(tmp_path))
+    assert encoder.cleans and next(encoder.model.parameters()).dtype == torch.bfloat16
+    (left, mask), (same, _) = encoder.encode(["a dog"], 6), encoder.encode(["<b>A</b> DOG #123456"], 6)
+    assert torch.equal(left, same) and mask.tolist() == [[0, 0, 0, 1, 1, 1]]
+    right, right_mask = text.open_text_encoder(str(tmp_path), right_padded=True).encode(["a dog"], 6)
+    assert right_mask.tolist() == [[1, 1, 1, 0, 0, 0]]
+    assert torch.equal(right[0, :3], left[0, 3:])
+
+
+def test_a_policy_can_be_trained_on_features():
+    features, _ = tiny_text_encoder().encode(["a dog"], length=6)
+    weight = torch.ones(features.shape[-1], requires_grad=True)
+    (features @ weight).sum().backward()
+    assert weight.grad is not None

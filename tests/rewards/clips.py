@@ -11,6 +11,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from argrpo_cli.rewards import clip_model, published
 from argrpo_cli.rewards.clip_model import build_open_clip
 
 DATA = Path(__file__).parents[1] / "data" / "hpsv2"
@@ -131,3 +132,9 @@ def golden_clip() -> tuple[dict[str, Any], list[str], dict[str, Tensor], dict[st
     weights["token_embedding.weight"] = words
     results = {key.removeprefix("out/"): value for key, value in arrays.items() if key.startswith("out/")}
     return known["config"], known["prompts"], weights, results
+
+
+def patch_fetch(monkeypatch, fetch) -> None:
+    """Let rewards fetch published files by `fetch(repo, file)`."""
+    for module in (clip_model, published):
+        monkeypatch.setattr(module, "fetch", fetch)

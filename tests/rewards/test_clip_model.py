@@ -24,7 +24,7 @@ from argrpo_cli.rewards.clip_model import (
 )
 from argrpo_cli.rewards.clip_pixels import Preprocess, resize
 from argrpo_cli.rewards.published import published_file, read_state
-from tests.rewards.clips import CONFIG, PIXELS, random_clip, register, transformers_config
+from tests.rewards.clips import CONFIG, PIXELS, patch_fetch, random_clip, register, transformers_config
 
 
 def pictures(height: int, width: int, count: int = 2) -> torch.Tensor:
@@ -189,7 +189,7 @@ def test_published_weights_are_sought_under_the_names_of_the_hub(tmp_path, monke
 
     torch.save(random_clip().state_dict(), tmp_path / "weights.pt")
     register(monkeypatch)
-    monkeypatch.setattr(clip_model, "fetch", fetch)
+    patch_fetch(monkeypatch, fetch)
     load_open_clip("tiny")
     assert asked == [("someone/tiny", "open_clip_model.safetensors"), ("someone/tiny", "open_clip_pytorch_model.bin")]
     register(monkeypatch, tags={"openai": {**PIXELS, "hf_hub": "someone/tiny/other.bin"}})
@@ -206,7 +206,7 @@ def test_a_hub_repository_in_open_clips_layout(tmp_path, monkeypatch):
     save_file(
         {k: v.contiguous() for k, v in random_clip().state_dict().items()}, tmp_path / "open_clip_model.safetensors"
     )
-    monkeypatch.setattr(clip_model, "fetch", lambda repo, file: tmp_path / file if repo == "me/mine" else None)
+    patch_fetch(monkeypatch, lambda repo, file: tmp_path / file if repo == "me/mine" else None)
     clip = load_open_clip("hf-hub:me/mine")
     assert clip.prepare(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)).unique().tolist() == [1.0]
 
@@ -220,7 +220,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
         load_state(build_open_clip(CONFIG), tmp_path / "w.pt")
     told = str(caught.value)
     assert "missing ln_final.weight" in told and "unexpected surprise" in told and "\n" not in told
-    assert "visual.proj is (32, 5), expected (32, 24)" in told
+    assert "visual.proj is [32, 5], expected [32, 24]" in told
 
 
 def test_files_that_hold_no_weights_are_refused(tmp_path):

@@ -24,7 +24,7 @@ from argrpo_cli.rewards.clip_model import (
 )
 from argrpo_cli.rewards.clip_pixels import Preprocess
 from argrpo_cli.rewards.pickscore import PickScore, build_pickscore
-from tests.rewards.clips import CONFIG, random_clip, register, to_transformers, transformers_config
+from tests.rewards.clips import CONFIG, patch_fetch, random_clip, register, to_transformers, transformers_config
 
 PROMPTS = ["a photo of a dog", "two red cars", "a photo of a dog", "very " * 100 + "long"]
 CONDITIONS = [Condition(prompt, 3) for prompt in PROMPTS]
@@ -68,7 +68,7 @@ def test_a_clip_of_transformers_gives_open_clips_scores(folder):
 
 def test_a_clip_of_the_hub_is_fetched_file_by_file(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(clip_model, "fetch", lambda repo, file: asked.append((repo, file)) or folder[0] / file)
+    patch_fetch(monkeypatch, lambda repo, file: asked.append((repo, file)) or folder[0] / file)
     scores = Clip(model="openai/clip-vit-large-patch14").score(IMAGES, CONDITIONS)
     torch.testing.assert_close(scores, expected(folder[1]), atol=1e-6, rtol=0)
     name = "openai/clip-vit-large-patch14"
@@ -104,7 +104,7 @@ def test_another_kind_of_model_is_refused(folder):
         Clip(model=str(path))
     config["text_config"]["vocab_size"] = 1000
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"token_embedding.weight is \(49408, 16\), expected \(1000, 16\)"):
+    with pytest.raises(UserError, match=r"token_embedding.weight is \[49408, 16\], expected \[1000, 16\]"):
         Clip(model=str(path))
     (path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"neither model.safetensors nor pytorch_model.bin"):
@@ -113,7 +113,7 @@ def test_another_kind_of_model_is_refused(folder):
 
 def test_openais_own_names_are_open_clips(monkeypatch):
     asked = []
-    monkeypatch.setattr(clip_model, "fetch", lambda repo, file: asked.append(repo) or _stop())
+    patch_fetch(monkeypatch, lambda repo, file: asked.append(repo) or _stop())
     for model in ("ViT-B/32", "ViT-L-14", "ViT-B-32-quickgelu"):
         with pytest.raises(KeyboardInterrupt):
             Clip(model=model)

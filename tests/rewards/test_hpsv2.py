@@ -9,9 +9,9 @@ import torch
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
-from argrpo_cli.rewards import clip_model, hpsv2
+from argrpo_cli.rewards import hpsv2
 from argrpo_cli.rewards.hpsv2 import HPSv2, build_hpsv2, preprocess
-from tests.rewards.clips import DATA, golden_clip, register
+from tests.rewards.clips import DATA, golden_clip, patch_fetch, register
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_the_network_has_the_names_and_sizes_of_the_published_checkpoints():
 @pytest.mark.parametrize(("version", "file"), [("2.1", "HPS_v2.1_compressed.pt"), ("2.0", "HPS_v2_compressed.pt")])
 def test_each_version_has_its_published_file(tiny, monkeypatch, version, file):
     asked = []
-    monkeypatch.setattr(clip_model, "fetch", lambda repo, name: asked.append((repo, name)) or tiny[0])
+    patch_fetch(monkeypatch, lambda repo, name: asked.append((repo, name)) or tiny[0])
     HPSv2(version=version)
     assert asked == [("xswu/HPSv2", file)]
 

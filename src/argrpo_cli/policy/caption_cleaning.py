@@ -99,7 +99,7 @@ def clean_caption(text: str) -> str:
     text = _apply(CHARACTERS, text)
     if len(_JOINT.findall(text)) > MOST_JOINTS:
         text = _JOINT.sub(" ", text)
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return _apply(EDGES, _apply(PHRASES, text)).strip()
 
 

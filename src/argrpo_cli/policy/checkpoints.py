@@ -29,9 +29,8 @@ RENAMES = {
 RENAMES_BACK = {ours: published for published, ours in RENAMES.items()}
 
 # A training checkpoint holds the weights under one of these; a consolidated one is the state dict itself. Where a
-# running mean of the weights lies beside them, the published scripts take it for tokenizers only.
+# running mean of the weights lies beside them, the published samplers take the weights.
 WRAPPERS = ("model", "module", "state_dict", "ema")
-TOKENIZER_WRAPPERS = ("ema", "model", "module", "state_dict")
 # What wrappers of distributed and compiled training put before every key.
 WRAPPED_KEYS = re.compile(r"^(?:(?:_orig_mod|module|_fsdp_wrapped_module)\.)+")
 

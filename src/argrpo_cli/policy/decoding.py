@@ -52,6 +52,7 @@ class Decoder:
             self.valid = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=device)
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)  # what a graph reads
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
 
     def start(self, condition: Tensor, condition_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,10 +92,11 @@ class Decoder:
             return self._advance(tokens, self.positions[position : position + 1], filled, guided)
         self.tokens.copy_(tokens)
         self.position.fill_(position)
-        if (filled, guided) not in self.graphs:
-            self.graphs[filled, guided] = self._record(filled, guided)
-        graph, result = self.graphs[filled, guided]
-        graph.replay()
+        with torch.cuda.device(self.tokens.device):  # streams and graphs are those of the current device
+            if (filled, guided) not in self.graphs:
+                self.graphs[filled, guided] = self._record(filled, guided)
+            graph, result = self.graphs[filled, guided]
+            graph.replay()
         return result
 
     def _advance(self, tokens: Tensor, position: Tensor | None, filled: int, guided: bool) -> tuple[Tensor, Tensor]:
@@ -115,13 +117,12 @@ class Decoder:
 
     def _record(self, filled: int, guided: bool) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
         """The step of one bucket as a graph. It runs once on the way, which writes the same keys and values."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries set themselves up on the first call, which cannot be recorded
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # libraries set themselves up on the first call, which is not recorded
             self._advance(self.tokens, self.position, filled, guided)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         shared = next((other.pool() for other, _ in self.graphs.values()), None)  # one memory: they run in turn
-        with torch.cuda.graph(graph, pool=shared):
+        with torch.cuda.graph(graph, pool=shared, stream=self.stream):
             result = self._advance(self.tokens, self.position, filled, guided)
         return graph, result

@@ -64,6 +64,8 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as fresh, quiet_transformers():
             model.save_pretrained(fresh)
             for file in sorted(Path(fresh).iterdir()):
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())  # or a power cut may leave the name without the contents
                 os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error if isinstance(error, OSError) else OSError(str(error))) from error

@@ -21,18 +21,18 @@ def packed_linears(model: nn.Module, rows: int) -> Iterator[bool]:
     The copies are as large as the weights and are gone afterwards; gradients do not flow through them. Yields whether
     anything was packed: not on other devices, under autocast, or where torch or the processor has no such kernel.
     """
-    packed = []
-    if _can_pack(model):
-        for module in model.modules():
-            plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and "forward" not in vars(module)
-            if plain:
-                module.forward = _packed(module, rows)  # shadows the method of the class, in this instance
-                packed.append(module)
+    packed: list[nn.Module] = []
     try:
+        if not torch.is_autocast_enabled("cpu"):
+            for module in model.modules():
+                if _can_pack(module):
+                    forward = _packed(module, rows)
+                    packed.append(module)
+                    module.forward = forward  # shadows the method of the class, in this instance
         yield bool(packed)
     finally:
         for module in packed:
-            del module.forward
+            vars(module).pop("forward", None)
 
 
 def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
@@ -45,14 +45,16 @@ def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _can_pack(model: nn.Module) -> bool:
-    first = next(model.parameters())
-    operators = torch.ops.mkldnn
-    if first.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+def _can_pack(module: nn.Module) -> bool:
+    """A plain linear layer on a CPU, in a type that oneDNN has a kernel for on this processor."""
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or "forward" in vars(module):
         return False
+    if module.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    operators, dtype = torch.ops.mkldnn, module.weight.dtype
     if not hasattr(operators, "_reorder_linear_weight") or not hasattr(operators, "_linear_pointwise"):
         return False
     kernels = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    if first.dtype in kernels:
-        return hasattr(operators, kernels[first.dtype]) and getattr(operators, kernels[first.dtype])()
-    return first.dtype == torch.float32
+    if dtype in kernels:
+        return hasattr(operators, kernels[dtype]) and getattr(operators, kernels[dtype])()
+    return dtype == torch.float32

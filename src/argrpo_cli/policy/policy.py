@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.devices import resolve_device
@@ -139,10 +140,18 @@ class Policy:
         return torch.cat(drawn)
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Token ids int64 [B, T] to images uint8 [B, 3, image_size, image_size] on the same device."""
+    def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
+        """Token ids int64 [B, T] to images uint8 [B, 3, size, size] on the same device, by default of `image_size`.
+
+        Another size is reached as in LlamaGen's sampler: bicubic, not antialiased, before the numbers become bytes.
+        """
         at_once = max(1, DECODE_PIXELS // self.image_size**2)
-        images = [to_uint8(self.tokenizer.decode_tokens(chunk)) for chunk in tokens.split(at_once)]
+        images = []
+        for chunk in tokens.split(at_once):
+            pixels = self.tokenizer.decode_tokens(chunk)
+            if size is not None and size != self.image_size:
+                pixels = F.interpolate(pixels, (size, size), mode="bicubic")
+            images.append(to_uint8(pixels))
         return torch.cat(images)
 
     def fingerprint(self) -> str:
@@ -233,6 +242,7 @@ def load_policy(
         text_encoder = open_text_encoder(TEXT_ENCODER, card.get("right_padded", False))
     elif model.config.condition == "caption":
         text_encoder = load_text_encoder(_part(folder, "text encoder", encoder_name), getattr(torch, dtype))
+        text_encoder.right_padded = card.get("right_padded", False)
     _check_fit(folder, model, tokenizer, text_encoder, card)
     if text_encoder is not None:
         text_encoder.place(device, text_device)

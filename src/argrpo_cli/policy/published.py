@@ -29,7 +29,6 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.files import atomic_path
 from argrpo_cli.hub import fetch
 from argrpo_cli.policy.checkpoints import (
-    TOKENIZER_WRAPPERS,
     fit_state,
     from_published,
     read_checkpoint,
@@ -145,7 +144,7 @@ def open_tokenizer(given: str | Path, beside: Path | None = None) -> tuple[str |
             saved with it brings it along and needs no network.
     """
     if str(given) not in TOKENIZERS:
-        return None, tokenizer_from(read_checkpoint(given, TOKENIZER_WRAPPERS), str(given))
+        return None, tokenizer_from(read_checkpoint(given), str(given))
     repo, file = TOKENIZERS[str(given)]
     near = beside.with_name(file) if beside is not None else None
     if near is not None and near.is_file():
@@ -156,7 +155,7 @@ def open_tokenizer(given: str | Path, beside: Path | None = None) -> tuple[str |
         except UserError as error:
             place = "into the cache" if beside is None else f"beside {beside}"
             raise UserError(str(error).replace("give the file instead", f"put it {place}")) from error
-    return name, tokenizer_from(read_checkpoint(path, TOKENIZER_WRAPPERS), str(path))
+    return name, tokenizer_from(read_checkpoint(path), str(path))
 
 
 def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGenConfig:

@@ -142,6 +142,8 @@ def sample_tokens(
         ValueError: an argument out of range.
         UserError: logits that are not finite numbers (training has diverged, or the file is damaged).
     """
+    if hasattr(model, "get_base_model"):  # of PEFT; its adapters are within the layers
+        model = model.get_base_model()
     _check(model, condition, seeds, top_k, top_p, temperature, return_logprobs)
     batch, length, device = condition.shape[0], model.config.block_size, condition.device
     if seeds is None:

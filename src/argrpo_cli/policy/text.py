@@ -102,14 +102,14 @@ class TextEncoder:
         """
         try:
             cleaned = map(published_caption, prompts) if self.cleans else prompts
-            rows = [self._features(prompt, length) for prompt in cleaned]
+            rows = [self._features(prompt, length, self.right_padded) for prompt in cleaned]
         finally:
             if self.offloaded:
                 self.model.to("cpu")
         return torch.stack([features for features, _ in rows]), torch.stack([mask for _, mask in rows])
 
-    @torch.inference_mode()
-    def _read(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()  # not inference mode: a policy may be trained on what this returns
+    def _read(self, prompt: str, length: int, right_padded: bool) -> tuple[Tensor, Tensor]:
         """Features [length, width] and mask [length] of a prompt, on the CPU."""
         self.model.to(self.device)  # moves nothing unless the encoder is offloaded
         batch = self.tokenizer(
@@ -117,7 +117,7 @@ class TextEncoder:
         ).to(self.device)
         mask = batch.attention_mask
         features = self.model(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
-        if not self.right_padded:
+        if not right_padded:
             features, mask = left_pad(features, mask)
         return features[0].cpu(), mask[0].cpu()
 
