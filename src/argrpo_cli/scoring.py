@@ -106,8 +106,9 @@ def score_images(
     write_text(target / TABLE, _csv(rows, names))
     save_png(target / SHEET, best_and_worst(items, columns))
     write_json(target / SUMMARY, summary)
-    journal.remove()
-    uses_prompt = any(reward_set.family[name] == "conditional" for name in names)
+    if not any(missing for column in columns.values() for missing in (score is None for score in column)):
+        journal.remove()  # otherwise the same call asks again for what is missing
+    uses_prompt = any(reward_set.entries[name].reads_prompt for name in names)
     return ScoringResult(summary, target, kept, found.note if uses_prompt else "")
 
 
@@ -149,7 +150,8 @@ class _Journal:
         rows = [row for row in map(_parsed, lines) if row is not None]
         self.continues = bool(rows) and rows[0] == self.identity
         if self.continues:
-            self._known = {row["key"]: row["scores"] for row in rows[1:] if "key" in row}
+            whole = (row for row in rows[1:] if "key" in row and None not in row["scores"].values())
+            self._known = {row["key"]: row["scores"] for row in whole}
 
     def scores(self, item: Item) -> dict[str, float | None] | None:
         """What is known of an image, None where it must be scored."""
@@ -198,7 +200,7 @@ def _check_conditions(reward_set: RewardSet, items: Sequence[Item]) -> None:
     without = next((item for item in items if item.condition is None), None)
     if without is not None:
         for name in reward_set.names:
-            if reward_set.family[name] == "conditional":
+            if reward_set.entries[name].reads_prompt:
                 raise UserError(f"{name} needs to know what {without.file} should show; give --prompt or --class")
     reward_set.check([item.condition for item in items if item.condition is not None])
 

@@ -15,7 +15,7 @@ from argrpo_cli.cli.app import run
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import read_jsonl, write_jsonl
 from argrpo_cli.images import read_image
-from argrpo_cli.rewards import load_rewards
+from argrpo_cli.rewards import REWARDS, load_rewards
 from argrpo_cli.score_items import prompt_from_file_name
 
 
@@ -23,6 +23,7 @@ class Rewards:
     """Brightness as a quality reward, and the length of the prompt as a conditional one."""
 
     family = {"bright": "quality", "words": "conditional"}  # noqa: RUF012
+    entries = {"bright": REWARDS["aesthetic"], "words": REWARDS["clip"]}  # noqa: RUF012
 
     def __init__(self, names, device):
         self.names, self.batches, self.last_error = names, [], {}
@@ -342,6 +343,7 @@ def test_missing_scores_are_told_and_left_out_of_the_statistics(folder, rewards,
     assert [row["scores"]["bright"] for row in read_jsonl(folder / "scores.jsonl")] == [1, None, 3]
     told = json.loads((folder / "summary.json").read_text())["rewards"]["bright"]
     assert (told["mean"], told["missing"], told["last_error"]) == (2, 1, "the server said 500")
+    assert (folder / "scores.partial.jsonl").exists(), "the same call asks again for what is missing"
     out = " ".join(capsys.readouterr().out.split())
     assert "bright has no score for 1 images (the latest: the server said 500)" in out
 
@@ -400,3 +402,20 @@ def test_options_of_rewards_are_read_and_checked(folder, fails, monkeypatch):
     assert "expected REWARD.KEY=VALUE" in fails(*score, "--set", "version=2")
     assert "'clip' is not among --rewards" in fails(*score, "--set", "clip.model=x")
     assert "reward nano-quality: no option 'size'; it has none" in fails(*score, "--set", "nano-quality.size=2")
+
+
+def test_what_is_missing_is_asked_for_again(folder, rewards, monkeypatch):
+    answers = iter([[1.0, float("nan"), 3.0], [2.0]])
+    monkeypatch.setattr(
+        Rewards, "score", lambda self, images, said, batch_size: {"bright": torch.tensor(next(answers))}
+    )
+    for missing in (1, 0):
+        assert run(["score", str(folder), "--rewards", "bright"]) == 0
+        assert (folder / "scores.partial.jsonl").exists() == bool(missing)
+    assert [row["scores"]["bright"] for row in read_jsonl(folder / "scores.jsonl")] == [1, 2, 3]
+
+
+def test_a_reward_of_realism_that_reads_the_prompt_needs_one():
+    assert REWARDS["judge-quality"].reads_prompt and REWARDS["judge-quality"].family == "realism"
+    assert not REWARDS["judge-fake"].reads_prompt and not REWARDS["maniqa"].reads_prompt
+    assert all(entry.reads_prompt for entry in REWARDS.values() if entry.family == "conditional")

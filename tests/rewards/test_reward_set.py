@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import re
 import sys
 import textwrap
 import threading
@@ -103,6 +106,63 @@ def test_remote_rewards_wait_while_the_others_compute():
     assert {name: column.tolist() for name, column in scores.items()} == {
         "judge-fake": [0, 1], "judge-weird": [1, 0], "aesthetic": [3, 4],
     }  # fmt: skip
+
+
+def test_what_breaks_off_the_others_breaks_off_the_waiting_too():
+    """Ctrl-C comes to the main thread, while others wait for a server."""
+
+    class Waits(Values):
+        stopped = threading.Event()
+
+        def stop(self):
+            self.stopped.set()
+
+        def score(self, images, conditions):
+            assert self.stopped.wait(10), "nobody stopped it"
+            return super().score(images, conditions)
+
+    class Interrupted(Values):
+        def score(self, images, conditions):
+            raise KeyboardInterrupt
+
+    rewards = RewardSet({"judge-fake": Waits(1.0, remote=True), "aesthetic": Interrupted(1.0)})
+    with pytest.raises(KeyboardInterrupt):
+        rewards.score(images(1), conditions(1))
+
+
+def test_options_of_a_quantised_reward_are_those_of_its_base(monkeypatch):
+    """In a recipe both terms have options, most of them none."""
+    asked = {}
+    monkeypatch.setattr(
+        "argrpo_cli.rewards.load_reward", lambda name, device, options: asked.update({name: options}) or Values(0.7)
+    )
+    load_rewards(["clip", "clip-quantized"], options={"clip": {}, "clip-quantized": {"model": "x", "mapping": "code"}})
+    assert asked == {"clip": {"model": "x"}}
+    with pytest.raises(UserError, match="give options to one of them"):
+        load_rewards(["clip", "clip-quantized"], options={"clip": {"model": "y"}, "clip-quantized": {"model": "x"}})
+    rewards = load_rewards(["clip-quantized"])
+    assert rewards.score(images(1), conditions(1))["clip-quantized"].tolist() == [1.5]
+
+
+def test_a_missing_step_says_why():
+    base = Values(NAN)
+    base.last_error = "the server said 500"
+    rewards = RewardSet({"clip": base}, steps={"clip-quantized": ("clip", "paper")})
+    rewards.score(images(1), conditions(1))
+    assert rewards.missing["clip-quantized"] == 1
+    assert rewards.last_error["clip-quantized"] == "the server said 500"
+
+
+def test_the_documented_options_are_those_that_there_are():
+    """docs/rewards.md against the signatures."""
+    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text("utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    told = {name: row[7] for row in rows for name in re.findall(r"`([^`]+)`", row[1])}
+    assert set(REWARDS) <= {*told, *(name for name in REWARDS if name.startswith("nano-"))}
+    for name in ("clip", "hpsv2", "maniqa", "aesthetic", "pickscore", "imagereward", "geneval", "ocr"):
+        entry = REWARDS[name]
+        known = inspect.signature(getattr(importlib.import_module(entry.module), entry.class_name)).parameters
+        assert set(re.findall(r"`(\w+)`", told[name])) == set(known) - {"device"}, name
 
 
 # --- shaping ---

@@ -27,11 +27,12 @@ class Entry(NamedTuple):
     """Where a reward lives (imported when asked for), and what its scores are.
 
     Attributes:
-        family: one of `FAMILIES`; a conditional reward needs a prompt.
+        family: one of `FAMILIES`; it decides which lambda applies.
         weights: the bundled weights where a class has several.
         low, high: the range of its scores; one outside it is taken for none.
         steps_of: the reward whose scores this one turns into steps (`shaping.quantize`); it has no network of its own.
-        factor: what brings its scores to those of the others, about 1 to 2 (appendix D).
+        factor: what brings the paper's own rewards to a like scale (appendix D).
+        reads_prompt: what the image should show is looked at, too.
     """
 
     module: str
@@ -42,12 +43,14 @@ class Entry(NamedTuple):
     high: float = math.inf
     steps_of: str | None = None
     factor: float = 1.0
+    reads_prompt: bool = False
 
 
 def _entry(
     module: str, class_name: str, family: str, low: float = -math.inf, high: float = math.inf, factor: float = 1.0
 ) -> Entry:
-    return Entry(f"argrpo_cli.rewards.{module}", class_name, family, None, low, high, None, factor)
+    reads_prompt = family == "conditional"
+    return Entry(f"argrpo_cli.rewards.{module}", class_name, family, None, low, high, None, factor, reads_prompt)
 
 
 _COSINE = (-1.001, 1.001)  # in half precision it passes 1 by a rounding
@@ -64,7 +67,7 @@ REWARDS: dict[str, Entry] = {
     "hpsv2": _entry("hpsv2", "HPSv2", "conditional", *_COSINE, factor=5),
     "hpsv2-quantized": _entry("hpsv2", "HPSv2", "conditional")._replace(steps_of="hpsv2"),
     "maniqa": _entry("maniqa", "Maniqa", "quality", low=0.0, factor=2),  # its last layer is a ReLU
-    "judge-quality": _entry("judge.rewards", "JudgeQuality", "realism", 0.0, 5.0, factor=0.25),
+    "judge-quality": _entry("judge.rewards", "JudgeQuality", "realism", 0.0, 5.0, 0.25)._replace(reads_prompt=True),
     "judge-fake": _entry("judge.rewards", "JudgeFake", "realism", 0.0, 1.0, factor=0.25),
     "judge-weird": _entry("judge.rewards", "JudgeWeird", "realism", 0.0, 1.0, factor=0.25),
     "aesthetic": _entry("aesthetic", "Aesthetic", "quality"),
@@ -81,7 +84,8 @@ class Reward(Protocol):
     """A reward model: one raw score per image, in the reward's own unit.
 
     One that cannot read every condition also has `check(conditions)`, which raises UserError for those. One that waits
-    for another machine sets `remote = True`, and says in `last_error` why a score is missing.
+    for another machine sets `remote = True`, says in `last_error` why a score is missing, and may have `stop()`, which
+    breaks off a `score` in another thread.
     """
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
@@ -107,7 +111,7 @@ def check_reward(name: str) -> Entry:
     family = getattr(function, "family", "conditional")
     if family not in FAMILIES:
         raise UserError(f"reward {name!r}: its family is {family!r}; choose one of {', '.join(FAMILIES)}")
-    return Entry("argrpo_cli.rewards.custom", "Custom", family)
+    return _entry("custom", "Custom", family)
 
 
 def load_reward(name: str, device: str = "cpu", options: Mapping[str, Any] | None = None) -> Reward:
@@ -187,13 +191,19 @@ class RewardSet:
         parts: dict[str, list[Tensor]] = {name: [] for name in self.rewards if name not in remote}
         with ThreadPoolExecutor(max_workers=max(1, len(remote))) as waiting:
             asked = {name: waiting.submit(reward.score, images, conditions) for name, reward in remote.items()}
-            for start in range(0, len(images), batch_size):
-                chunk = images[start : start + batch_size].to(self.device)
-                for name in parts:
-                    parts[name].append(self._score(name, chunk, conditions[start : start + batch_size]))
+            try:
+                for start in range(0, len(images), batch_size):
+                    chunk = images[start : start + batch_size].to(self.device)
+                    for name in parts:
+                        parts[name].append(self._score(name, chunk, conditions[start : start + batch_size]))
+                answers = {name: answer.result().to(self.device) for name, answer in asked.items()}
+            except BaseException:  # Ctrl-C comes here, and not to the threads that wait for a server
+                for reward in remote.values():
+                    if hasattr(reward, "stop"):
+                        reward.stop()
+                raise
         empty = torch.zeros(0, device=self.device)
-        raw = {name: torch.cat(chunks) if chunks else empty for name, chunks in parts.items()}
-        raw |= {name: answer.result().to(self.device) for name, answer in asked.items()}
+        raw = {name: torch.cat(chunks) if chunks else empty for name, chunks in parts.items()} | answers
         raw = {name: self._trusted(name, raw[name].float(), len(images)) for name in self.rewards}
         return raw | self._quantized(raw)
 
@@ -234,7 +244,12 @@ class RewardSet:
     def _quantized(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from argrpo_cli.rewards.shaping import quantize
 
-        return {name: quantize(raw[of], mapping) for name, (of, mapping) in self.steps.items()}
+        steps = {name: quantize(raw[of], mapping) for name, (of, mapping) in self.steps.items()}
+        for name, (of, _) in self.steps.items():
+            if missing := int(steps[name].isnan().sum()):
+                self.missing[name] += missing
+                self.last_error[name] = self.last_error.get(of, "a score of 1 or more, for which there is no step")
+        return steps
 
 
 def load_rewards(
@@ -260,9 +275,10 @@ def load_rewards(
             if mapping not in MAPPINGS:
                 raise UserError(f"reward {name}: mapping {mapping!r} is unknown; choose one of {', '.join(MAPPINGS)}")
             steps[name] = (entry.steps_of, mapping)
-            inherited = options.setdefault(entry.steps_of, options.get(name, {}))
-            if options.get(name) and options[name] != inherited:
+            given, base = options.pop(name, {}), options.get(entry.steps_of, {})
+            if given and base and given != base:
                 raise UserError(f"{name} is made of the scores of {entry.steps_of}; give options to one of them")
+            options[entry.steps_of] = base or given
     models = dict.fromkeys([*(name for name in names if name not in steps), *(of for of, _ in steps.values())])
     loaded = {name: load_reward(name, device, options.get(name)) for name in models}
     return RewardSet(loaded, device, steps)

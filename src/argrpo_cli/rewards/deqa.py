@@ -142,6 +142,10 @@ class Deqa:
             url, model, attempts=attempts, concurrency=concurrency, timeout=timeout, backoff=backoff
         )
 
+    def stop(self) -> None:
+        """Break off `score` in another thread."""
+        self.server.stop()
+
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B], NaN where the server gave no score; the conditions are not looked at."""
         if not len(images):

@@ -20,13 +20,13 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import read_text
+from argrpo_cli.rewards.clip_pixels import Preprocess
 from argrpo_cli.rewards.published import fit_state, published_file, read_state
 
 REPO, FILE = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER_REPO, VOCABULARY = "google-bert/bert-base-uncased", "vocab.txt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of r over the published training set
 MAX_TOKENS = 35
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # transformers' defaults are those of BLIP base at 384 pixels, with 8 heads and another epsilon.
 VISION = {
@@ -117,14 +117,6 @@ def load_tokenizer(path: str | Path) -> BertTokenizer:
     return BertTokenizer(vocab=vocabulary)
 
 
-def preprocess(images: Tensor, size: int) -> Tensor:
-    """uint8 [B, 3, H, W] to float32 [B, 3, size, size]: short side to `size` (bicubic), centre, CLIP's mean and std."""
-    from torchvision.transforms.v2 import InterpolationMode, functional
-
-    images = functional.resize(images, [size], InterpolationMode.BICUBIC, antialias=True)
-    return functional.normalize(functional.center_crop(images, [size]).float().div(255), CLIP_MEAN, CLIP_STD)
-
-
 class ImageReward:
     """Human preference, about -2 to 2 (mean 0, standard deviation 1 over the published training set); larger is better.
 
@@ -157,6 +149,6 @@ class ImageReward:
             return torch.zeros(0, device=self.device)
         prompts = [condition.prompt for condition in conditions]
         text = self.tokenizer(prompts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        pixels = preprocess(images.to(self.device), self.network.vision.config.image_size)
+        pixels = Preprocess(self.network.vision.config.image_size)(images.to(self.device))
         raw = self.network(pixels, text["input_ids"].to(self.device), text["attention_mask"].to(self.device))
         return (raw - MEAN) / STD

@@ -161,8 +161,8 @@ class Maniqa:
             raise UserError(f"maniqa: crop_batch is {crop_batch}; it must be at least 1")
         if not 0 <= seed < 2**32:
             raise UserError(f"maniqa: seed is {seed}; it must be at least 0 and below 2^32")
-        path = published_file(REPO, FILE, weights)
         network = build_network()
+        path = published_file(REPO, FILE, weights)
         fit_state(network, read_state(path, wrappers=("params",)), path)
         self.network = network.to(device, getattr(torch, dtype))
         self.device, self.dtype, self.crop_batch = device, getattr(torch, dtype), crop_batch
@@ -186,9 +186,16 @@ class Maniqa:
     def crop_scores(self, images: Tensor, corners: Sequence[Sequence[Corner]]) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] and K corners for each to the score of every crop, float32 [B, K]."""
         places = [(image, top, left) for image, row in enumerate(corners) for top, left in row]
-        parts = []
-        for start in range(0, len(places), self.crop_batch):
+        parts, start = [], 0
+        while start < len(places):
             part = places[start : start + self.crop_batch]
             crops = torch.stack([images[i, :, top : top + CROP, left : left + CROP] for i, top, left in part])
-            parts.append(pooled(*patch_maps(self.network, crops.to(self.dtype))))
+            try:
+                parts.append(pooled(*patch_maps(self.network, crops.to(self.dtype))))
+            except torch.OutOfMemoryError:  # fewer images at a time would not help: their crops are what is large
+                if len(part) == 1:
+                    raise
+                self.crop_batch = len(part) // 2
+                continue
+            start += len(part)
         return torch.cat(parts).view(len(images), -1) if parts else images.new_zeros(0, 1)

@@ -94,6 +94,11 @@ class Judge:
 
             self.local = load_local(model, device)
 
+    def stop(self) -> None:
+        """Break off `score` in another thread, where a server is asked."""
+        if self.remote:
+            self.server.stop()
+
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B] in the judge's own unit; NaN where it gave no score.
 

@@ -82,6 +82,7 @@ class JudgeServer:
         self.attempts, self.concurrency, self.timeout, self.backoff = attempts, concurrency, timeout, backoff
         self.temperature, self.image_format = temperature, image_format
         self._top_k_accepted = True
+        self._exchanges: Exchanges | None = None
         self._check_server()
 
     def ask(
@@ -118,7 +119,7 @@ class JudgeServer:
             read: from the response's JSON to the score, or UnusableReply.
             resample: decode by `temperature`, and otherwise where a reply has no score; False leaves the body as it is.
         """
-        exchanges = Exchanges(self.timeout)
+        exchanges = self._exchanges = Exchanges(self.timeout)
         pool = ThreadPoolExecutor(max(1, min(self.concurrency, len(requests))), thread_name_prefix="judge")
         try:
             return list(pool.map(lambda request: self._complete(exchanges, request(), read, resample), requests))
@@ -127,6 +128,11 @@ class JudgeServer:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def stop(self) -> None:
+        """Break off `complete` in another thread."""
+        if self._exchanges is not None:
+            self._exchanges.stop()
 
     def _complete(
         self, exchanges: Exchanges, request: dict[str, Any], read: Callable[[Any], float], resample: bool

@@ -73,6 +73,10 @@ class UnifiedReward:
         if any(not condition.prompt.strip() for condition in conditions):
             raise UserError("unified-reward: a prompt is empty; give every image a caption")
 
+    def stop(self) -> None:
+        """Break off `score` in another thread."""
+        self.server.stop()
+
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B] in 1 to 5; NaN where there was no score."""
         if not len(images):
