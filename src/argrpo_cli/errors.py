@@ -13,6 +13,17 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on a GPU or a CPU."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+
+
 def did_you_mean(value: object, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` when one of `allowed` is close to `value`, else an empty string."""
     close = difflib.get_close_matches(str(value), [str(name) for name in allowed], n=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,7 +135,7 @@ def _file(name: str, path: Path, condition: Condition | None = None, extra: dict
 def _folder(folder: Path, said: Said) -> Items:
     if (folder / METADATA).is_file():
         if said.anything:
-            raise UserError(f"{folder / METADATA} says what the images show; leave out --prompt and --class")
+            raise UserError(f"{folder / METADATA} says what the images show; leave out --prompt, --class and --prompts")
         return Items(_items_of_metadata(folder), folder)
     if (folder / UNFINISHED).is_file() and not said.anything:
         raise UserError(f"{folder} is unfinished; give the same `argrpo sample` command again to complete it")
@@ -205,7 +206,7 @@ class _Array:
             names = self._archive.namelist()
             self._member = "arr_0.npy" if "arr_0.npy" in names else names[0]
             self._stream, shape, dtype = self._open()
-        except (OSError, ValueError, IndexError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, IndexError, zlib.error, zipfile.BadZipFile) as error:
             why = reason(error) if isinstance(error, OSError) and error.errno else "it is no .npz, or a damaged one"
             raise UserError(f"cannot read {path}: {why}") from error
         if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8:
@@ -228,7 +229,7 @@ class _Array:
         try:
             self._stream.seek(self._start + index * size)
             data = self._stream.read(size)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise UserError(f"cannot read image {index} of {self.path}: the file is damaged") from error
         if len(data) != size:
             raise UserError(f"cannot read image {index} of {self.path}: the file is cut off")

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 SCORES, TABLE, SUMMARY, SHEET = "scores.jsonl", "scores.csv", "summary.json", "best_worst.png"
 PARTIAL = "scores.partial.jsonl"  # of a job that has not ended
 SHEET_COLUMNS, THUMBNAIL = 8, 128
-READERS = 4  # threads that decode images
+READERS = 8  # threads that decode images
+MOST_NUMBERS = 2**28  # bytes of images at a time, however many
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def score_images(
 
     reward_set = load_rewards(list(rewards), resolve_device(device), options)
     _check_conditions(reward_set, items)
-    journal = _Journal(target, {"rewards": list(rewards), "options": options or {}})
+    journal = _Journal(target, _identity(rewards, options or {}))
     kept = sum(journal.scores(item) is not None for item in items)
     try:
         if show_progress:
@@ -188,6 +189,20 @@ class _Journal:
         return json.dumps([item.file, item.stamp, said])
 
 
+def _identity(rewards: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What decides the scores of an image: the rewards, their options, files these name, and code of one's own."""
+    from argrpo_cli.rewards import REWARDS
+    from argrpo_cli.rewards.custom import source_digest
+
+    files = {}
+    for value in (value for given in options.values() for value in given.values()):
+        if isinstance(value, str) and value and Path(value).is_file():
+            status = Path(value).stat()
+            files[value] = f"{status.st_size} {status.st_mtime_ns}"
+    own = {name: source_digest(name) for name in rewards if ":" in name and name not in REWARDS}
+    return {"rewards": list(rewards), "options": options, "files": files, "code": own}
+
+
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
@@ -201,7 +216,9 @@ def _check_conditions(reward_set: RewardSet, items: Sequence[Item]) -> None:
     if without is not None:
         for name in reward_set.names:
             if reward_set.entries[name].reads_prompt:
-                raise UserError(f"{name} needs to know what {without.file} should show; give --prompt or --class")
+                raise UserError(
+                    f"{name} needs to know what {without.file} should show; give --prompt, --class or --prompts"
+                )
     reward_set.check([item.condition for item in items if item.condition is not None])
 
 
@@ -226,12 +243,13 @@ def _batches(items: Sequence[Item], batch_size: int) -> Iterator[tuple[list[Item
     batch: list[Item] = []
     pixels: list[np.ndarray] = []
     with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(items), batch_size):
-            part = items[start : start + batch_size]
+        for start in range(0, len(items), READERS):
+            part = items[start : start + READERS]
             one_by_one = len({item.stamp for item in part}) < len(part)  # of one file, which is read in order
             images = [item.read() for item in part] if one_by_one else pool.map(lambda item: item.read(), part)
             for item, image in zip(part, images, strict=True):
-                if batch and (len(batch) == batch_size or image.shape != pixels[0].shape):
+                full = len(batch) == batch_size or (len(batch) + 1) * image.size > MOST_NUMBERS
+                if batch and (full or image.shape != pixels[0].shape):
                     yield batch, np.stack(pixels)
                     batch, pixels = [], []
                 batch.append(item)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.files import read_jsonl, write_jsonl
 from argrpo_cli.images import read_image
 from argrpo_cli.rewards import REWARDS, load_rewards
+from argrpo_cli.rewards.custom import find_function
 from argrpo_cli.score_items import prompt_from_file_name
 
 
@@ -191,7 +193,7 @@ def test_a_conditional_reward_needs_to_know_what_the_image_should_show(tmp_path,
     _save(tmp_path / "000123.png", 1)
     assert run(["score", str(tmp_path), "--rewards", "bright", "--out", str(tmp_path / "o")]) == 0
     line = fails("score", tmp_path, "--rewards", "bright,words")
-    assert "words needs to know what" in line and "000123.png" in line and "--prompt or --class" in line
+    assert "words needs to know what" in line and "000123.png" in line and "--prompt, --class or --prompts" in line
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,7 @@ def test_a_class_that_the_nano_world_lacks_is_told_before_anything_is_scored(fol
 def test_two_sources_of_prompts_are_one_too_many(folder, fails):
     assert "not both" in fails("score", folder, "--rewards", "words", "--prompt", "x", "--class", "y")
     write_jsonl(folder / "metadata.jsonl", [{"file": "dog-0.png", "prompt": "x"}])
-    assert "leave out --prompt and --class" in fails("score", folder, "--rewards", "words", "--class", "y")
+    assert "leave out --prompt, --class and --prompts" in fails("score", folder, "--rewards", "words", "--class", "y")
 
 
 def test_an_unwritable_output_is_told(folder, fails):
@@ -262,6 +264,8 @@ def test_odd_kinds_of_pictures_are_what_a_viewer_shows(tmp_path):
 
     Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
     assert np.unique(read_image(tmp_path / "deep.png")).tolist() == [round(40_000 / 257)]
+    Image.fromarray(np.full((4, 4), 65_535, np.uint16)).save(tmp_path / "white.png")
+    assert np.unique(read_image(tmp_path / "white.png")).tolist() == [255]
 
     frames = [Image.new("RGB", (4, 4), (shade,) * 3) for shade in (10, 250)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
@@ -373,7 +377,7 @@ def test_an_interrupted_job_keeps_its_scores(folder, rewards, monkeypatch, fails
     assert not (folder / "scores.partial.jsonl").exists()
 
 
-@pytest.mark.parametrize("change", ["rewards", "picture", "prompt"])
+@pytest.mark.parametrize("change", ["rewards", "picture", "prompt", "options"])
 def test_scores_of_something_else_are_not_kept(folder, rewards, monkeypatch, fails, change):
     score = Rewards.score
 
@@ -391,9 +395,9 @@ def test_scores_of_something_else_are_not_kept(folder, rewards, monkeypatch, fai
     elif change == "picture":
         _save(folder / "dog-0.png", 99, size=5)
     else:
-        more = ["--class", "cat"]
+        more = ["--class", "cat"] if change == "prompt" else ["--set", "bright.gain=2"]
     assert run(["score", str(folder), "--rewards", names, "--batch-size", "1", *more]) == 0
-    assert len(rewards[-1].batches) == {"rewards": 3, "picture": 2, "prompt": 3}[change]
+    assert len(rewards[-1].batches) == {"rewards": 3, "picture": 2, "prompt": 3, "options": 3}[change]
 
 
 def test_options_of_rewards_are_read_and_checked(folder, fails, monkeypatch):
@@ -419,3 +423,30 @@ def test_a_reward_of_realism_that_reads_the_prompt_needs_one():
     assert REWARDS["judge-quality"].reads_prompt and REWARDS["judge-quality"].family == "realism"
     assert not REWARDS["judge-fake"].reads_prompt and not REWARDS["maniqa"].reads_prompt
     assert all(entry.reads_prompt for entry in REWARDS.values() if entry.family == "conditional")
+
+
+def test_scores_of_older_code_of_ones_own_are_not_kept(folder, fails, monkeypatch, tmp_path):
+    monkeypatch.setattr("argrpo_cli.rewards.load_rewards", load_rewards)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    source = (
+        "def reward(images, conditions):\n    global n\n    n += 1\n    return [7.0 / (n < 3)] * len(images)\nn = 0\n"
+    )
+    (tmp_path / "mine_to_mend.py").write_text(source)
+    arguments = ("score", folder, "--rewards", "mine_to_mend:reward", "--batch-size", "1", "--class", "dog")
+    assert "mine_to_mend:reward failed: IndexError" in fails(*arguments)
+    (tmp_path / "mine_to_mend.py").write_text("def reward(images, conditions):\n    return [1.0] * len(images)\n")
+    sys.modules.pop("mine_to_mend")
+    find_function.cache_clear()
+    assert run([str(one) for one in arguments]) == 0
+    assert [row["scores"]["mine_to_mend:reward"] for row in read_jsonl(folder / "scores.jsonl")] == [1, 1, 1]
+
+
+def test_no_score_at_all_is_a_failure(folder, capsys, monkeypatch):
+    def score(self, images, conditions, batch_size=64):
+        self.last_error = {"bright": "the server said 500"}
+        return {"bright": torch.full((len(images),), float("nan"))}
+
+    monkeypatch.setattr(Rewards, "score", score)
+    assert run(["score", str(folder), "--rewards", "bright"]) == 2
+    assert "bright scored none of the 3 images: the server said 500" in capsys.readouterr().err

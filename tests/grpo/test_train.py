@@ -269,11 +269,21 @@ def test_diverged_training_stops_with_one_line(policy_folder: Path, tmp_path: Pa
         train(tiny_recipe(policy_folder, learning_rate=1e30), tmp_path / "run")
 
 
+def assert_same_state(out: Path, *names: str) -> None:
+    """Weights and optimiser of two checkpoints of a run, bit for bit."""
+    weights = [load_file(out / "checkpoints" / name / "model.safetensors") for name in names]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    states = [torch.load(out / "checkpoints" / name / "optimizer.pt")["state"] for name in names]
+    for index, state in states[0].items():
+        assert all(torch.equal(state[name], states[1][index][name]) for name in state)
+
+
 def test_a_failed_reward_stops_the_run_with_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
     def fail() -> None:
         raise UserError("reward bright failed: KeyError: 'x'")
 
     out = tmp_path / "run"
+    recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"save_every": 1})})
     with pytest.raises(
         UserError, match=r"stopped after step 4: reward bright failed: KeyError.*train --resume"
     ) as told:
@@ -281,6 +291,7 @@ def test_a_failed_reward_stops_the_run_with_a_checkpoint(recipe: Recipe, tmp_pat
     assert "\n" not in str(told.value)
     assert metrics(out)[-1]["images_left_out"] == recipe.grpo.batch_size
     assert (out / "checkpoints" / "step_000004").is_dir() and not (out / "policy").exists()
+    assert_same_state(out, "step_000003", "step_000004")
     train(recipe, out, resume=True)
     assert metrics(out)[-1]["step"] == 6
 

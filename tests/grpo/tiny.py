@@ -122,7 +122,7 @@ class FakeRewards:
         self.names = list(self.functions)
         families = ["conditional", "quality", "realism"]
         self.family = {name: families[index % 3] for index, name in enumerate(self.names)}
-        self.calls = 0
+        self.calls, self.tolerated = 0, set()
         self.on_batch: Callable[[int], None] = lambda number: None
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,3 +193,18 @@ def test_weights_of_another_network_are_told_in_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="weights do not fit: "):
         load_state(AestheticHead(), tmp_path / "w.pt")
+
+
+def test_pickscore_has_the_heads_of_vit_h_14():
+    """Their number changes the scores and no shape."""
+    from argrpo_cli.rewards.pickscore import CONFIG as PICKSCORE
+
+    published = open_clip.get_model_config("ViT-H-14")
+    vision, words = published["vision_cfg"], published["text_cfg"]
+    assert PICKSCORE["vision_config"]["num_attention_heads"] == vision["width"] // vision["head_width"]
+    assert PICKSCORE["text_config"]["num_attention_heads"] == words["heads"]
+
+
+def test_an_image_far_too_oblong_is_refused():
+    with pytest.raises(UserError, match="60000 x 1 pixels is too oblong for CLIP"):
+        Preprocess()(torch.zeros(1, 3, 1, 60000, dtype=torch.uint8))

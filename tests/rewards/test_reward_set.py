@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import re
 import sys
 import textwrap
@@ -19,7 +20,7 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.objective import advantages
 from argrpo_cli.recipe.schema import RewardSection, RewardTerm
 from argrpo_cli.rewards import REWARDS, RewardSet, check_reward, load_reward, load_rewards
-from argrpo_cli.rewards.custom import find_function
+from argrpo_cli.rewards.custom import Custom, find_function
 from argrpo_cli.rewards.shaping import quantize, reward_weights
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "data" / "reward_shaping.json").read_text())
@@ -84,6 +85,57 @@ def test_half_as_many_images_at_a_time_where_memory_ends():
     assert max(reward.sizes) == 2, "remembered"
     with pytest.raises(UserError, match="reward aesthetic: the memory of cpu does not suffice for one image"):
         RewardSet({"aesthetic": Values(1.0, most=0)}).score(images(1), conditions(1))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_processor_without_memory_halves_too(error):
+    class Narrow(Values):
+        def score(self, images, conditions):
+            if len(images) > 2:
+                raise error
+            return super().score(images, conditions)
+
+    rewards = RewardSet({"aesthetic": Narrow(*range(6)), "ocr": Custom("ocr", Narrow(*[0.5] * 6).score)})
+    scores = rewards.score(images(6), conditions(6))
+    assert scores["aesthetic"].tolist() == list(range(6)) and scores["ocr"].tolist() == [0.5] * 6
+
+
+def test_an_error_is_told_under_the_name_of_its_reward_or_tolerated():
+    class Broken(Values):
+        def score(self, images, conditions):
+            raise RuntimeError("CUDA error: an illegal memory access\nmore of it")
+
+    rewards = RewardSet({"aesthetic": Broken(), "maniqa": Values(0.5, 0.6)})
+    message = "reward aesthetic failed: RuntimeError: CUDA error: an illegal memory access$"
+    with pytest.raises(UserError, match=message):
+        rewards.score(images(2), conditions(2))
+    rewards.tolerated = {"aesthetic"}
+    scores = rewards.score(images(2), conditions(2))
+    assert scores["aesthetic"].isnan().all() and scores["maniqa"].tolist() == pytest.approx([0.5, 0.6])
+    assert rewards.missing == {"aesthetic": 2} and "illegal memory access" in rewards.last_error["aesthetic"]
+
+
+def test_ranges_let_published_scores_pass():
+    """The range of each unit as its paper or its code has it."""
+    ranges = {name: (entry.low, entry.high) for name, entry in REWARDS.items()}
+    assert ranges["maniqa"] == (0, math.inf) and ranges["judge-quality"] == (0, 5)
+    assert ranges["judge-fake"] == ranges["judge-weird"] == ranges["ocr"] == (0, 1)
+    assert ranges["deqa"] == ranges["unified-reward"] == (1, 5)
+    for name in ("clip", "hpsv2", "nano-clip"):
+        assert ranges[name] == pytest.approx((-1, 1), abs=0.01)
+    for name in ("aesthetic", "imagereward", "pickscore", "geneval", "nano-critic"):
+        assert ranges[name] == (-math.inf, math.inf)
+
+
+def test_a_reward_of_ones_own_cannot_change_what_the_others_see():
+    def greedy(images, conditions):
+        images.fill_(7)
+        return [0.0] * len(images)
+
+    given = images(3).clone()
+    rewards = RewardSet({"ocr": Custom("ocr", greedy), "aesthetic": Values(0.0, 1.0, 2.0)})
+    assert rewards.score(given, conditions(3))["aesthetic"].tolist() == [0, 1, 2]
+    assert torch.equal(given, images(3))
 
 
 def test_remote_rewards_wait_while_the_others_compute():
@@ -163,6 +215,41 @@ def test_the_documented_options_are_those_that_there_are():
         entry = REWARDS[name]
         known = inspect.signature(getattr(importlib.import_module(entry.module), entry.class_name)).parameters
         assert set(re.findall(r"`(\w+)`", told[name])) == set(known) - {"device"}, name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("maniqa", {"seed": "x"}, "reward maniqa: seed is 'x'; expected int"),
+        ("clip", {"model": 3}, "reward clip: model is 3; expected str"),
+        ("clip", {"weights": 5}, "reward clip: weights is 5; expected str | Path | None"),
+        ("geneval", {"strict": "maybe"}, "reward geneval: strict is 'maybe'; expected bool"),
+        ("ocr", {"threads": 1.5}, "reward ocr: threads is 1.5; expected int"),
+        ("judge-fake", {"attempts": "x"}, "reward judge-fake: attempts is 'x'; expected int"),
+        ("deqa", {"url": 5}, "reward deqa: url is 5; expected str | None"),
+        ("unified-reward", {"timeout": "x"}, "reward unified-reward: timeout is 'x'; expected float"),
+        ("hpsv2", {"version": 3}, "hpsv2 has no version '3'"),
+        ("aesthetic", {"dtype": 1}, "reward aesthetic: dtype is 1; expected str"),
+        ("pickscore", {"dtype": 1}, "reward pickscore: dtype is 1; expected str"),
+        ("imagereward", {"vocabulary": 1}, "reward imagereward: vocabulary is 1; expected"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_told_before_anything_is_fetched(name, options, message):
+    with pytest.raises(UserError) as told:
+        load_reward(name, options=options)
+    assert message in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["./brightness:reward", "brightness.py/:reward", "bright ness:reward"])
+def test_a_path_is_no_module(name):
+    with pytest.raises(UserError, match="write module:function with Python's names"):
+        check_reward(name)
+
+
+def test_wrong_options_of_ones_own_are_told_when_it_is_loaded(own):
+    name = own("def reward(images, conditions, scale=1):\n    return [1.0] * len(images)")
+    with pytest.raises(UserError, match="unexpected keyword argument 'scael'"):
+        load_rewards([name], options={name: {"scael": 2}})
 
 
 # --- shaping ---
@@ -272,6 +359,9 @@ def test_it_may_return_a_list_with_gaps_and_take_options(own):
             r"brightness:reward failed: KeyError: 'x' \(brightness.py, line 2\)",
         ),
         ("def reward(images, conditions):\n    return [1.0]", "returned 1 scores for 2 images"),
+        ("def reward(images, conditions):\n    pass", "it returned None; return a score for each image"),
+        ("import sys\ndef reward(images, conditions):\n    sys.exit(3)", r"SystemExit: 3 \(brightness.py, line 3\)"),
+        ("def reward(images):\n    return [1.0]", "takes images, conditions and its options: too many positional"),
         ("def other(images, conditions):\n    return [1.0]", "brightness has no function 'reward'"),
         ("import nothing_of_this_name", "cannot import brightness: ModuleNotFoundError"),
         ("def reward(i, c):\n    return [1.0]\nreward.family = 'nice'", "its family is 'nice'"),

@@ -47,6 +47,7 @@ def score(
     Prompts come from the folder's metadata.jsonl, else from --prompt, --class or --prompts, else from the file names.
     The same command after an interruption keeps the scores that are there.
     """
+    from argrpo_cli.errors import UserError
     from argrpo_cli.score_items import Said
     from argrpo_cli.scoring import SHEET, score_images
 
@@ -64,10 +65,15 @@ def score(
     _print_table(result.summary)
     for name, row in result.summary["rewards"].items():
         if row.get("missing"):
-            print(f"{name} has no score for {row['missing']} images (the latest: {row.get('last_error', 'see above')})")
+            told = row.get("last_error", "it said no more")
+            print(f"{name} has no score for {row['missing']} images (the latest: {told})")
     if result.note:
         print(result.note)
     kept = f" ({result.kept} were scored before)" if result.kept else ""
+    none = [name for name, row in result.summary["rewards"].items() if row["mean"] is None]
+    if none:
+        why = result.summary["rewards"][none[0]].get("last_error", "it gave none")
+        raise UserError(f"{none[0]} scored none of the {result.summary['images']} images: {why}")
     print(f"scores{kept} in {result.folder}, best and worst in {result.folder / SHEET}")
 
 

@@ -32,6 +32,7 @@ class Rewards(Protocol):
 
     names: Sequence[str]
     family: dict[str, str]
+    tolerated: set[str]  # rewards that are only measured: one that fails has no score, and stops nothing
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """Raw scores, float32 [B] each, of images uint8 [B, 3, H, W]; NaN where there is none."""
@@ -45,8 +46,8 @@ class BatchScorer:
     Attributes:
         weights: what each raw score counts; 0 for one that is only measured.
         max_missing: the share of scores of a reward that counts, over the latest `WINDOW` batches, that may be missing.
-        fail: told once it is more, or a reward cannot be asked at all. The images without scores are left out, so the
-            update that is in progress does no harm.
+        fail: told once it is more, or a reward cannot be asked at all. The images without scores are left out.
+        blank: no image of the latest batch has a score, so that there is nothing to learn from it.
     """
 
     rewards: Rewards
@@ -55,6 +56,7 @@ class BatchScorer:
     stopwatch: Stopwatch
     max_missing: float = 1.0
     fail: Callable[[str], None] = lambda why: None
+    blank: bool = field(default=False, init=False)
     _images: list[Tensor] | None = field(default=None, init=False, repr=False)
     _scores: dict[str, list[float | None]] = field(default_factory=dict, init=False, repr=False)
     _missing: deque[Tensor] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False, repr=False)
@@ -93,6 +95,7 @@ class BatchScorer:
         # reward that counts gets None for all: TRL then leaves it out of its group and sets its advantage to 0.
         missing = table[:, weights != 0].isnan().any(dim=1)
         table[missing] = torch.nan
+        self.blank = bool(missing.all())
         total = (table.nan_to_num() * weights).sum(dim=1).masked_fill(missing, torch.nan)
         spread = group_std(total.view(-1, self.group_size)).nanmean().item()
         if not math.isnan(spread):

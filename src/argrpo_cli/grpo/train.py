@@ -86,6 +86,7 @@ def run_training(
             )
         rewards = rewards or _load_rewards(recipe, policy, conditions)
         weights = reward_weights(recipe.rewards, rewards.family)
+        rewards.tolerated = {name for name, weight in weights.items() if not weight}
         with open_run(out, recipe, resume) as run:
             job = _Job(recipe, run, policy, conditions, rewards, weights, request, console)
             job.train(resume)
@@ -181,7 +182,7 @@ class _Job:
             self.rewards, self.weights, grpo.group_size, stopwatch, recipe.rewards.max_missing, self.request.fail
         )
         metrics = MetricsCallback(run, self.display, stopwatch, list(self.weights), grpo.batch_size, seconds_before)
-        stop = StopCallback(self.request, metrics, grpo.updates_per_batch, self.time_limit)
+        stop = StopCallback(self.request, metrics, grpo.updates_per_batch, self.time_limit, lambda: scorer.blank)
         # The order counts: measure, decide whether to stop, then save and draw.
         callbacks = [
             metrics,

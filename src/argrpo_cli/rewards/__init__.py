@@ -12,10 +12,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_type_hints
 
 from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError, did_you_mean
+from argrpo_cli.errors import UserError, did_you_mean, first_line, out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,11 +131,25 @@ def load_reward(name: str, device: str = "cpu", options: Mapping[str, Any] | Non
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise UserError(f"reward {name}: no option {key!r}; {has}{did_you_mean(key, known)}")
+    _check_types(name, reward, options)
     if entry.weights is not None:
         from argrpo_cli.nano import WEIGHTS
 
         return reward(WEIGHTS / entry.weights, device)
     return reward(device=device, **options)
+
+
+def _check_types(name: str, reward: type, options: Mapping[str, Any]) -> None:
+    """UserError for an option of another type than the reward's constructor says."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    hints = get_type_hints(reward.__init__)
+    for key, value in options.items():
+        try:
+            TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            wanted = getattr(hints[key], "__name__", str(hints[key])).replace("pathlib.", "")
+            raise UserError(f"reward {name}: {key} is {value!r}; expected {wanted}") from error
 
 
 def _class_of(name: str, entry: Entry) -> type:
@@ -156,6 +170,7 @@ class RewardSet:
         family: name to family.
         missing: how many scores of each reward were missing, not finite or out of range.
         last_error: what was wrong with the latest of those.
+        tolerated: rewards that may fail altogether: their scores are missing then, instead of an error.
     """
 
     def __init__(
@@ -167,7 +182,9 @@ class RewardSet:
         self.entries = {name: check_reward(name) for name in self.names}
         self.family = {name: entry.family for name, entry in self.entries.items()}
         self.missing: Counter[str] = Counter()
+        self.tolerated: set[str] = set()
         self.last_error: dict[str, str] = {}
+        self._why: dict[str, str] = {}  # of tolerated ones, why they failed
         self._most: dict[str, int] = {}  # images at a time, of rewards that ran out of memory
 
     def check(self, conditions: Sequence[Condition]) -> None:
@@ -190,12 +207,12 @@ class RewardSet:
         remote = {name: reward for name, reward in self.rewards.items() if getattr(reward, "remote", False)}
         parts: dict[str, list[Tensor]] = {name: [] for name in self.rewards if name not in remote}
         with ThreadPoolExecutor(max_workers=max(1, len(remote))) as waiting:
-            asked = {name: waiting.submit(reward.score, images, conditions) for name, reward in remote.items()}
+            asked = {name: waiting.submit(self._asked, name, images, conditions) for name in remote}
             try:
                 for start in range(0, len(images), batch_size):
                     chunk = images[start : start + batch_size].to(self.device)
                     for name in parts:
-                        parts[name].append(self._score(name, chunk, conditions[start : start + batch_size]))
+                        parts[name].append(self._asked(name, chunk, conditions[start : start + batch_size]))
                 answers = {name: answer.result().to(self.device) for name, answer in asked.items()}
             except BaseException:  # Ctrl-C comes here, and not to the threads that wait for a server
                 for reward in remote.values():
@@ -207,6 +224,20 @@ class RewardSet:
         raw = {name: self._trusted(name, raw[name].float(), len(images)) for name in self.rewards}
         return raw | self._quantized(raw)
 
+    def _asked(self, name: str, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """The scores of one reward; its error is told under its name, or noted where it is tolerated."""
+        import torch
+
+        try:
+            return self._score(name, images, conditions)
+        except (UserError, RuntimeError) as error:
+            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+            told = told if name in told else f"reward {name} failed: {told}"
+            if name not in self.tolerated:
+                raise UserError(told) from error
+            self._why[name] = told
+            return torch.full((len(images),), math.nan)
+
     def _score(self, name: str, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         import torch
 
@@ -216,7 +247,9 @@ class RewardSet:
             part = slice(start, start + most)
             try:
                 parts.append(self.rewards[name].score(images[part], conditions[part]))
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 now = len(images[part])
                 if now == 1:
                     raise UserError(
@@ -237,8 +270,8 @@ class RewardSet:
         if wrong.any():
             self.missing[name] += int(wrong.sum())
             value = scores[wrong][-1].item()
-            told = getattr(self.rewards[name], "last_error", "") if math.isnan(value) else ""
-            self.last_error[name] = told or f"a score of {value:g}"
+            told = self._why.pop(name, "") or getattr(self.rewards[name], "last_error", "")
+            self.last_error[name] = (math.isnan(value) and told) or f"a score of {value:g}"
         return scores.masked_fill(wrong, math.nan)
 
     def _quantized(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:

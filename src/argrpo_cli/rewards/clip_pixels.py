@@ -11,6 +11,10 @@ import open_clip
 import torch
 from torch import Tensor
 
+from argrpo_cli.errors import UserError
+
+MOST_OBLONG = 50  # its long side over its short one: the whole picture is scaled before its centre is taken
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -27,8 +31,14 @@ class Preprocess:
     resize_mode: str = "shortest"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to float32 [B, 3, size, size], normalised, on the device of the images."""
+        """uint8 [B, 3, H, W] to float32 [B, 3, size, size], normalised, on the device of the images.
+
+        Raises:
+            UserError: an image far too oblong.
+        """
         height, width = images.shape[-2:]
+        if max(height, width) > MOST_OBLONG * min(height, width):
+            raise UserError(f"an image of {width} x {height} pixels is too oblong for CLIP; crop it to {MOST_OBLONG}:1")
         if self.resize_mode == "squash":
             resized = resize(images, self.size, self.size, self.interpolation)
         else:

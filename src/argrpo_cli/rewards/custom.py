@@ -12,7 +12,9 @@ of its own as an entry point of the group `argrpo.rewards`.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -20,13 +22,14 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
+from argrpo_cli.errors import UserError, out_of_memory
 
 GROUP = "argrpo.rewards"
 
@@ -45,15 +48,27 @@ def find_function(name: str) -> Callable[..., Any] | None:
     module, colon, attribute = target.partition(":")
     if not colon or not module or not attribute:
         return None
+    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
+        raise UserError(f"reward {name}: write module:function with Python's names, such as brightness:reward, no path")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:  # whatever its author's code raises while it is imported
-        raise UserError(f"reward {name}: cannot import {module}: {_told(error)}") from error
+        where = f" (looked in {os.getcwd()} and among what is installed)" if isinstance(error, ImportError) else ""
+        raise UserError(f"reward {name}: cannot import {module}: {_told(error)}{where}") from error
     if not callable(function):
         raise UserError(f"reward {name}: {module} has no function {attribute!r}")
     return function
+
+
+def source_digest(name: str) -> str:
+    """A hash of the file with the function behind `name`, "" where there is none: scores of other code are others."""
+    function = find_function(name)
+    try:
+        return hashlib.sha256(Path(inspect.getsourcefile(function)).read_bytes()).hexdigest()[:16]
+    except (TypeError, OSError):
+        return ""
 
 
 class Custom:
@@ -61,6 +76,12 @@ class Custom:
 
     def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any] | None = None):
         self.name, self.function, self.options = name, function, dict(options or {})
+        try:
+            inspect.signature(function).bind(None, None, **self.options)
+        except TypeError as error:
+            raise UserError(f"reward {name} takes images, conditions and its options: {error}") from error
+        except ValueError:
+            pass  # written in C: it has no signature to look at
 
     @torch.inference_mode()
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
@@ -70,13 +91,15 @@ class Custom:
             UserError: the function failed or returned something else than B numbers; it names the reward.
         """
         try:
-            result = self.function(images, list(conditions), **self.options)
+            result = self.function(images.clone(), list(conditions), **self.options)  # which it may write into
+            if result is None:
+                raise TypeError("it returned None; return a score for each image")
             if not isinstance(result, Tensor):
                 result = torch.tensor([math.nan if one is None else float(one) for one in result])
             scores = result.detach().float().flatten()
-        except torch.OutOfMemoryError:
-            raise  # the caller halves the batch
-        except Exception as error:  # whatever its author's code raises
+        except (Exception, SystemExit) as error:  # whatever its author's code raises
+            if out_of_memory(error):
+                raise  # the caller halves the batch
             raise UserError(f"reward {self.name} failed: {_told(error)}") from error
         if len(scores) != len(images):
             raise UserError(f"reward {self.name} returned {len(scores)} scores for {len(images)} images")
@@ -86,7 +109,7 @@ class Custom:
 def _told(error: BaseException) -> str:
     """What was raised, and the line of the author's file where."""
     frames = traceback.extract_tb(error.__traceback__)
-    inner = next((one for one in reversed(frames) if os.path.basename(one.filename) != "custom.py"), None)
+    inner = next((one for one in reversed(frames) if one.filename != __file__), None)
     where = f" ({os.path.basename(inner.filename)}, line {inner.lineno})" if inner and inner.line else ""
     text = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}{where}"

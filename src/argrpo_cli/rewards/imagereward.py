@@ -131,7 +131,7 @@ class ImageReward:
     """
 
     def __init__(self, device: str = "cpu", *, weights: str | Path | None = None, vocabulary: str | Path | None = None):
-        self.tokenizer = load_tokenizer(published_file(TOKENIZER_REPO, VOCABULARY, vocabulary))
+        self.tokenizer = load_tokenizer(published_file(TOKENIZER_REPO, VOCABULARY, vocabulary, "vocabulary"))
         path = published_file(REPO, FILE, weights)
         self.network = load_network(build_network(), read_state(path), path).to(device)
         self.device = device

@@ -8,6 +8,7 @@ and pooling are ours, because pyiqa pools the patches of all crops together and 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,9 +129,9 @@ class Maniqa:
     Args:
         weights: a local ckpt_koniq10k.pt; otherwise it is fetched.
         crops: "grid" looks at the same crops of every image (`grid_corners`). "random" looks at 20 random ones of each,
-            as published: one generator draws for image after image, so the same seed and the same images in the same
-            order give the same scores, in batches of any size; a call that fails draws nothing.
-        seed: of the random crops, as for numpy's legacy generator (`numpy.random.seed`).
+            as published, but by a generator for each: the same seed and the same pixels give the same score, whatever
+            was scored before (the published code draws from numpy's global generator, unseeded).
+        seed: of the random crops; the checksum (crc32) of the image's bytes is added to it.
         dtype: "float32" or "bfloat16" of the network; the pooling is in float32. (The token attention multiplies before
             it scales, which float16 need not hold.)
         crop_batch: how many crops go through the network at once; each takes some 0.2 GB in float32.
@@ -166,21 +167,18 @@ class Maniqa:
         fit_state(network, read_state(path, wrappers=("params",)), path)
         self.network = network.to(device, getattr(torch, dtype))
         self.device, self.dtype, self.crop_batch = device, getattr(torch, dtype), crop_batch
-        self._generator = np.random.RandomState(seed) if crops == "random" else None
+        self.seed = seed if crops == "random" else None
 
     @torch.inference_mode()
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""
         unit = enlarged(images.to(self.device).float().div(255))
         height, width = unit.shape[-2:]
-        if self._generator is None:
+        if self.seed is None:
             return self.crop_scores(unit, [grid_corners(height, width)] * len(unit)).mean(-1)
-        before = self._generator.get_state()
-        try:
-            return self.crop_scores(unit, [random_corners(self._generator, height, width) for _ in unit]).mean(-1)
-        except BaseException:
-            self._generator.set_state(before)
-            raise
+        seeds = [(self.seed + zlib.crc32(image.contiguous().numpy())) % 2**32 for image in images.cpu()]
+        corners = [random_corners(np.random.RandomState(seed), height, width) for seed in seeds]
+        return self.crop_scores(unit, corners).mean(-1)
 
     @torch.inference_mode()
     def crop_scores(self, images: Tensor, corners: Sequence[Sequence[Corner]]) -> Tensor:

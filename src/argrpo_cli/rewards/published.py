@@ -14,7 +14,9 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.hub import fetch
 
 
-def published_file(repo: str, files: str | Sequence[str], weights: str | Path | None = None) -> Path:
+def published_file(
+    repo: str, files: str | Sequence[str], weights: str | Path | None = None, option: str = "weights"
+) -> Path:
     """The local file `weights` when it is given, else the first of `files` that a hub repository has, fetched once.
 
     Raises:
@@ -30,7 +32,7 @@ def published_file(repo: str, files: str | Sequence[str], weights: str | Path | 
         try:
             return fetch(repo, name)
         except UserError as error:
-            first = first or error
+            first = first or UserError(str(error).replace("give the file instead", f"give it as the option {option}"))
     raise first or ValueError("no file asked for")
 
 

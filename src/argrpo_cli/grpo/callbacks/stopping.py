@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -60,15 +60,28 @@ class StopCallback(TrainerCallback):
         updates_per_batch: a checkpoint between two updates of one batch could not be resumed exactly, so training goes
             on to the end of the batch.
         time_limit: seconds of training, or None.
+        blank: whether no image of the batch has a score. Such a batch changes nothing, neither weights nor optimiser.
     """
 
     def __init__(
-        self, request: StopRequest, metrics: MetricsCallback, updates_per_batch: int, time_limit: float | None
+        self,
+        request: StopRequest,
+        metrics: MetricsCallback,
+        updates_per_batch: int,
+        time_limit: float | None,
+        blank: Callable[[], bool] = lambda: False,
     ) -> None:
         self.request, self.metrics, self.updates_per_batch = request, metrics, updates_per_batch
-        self.time_limit = time_limit
+        self.time_limit, self.blank = time_limit, blank
         self.out_of_time = False
         self._last_seconds = metrics.seconds
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.blank():
+            for parameter in kwargs["model"].parameters():
+                parameter.grad = None  # not a zero, which momentum and weight decay would still act on
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         seconds = self.metrics.seconds

@@ -144,9 +144,9 @@ def read_url(url: str, key_variable: str) -> Address:
         host, port = parts.hostname or "", parts.port
     except ValueError:
         raise UserError("judge: the url cannot be read; give one such as http://localhost:8000/v1") from None
-    if "@" in parts.netloc or parts.query or parts.fragment:  # the url is not repeated here
+    if any(mark in url for mark in "@?#;"):  # the url is not repeated here
         raise UserError(
-            f"judge: the url of {host} has a user, a query or a fragment; give it without, and a key in {key_variable}"
+            f"judge: the url has a user, parameters or a query in it; give it without, and a key in {key_variable}"
         )
     if parts.scheme not in ("http", "https") or not host or not all("!" <= one <= "~" for one in parts.path):
         raise UserError(f"judge: url is {url!r}; give one such as http://localhost:8000/v1")
