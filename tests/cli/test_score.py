@@ -434,7 +434,7 @@ def test_scores_of_older_code_of_ones_own_are_not_kept(folder, fails, monkeypatc
     )
     (tmp_path / "mine_to_mend.py").write_text(source)
     arguments = ("score", folder, "--rewards", "mine_to_mend:reward", "--batch-size", "1", "--class", "dog")
-    assert "mine_to_mend:reward failed: IndexError" in fails(*arguments)
+    assert "mine_to_mend:reward failed: ZeroDivisionError" in fails(*arguments)
     (tmp_path / "mine_to_mend.py").write_text("def reward(images, conditions):\n    return [1.0] * len(images)\n")
     sys.modules.pop("mine_to_mend")
     find_function.cache_clear()
