@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
@@ -81,36 +85,47 @@ def score_images(
 
     reward_set = load_rewards(list(rewards), resolve_device(device), options)
     _check_conditions(reward_set, items)
-    journal = _Journal(target, _identity(rewards, options or {}))
-    kept = sum(journal.scores(item) is not None for item in items)
-    try:
-        if show_progress:
-            with progress("scoring", len(items)) as advance:
+    with _alone_in(target):
+        journal = _Journal(target, _identity(rewards, options or {}))
+        kept = sum(journal.scores(item) is not None for item in items)
+        try:
+            with progress("scoring", len(items)) if show_progress else nullcontext(lambda count: None) as advance:
                 _score(reward_set, items, journal, batch_size, advance)
-        else:
-            _score(reward_set, items, journal, batch_size, lambda count: None)
-    finally:
-        journal.close()
-
-    names = list(rewards)
-    columns = {name: [journal.scores(item)[name] for item in items] for name in names}
-    summary = {
-        "images": len(items),
-        "folder": str(sources[0] if len(sources) == 1 else found.folder),
-        "rewards": {name: {"family": reward_set.family[name], **_statistics(columns[name])} for name in names},
-    }
-    for name, why in reward_set.last_error.items():
-        if name in summary["rewards"]:
-            summary["rewards"][name]["last_error"] = why
-    rows = [_row(item, {name: columns[name][index] for name in names}) for index, item in enumerate(items)]
-    write_jsonl(make_dir(target) / SCORES, rows)
-    write_text(target / TABLE, _csv(rows, names))
-    save_png(target / SHEET, best_and_worst(items, columns))
-    write_json(target / SUMMARY, summary)
-    if not any(missing for column in columns.values() for missing in (score is None for score in column)):
-        journal.remove()  # otherwise the same call asks again for what is missing
-    uses_prompt = any(reward_set.entries[name].reads_prompt for name in names)
+        finally:
+            journal.close()
+        columns = {name: [journal.scores(item)[name] for item in items] for name in rewards}
+        summary = _summary(str(sources[0] if len(sources) == 1 else found.folder), reward_set, columns)
+        rows = [_row(item, {name: columns[name][index] for name in rewards}) for index, item in enumerate(items)]
+        write_jsonl(make_dir(target) / SCORES, rows)
+        write_text(target / TABLE, _csv(rows, list(rewards)))
+        save_png(target / SHEET, best_and_worst(items, columns))
+        write_json(target / SUMMARY, summary)
+        if all(None not in column for column in columns.values()):
+            journal.remove()  # otherwise the same call asks again for what is missing
+    uses_prompt = any(reward_set.entries[name].reads_prompt for name in rewards)
     return ScoringResult(summary, target, kept, found.note if uses_prompt else "")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep a second `argrpo score` of this machine from writing to a folder; UserError when one does already."""
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"argrpo-score-{digest}.lock")  # the folder need not be there yet
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(f"another `argrpo score` writes to {folder}; wait for it, or choose another --out") from error
+
+
+def _summary(source: str, reward_set: RewardSet, columns: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
+    """What summary.json holds: for each reward its statistics and, where scores are missing, why the latest is."""
+    rewards = {}
+    for name, column in columns.items():
+        rewards[name] = {"family": reward_set.family[name], **_statistics(column)}
+        if name in reward_set.last_error:
+            rewards[name]["last_error"] = reward_set.last_error[name]
+    return {"images": len(next(iter(columns.values()))), "folder": source, "rewards": rewards}
 
 
 def best_and_worst(items: Sequence[Item], columns: Mapping[str, Sequence[float | None]]) -> Image.Image:

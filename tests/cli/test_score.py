@@ -450,3 +450,17 @@ def test_no_score_at_all_is_a_failure(folder, capsys, monkeypatch):
     monkeypatch.setattr(Rewards, "score", score)
     assert run(["score", str(folder), "--rewards", "bright"]) == 2
     assert "bright scored none of the 3 images: the server said 500" in capsys.readouterr().err
+
+
+def test_a_second_job_on_the_same_folder_is_refused(folder, fails, monkeypatch):
+    score, told = Rewards.score, []
+
+    def meanwhile(self, images, conditions, batch_size=64):
+        if not told:
+            told.append(fails("score", folder, "--rewards", "bright"))
+        return score(self, images, conditions, batch_size)
+
+    monkeypatch.setattr(Rewards, "score", meanwhile)
+    assert run(["score", str(folder), "--rewards", "bright"]) == 0
+    assert "another `argrpo score` writes to" in told[0]
+    assert run(["score", str(folder), "--rewards", "bright"]) == 0, "and then it is free again"
