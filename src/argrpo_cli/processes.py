@@ -5,6 +5,7 @@ Started by `accelerate launch` or `torchrun`, which say in the environment how m
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,5 +80,14 @@ def join_team(device: str = "auto") -> Team:
     from accelerate import PartialState
 
     state = PartialState(cpu=resolve_device(device) == "cpu", timeout=LONGEST_JOB)
+    atexit.register(_leave)
     own = str(state.device) if device in ("auto", "cpu", state.device.type) else resolve_device(device)
     return Team(state.process_index, state.num_processes, own)
+
+
+def _leave() -> None:
+    """End the connection before the interpreter does: its threads, still running then, can abort a finished process."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
