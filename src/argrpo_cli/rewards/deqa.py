@@ -21,7 +21,7 @@ from torch import Tensor
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
 from argrpo_cli.rewards.judge.replies import UnusableReply
-from argrpo_cli.rewards.judge.server import JudgeServer
+from argrpo_cli.rewards.judge.server import JudgeServer, ServerReward
 
 MODEL = "zhiyuanyou/DeQA-Score-Mix3"
 QUESTION = "How would you rate the quality of this image?"
@@ -109,7 +109,7 @@ def data_url(image: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-class Deqa:
+class Deqa(ServerReward):
     """Quality from 1 (bad) to 5 (excellent), by a model behind a server.
 
     Args:
@@ -118,8 +118,6 @@ class Deqa:
     Raises:
         UserError: no url, an option out of range, a server that is not there or does not have the model.
     """
-
-    remote = True
 
     def __init__(
         self,
@@ -137,14 +135,10 @@ class Deqa:
                 f"deqa: url is missing; serve {MODEL} with an OpenAI-compatible server and give its url, such as "
                 "http://localhost:8000/v1"
             )
-        self.device, self.failures, self.last_error = device, 0, ""
+        self.device = device
         self.server = JudgeServer(
             url, model, attempts=attempts, concurrency=concurrency, timeout=timeout, backoff=backoff
         )
-
-    def stop(self) -> None:
-        """Break off `score` in another thread."""
-        self.server.stop()
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B], NaN where the server gave no score; the conditions are not looked at."""
@@ -152,10 +146,7 @@ class Deqa:
             return torch.zeros(0, device=self.device)
         requests = [partial(_request, image, self.server.model) for image in images.cpu()]
         answers = self.server.complete(requests, _read, resample=False)
-        failed = [answer.reason for answer in answers if answer.reason]
-        self.failures += len(failed)
-        self.last_error = failed[-1] if failed else self.last_error
-        return torch.tensor([answer.score for answer in answers], device=self.device)
+        return self.scores_of(answers)
 
 
 def _request(image: Tensor, model: str) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.rewards.judge.prompts import FAKE, QUALITY, WEIRD, Question
 from argrpo_cli.rewards.judge.replies import read_score
-from argrpo_cli.rewards.judge.server import Answer, JudgeServer
+from argrpo_cli.rewards.judge.server import JudgeServer, ServerReward
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 BACKENDS = ("local", "server")
 READINGS = ("generate", "logit")
 
 
-class Judge:
+class Judge(ServerReward):
     """One question put to a vision-language model about every image.
 
     Args:
@@ -77,7 +77,6 @@ class Judge:
             raise UserError(f"{name}: attempts is {attempts}; it must be at least 1")
         self.device, self.reading, self.attempts = device, reading, attempts
         self.remote = backend == "server"  # a scheduler may ask it while the device is at other work
-        self.failures, self.last_error = 0, ""
         if url is not None:
             self.server = JudgeServer(
                 url,
@@ -97,7 +96,7 @@ class Judge:
     def stop(self) -> None:
         """Break off `score` in another thread, where a server is asked."""
         if self.remote:
-            self.server.stop()
+            super().stop()
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B] in the judge's own unit; NaN where it gave no score.
@@ -115,10 +114,7 @@ class Judge:
             answers = self.server.ask(pictures, prompts, read)
         else:
             answers = self.local.ask(pictures, prompts, read, self.attempts)
-        failed = [answer.reason for answer in answers if answer.reason]
-        self.failures += len(failed)
-        self.last_error = failed[-1] if failed else self.last_error
-        return to_scores(answers, self.device)
+        return self.scores_of(answers)
 
 
 class JudgeQuality(Judge):
@@ -142,8 +138,3 @@ class JudgeWeird(Judge):
 def to_pil(images: Tensor) -> list[Image.Image]:
     """uint8 [B, 3, H, W] on any device to B RGB images; one transfer."""
     return [Image.fromarray(one) for one in images.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
-
-
-def to_scores(answers: Sequence[Answer], device: str) -> Tensor:
-    """float32 [B]; NaN where there is no score."""
-    return torch.tensor([answer.score for answer in answers], dtype=torch.float32, device=device)

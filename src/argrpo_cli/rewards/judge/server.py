@@ -18,6 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.rewards.judge.exchange import Exchanges, Fault, read_url, retry_after
 from argrpo_cli.rewards.judge.replies import UnusableReply
@@ -235,6 +238,27 @@ class JudgeServer:
         """A message fit for one line: no key, nothing unprintable, no more than 400 characters."""
         text = "".join(c if c.isprintable() else " " for c in _without_key(text))
         return text if len(text) <= 400 else f"{text[:400]}…"
+
+
+class ServerReward:
+    """What rewards share that ask a server: breaking off, and counting what has no score."""
+
+    remote = True
+    device: str
+    server: JudgeServer
+    failures = 0
+    last_error = ""
+
+    def stop(self) -> None:
+        """Break off `score` in another thread."""
+        self.server.stop()
+
+    def scores_of(self, answers: Sequence[Answer]) -> Tensor:
+        """float32 [B] on the reward's device, NaN where there is none, which is counted and the latest reason kept."""
+        failed = [answer.reason for answer in answers if answer.reason]
+        self.failures += len(failed)
+        self.last_error = failed[-1] if failed else self.last_error
+        return torch.tensor([answer.score for answer in answers], dtype=torch.float32, device=self.device)
 
 
 def api_key() -> str:

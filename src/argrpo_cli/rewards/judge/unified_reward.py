@@ -18,8 +18,8 @@ from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
 from argrpo_cli.rewards.judge.prompts import plain
 from argrpo_cli.rewards.judge.replies import read_final_score
-from argrpo_cli.rewards.judge.rewards import to_pil, to_scores
-from argrpo_cli.rewards.judge.server import JudgeServer
+from argrpo_cli.rewards.judge.rewards import to_pil
+from argrpo_cli.rewards.judge.server import JudgeServer, ServerReward
 
 MODEL = "CodeGoat24/UnifiedReward-7b-v1.5"
 SIZE = 512  # pixels
@@ -35,10 +35,8 @@ Your task is provided as follows:
 Text Caption: """
 
 
-class UnifiedReward:
+class UnifiedReward(ServerReward):
     """1 to 5 by UnifiedReward; options as those of the judge's server backend."""
-
-    remote = True
 
     def __init__(
         self,
@@ -57,7 +55,7 @@ class UnifiedReward:
                 f"unified-reward: url is missing; serve {MODEL} with an OpenAI-compatible server and give its url, "
                 "such as http://localhost:8000/v1"
             )
-        self.device, self.failures, self.last_error = device, 0, ""
+        self.device = device
         self.server = JudgeServer(
             url,
             model,
@@ -73,10 +71,6 @@ class UnifiedReward:
         if any(not condition.prompt.strip() for condition in conditions):
             raise UserError("unified-reward: a prompt is empty; give every image a caption")
 
-    def stop(self) -> None:
-        """Break off `score` in another thread."""
-        self.server.stop()
-
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B] in 1 to 5; NaN where there was no score."""
         if not len(images):
@@ -84,10 +78,7 @@ class UnifiedReward:
         pictures = [one.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for one in to_pil(images)]
         prompts = [("", question(condition.prompt)) for condition in conditions]
         answers = self.server.ask(pictures, prompts, read_final_score)
-        failed = [answer.reason for answer in answers if answer.reason]
-        self.failures += len(failed)
-        self.last_error = failed[-1] if failed else self.last_error
-        return to_scores(answers, self.device)
+        return self.scores_of(answers)
 
 
 def question(caption: str) -> str:
