@@ -160,7 +160,7 @@ def test_dropped_conditions_train_the_null_class(new_trainer: Build) -> None:
 def test_training_with_dropped_conditions_measures_the_ratio_of_the_others(new_trainer: Build) -> None:
     trainer = new_trainer(condition_dropout=0.5, steps=1, batch_size=16)
     trainer.train()
-    mean, deviation = trainer.ratio_meter.take()
+    mean, _, deviation = trainer.ratio_meter.take()
     assert mean == pytest.approx(1.0, abs=1e-6)
     assert deviation < 1e-5
 

@@ -28,7 +28,7 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import Recipe, load_recipe
 from tests.grpo.tiny import FakeRewards, brightness, tiny_recipe
 
-TIMES = {"seconds_rollout", "seconds_reward", "seconds_update", "seconds_total", "images_per_second"}
+TIMES = {"seconds_text", "seconds_rollout", "seconds_reward", "seconds_update", "seconds_total", "images_per_second"}
 
 
 class Stopped(Exception):
@@ -114,7 +114,8 @@ def test_metrics_say_what_happened(finished: Path) -> None:
     first, *rest = metrics(finished)
     assert first.keys() == {
         "step", "reward", "within_group_std", "rewards", "kl", "entropy", "clip_low", "clip_high", "ratio",
-        "ratio_deviation", "loss", "grad_norm", "learning_rate", "images_left_out", *TIMES,
+        "ratio_deviation_mean", "ratio_deviation", "loss", "grad_norm", "learning_rate", "images_left_out",
+        "groups_without_spread", *TIMES,
     }  # fmt: skip
     assert first["rewards"].keys() == {"bright", "red"}
     assert first["reward"] == pytest.approx(sum(value["mean"] for value in first["rewards"].values()), abs=1e-5)

@@ -126,7 +126,7 @@ def test_reward_weights_reach_the_advantages(new_trainer: Build, batches: list[d
 def test_first_on_policy_step_has_ratio_1(new_trainer: Build, logprob: str, scale: float | None) -> None:
     trainer = new_trainer(steps=1, logprob=logprob, temperature=0.8)
     trainer.train()
-    mean, deviation = trainer.ratio_meter.take()
+    mean, _, deviation = trainer.ratio_meter.take()
     assert mean == pytest.approx(1.0, abs=1e-6)
     assert deviation < 1e-5
 
@@ -146,7 +146,7 @@ def test_bfloat16_samples_and_trains_under_autocast(
     assert trainer.args.bf16
     trainer.train()
     assert sampled_under == [(True, torch.bfloat16)]
-    mean, deviation = trainer.ratio_meter.take()
+    mean, _, deviation = trainer.ratio_meter.take()
     assert mean == pytest.approx(1.0, abs=5e-3)
     assert deviation < 0.1
     assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.float32}
@@ -338,7 +338,7 @@ def test_ratio_meter_counts_every_token_but_those_of_another_distribution() -> N
     sampled = torch.log(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
     sampled[1] = torch.nan
     meter.add(logp, sampled)
-    assert meter.take() == pytest.approx((0.75, 0.5))
+    assert meter.take() == pytest.approx((0.75, 0.25, 0.5))
     assert meter.take() is None
 
 

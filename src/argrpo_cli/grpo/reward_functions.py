@@ -23,8 +23,15 @@ RewardFunction = Callable[..., list[float | None]]
 # Names under which the reward functions hand their measurements to TRL's log.
 WITHIN_GROUP_STD = "reward_within_group_std"
 LEFT_OUT = "images_left_out"
+WITHOUT_SPREAD = "groups_without_spread"
 
+NO_SPREAD = 1e-6  # of a group's total reward: what rounding leaves of equal scores
 WINDOW = 4  # batches over which missing scores are counted: a server that restarts is no reason to stop
+
+
+def spread_of(name: str) -> str:
+    """The name under which the mean within-group standard deviation of one reward is logged."""
+    return f"within_group_std/{name}"
 
 
 class Rewards(Protocol):
@@ -97,9 +104,15 @@ class BatchScorer:
         table[missing] = torch.nan
         self.blank = bool(missing.all())
         total = (table.nan_to_num() * weights).sum(dim=1).masked_fill(missing, torch.nan)
-        spread = group_std(total.view(-1, self.group_size)).nanmean().item()
-        if not math.isnan(spread):
-            log_metric(WITHIN_GROUP_STD, spread)
+        spreads = group_std(total.view(-1, self.group_size))
+        known = ~spreads.isnan()
+        if known.any():
+            log_metric(WITHIN_GROUP_STD, spreads[known].mean().item())
+            log_metric(WITHOUT_SPREAD, (spreads[known] < NO_SPREAD).double().mean().item())
+        for name, column in zip(self.weights, table.T, strict=True):
+            spread = group_std(column.reshape(-1, self.group_size)).nanmean().item()
+            if not math.isnan(spread):
+                log_metric(spread_of(name), spread)
         log_metric(LEFT_OUT, float(missing.sum()))
         columns = zip(self.weights, table.T.tolist(), strict=True)
         return {name: [None if math.isnan(score) else score for score in column] for name, column in columns}

@@ -95,15 +95,16 @@ class Rollout:
             images: uint8 [3, H, W] each.
             conditions: what each image was asked to show.
         """
-        with self.stopwatch.measure("rollout"):
-            asked = [self.conditions[int(prompt)] for prompt in prompts]
-            # global_step counts finished updates, so an interrupted and resumed run draws the same images.
-            first = trainer.accelerator.process_index * len(prompts)
-            seeds = [
-                image_seed(self.recipe.seed, trainer.state.global_step, first + index) for index in range(len(prompts))
-            ]
-            dropped = [is_dropped(seed, self.recipe.grpo.condition_dropout) for seed in seeds]
+        asked = [self.conditions[int(prompt)] for prompt in prompts]
+        # global_step counts finished updates, so an interrupted and resumed run draws the same images.
+        first = trainer.accelerator.process_index * len(prompts)
+        seeds = [
+            image_seed(self.recipe.seed, trainer.state.global_step, first + index) for index in range(len(prompts))
+        ]
+        dropped = [is_dropped(seed, self.recipe.grpo.condition_dropout) for seed in seeds]
+        with self.stopwatch.measure("text"):
             condition, mask = self.policy.embed(asked)
+        with self.stopwatch.measure("rollout"):
             with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
                 drawn = []
                 for at in range(0, len(asked), CHUNK):
@@ -111,14 +112,14 @@ class Rollout:
                     part_mask = None if mask is None else mask[part]
                     drawn.append(self._draw(model, condition[part], part_mask, seeds[part], trainer))
             images = [image for tokens, _ in drawn for image in self.policy.decode(tokens)]
-            logprobs = [row for _, chunk in drawn for row in chunk.tolist()]
-            return {
-                "prompt_ids": self._training_prompts(condition, mask, torch.tensor(dropped), trainer),
-                "completion_ids": [row for tokens, _ in drawn for row in tokens.tolist()],
-                "logprobs": [[None] * len(row) if drop else row for drop, row in zip(dropped, logprobs, strict=True)],
-                "images": images,
-                "conditions": asked,
-            }
+        logprobs = [row for _, chunk in drawn for row in chunk.tolist()]
+        return {
+            "prompt_ids": self._training_prompts(condition, mask, torch.tensor(dropped), trainer),
+            "completion_ids": [row for tokens, _ in drawn for row in tokens.tolist()],
+            "logprobs": [[None] * len(row) if drop else row for drop, row in zip(dropped, logprobs, strict=True)],
+            "images": images,
+            "conditions": asked,
+        }
 
     def _training_prompts(
         self, condition: Tensor, mask: Tensor | None, dropped: Tensor, trainer: GRPOTrainer

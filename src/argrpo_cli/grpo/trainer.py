@@ -76,6 +76,7 @@ class RatioMeter:
     """
 
     total: float = 0.0
+    deviation: float = 0.0
     tokens: int = 0
     largest_deviation: float = 0.0
 
@@ -85,15 +86,16 @@ class RatioMeter:
         r = r[~r.isnan()]
         if r.numel():
             self.total += r.sum().item()
+            self.deviation += (r - 1).abs().sum().item()
             self.tokens += r.numel()
             self.largest_deviation = max(self.largest_deviation, (r - 1).abs().max().item())
 
-    def take(self) -> tuple[float, float] | None:
-        """Mean ratio and the largest |ratio - 1| since the last call; None when nothing was counted."""
+    def take(self) -> tuple[float, float, float] | None:
+        """Mean ratio, mean and largest |ratio - 1| since the last call; None when nothing was counted."""
         if not self.tokens:
             return None
-        taken = self.total / self.tokens, self.largest_deviation
-        self.total, self.tokens, self.largest_deviation = 0.0, 0, 0.0
+        taken = self.total / self.tokens, self.deviation / self.tokens, self.largest_deviation
+        self.total, self.deviation, self.tokens, self.largest_deviation = 0.0, 0.0, 0, 0.0
         return taken
 
 

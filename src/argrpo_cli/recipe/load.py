@@ -15,7 +15,7 @@ from argrpo_cli.recipe.explain import Layer, explain, shown
 from argrpo_cli.recipe.schema import Recipe
 from argrpo_cli.recipe.yaml12 import parse_yaml
 
-OWN_KEYS = ("name", "description", "out")  # say which run this is, so `extends` does not hand them on
+OWN_KEYS = ("name", "description", "out", "published")  # say which run this is, so `extends` does not hand them on
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -26,7 +26,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         overrides: `key=value` texts; keys are dotted (`grpo.beta`, `rewards.terms.0.weight`), values YAML.
 
     Later layers win: the file over what it extends, the overrides over both. Mappings merge, lists replace.
-    `name`, `description` and `out` are not inherited; the name defaults to the file's.
+    `name`, `description`, `out` and `published` are not inherited; the name defaults to the file's.
 
     Raises:
         UserError: one line naming the file or override, the key, the value and what is allowed.

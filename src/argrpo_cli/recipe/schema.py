@@ -13,12 +13,22 @@ NonNegative = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
+Action = Literal["stop", "warn", "ignore"]
 
 
 class Section(BaseModel):
     """A block of keys. Unknown keys and wrong types are errors; a whole number may stand for a float."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class LoraSection(Section):
+    """Low-rank adapters instead of the weights themselves; the policy without them is the reference of the KL term."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
+    dropout: Decay = 0.0
+    targets: Annotated[list[Name], Field(min_length=1)] = ["wqkv", "wo", "w1", "w2", "w3"]  # linear layers, by name
 
 
 class PolicySection(Section):
@@ -30,6 +40,25 @@ class PolicySection(Section):
     text_device: str = "same"  # of the text encoder: same, offload (there only while it reads captions), or a device
     # What is trained: everything, or the parameters with one of these in their names, such as "layers.4.".
     trainable: Name | Annotated[list[Name], Field(min_length=1)] = "all"
+    lora: LoraSection | None = None  # null trains the weights themselves
+
+    @model_validator(mode="after")
+    def _one_choice_of_what_is_trained(self) -> PolicySection:
+        if self.lora is not None and self.trainable != "all":
+            raise ValueError("trainable chooses weights and lora trains none of them; leave one out")
+        return self
+
+
+class DatasetSection(Section):
+    """A data set of the Hugging Face hub, or a folder or file that its library reads, for the captions in it."""
+
+    name: Name
+    config: Name | None = None
+    split: Name = "train"
+    revision: Name | None = None
+    column: Name = "caption"  # a list of captions in it counts as several
+    streaming: bool = True  # read as far as training gets, not downloaded first
+    limit: Count | None = None  # captions taken; after them the first comes again. null: all of the data set
 
 
 class ConditionSection(Section):
@@ -37,8 +66,13 @@ class ConditionSection(Section):
 
     source: Literal["classes", "captions"] = "classes"  # as the policy was made
     classes: Literal["all"] | Annotated[list[str | int], Field(min_length=1)] = "all"  # names or ids
+    # How often a class is drawn, by name or id; 1 for one that is not named, 0 is never. Uniform when empty.
+    weights: dict[str | int, NonNegative] = {}
     # A bundled set ("nano"), a .txt file with one a line, a .jsonl file with `prompt`, or a list.
     captions: Name | Annotated[list[Name], Field(min_length=1)] = "nano"
+    column: Name = "prompt"  # of a .jsonl file
+    dataset: DatasetSection | None = None  # takes the place of captions
+    deduplicate: bool = True  # a caption that comes twice is drawn once in a pass
 
 
 class SamplingSection(Section):
@@ -93,9 +127,20 @@ class GrpoSection(Section):
     steps: Count = 100  # updates
     time_limit_minutes: Positive | None = None  # stop earlier, with everything saved
     beta: NonNegative = 0.1  # weight of the KL estimator of eq. 6; 0 needs no reference model
-    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2  # clip range of the ratio
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2  # clip range of the ratio, below 1
+    epsilon_high: Positive | None = None  # and above it; null takes epsilon
     updates_per_batch: Count = 1  # 1 is on-policy
-    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "grpo"
+    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "grpo"
+    importance: Literal["token", "sequence"] = "token"  # the ratio of each token, or of the whole image (GSPO)
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # the deviation that advantages are divided by
+    # Entropy bonus: its weight, and, when a target is given, how the weight follows the entropy (Skywork-OR1):
+    # up by entropy_step after an update below the target (nats per token), down after one above it.
+    entropy_weight: NonNegative = 0.0
+    entropy_target: Positive | None = None
+    entropy_step: Positive = 0.005
+    entropy_weight_max: Positive = 1.0
+    ema_decay: Decay = 0.0  # of a running mean of the weights, kept as policy_ema beside policy; 0 keeps none
+    gradient_checkpointing: bool = False  # less memory, one more forward pass
     learning_rate: Positive = 1e-5
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.95]  # AdamW
     weight_decay: NonNegative = 0.05
@@ -118,6 +163,53 @@ class GrpoSection(Section):
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}; lower it too")
         return self
 
+    @model_validator(mode="after")
+    def _loss_and_ratio_fit(self) -> GrpoSection:
+        if self.loss == "luspo" and self.importance != "sequence":
+            raise ValueError("loss luspo is one of whole sequences; set importance: sequence")
+        if self.loss == "vespo" and self.importance != "token":
+            raise ValueError("loss vespo has a sequence weight of its own; set importance: token")
+        return self
+
+
+class RatioGuard(Section):
+    """An on-policy update whose ratio to the sampler is not 1: another distribution, or numbers too coarse."""
+
+    action: Action = "warn"
+    limit: Positive = 0.1  # mean |ratio - 1| over the tokens
+
+
+class KlGuard(Section):
+    """A policy that has left its base."""
+
+    action: Action = "stop"
+    limit: Positive = 2.0  # nats per token
+
+
+class ConstantRewardGuard(Section):
+    """A reward that counts and gives all images of every group the same score."""
+
+    action: Action = "warn"
+    batches: Count = 10  # in a row
+
+
+class HeldOutGuard(Section):
+    """A held-out reward (weight 0) that falls while the optimised one rises: the policy games its rewards."""
+
+    action: Action = "warn"
+    batches: Annotated[int, Field(ge=4)] = 20  # over which both are fitted
+    errors: Positive = 3.0  # standard errors of its slope by which each must have moved
+
+
+class GuardSection(Section):
+    """What is watched. `stop` ends training with a checkpoint and exit code 2, `warn` says it once."""
+
+    ratio: RatioGuard = RatioGuard()
+    kl: KlGuard = KlGuard()
+    constant_reward: ConstantRewardGuard = ConstantRewardGuard()
+    held_out: HeldOutGuard = HeldOutGuard()
+    not_a_number: Literal["stop", "skip"] = "stop"  # a gradient that is none: end, or leave that update out
+
 
 class LoggingSection(Section):
     """What the run directory keeps."""
@@ -127,6 +219,25 @@ class LoggingSection(Section):
     grid_images: Count = 24
     save_every: Count = 20  # steps between checkpoints
     keep_checkpoints: Count = 2  # older ones are removed
+    keep_steps: list[Count] = []  # checkpoints after these updates are made and never removed
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    project: Name = "argrpo"  # of wandb and trackio
+
+
+class PublishedSection(Section):
+    """What a paper reports for this run, to be put beside what comes out of it. Nothing is computed with it."""
+
+    table: Name  # such as "table 2"
+    step: Count  # the update after which the paper measures
+    measures: Annotated[list[Name], Field(min_length=1)]
+    base: list[float]  # of the policy that training starts from
+    trained: list[float]
+
+    @model_validator(mode="after")
+    def _one_number_each(self) -> PublishedSection:
+        if not len(self.measures) == len(self.base) == len(self.trained):
+            raise ValueError("base and trained need one number for each of measures")
+        return self
 
 
 class Recipe(Section):
@@ -141,7 +252,9 @@ class Recipe(Section):
     sampling: SamplingSection = SamplingSection()
     rewards: RewardSection = RewardSection()
     grpo: GrpoSection = GrpoSection()
+    guards: GuardSection = GuardSection()
     logging: LoggingSection = LoggingSection()
+    published: list[PublishedSection] = []
 
     @property
     def run_dir(self) -> Path:

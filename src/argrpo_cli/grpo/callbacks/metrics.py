@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.grpo.reward_functions import LEFT_OUT, WITHIN_GROUP_STD
+from argrpo_cli.grpo.reward_functions import LEFT_OUT, WITHIN_GROUP_STD, WITHOUT_SPREAD, spread_of
 
 if TYPE_CHECKING:
     from argrpo_cli.grpo.callbacks.display import RunDisplay
@@ -41,6 +41,7 @@ class MetricsCallback(TrainerCallback):
         self.run, self.display, self.stopwatch, self.names, self.images = run, display, stopwatch, names, images
         self.seconds = seconds_before  # training time of the whole run, interruptions left out
         self.ratio_meter: RatioMeter | None = None  # the trainer's, which is built after its callbacks
+        self.record: dict[str, Any] = {}  # of the latest update; callbacks after this one read it
         self._last_step_end = self._step_start = self._step_seconds = 0.0
 
     def on_train_begin(
@@ -69,7 +70,7 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:  # the trainer's summary at its end
             return
-        record = self._record(state.global_step, logs)
+        record = self.record = self._record(state.global_step, logs)
         if not state.is_world_process_zero:
             return
         self.run.append_metrics(record)
@@ -83,9 +84,9 @@ class MetricsCallback(TrainerCallback):
 
     def _record(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
         times = self.stopwatch.take()
-        rollout, reward = times.get("rollout", 0.0), times.get("reward", 0.0)
+        text, rollout, reward = (times.get(name, 0.0) for name in ("text", "rollout", "reward"))
         measured = self.ratio_meter.take() if self.ratio_meter is not None else None
-        mean_ratio, deviation = measured or (None, None)
+        mean_ratio, mean_deviation, deviation = measured or (None, None, None)
         fields = {
             "reward": logs.get("reward"),
             "within_group_std": logs.get(WITHIN_GROUP_STD),
@@ -93,6 +94,7 @@ class MetricsCallback(TrainerCallback):
                 name: {
                     "mean": _number(logs.get(f"rewards/{name}/mean")),
                     "std": _number(logs.get(f"rewards/{name}/std")),
+                    "within_group_std": _number(logs.get(spread_of(name))),
                 }
                 for name in self.names
             },
@@ -101,16 +103,19 @@ class MetricsCallback(TrainerCallback):
             "clip_low": logs.get("clip_ratio/low_mean"),
             "clip_high": logs.get("clip_ratio/high_mean"),
             "ratio": mean_ratio,
+            "ratio_deviation_mean": mean_deviation,
             "ratio_deviation": deviation,
             "loss": logs["loss"],
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs.get("learning_rate"),
             "images_left_out": logs.get(LEFT_OUT),
+            "groups_without_spread": logs.get(WITHOUT_SPREAD),  # a share
             # A step that reuses the images of the one before draws none.
             "images_per_second": self.images / self._step_seconds if rollout else None,
+            "seconds_text": text,
             "seconds_rollout": rollout,
             "seconds_reward": reward,
-            "seconds_update": self._step_seconds - rollout - reward,
+            "seconds_update": self._step_seconds - text - rollout - reward,
             "seconds_total": self.seconds,
         }
         return {"step": step} | {
