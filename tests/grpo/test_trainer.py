@@ -199,6 +199,68 @@ def test_ratio_kl_and_clipping_after_the_first_update(
     assert logged["clip_ratio/high_mean"] == pytest.approx(objective.clip_high.item(), abs=1e-6)
 
 
+def test_losses_of_whole_images_are_one_where_images_have_one_length(
+    new_trainer: Build, policy: Policy, batches: list[dict[str, Tensor]]
+) -> None:
+    """dr_grpo, dapo and bnpo differ from grpo in how they weigh lengths; the others are other objectives."""
+    base = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    second: dict[str, float] = {}
+    for loss in ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"):
+        policy.model.load_state_dict(base)
+        batches.clear()
+        importance = "sequence" if loss == "luspo" else "token"
+        trainer = new_trainer(steps=2, updates_per_batch=2, learning_rate=0.02, loss=loss, importance=importance)
+        trainer.train()
+        second[loss] = batches[1]["loss"].item()
+    for loss in ("dr_grpo", "dapo", "bnpo"):
+        assert second[loss] == pytest.approx(second["grpo"], abs=1e-5)
+    for loss in ("cispo", "sapo", "luspo", "vespo"):
+        assert abs(second[loss] - second["grpo"]) > 1e-3
+
+
+def test_asymmetric_clipping(new_trainer: Build, policy: Policy, batches: list[dict[str, Tensor]]) -> None:
+    before: list[dict[str, Tensor]] = []
+    trainer = new_trainer(steps=2, updates_per_batch=2, learning_rate=0.02, epsilon=0.05, epsilon_high=0.4, beta=0.0)
+    trainer.add_callback(_Before(policy, before))
+    trainer.train()
+    batch = batches[1]
+    policy.model.load_state_dict(before[1])
+    r = (teacher_forced(policy, batch, None) - batch["old_per_token_logps"]).exp()
+    advantage = batch["advantages"][:, None]
+    low, high = ((r < 0.95) & (advantage < 0)).float().mean(), ((r > 1.4) & (advantage > 0)).float().mean()
+    assert low > 0 and high > 0
+    logged = trainer.state.log_history[1]
+    assert logged["clip_ratio/low_mean"] == pytest.approx(low.item(), abs=1e-6)
+    assert logged["clip_ratio/high_mean"] == pytest.approx(high.item(), abs=1e-6)
+    gain = torch.minimum(r * advantage, r.clamp(0.95, 1.4) * advantage)
+    assert batch["loss"].item() == pytest.approx(-gain.mean().item(), abs=1e-5)
+
+
+def test_the_entropy_bonus_raises_the_entropy(new_trainer: Build, policy: Policy) -> None:
+    """With no reward to follow, the bonus is all there is."""
+    base = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    flat = FakeRewards(flat=lambda images: torch.zeros(len(images)))
+    entropy: dict[float, list[float]] = {}
+    for weight in (0.0, 0.5):
+        policy.model.load_state_dict(base)
+        trainer = new_trainer(flat, steps=6, beta=0.0, entropy_weight=weight, weight_decay=0.0)
+        trainer.train()
+        entropy[weight] = [record["entropy"] for record in trainer.state.log_history if "entropy" in record]
+    assert entropy[0.5][-1] > entropy[0.5][0] + 0.01
+    assert entropy[0.5][-1] > entropy[0.0][-1] + 0.01
+
+
+def test_the_entropy_weight_follows_its_target(new_trainer: Build) -> None:
+    """Up by a step after every update below the target, down to 0 after every one above it."""
+    weights = {}
+    for target in (100.0, 0.01):
+        trainer = new_trainer(steps=4, entropy_weight=0.01, entropy_target=target, entropy_step=0.005)
+        trainer.train()
+        weights[target] = [record["entropy_coef"] for record in trainer.state.log_history if "entropy_coef" in record]
+    assert weights[100.0] == pytest.approx([0.015, 0.02, 0.025, 0.03])
+    assert weights[0.01] == pytest.approx([0.005, 0, 0, 0])
+
+
 def _Before(policy: Policy, states: list[dict[str, Tensor]]) -> Any:
     from transformers import TrainerCallback
 
@@ -306,6 +368,14 @@ def test_settings_that_trl_would_choose_otherwise(tmp_path: Path) -> None:
         ("updates_per_batch", 3, "num_iterations"),
         ("temperature", 0.9, "temperature"),
         ("loss", "dr_grpo", "loss_type"),
+        ("epsilon_high", 0.28, "epsilon_high"),
+        ("importance", "sequence", "importance_sampling_level"),
+        ("scale_rewards", "batch", "scale_rewards"),
+        ("entropy_weight", 0.03, "entropy_coef"),
+        ("entropy_target", 3.2, "entropy_target"),
+        ("entropy_step", 0.002, "entropy_coef_delta"),
+        ("entropy_weight_max", 0.4, "entropy_coef_max"),
+        ("gradient_checkpointing", True, "gradient_checkpointing"),
         ("schedule", "cosine", "lr_scheduler_type"),
         ("batch_size", 24, "per_device_train_batch_size"),
     ],
@@ -313,6 +383,15 @@ def test_settings_that_trl_would_choose_otherwise(tmp_path: Path) -> None:
 def test_recipe_key_reaches_trl(tmp_path: Path, key: str, value: Any, setting: str) -> None:
     config = grpo_config(tiny_recipe(**{key: value}), tmp_path, TOKENS, [1.0], "cpu")
     assert getattr(config, setting) == value
+
+
+def test_the_upper_clip_bound_is_the_same_in_all_losses(tmp_path: Path) -> None:
+    """TRL takes a distance from 1 everywhere but in cispo, where it takes the bound itself."""
+    bounds = {
+        loss: grpo_config(tiny_recipe(loss=loss, epsilon=0.3), tmp_path, TOKENS, [1.0], "cpu").epsilon_high
+        for loss in ("grpo", "dapo", "cispo")
+    }
+    assert bounds == {"grpo": 0.3, "dapo": 0.3, "cispo": 1.3}
 
 
 def test_recipe_keys_of_two_settings_reach_trl(tmp_path: Path) -> None:

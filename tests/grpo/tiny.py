@@ -161,7 +161,12 @@ def tiny_recipe(checkpoint: str | Path = "tiny", rewards: Sequence[str] = ("brig
         {
             "name": "tiny",
             "seed": grpo.pop("seed", 5),
-            "policy": {"checkpoint": str(checkpoint), "device": "cpu", "dtype": grpo.pop("dtype", "float32")},
+            "policy": {
+                "checkpoint": str(checkpoint),
+                "device": "cpu",
+                "dtype": grpo.pop("dtype", "float32"),
+                "lora": grpo.pop("lora", None),
+            },
             "conditions": grpo.pop("conditions", {}),
             "sampling": {"cfg_scale": grpo.pop("cfg_scale", 2.0), "temperature": grpo.pop("temperature", 1.0)},
             "rewards": {"terms": [{"name": name, "weight": weights.get(name, 1.0)} for name in rewards]},

@@ -105,7 +105,11 @@ class Rollout:
         with self.stopwatch.measure("text"):
             condition, mask = self.policy.embed(asked)
         with self.stopwatch.measure("rollout"):
-            with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            with unwrap_model_for_generation(
+                trainer.model_wrapped,
+                trainer.accelerator,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            ) as model:
                 drawn = []
                 for at in range(0, len(asked), CHUNK):
                     part = slice(at, at + CHUNK)

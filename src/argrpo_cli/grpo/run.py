@@ -7,6 +7,7 @@ grids/               the same conditions and seeds every few updates
 before_after.png, curves.png
 checkpoints/step_000020/   a policy folder with the trainer's state beside it
 policy/              the trained policy, once the run is finished
+policy_ema/          the running mean of its weights, where the recipe keeps one
 base/                the policy that training started from, where it came from no policy folder
 """
 
@@ -66,6 +67,10 @@ class RunDirectory:
     @property
     def policy_dir(self) -> Path:
         return self.root / "policy"
+
+    @property
+    def ema_dir(self) -> Path:
+        return self.root / "policy_ema"
 
     @property
     def base_dir(self) -> Path:

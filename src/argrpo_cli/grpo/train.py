@@ -17,6 +17,7 @@ from argrpo_cli.files import cannot_write, save_png
 from argrpo_cli.grids import before_after
 from argrpo_cli.grpo.callbacks.checkpoints import CheckpointCallback
 from argrpo_cli.grpo.callbacks.display import RunDisplay, duration
+from argrpo_cli.grpo.callbacks.ema import EmaCallback
 from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
@@ -25,7 +26,10 @@ from argrpo_cli.grpo.prompts import run_conditions
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
 from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
-from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, quiet_libraries
+from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, lora_config, quiet_libraries
+from argrpo_cli.policy import load_policy
+from argrpo_cli.policy.adapters import mark_adapter
+from argrpo_cli.policy.policy import CARD, choose_trainable
 from argrpo_cli.rewards.shaping import reward_weights
 
 if TYPE_CHECKING:
@@ -71,10 +75,10 @@ def run_training(
     with quiet_libraries(), request.listening():
         if not resume:
             refuse_used(out)
-        from argrpo_cli.policy.policy import choose_trainable
-
         policy = _load_base_policy(recipe, out, resume)
         choose_trainable(policy.model, recipe.policy.trainable)
+        if recipe.policy.lora is not None:
+            lora_config(recipe.policy.lora, policy.model)  # before anything is written
         if resume and RunDirectory(out).notes().get("trained", _trained(policy)) != _trained(policy):
             raise UserError(
                 f"policy.trainable: {out} was started with another choice of parameters; a run keeps its own"
@@ -115,6 +119,7 @@ class _Job:
             recipe.name, recipe.grpo.steps, recipe.logging.log_every, self.time_limit, console=console
         )
         self.gallery = Gallery(recipe, policy, conditions)
+        self.ema: EmaCallback | None = None
 
     def train(self, resume: bool) -> None:
         recipe, run = self.recipe, self.run
@@ -124,11 +129,9 @@ class _Job:
         seconds = kept[-1]["seconds_total"] if kept else 0.0
         if self._nothing_left(start):
             return
-        if not Path(self.policy.model.config._name_or_path or " ").is_dir():
-            self._save_base()
-        trainer, metrics, stop = self._assemble(seconds)
-        base = os.path.abspath(self.policy.model.config._name_or_path)
-        run.note(base_policy=base, trained=_trained(self.policy), conditions=_digest(self.conditions), finished=None)
+        base, trained = self._base(), _trained(self.policy)
+        trainer, metrics, stop = self._assemble(seconds, checkpoint)
+        run.note(base_policy=base, trained=trained, conditions=_digest(self.conditions), finished=None)
         self.display.note(
             f"{recipe.name}: {recipe.grpo.steps} updates of {recipe.grpo.batch_size} images "
             f"({recipe.grpo.batch_size // recipe.grpo.group_size} groups of {recipe.grpo.group_size}) in {run.root}"
@@ -138,7 +141,8 @@ class _Job:
         if self.request.signal is not None:
             self._interrupted(start)
 
-        shutil.rmtree(run.policy_dir, ignore_errors=True)  # of an earlier end of this run, overtaken now
+        for folder in (run.policy_dir, run.ema_dir):
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier end of this run, overtaken now
         self._update(trainer, checkpoint, start)
         step = trainer.state.global_step
         draw_curves(run.metrics(), run.root / "curves.png", title=recipe.name)
@@ -152,7 +156,10 @@ class _Job:
         after = self.gallery.save(run, step)
         picture = before_after(before, after, self.gallery.labels, self.gallery.columns, scale=self.gallery.scale)
         save_png(run.root / "before_after.png", picture)
-        self._save_policy()
+        self._save_trained(trainer, run.policy_dir)
+        if self.ema is not None:
+            with self.ema.in_place_of(trainer.model):
+                self._save_trained(trainer, run.ema_dir)
         limit = recipe.grpo.time_limit_minutes
         run.note(finished={"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit})
         ending = "the time limit" if stop.out_of_time else "the last step"
@@ -173,7 +180,9 @@ class _Job:
         self.display.note(f"{self.run.root} is finished after step {start}; raise {limit} with --set to go on")
         return True
 
-    def _assemble(self, seconds_before: float) -> tuple[ImageGRPOTrainer, MetricsCallback, StopCallback]:
+    def _assemble(
+        self, seconds_before: float, checkpoint: Path | None
+    ) -> tuple[ImageGRPOTrainer, MetricsCallback, StopCallback]:
         recipe, run, policy = self.recipe, self.run, self.policy
         grpo, logging = recipe.grpo, recipe.logging
         stopwatch = Stopwatch()
@@ -184,11 +193,14 @@ class _Job:
         metrics = MetricsCallback(run, self.display, stopwatch, list(self.weights), grpo.batch_size, seconds_before)
         stop = StopCallback(self.request, metrics, grpo.updates_per_batch, self.time_limit, lambda: scorer.blank)
         # The order counts: measure, decide whether to stop, then save and draw.
+        if grpo.ema_decay:
+            self.ema = EmaCallback(grpo.ema_decay, checkpoint)
         callbacks = [
             metrics,
             stop,
+            *([] if self.ema is None else [self.ema]),
             CheckpointCallback(
-                run, policy.save_card, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
+                run, self._complete, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
             ),
             GridCallback(self.gallery, run, logging.grid_every),
         ]
@@ -228,25 +240,52 @@ class _Job:
         self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
         raise Interrupted(self.request.exit_code)
 
-    def _save_policy(self) -> None:
-        self._save_to(self.run.policy_dir)
+    def _base(self) -> str:
+        """The policy that training starts from, so that it can be opened again: for the KL term and by a resumed run.
 
-    def _save_base(self) -> None:
-        """A published policy has no folder of its own; the reference model and a resumed run need one."""
-        self._save_to(self.run.base_dir)
+        A published policy has no folder of its own, and is given one in the run; adapters do without.
+        """
+        folder = self.policy.model.config._name_or_path
+        if folder and Path(folder).is_dir():
+            return os.path.abspath(folder)
+        if self.recipe.policy.lora is not None:
+            chosen = self.recipe.policy.checkpoint
+            return os.path.abspath(chosen) if Path(chosen).exists() else chosen
+        partial = self._partial(self.run.base_dir)
+        self.policy.save(partial)
+        replace_folder(partial, self.run.base_dir)
         self.policy.model.config._name_or_path = str(self.run.base_dir)
+        return os.path.abspath(self.run.base_dir)
 
-    def _save_to(self, folder: Path) -> None:
+    def _complete(self, folder: Path) -> None:
+        """Make a policy folder of one with the model's own files."""
+        if self.recipe.policy.lora is None:
+            self.policy.save_card(folder)
+        else:
+            mark_adapter(folder, CARD, self.run.notes()["base_policy"])
+
+    def _save_trained(self, trainer: ImageGRPOTrainer, folder: Path) -> None:
+        """The policy as it is now, with adapters merged into its weights."""
+        partial = self._partial(folder)
+        if self.recipe.policy.lora is None:
+            self.policy.save(partial)
+        else:
+            adapters = self._partial(folder.with_suffix(".adapters"))
+            trainer.save_model(str(adapters))
+            self._complete(adapters)
+            load_policy(adapters).save(partial)
+            shutil.rmtree(adapters)
+        replace_folder(partial, folder)
+
+    def _partial(self, folder: Path) -> Path:
+        """Where a folder is written before it is complete."""
         partial = self.run.root / f".{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        self.policy.save(partial)
-        replace_folder(partial, folder)
+        return partial
 
 
 def _load_base_policy(recipe: Recipe, out: Path, resume: bool) -> Policy:
     """The policy that training starts from; a resumed run takes the folder that it started from then."""
-    from argrpo_cli.policy import load_policy
-
     noted = RunDirectory(out).notes().get("base_policy") if resume else None
     # Weights stay in float32 whatever policy.dtype says: bfloat16 is autocast, or small updates would be rounded away.
     chosen = recipe.policy

@@ -20,12 +20,17 @@ from argrpo_cli.grpo.objective import ratio
 from argrpo_cli.grpo.prompts import prompt_dataset
 from argrpo_cli.grpo.reward_functions import BatchScorer
 from argrpo_cli.grpo.rollout import Rollout
+from argrpo_cli.policy.adapters import linear_names, require_peft
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
+    from argrpo_cli.recipe.schema import LoraSection
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+CHECKPOINTING = {"use_reentrant": False}
 NOISY_LOGGERS = ("transformers", "trl", "accelerate", "datasets", "torch.distributed")
 
 
@@ -137,6 +142,7 @@ def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence
     """
     grpo = recipe.grpo
     micro = grpo.micro_batch_size or grpo.batch_size
+    high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
     return GRPOConfig(
         output_dir=str(output_dir),
         seed=recipe.seed,
@@ -151,10 +157,16 @@ def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence
         # Objective, eq. 3 to 6.
         loss_type=grpo.loss,  # "grpo": mean over the tokens of an image, then over images
         epsilon=grpo.epsilon,
+        epsilon_high=1 + high if grpo.loss == "cispo" else high,  # there TRL means the bound itself
         beta=grpo.beta,
+        entropy_coef=grpo.entropy_weight,
+        use_adaptive_entropy=grpo.entropy_target is not None,
+        entropy_target=grpo.entropy_target or 0.0,
+        entropy_coef_delta=grpo.entropy_step,
+        entropy_coef_max=grpo.entropy_weight_max,
         use_bias_correction_kl=False,  # TRL multiplies the KL estimate by the ratio; eq. 4 does not
-        importance_sampling_level="token",
-        scale_rewards="group",
+        importance_sampling_level=grpo.importance,
+        scale_rewards=grpo.scale_rewards,
         multi_objective_aggregation="sum_then_normalize",
         reward_weights=list(weights),
         mask_truncated_completions=False,  # an image has no end token: every one counts
@@ -171,7 +183,8 @@ def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence
         lr_scheduler_type=SCHEDULES[grpo.schedule],
         # Precision and speed. The weights stay in float32; bfloat16 is autocast around them.
         bf16=recipe.policy.dtype == "bfloat16",
-        gradient_checkpointing=False,
+        gradient_checkpointing=grpo.gradient_checkpointing,
+        gradient_checkpointing_kwargs=CHECKPOINTING if grpo.gradient_checkpointing else None,
         use_cpu=device == "cpu",
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
@@ -181,6 +194,27 @@ def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+    )
+
+
+def lora_config(lora: LoraSection, model: nn.Module) -> LoraConfig:
+    """PEFT's settings for the recipe; new adapters change nothing, since B starts at zero.
+
+    Raises:
+        UserError: a target that is no linear layer of the model, or PEFT is missing.
+    """
+    require_peft()
+    from peft import LoraConfig
+
+    known = linear_names(model)
+    for target in lora.targets:
+        if target not in known:
+            raise UserError(f"policy.lora.targets: no linear layer {target!r}; there are {', '.join(known)}")
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
     )
 
 
@@ -195,14 +229,18 @@ def build_trainer(
     """The trainer of `policy.model`, in place; parameters that require no gradient stay as they are.
 
     The reference model of the KL term is loaded again from the folder that the policy came from; with
-    `grpo.logprob: guided` both give guided log-probabilities.
+    `grpo.logprob: guided` both give guided log-probabilities. With `policy.lora` adapters are put into the layers of
+    `policy.model`, and the reference is that same model with its adapters switched off.
+
+    Raises:
+        UserError: several GPUs without a launcher, no folder for the reference model, or no layer of a LoRA target.
     """
     model = policy.model
     grpo = recipe.grpo
     base = getattr(model.config, "_name_or_path", "")
     if model.device.type == "cuda" and torch.cuda.device_count() > 1:
         raise UserError("several GPUs are visible and training takes one; choose it, e.g. with CUDA_VISIBLE_DEVICES=0")
-    if grpo.beta and not (base and Path(base).is_dir()):
+    if grpo.beta and recipe.policy.lora is None and not (base and Path(base).is_dir()):
         raise UserError(
             f"the KL term needs the base policy as a folder on disk, and {base or 'this policy'!r} is none; "
             "save the policy first, or set grpo.beta=0"
@@ -220,6 +258,7 @@ def build_trainer(
         processing_class=CodeTokenizer(model.config.vocab_size),
         rollout_func=rollout,
         callbacks=list(callbacks),
+        peft_config=None if recipe.policy.lora is None else lora_config(recipe.policy.lora, model),
     )
     trainer.remove_callback(PrinterCallback)
     if grpo.logprob == "guided":

@@ -26,6 +26,8 @@ from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.files import make_dir, read_json, write_json
 from argrpo_cli.nano import WEIGHTS
+from argrpo_cli.policy.adapters import KEY as ADAPTER_OF
+from argrpo_cli.policy.adapters import base_of, merge_adapter
 from argrpo_cli.policy.loading import fingerprint, load_pretrained, save_model
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
 from argrpo_cli.policy.published import (
@@ -216,8 +218,8 @@ def load_policy(
 
     Args:
         name_or_path: a bundled name ("nano-c2i"), a published one ("c2i-l-384"), a policy folder, a checkpoint folder
-            of a run, a run directory (its newest checkpoint, or its final policy where there are none), a published
-            checkpoint file, or an AR-GRPO folder.
+            of a run (adapters are merged into their base), a run directory (its newest checkpoint, or its final policy
+            where there are none), a published checkpoint file, or an AR-GRPO folder.
         device: a torch device, or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16", for the model; the tokenizer stays in float32.
         text_device: of the text encoder; "same", "offload" or the name of a device, see `TextEncoder.place`.
@@ -231,6 +233,10 @@ def load_policy(
     if is_published(name_or_path):
         return open_published(name_or_path, device, dtype, text_device)
     folder = find_policy(name_or_path)
+    if ADAPTER_OF in (plain := read_json(folder / CARD)):
+        policy = load_policy(base_of(folder, plain), device, "float32", text_device)
+        policy.model = merge_adapter(policy.model, folder).to(getattr(torch, dtype)).eval()
+        return policy
     card = _read_card(folder)
     model = load_pretrained(LlamaGenForImageGeneration, folder, getattr(torch, dtype))
     if card["tokenizer"] in TOKENIZERS:

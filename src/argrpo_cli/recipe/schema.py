@@ -27,7 +27,6 @@ class LoraSection(Section):
 
     rank: Count = 16
     alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
-    dropout: Decay = 0.0
     targets: Annotated[list[Name], Field(min_length=1)] = ["wqkv", "wo", "w1", "w2", "w3"]  # linear layers, by name
 
 

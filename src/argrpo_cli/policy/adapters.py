@@ -1,0 +1,71 @@
+"""Low-rank adapters (LoRA) on disk: a small folder that says which policy it belongs to, opened as a whole policy.
+
+Such a folder holds what PEFT writes (adapter_config.json, adapter_model.safetensors) and a `policy.json` that says
+
+    {"adapter_of": "/runs/base/policy"}
+
+where the value is whatever `load_policy` opens: a name, or a path (a relative one counts from the folder).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from torch import nn
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.files import write_json
+
+if TYPE_CHECKING:
+    from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+
+KEY = "adapter_of"  # of policy.json
+
+
+def require_peft() -> None:
+    """Raises UserError with the pip command where PEFT is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError("LoRA needs the package peft: pip install peft") from error
+
+
+def mark_adapter(folder: Path, card_file: str, base: str) -> None:
+    """Make a folder with PEFT's files a policy folder: adapters of the policy `base`."""
+    write_json(folder / card_file, {KEY: base})
+
+
+def base_of(folder: Path, card: dict[str, object]) -> str:
+    """What the card of an adapter folder names as its base, as `load_policy` takes it."""
+    base = card[KEY]
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder}: {KEY} of its policy.json is {base!r}; it must name a policy")
+    beside = folder / base
+    return str(beside) if beside.exists() else base
+
+
+def merge_adapter(model: LlamaGenForImageGeneration, folder: Path) -> LlamaGenForImageGeneration:
+    """The model with the adapters of a folder added to its weights (W + alpha / r B A), in place.
+
+    Raises:
+        UserError: PEFT is missing, the files are damaged, or the adapters fit another model.
+    """
+    require_peft()
+    from peft import PeftModel
+
+    try:
+        tuned = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"cannot load the adapters in {folder}: {why}") from error
+    merged = tuned.merge_and_unload()
+    merged.config._name_or_path = ""  # no folder holds these weights
+    return merged
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of the linear layers an adapter can be put on, in the order of the model."""
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names if name != "lm_head"))
