@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from argrpo_cli import bench_sampler
+from argrpo_cli import bench_sampler, bench_train
 from argrpo_cli.policy.config import SIZES
 from tests.goldens import cases, golden_model, tensors
 
@@ -32,3 +32,26 @@ def test_the_table_has_the_reference_the_ratio_and_the_floor(monkeypatch, capsys
     bench_sampler.main(["--batch-size", "1", "--dtypes", "float32", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "reference" in printed and "floor" in printed and "float32" in printed and "MiB" in printed
+
+
+def test_a_training_step_is_measured_in_every_way(tmp_path, capsys):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("extends: nano/c2i\ngrpo: {batch_size: 4, group_size: 2, steps: 2, warmup_steps: 0}\n")
+    bench_train.main([str(recipe), "--steps", "1", "--micro-batch-sizes", "2", "--device", "cpu"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "2 at a time" in line]
+    assert [row.split(",")[0] for row in rows] == [
+        "all weights", "recomputed activations", "LoRA", "no reference model"
+    ]  # fmt: skip
+    for row in rows:
+        rollout, reward, update, step = (float(cell) for cell in row.split("at a time")[1].replace("s", "").split()[:4])
+        assert abs(rollout + reward + update - step) < 0.03 and step > 0
+
+
+def test_a_published_policy_is_measured_with_random_weights(tmp_path):
+    from argrpo_cli.policy import load_policy
+    from argrpo_cli.recipe import load_recipe
+
+    folder = bench_train._base(load_recipe("c2i_b256"), tmp_path / "base")
+    policy = load_policy(folder)
+    assert policy.model.config.hidden_size == SIZES["B"]["hidden_size"] and policy.image_size == 256
+    assert policy.tokenizer.config.downsample == 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ __all__ = ["run_training"]
 
 # Read when TRL is imported, so it is set before any module of this package does.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout.py is written, and tested, for that interface
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is, and it tells what it lacks
 
 
 def __getattr__(name: str) -> Any:
