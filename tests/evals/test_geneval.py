@@ -206,11 +206,6 @@ def test_bad_input_is_one_line_and_writes_nothing(policy, tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_finished_pictures_are_not_for_geneval(capsys):
-    assert run(["eval", "geneval", "--images", "x"]) == 2
-    assert "--images is for eval nano" in capsys.readouterr().err
-
-
 def test_a_policy_of_another_world_is_refused(tmp_path):
     tiny_caption_policy().save(tmp_path / "tiny")
     with pytest.raises(UserError, match="does not draw the nano world"):

@@ -14,7 +14,7 @@ import typer
 
 from argrpo_cli import __version__
 from argrpo_cli.cli.entropy import entropy
-from argrpo_cli.cli.evaluate import evaluate
+from argrpo_cli.cli.evals import BENCHMARKS
 from argrpo_cli.cli.sample import sample
 from argrpo_cli.cli.score import score
 from argrpo_cli.cli.train import train
@@ -33,6 +33,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+benchmarks = typer.Typer(
+    name="eval",
+    help="Measure a policy, or finished pictures, by a benchmark.",
+    no_args_is_help=False,
+    rich_markup_mode=None,
+    subcommand_metavar="BENCHMARK [ARGS]...",
+)
+for _name, _command in BENCHMARKS.items():
+    benchmarks.command(_name, help=_command.__doc__)(_command)
+
+
+@benchmarks.callback(invoke_without_command=True)
+def _benchmark(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        raise UserError(f"eval needs a BENCHMARK: {', '.join(BENCHMARKS)}")
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,7 +72,7 @@ def _options(
 app.command(help=sample.__doc__)(sample)
 app.command(help=score.__doc__)(score)
 app.command(help=train.__doc__)(train)
-app.command("eval", help=evaluate.__doc__)(evaluate)
+app.add_typer(benchmarks)
 app.command(help=entropy.__doc__)(entropy)
 
 

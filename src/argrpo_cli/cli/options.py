@@ -41,3 +41,6 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="First seed.")]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time; changes only the speed.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the policy.")]
+BaselineOption = Annotated[
+    str | None, typer.Option("--baseline", help="A second policy, drawn with the same seeds, to compare with.")
+]
