@@ -47,11 +47,12 @@ def test_a_training_step_is_measured_in_every_way(tmp_path, capsys):
         assert abs(rollout + reward + update - step) < 0.03 and step > 0
 
 
-def test_a_published_policy_is_measured_with_random_weights(tmp_path):
+def test_a_published_policy_is_measured_with_random_weights(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "B", SIZES["B"] | {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1})
     from argrpo_cli.policy import load_policy
     from argrpo_cli.recipe import load_recipe
 
     folder = bench_train._base(load_recipe("c2i_b256"), tmp_path / "base")
     policy = load_policy(folder)
-    assert policy.model.config.hidden_size == SIZES["B"]["hidden_size"] and policy.image_size == 256
+    assert policy.model.config.hidden_size == 64 and policy.image_size == 256
     assert policy.tokenizer.config.downsample == 16

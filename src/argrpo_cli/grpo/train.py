@@ -29,7 +29,8 @@ from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used
 from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, lora_config, quiet_libraries
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.adapters import mark_adapter
-from argrpo_cli.policy.policy import CARD, choose_trainable
+from argrpo_cli.policy.policy import BUNDLED_POLICIES, CARD, choose_trainable
+from argrpo_cli.policy.published import POLICIES
 from argrpo_cli.rewards.shaping import reward_weights
 
 if TYPE_CHECKING:
@@ -262,7 +263,8 @@ class _Job:
         if self.recipe.policy.lora is None:
             self.policy.save_card(folder)
         else:
-            mark_adapter(folder, CARD, self.run.notes()["base_policy"])
+            chosen, noted = self.recipe.policy.checkpoint, self.run.notes()["base_policy"]
+            mark_adapter(folder, CARD, chosen if chosen in (*BUNDLED_POLICIES, *POLICIES) else noted)
 
     def _save_trained(self, trainer: ImageGRPOTrainer, folder: Path) -> None:
         """The policy as it is now, with adapters merged into its weights."""

@@ -9,6 +9,7 @@ where the value is whatever `load_policy` opens: a name, or a path (a relative o
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,9 @@ def merge_adapter(model: LlamaGenForImageGeneration, folder: Path) -> LlamaGenFo
     from peft import PeftModel
 
     try:
-        tuned = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
+            tuned = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"cannot load the adapters in {folder}: {why}") from error
