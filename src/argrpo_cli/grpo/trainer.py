@@ -20,6 +20,8 @@ from argrpo_cli.grpo.objective import ratio
 from argrpo_cli.grpo.prompts import prompt_dataset
 from argrpo_cli.grpo.reward_functions import BatchScorer
 from argrpo_cli.grpo.rollout import Rollout
+from argrpo_cli.grpo.shares import images_per_process
+from argrpo_cli.processes import ALONE, Team
 
 if TYPE_CHECKING:
     from argrpo_cli.policy import Policy
@@ -90,13 +92,16 @@ class RatioMeter:
             self.tokens += r.numel()
             self.largest_deviation = max(self.largest_deviation, (r - 1).abs().max().item())
 
-    def take(self) -> tuple[float, float, float] | None:
-        """Mean ratio, mean and largest |ratio - 1| since the last call; None when nothing was counted."""
-        if not self.tokens:
-            return None
-        taken = self.total / self.tokens, self.deviation / self.tokens, self.largest_deviation
+    def take(self, team: Team = ALONE) -> tuple[float, float, float] | None:
+        """Mean ratio, mean and largest |ratio - 1| since the last call, over all processes of the team.
+
+        None when nothing was counted.
+        """
+        own = [self.total, self.deviation, self.tokens, self.largest_deviation]
         self.total, self.deviation, self.tokens, self.largest_deviation = 0.0, 0.0, 0, 0.0
-        return taken
+        counted = team.gather(torch.tensor([own], dtype=torch.float64))
+        total, deviation, tokens, _ = counted.sum(dim=0).tolist()
+        return (total / tokens, deviation / tokens, counted[:, 3].max().item()) if tokens else None
 
 
 class ImageGRPOTrainer(GRPOTrainer):
@@ -126,7 +131,9 @@ class ImageGRPOTrainer(GRPOTrainer):
         return loss
 
 
-def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence[float], device: str) -> GRPOConfig:
+def grpo_config(
+    recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence[float], device: str, processes: int = 1
+) -> GRPOConfig:
     """TRL's settings for the recipe; whatever the paper fixes and TRL sets otherwise is said here.
 
     Args:
@@ -134,15 +141,19 @@ def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence
         tokens: T, tokens per image.
         weights: of the rewards, in order.
         device: "cpu" or the name of an accelerator.
+        processes: that share the images of an update.
+
+    Raises:
+        UserError: the images cannot be shared by so many.
     """
     grpo = recipe.grpo
-    micro = grpo.micro_batch_size or grpo.batch_size
+    share, micro = images_per_process(grpo, processes)
     return GRPOConfig(
         output_dir=str(output_dir),
         seed=recipe.seed,
         # Generation: group_size images per condition, one rollout for updates_per_batch updates.
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=grpo.batch_size // micro,
+        gradient_accumulation_steps=share // micro,
         num_generations=grpo.group_size,
         num_iterations=grpo.updates_per_batch,
         max_completion_length=tokens,
@@ -172,6 +183,7 @@ def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence
         # Precision and speed. The weights stay in float32; bfloat16 is autocast around them.
         bf16=recipe.policy.dtype == "bfloat16",
         gradient_checkpointing=False,
+        ddp_find_unused_parameters=False,  # every pass uses all of them
         use_cpu=device == "cpu",
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
@@ -180,6 +192,7 @@ def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
+        log_level_replica="error",  # of the processes that do not report
         disable_tqdm=True,
     )
 
@@ -200,8 +213,11 @@ def build_trainer(
     model = policy.model
     grpo = recipe.grpo
     base = getattr(model.config, "_name_or_path", "")
-    if model.device.type == "cuda" and torch.cuda.device_count() > 1:
-        raise UserError("several GPUs are visible and training takes one; choose it, e.g. with CUDA_VISIBLE_DEVICES=0")
+    if rollout.team.count == 1 and model.device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible and one process takes one; train on all of them with "
+            f"--processes {torch.cuda.device_count()}, or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
     if grpo.beta and not (base and Path(base).is_dir()):
         raise UserError(
             f"the KL term needs the base policy as a folder on disk, and {base or 'this policy'!r} is none; "
@@ -214,7 +230,12 @@ def build_trainer(
         model,
         reward_funcs=scorer.functions(),
         args=grpo_config(
-            recipe, output_dir, model.config.block_size, list(scorer.weights.values()), str(model.device.type)
+            recipe,
+            output_dir,
+            model.config.block_size,
+            list(scorer.weights.values()),
+            str(model.device.type),
+            rollout.team.count,
         ),
         train_dataset=prompt_dataset(len(rollout.conditions), groups, recipe.seed),
         processing_class=CodeTokenizer(model.config.vocab_size),
