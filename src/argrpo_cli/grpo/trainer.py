@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from argrpo_cli.errors import UserError
+from argrpo_cli.grpo.gathering import check_sharding
 from argrpo_cli.grpo.objective import ratio
 from argrpo_cli.grpo.prompts import prompt_dataset
 from argrpo_cli.grpo.reward_functions import BatchScorer
@@ -243,6 +244,7 @@ def build_trainer(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
+    check_sharding(trainer)
     if grpo.logprob == "guided":
         model.guidance_scale = recipe.sampling.cfg_scale
         if trainer.ref_model is not None:
