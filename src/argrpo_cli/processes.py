@@ -8,7 +8,8 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -24,6 +25,8 @@ Result = TypeVar("Result")
 LONGEST_JOB = timedelta(days=30)  # the first to finish waits for the last
 # Launchers end all processes once one has failed; the first must have had the time to say why.
 LAST_WORDS = 2.0  # seconds
+# What gloo and NCCL say in a process that waits for another which has ended.
+LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,18 @@ class Team:
             time.sleep(LAST_WORDS)
             raise SystemExit(2)
         raise UserError(message)
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Within this context a process that is left by another exits with code 1 without a word, or it would bury
+        what the other one has said under a traceback of its own."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not any(words in str(error) for words in LEFT_ALONE):
+                raise
+            time.sleep(LAST_WORDS)
+            raise SystemExit(1) from error
 
     def exchange(self, value: Result) -> list[Result]:
         """What each process gave, in their order; plain data. All must call it."""

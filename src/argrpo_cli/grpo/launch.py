@@ -57,8 +57,8 @@ def check_processes(processes: int, device: str, config: str) -> bool:
     if config.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"--accelerate-config {config} needs DeepSpeed: pip install deepspeed")
     if resolve_device(device) == "cpu":
-        if config.startswith("zero"):
-            raise UserError(f"--accelerate-config {config}: DeepSpeed needs GPUs, and this run is on the CPU")
+        if config in CONFIGS and config != "ddp":
+            raise UserError(f"--accelerate-config {config}: for GPUs, and this run is on the CPU; use ddp")
         return True
     if processes > torch.cuda.device_count():
         raise UserError(f"--processes {processes}: one GPU each, and this machine has {torch.cuda.device_count()}")
@@ -69,7 +69,7 @@ def launch(arguments: Sequence[str], processes: int, config: str, cpu: bool) -> 
     """Run `argrpo ARGUMENTS` as several processes and wait for them.
 
     Args:
-        arguments: of the command, without `--processes` and `--accelerate-config`.
+        arguments: of the command that each of them runs.
         config: see `config_file`.
         cpu: compute on the CPU.
 
@@ -90,8 +90,13 @@ def launch(arguments: Sequence[str], processes: int, config: str, cpu: bool) -> 
         except SignalException as stop:
             return 128 + int(stop.sigval)
         except ChildFailedError as failed:
-            code = failed.get_first_failure()[1].exitcode
-            return code if code > 0 else 128 - code  # a negative one is a signal
+            rank, failure = failed.get_first_failure()
+            if failure.exitcode > 0:
+                return failure.exitcode
+            number = -failure.exitcode  # of a signal, and a process that it ended could not say so
+            why = "; it may have run out of memory" if number == signal.SIGKILL else ""
+            print(f"argrpo: error: process {rank} was ended by {signal.Signals(number).name}{why}", file=sys.stderr)
+            return 128 + number
     return 0
 
 

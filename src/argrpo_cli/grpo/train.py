@@ -78,6 +78,7 @@ def run_training(
     request = StopRequest()
     with quiet_libraries(), request.listening(), ExitStack() as held:
         team = join_team(recipe.policy.device, PATIENCE)
+        held.enter_context(team.ending_together())
         policy, conditions, rewards = team.together(lambda: _load(recipe, out, resume, rewards, team))
         weights = reward_weights(recipe.rewards, rewards.family)
         rewards.tolerated = {name for name, weight in weights.items() if not weight}
@@ -233,7 +234,7 @@ class _Job:
             ),
             grids,
         ]
-        trainer = build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks)
+        trainer = team.together(lambda: build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks))
         metrics.ratio_meter = trainer.ratio_meter
         grids.whole = lambda: whole_model(trainer)
         return trainer, metrics, stop
