@@ -397,12 +397,6 @@ def test_reward_goes_up_and_pictures_change(policy_folder: Path, tmp_path: Path)
     assert grids[0] != grids[1]
 
 
-def test_several_processes_are_refused(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="several processes"):
-        train(recipe, tmp_path / "run")
-
-
 def test_importing_the_package_switches_telemetry_off() -> None:
     code = "import argrpo_cli.grpo, huggingface_hub.constants as c, sys; print(c.HF_HUB_DISABLE_TELEMETRY)"
     environment = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}

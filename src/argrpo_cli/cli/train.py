@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,8 +36,23 @@ def train(
         Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue an interrupted run.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the resolved recipe, then stop.")] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", min=1, help="Train with several processes of this machine, a GPU each.  [one]"),
+    ] = None,
+    accelerate_config: Annotated[
+        str | None,
+        typer.Option(
+            "--accelerate-config",
+            metavar="NAME|FILE",
+            help="How they share the work: ddp, fsdp2, zero2, zero3, or a file of `accelerate config`.  [default: ddp]",
+        ),
+    ] = None,
 ) -> None:
-    """Fine-tune a policy by GRPO as a recipe says."""
+    """Fine-tune a policy by GRPO as a recipe says.
+
+    `--processes 8` starts accelerate's launcher; `accelerate launch -m argrpo_cli train RECIPE` works as well.
+    """
     from argrpo_cli.recipe import dump_recipe, load_recipe
 
     if resume is not None:
@@ -59,14 +75,44 @@ def train(
         _check_names(loaded)
         sys.stdout.write(dump_recipe(loaded))
         return
+    if accelerate_config is not None and processes in (None, 1):
+        raise UserError(
+            f"--accelerate-config {accelerate_config}: for several processes; say how many with --processes"
+        )
+    if processes is not None and processes > 1:
+        what = [str(recipe), "--out", str(run_dir)] if resume is None else ["--resume", str(resume)]
+        again = ["train", *what, *(f"--set={text}" for text in set_ or ())]
+        return _together(again, loaded, None if resume else run_dir, processes, accelerate_config or "ddp")
 
     from argrpo_cli.grpo.train import run_training
 
     result = run_training(loaded, run_dir, resume=resume is not None)
+    if int(os.environ.get("RANK", "0")):
+        return  # of several processes the first one reports
     print(f"before and after   {result / 'before_after.png'}")
     print(f"curves             {result / 'curves.png'}")
     print(f"trained policy     {result / 'policy'}")
     print(f"use it             argrpo sample --policy {result} --out images")
+
+
+def _together(arguments: list[str], recipe: Recipe, new: Path | None, processes: int, config: str) -> None:
+    """The command by several processes; what can be checked cheaply is checked once, before they start.
+
+    Args:
+        new: the folder of a new run.
+    """
+    from argrpo_cli.grpo.launch import check_processes, config_file, launch
+    from argrpo_cli.grpo.run import refuse_used
+    from argrpo_cli.grpo.shares import images_per_process
+
+    config_file(config)
+    cpu = check_processes(processes, recipe.policy.device, config)
+    images_per_process(recipe.grpo, processes)
+    if new is not None:
+        refuse_used(new)
+    code = launch(arguments, processes, config, cpu)
+    if code:
+        raise SystemExit(code)
 
 
 def _check_resume_overrides(overrides: list[str]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.objective import group_std
+from argrpo_cli.processes import ALONE, Team
 
 if TYPE_CHECKING:
     from argrpo_cli.conditions import Condition
@@ -54,6 +55,8 @@ class BatchScorer:
         weights: what each raw score counts; 0 for one that is only measured.
         max_missing: the share of scores of a reward that counts, over the latest `WINDOW` batches, that may be missing.
         fail: told once it is more, or a reward cannot be asked at all. The images without scores are left out.
+        team: the processes that score the batch together, each its own images. What is measured and decided here is
+            that of the whole batch, the same in all of them; a group may lie on several.
         blank: no image of the latest batch has a score, so that there is nothing to learn from it.
     """
 
@@ -63,6 +66,7 @@ class BatchScorer:
     stopwatch: Stopwatch
     max_missing: float = 1.0
     fail: Callable[[str], None] = lambda why: None
+    team: Team = ALONE
     blank: bool = field(default=False, init=False)
     _images: list[Tensor] | None = field(default=None, init=False, repr=False)
     _scores: dict[str, list[float | None]] = field(default_factory=dict, init=False, repr=False)
@@ -94,7 +98,8 @@ class BatchScorer:
         except UserError as error:
             self.fail(str(error))
             raw = {name: torch.full((len(images),), torch.nan) for name in self.weights}
-        table = torch.stack([raw[name].detach().double().cpu() for name in self.weights], dim=1)
+        own = torch.stack([raw[name].detach().double().cpu() for name in self.weights], dim=1)
+        table = self.team.gather(own)
         table[~table.isfinite()] = torch.nan
         self._watch(table.isnan().double().mean(dim=0))
         weights = torch.tensor(list(self.weights.values()), dtype=table.dtype)
@@ -114,7 +119,8 @@ class BatchScorer:
             if not math.isnan(spread):
                 log_metric(spread_of(name), spread)
         log_metric(LEFT_OUT, float(missing.sum()))
-        columns = zip(self.weights, table.T.tolist(), strict=True)
+        first = self.team.index * len(own)
+        columns = zip(self.weights, table[first : first + len(own)].T.tolist(), strict=True)
         return {name: [None if math.isnan(score) else score for score in column] for name, column in columns}
 
     def _watch(self, missing: Tensor) -> None:

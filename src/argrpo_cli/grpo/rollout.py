@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from trl.models import unwrap_model_for_generation
 
 from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
+from argrpo_cli.grpo.gathering import whole_model
 from argrpo_cli.policy.sampling import sample_tokens
+from argrpo_cli.processes import ALONE, Team
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -74,15 +75,17 @@ class Rollout:
         recipe: `sampling`, `grpo.logprob`, `grpo.condition_dropout` and `seed` are read.
         conditions: what the prompts of `prompts.prompt_dataset` count into.
         policy: turns conditions into what the model takes, and tokens into images.
+        team: the processes that draw the batch together, each its part.
     """
 
     recipe: Recipe
     conditions: Sequence[Condition]
     policy: Policy
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    team: Team = ALONE
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
-        """One image per prompt, in order.
+        """One image per prompt, in order; the prompts are this process's part of the batch.
 
         Returns:
             prompt_ids: what the training pass is to read as the condition of each image: its class id; for captions
@@ -96,8 +99,9 @@ class Rollout:
             conditions: what each image was asked to show.
         """
         asked = [self.conditions[int(prompt)] for prompt in prompts]
-        # global_step counts finished updates, so an interrupted and resumed run draws the same images.
-        first = trainer.accelerator.process_index * len(prompts)
+        # global_step counts finished updates, so an interrupted and resumed run draws the same images; process i has
+        # the i-th part of the batch, so they are also the same on any number of processes.
+        first = self.team.index * len(prompts)
         seeds = [
             image_seed(self.recipe.seed, trainer.state.global_step, first + index) for index in range(len(prompts))
         ]
@@ -105,16 +109,8 @@ class Rollout:
         with self.stopwatch.measure("text"):
             condition, mask = self.policy.embed(asked)
         with self.stopwatch.measure("rollout"):
-            with unwrap_model_for_generation(
-                trainer.model_wrapped,
-                trainer.accelerator,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-            ) as model:
-                drawn = []
-                for at in range(0, len(asked), CHUNK):
-                    part = slice(at, at + CHUNK)
-                    part_mask = None if mask is None else mask[part]
-                    drawn.append(self._draw(model, condition[part], part_mask, seeds[part], trainer))
+            with whole_model(trainer) as model:
+                drawn = self.team.together(lambda: self._draw(model, condition, mask, seeds, trainer))
             images = [image for tokens, _ in drawn for image in self.policy.decode(tokens)]
         logprobs = [row for _, chunk in drawn for row in chunk.tolist()]
         return {
@@ -143,8 +139,17 @@ class Rollout:
 
     def _draw(
         self, model: Any, condition: Tensor, mask: Tensor | None, seeds: Sequence[int], trainer: GRPOTrainer
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Tokens int64 [B, T] and their log-probabilities float32 [B, T], `CHUNK` images at a time."""
+        parts = [slice(at, at + CHUNK) for at in range(0, len(condition), CHUNK)]
+        return [
+            self._draw_part(model, condition[part], None if mask is None else mask[part], seeds[part], trainer)
+            for part in parts
+        ]
+
+    def _draw_part(
+        self, model: Any, condition: Tensor, mask: Tensor | None, seeds: Sequence[int], trainer: GRPOTrainer
     ) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [B, T] and their log-probabilities float32 [B, T]."""
         sampling = self.recipe.sampling
         try:
             with trainer.accelerator.autocast():  # the precision of the training pass, or the ratio is not 1

@@ -6,35 +6,41 @@ import errno
 import hashlib
 import os
 import shutil
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
+from transformers.trainer import TRAINING_ARGS_NAME
 
-from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import cannot_write, save_png
 from argrpo_cli.grids import before_after
 from argrpo_cli.grpo.callbacks.checkpoints import CheckpointCallback
-from argrpo_cli.grpo.callbacks.display import RunDisplay, duration
+from argrpo_cli.grpo.callbacks.display import RunDisplay, duration, silent_console
 from argrpo_cli.grpo.callbacks.ema import EmaCallback
 from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
+from argrpo_cli.grpo.gathering import whole_model
 from argrpo_cli.grpo.plots import draw_curves
 from argrpo_cli.grpo.prompts import run_conditions
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
 from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
+from argrpo_cli.grpo.shares import images_per_process
 from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, lora_config, quiet_libraries
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.adapters import mark_adapter
 from argrpo_cli.policy.policy import BUNDLED_POLICIES, CARD, choose_trainable
 from argrpo_cli.policy.published import POLICIES
+from argrpo_cli.processes import Team, join_team
 from argrpo_cli.rewards.shaping import reward_weights
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from argrpo_cli.conditions import Condition
     from argrpo_cli.policy import Policy
@@ -42,6 +48,7 @@ if TYPE_CHECKING:
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 TORCH_WRITER = "inline_container"  # torch.save says no more than this file of its own when the disk is full
+PATIENCE = timedelta(hours=2)  # for the slowest of several processes: one may wait for a judge, or draw a grid
 
 
 def run_training(
@@ -53,6 +60,9 @@ def run_training(
     console: Console | None = None,
 ) -> Path:
     """Train a policy by GRPO as the recipe says.
+
+    Under `accelerate launch` or `torchrun` all processes call this and train together; the first of them writes the run
+    directory, which all must see, and reports.
 
     Args:
         recipe: what to do; a resumed run is given its own (`recipe.yaml` in the run directory).
@@ -70,32 +80,38 @@ def run_training(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved. It is a SystemExit with code 130 or 143.
     """
     out = Path(out)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training with several processes is not in this version; start one process, without a launcher")
     request = StopRequest()
-    with quiet_libraries(), request.listening():
-        if not resume:
-            refuse_used(out)
-        policy = _load_base_policy(recipe, out, resume)
-        choose_trainable(policy.model, recipe.policy.trainable)
-        if recipe.policy.lora is not None:
-            lora_config(recipe.policy.lora, policy.model)  # before anything is written
-        if resume and RunDirectory(out).notes().get("trained", _trained(policy)) != _trained(policy):
-            raise UserError(
-                f"policy.trainable: {out} was started with another choice of parameters; a run keeps its own"
-            )
-        conditions = run_conditions(recipe, policy)
-        if resume and RunDirectory(out).notes().get("conditions", _digest(conditions)) != _digest(conditions):
-            raise UserError(
-                f"conditions: {out} was started with others; a run keeps its own ({recipe.conditions.captions})"
-            )
-        rewards = rewards or _load_rewards(recipe, policy, conditions)
+    with quiet_libraries(), request.listening(), ExitStack() as held:
+        team = join_team(recipe.policy.device, PATIENCE)
+        held.enter_context(team.ending_together())
+        policy, conditions, rewards = team.together(lambda: _load(recipe, out, resume, rewards, team))
         weights = reward_weights(recipe.rewards, rewards.family)
         rewards.tolerated = {name for name, weight in weights.items() if not weight}
-        with open_run(out, recipe, resume) as run:
-            job = _Job(recipe, run, policy, conditions, rewards, weights, request, console)
-            job.train(resume)
+        team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
+        job = _Job(recipe, RunDirectory(out), policy, conditions, rewards, weights, request, team, console)
+        job.train(resume)
     return out
+
+
+def _load(
+    recipe: Recipe, out: Path, resume: bool, rewards: Rewards | None, team: Team
+) -> tuple[Policy, list[Condition], Rewards]:
+    """All that a run needs before it writes anything: policy, conditions and rewards, each process its own."""
+    if not resume:
+        refuse_used(out)
+    images_per_process(recipe.grpo, team.count)
+    policy = _load_base_policy(recipe, out, resume, team.device)
+    choose_trainable(policy.model, recipe.policy.trainable)
+    if recipe.policy.lora is not None:
+        lora_config(recipe.policy.lora, policy.model)  # raises what there is to complain of
+    if resume and RunDirectory(out).notes().get("trained", _trained(policy)) != _trained(policy):
+        raise UserError(f"policy.trainable: {out} was started with another choice of parameters; a run keeps its own")
+    conditions = run_conditions(recipe, policy)
+    if resume and RunDirectory(out).notes().get("conditions", _digest(conditions)) != _digest(conditions):
+        raise UserError(
+            f"conditions: {out} was started with others; a run keeps its own ({recipe.conditions.captions})"
+        )
+    return policy, conditions, rewards or _load_rewards(recipe, policy, conditions)
 
 
 class _Job:
@@ -110,65 +126,85 @@ class _Job:
         rewards: Rewards,
         weights: dict[str, float],
         request: StopRequest,
+        team: Team,
         console: Console | None,
     ) -> None:
-        self.recipe, self.run, self.policy, self.request = recipe, run, policy, request
+        self.recipe, self.run, self.policy, self.request, self.team = recipe, run, policy, request, team
         self.conditions, self.rewards, self.weights = conditions, rewards, weights
         minutes = recipe.grpo.time_limit_minutes
         self.time_limit = None if minutes is None else 60 * minutes
         self.display = RunDisplay(
-            recipe.name, recipe.grpo.steps, recipe.logging.log_every, self.time_limit, console=console
+            recipe.name,
+            recipe.grpo.steps,
+            recipe.logging.log_every,
+            self.time_limit,
+            console=console if team.first else silent_console(),
         )
         self.gallery = Gallery(recipe, policy, conditions)
         self.ema: EmaCallback | None = None
 
     def train(self, resume: bool) -> None:
-        recipe, run = self.recipe, self.run
-        checkpoint = run.latest_checkpoint() if resume else None
-        start = int(checkpoint.name.rpartition("_")[2]) if checkpoint is not None else 0
-        kept = run.forget_metrics_after(start)
-        seconds = kept[-1]["seconds_total"] if kept else 0.0
+        recipe, run, team = self.recipe, self.run, self.team
+        checkpoint, start, seconds = team.from_lead(lambda: self._where_to_start(resume))
         if self._nothing_left(start):
             return
         base, trained = self._base(), _trained(self.policy)
         trainer, metrics, stop = self._assemble(seconds, checkpoint)
-        run.note(base_policy=base, trained=trained, conditions=_digest(self.conditions), finished=None)
+        team.lead(
+            lambda: run.note(base_policy=base, trained=trained, conditions=_digest(self.conditions), finished=None)
+        )
         self.display.note(
             f"{recipe.name}: {recipe.grpo.steps} updates of {recipe.grpo.batch_size} images "
-            f"({recipe.grpo.batch_size // recipe.grpo.group_size} groups of {recipe.grpo.group_size}) in {run.root}"
+            f"({recipe.grpo.batch_size // recipe.grpo.group_size} groups of {recipe.grpo.group_size})"
+            + (f" by {team.count} processes" if team.count > 1 else "")
+            + f" in {run.root}"
             + (f", continuing after step {start}" if start else "")
         )
-        before = self.gallery.save(run, 0)  # the base policy: a checkpoint is loaded only when training starts
+        # The base policy, and whole: only when training starts is a checkpoint loaded, and the model shared out.
+        before = team.lead(lambda: self.gallery.save(run, 0))
+        self.request.agree(team)
         if self.request.signal is not None:
             self._interrupted(start)
 
-        for folder in (run.policy_dir, run.ema_dir):
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier end of this run, overtaken now
+        team.lead(self._forget_the_end)
         self._update(trainer, checkpoint, start)
         step = trainer.state.global_step
-        draw_curves(run.metrics(), run.root / "curves.png", title=recipe.name)
+        team.lead(lambda: draw_curves(run.metrics(), run.root / "curves.png", title=recipe.name))
         if self.request.failure is not None:
-            raise UserError(
+            team.fail(
                 f"stopped after step {step}: {self.request.failure}; continue with: argrpo train --resume {run.root}"
             )
         if self.request.signal is not None and step < recipe.grpo.steps and not stop.out_of_time:
             self._interrupted(step)
 
-        after = self.gallery.save(run, step)
-        picture = before_after(before, after, self.gallery.labels, self.gallery.columns, scale=self.gallery.scale)
-        save_png(run.root / "before_after.png", picture)
+        with whole_model(trainer):
+            team.lead(lambda: self._compare(before, step))
         self._save_trained(trainer, run.policy_dir)
         if self.ema is not None:
             with self.ema.in_place_of(trainer.model):
                 self._save_trained(trainer, run.ema_dir)
         limit = recipe.grpo.time_limit_minutes
-        run.note(finished={"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit})
+        finished = {"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit}
+        team.lead(lambda: run.note(finished=finished))
         ending = "the time limit" if stop.out_of_time else "the last step"
         self.display.note(f"finished at {ending}: {step} updates in {duration(metrics.seconds)}")
 
+    def _where_to_start(self, resume: bool) -> tuple[Path | None, int, float]:
+        """The checkpoint to start from, its step, and the seconds of training until then."""
+        checkpoint = self.run.latest_checkpoint() if resume else None
+        start = int(checkpoint.name.rpartition("_")[2]) if checkpoint is not None else 0
+        kept = self.run.forget_metrics_after(start)
+        return checkpoint, start, kept[-1]["seconds_total"] if kept else 0.0
+
+    def _compare(self, before: Tensor, step: int) -> None:
+        """The last grid, and before_after.png."""
+        after = self.gallery.save(self.run, step)
+        picture = before_after(before, after, self.gallery.labels, self.gallery.columns, scale=self.gallery.scale)
+        save_png(self.run.root / "before_after.png", picture)
+
     def _nothing_left(self, start: int) -> bool:
         """Whether the run came to its end before, and the recipe allows neither more steps nor more time since."""
-        finished = self.run.notes().get("finished")
+        finished = self.team.from_lead(lambda: self.run.notes().get("finished"))
         if finished is None or finished["step"] != start:
             return False
         same_limit = finished["time_limit_minutes"] == self.recipe.grpo.time_limit_minutes
@@ -184,15 +220,18 @@ class _Job:
     def _assemble(
         self, seconds_before: float, checkpoint: Path | None
     ) -> tuple[ImageGRPOTrainer, MetricsCallback, StopCallback]:
-        recipe, run, policy = self.recipe, self.run, self.policy
+        recipe, run, policy, team = self.recipe, self.run, self.policy, self.team
         grpo, logging = recipe.grpo, recipe.logging
         stopwatch = Stopwatch()
-        rollout = Rollout(recipe, self.conditions, policy, stopwatch)
+        rollout = Rollout(recipe, self.conditions, policy, stopwatch, team)
         scorer = BatchScorer(
-            self.rewards, self.weights, grpo.group_size, stopwatch, recipe.rewards.max_missing, self.request.fail
+            self.rewards, self.weights, grpo.group_size, stopwatch, recipe.rewards.max_missing, self.request.fail, team
         )
-        metrics = MetricsCallback(run, self.display, stopwatch, list(self.weights), grpo.batch_size, seconds_before)
-        stop = StopCallback(self.request, metrics, grpo.updates_per_batch, self.time_limit, lambda: scorer.blank)
+        metrics = MetricsCallback(
+            run, self.display, stopwatch, list(self.weights), grpo.batch_size, seconds_before, team
+        )
+        stop = StopCallback(self.request, metrics, grpo.updates_per_batch, self.time_limit, lambda: scorer.blank, team)
+        grids = GridCallback(self.gallery, run, logging.grid_every, team)
         # The order counts: measure, decide whether to stop, then save and draw.
         if grpo.ema_decay:
             self.ema = EmaCallback(grpo.ema_decay, checkpoint)
@@ -201,12 +240,17 @@ class _Job:
             stop,
             *([] if self.ema is None else [self.ema]),
             CheckpointCallback(
-                run, self._complete, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
+                run, self._complete, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch, team
             ),
-            GridCallback(self.gallery, run, logging.grid_every),
+            grids,
         ]
-        trainer = build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks)
+        trainer = team.together(lambda: build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks))
+        if grpo.ema_decay and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            team.fail(
+                "grpo.ema_decay needs whole weights on every process; set it to 0, or use --accelerate-config ddp"
+            )
         metrics.ratio_meter = trainer.ratio_meter
+        grids.whole = lambda: whole_model(trainer)
         return trainer, metrics, stop
 
     def _update(self, trainer: ImageGRPOTrainer, checkpoint: Path | None, start: int) -> None:
@@ -235,7 +279,8 @@ class _Job:
             ) from error
         finally:
             self.display.stop()
-            shutil.rmtree(self.run.partial_dir, ignore_errors=True)
+            if self.team.first:
+                shutil.rmtree(self.run.partial_dir, ignore_errors=True)
 
     def _interrupted(self, step: int) -> None:
         self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
@@ -252,48 +297,66 @@ class _Job:
         if self.recipe.policy.lora is not None:
             chosen = self.recipe.policy.checkpoint
             return os.path.abspath(chosen) if Path(chosen).exists() else chosen
-        partial = self._partial(self.run.base_dir)
-        self.policy.save(partial)
-        replace_folder(partial, self.run.base_dir)
+        self.team.lead(self._save_base)
         self.policy.model.config._name_or_path = str(self.run.base_dir)
         return os.path.abspath(self.run.base_dir)
 
+    def _save_base(self) -> None:
+        partial = _partial(self.run.base_dir)
+        shutil.rmtree(partial, ignore_errors=True)
+        self.policy.save(partial)
+        replace_folder(partial, self.run.base_dir)
+
+    def _save_trained(self, trainer: ImageGRPOTrainer, folder: Path) -> None:
+        """The policy as it is now; the trainer gathers the parameters that are shared out: all processes take part."""
+        partial = _partial(folder)
+        self.team.lead(lambda: shutil.rmtree(partial, ignore_errors=True))
+        try:
+            trainer.save_model(str(partial))
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        except SafetensorError as error:  # carries the system's reason in its text
+            raise UserError(f"cannot write {folder}: {error}") from error
+        self.team.lead(lambda: self._finish(partial, folder))
+
+    def _finish(self, partial: Path, folder: Path) -> None:
+        """What the trainer has written becomes a policy folder with weights of its own."""
+        self._complete(partial)
+        if self.recipe.policy.lora is not None:
+            merged = _partial(folder.with_name(f"{folder.name}.merged"))
+            shutil.rmtree(merged, ignore_errors=True)
+            load_policy(partial).save(merged)
+            shutil.rmtree(partial)
+            partial = merged
+        replace_folder(partial, folder)
+
+    def _forget_the_end(self) -> None:
+        """An earlier end of this run is overtaken once it goes on."""
+        for folder in (self.run.policy_dir, self.run.ema_dir):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _complete(self, folder: Path) -> None:
-        """Make a policy folder of one with the model's own files."""
+        """Make a policy folder of one with what the trainer writes of the model."""
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle of settings that the recipe says better
+        (folder / "README.md").unlink(missing_ok=True)  # a model card for the hub
         if self.recipe.policy.lora is None:
             self.policy.save_card(folder)
         else:
             chosen, noted = self.recipe.policy.checkpoint, self.run.notes()["base_policy"]
             mark_adapter(folder, CARD, chosen if chosen in (*BUNDLED_POLICIES, *POLICIES) else noted)
 
-    def _save_trained(self, trainer: ImageGRPOTrainer, folder: Path) -> None:
-        """The policy as it is now, with adapters merged into its weights."""
-        partial = self._partial(folder)
-        if self.recipe.policy.lora is None:
-            self.policy.save(partial)
-        else:
-            adapters = self._partial(folder.with_suffix(".adapters"))
-            trainer.save_model(str(adapters))
-            self._complete(adapters)
-            load_policy(adapters).save(partial)
-            shutil.rmtree(adapters)
-        replace_folder(partial, folder)
 
-    def _partial(self, folder: Path) -> Path:
-        """Where a folder is written before it is complete."""
-        partial = self.run.root / f".{folder.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        return partial
+def _partial(folder: Path) -> Path:
+    """Where a folder is written before it is complete."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
-def _load_base_policy(recipe: Recipe, out: Path, resume: bool) -> Policy:
+def _load_base_policy(recipe: Recipe, out: Path, resume: bool, device: str) -> Policy:
     """The policy that training starts from; a resumed run takes the folder that it started from then."""
     noted = RunDirectory(out).notes().get("base_policy") if resume else None
     # Weights stay in float32 whatever policy.dtype says: bfloat16 is autocast, or small updates would be rounded away.
     chosen = recipe.policy
-    return load_policy(
-        noted or chosen.checkpoint, resolve_device(chosen.device), dtype="float32", text_device=chosen.text_device
-    )
+    return load_policy(noted or chosen.checkpoint, device, dtype="float32", text_device=chosen.text_device)
 
 
 def _trained(policy: Policy) -> list[str]:

@@ -16,11 +16,14 @@ from transformers import PreTrainedTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from argrpo_cli.errors import UserError
+from argrpo_cli.grpo.gathering import check_sharding
 from argrpo_cli.grpo.objective import ratio
 from argrpo_cli.grpo.prompts import prompt_dataset
 from argrpo_cli.grpo.reward_functions import BatchScorer
 from argrpo_cli.grpo.rollout import Rollout
+from argrpo_cli.grpo.shares import images_per_process
 from argrpo_cli.policy.adapters import linear_names, require_peft
+from argrpo_cli.processes import ALONE, Team
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -95,13 +98,16 @@ class RatioMeter:
             self.tokens += r.numel()
             self.largest_deviation = max(self.largest_deviation, (r - 1).abs().max().item())
 
-    def take(self) -> tuple[float, float, float] | None:
-        """Mean ratio, mean and largest |ratio - 1| since the last call; None when nothing was counted."""
-        if not self.tokens:
-            return None
-        taken = self.total / self.tokens, self.deviation / self.tokens, self.largest_deviation
+    def take(self, team: Team = ALONE) -> tuple[float, float, float] | None:
+        """Mean ratio, mean and largest |ratio - 1| since the last call, over all processes of the team.
+
+        None when nothing was counted.
+        """
+        own = [self.total, self.deviation, self.tokens, self.largest_deviation]
         self.total, self.deviation, self.tokens, self.largest_deviation = 0.0, 0.0, 0, 0.0
-        return taken
+        counted = team.gather(torch.tensor([own], dtype=torch.float64))
+        total, deviation, tokens, _ = counted.sum(dim=0).tolist()
+        return (total / tokens, deviation / tokens, counted[:, 3].max().item()) if tokens else None
 
 
 class ImageGRPOTrainer(GRPOTrainer):
@@ -131,7 +137,9 @@ class ImageGRPOTrainer(GRPOTrainer):
         return loss
 
 
-def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence[float], device: str) -> GRPOConfig:
+def grpo_config(
+    recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence[float], device: str, processes: int = 1
+) -> GRPOConfig:
     """TRL's settings for the recipe; whatever the paper fixes and TRL sets otherwise is said here.
 
     Args:
@@ -139,16 +147,20 @@ def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence
         tokens: T, tokens per image.
         weights: of the rewards, in order.
         device: "cpu" or the name of an accelerator.
+        processes: that share the images of an update.
+
+    Raises:
+        UserError: the images cannot be shared by so many.
     """
     grpo = recipe.grpo
-    micro = grpo.micro_batch_size or grpo.batch_size
+    share, micro = images_per_process(grpo, processes)
     high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
     return GRPOConfig(
         output_dir=str(output_dir),
         seed=recipe.seed,
         # Generation: group_size images per condition, one rollout for updates_per_batch updates.
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=grpo.batch_size // micro,
+        gradient_accumulation_steps=share // micro,
         num_generations=grpo.group_size,
         num_iterations=grpo.updates_per_batch,
         max_completion_length=tokens,
@@ -185,6 +197,7 @@ def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence
         bf16=recipe.policy.dtype == "bfloat16",
         gradient_checkpointing=grpo.gradient_checkpointing,
         gradient_checkpointing_kwargs=CHECKPOINTING if grpo.gradient_checkpointing else None,
+        ddp_find_unused_parameters=False,  # every pass uses all of them
         use_cpu=device == "cpu",
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
@@ -193,6 +206,7 @@ def grpo_config(recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
+        log_level_replica="error",  # of the processes that do not report
         disable_tqdm=True,
     )
 
@@ -238,8 +252,11 @@ def build_trainer(
     model = policy.model
     grpo = recipe.grpo
     base = getattr(model.config, "_name_or_path", "")
-    if model.device.type == "cuda" and torch.cuda.device_count() > 1:
-        raise UserError("several GPUs are visible and training takes one; choose it, e.g. with CUDA_VISIBLE_DEVICES=0")
+    if rollout.team.count == 1 and model.device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible and one process takes one; train on all of them with "
+            f"--processes {torch.cuda.device_count()}, or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
     if grpo.beta and recipe.policy.lora is None and not (base and Path(base).is_dir()):
         raise UserError(
             f"the KL term needs the base policy as a folder on disk, and {base or 'this policy'!r} is none; "
@@ -252,7 +269,12 @@ def build_trainer(
         model,
         reward_funcs=scorer.functions(),
         args=grpo_config(
-            recipe, output_dir, model.config.block_size, list(scorer.weights.values()), str(model.device.type)
+            recipe,
+            output_dir,
+            model.config.block_size,
+            list(scorer.weights.values()),
+            str(model.device.type),
+            rollout.team.count,
         ),
         train_dataset=prompt_dataset(len(rollout.conditions), groups, recipe.seed),
         processing_class=CodeTokenizer(model.config.vocab_size),
@@ -261,6 +283,7 @@ def build_trainer(
         peft_config=None if recipe.policy.lora is None else lora_config(recipe.policy.lora, model),
     )
     trainer.remove_callback(PrinterCallback)
+    check_sharding(trainer)
     if grpo.logprob == "guided":
         model.guidance_scale = recipe.sampling.cfg_scale
         if trainer.ref_model is not None:

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from argrpo_cli.grpo.run import replace_folder
+from argrpo_cli.processes import ALONE, Team
 
 if TYPE_CHECKING:
     from argrpo_cli.grpo.run import RunDirectory
@@ -24,12 +25,19 @@ class CheckpointCallback(TrainerCallback):
     Args:
         complete: adds to a folder with the model's own files what makes it a policy folder.
         updates_per_batch: checkpoints lie between batches, see `StopCallback`.
+        team: the processes that write a checkpoint together; the first one gives it its name.
     """
 
     def __init__(
-        self, run: RunDirectory, complete: Callable[[Path], None], every: int, keep: int, updates_per_batch: int
+        self,
+        run: RunDirectory,
+        complete: Callable[[Path], None],
+        every: int,
+        keep: int,
+        updates_per_batch: int,
+        team: Team = ALONE,
     ) -> None:
-        self.run, self.complete, self.every, self.keep = run, complete, every, keep
+        self.run, self.complete, self.every, self.keep, self.team = run, complete, every, keep, team
         self.updates_per_batch = updates_per_batch
         self._saved_at: int | None = None
 
@@ -47,8 +55,10 @@ class CheckpointCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved_at = state.global_step
-        if not state.is_world_process_zero:
-            return
+        self.team.exchange(None)  # each has written its random state and its part of a sharded optimiser
+        self.team.lead(lambda: self._finish(args, state))
+
+    def _finish(self, args: TrainingArguments, state: TrainerState) -> None:
         written = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         (written / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings that the recipe says better
         self.complete(written)

@@ -27,6 +27,11 @@ def number(value: float | None, pattern: str = ".4f") -> str:
     return "-" if value is None else format(value, pattern)
 
 
+def silent_console() -> Console:
+    """For the processes that do not report."""
+    return Console(quiet=True, force_terminal=False)
+
+
 class RunDisplay:
     """Shows the records of the updates as they come.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from argrpo_cli.files import save_png
 from argrpo_cli.grids import image_grid
 from argrpo_cli.grpo.rollout import image_seed
+from argrpo_cli.processes import ALONE, Team
 
 if TYPE_CHECKING:
     from argrpo_cli.conditions import Condition
@@ -74,11 +76,17 @@ class Gallery:
 
 
 class GridCallback(TrainerCallback):
-    """Writes a grid every `every` steps; the one after the last step is drawn when training is over."""
+    """Writes a grid every `every` steps; the one after the last step is drawn when training is over.
 
-    def __init__(self, gallery: Gallery, run: RunDirectory, every: int) -> None:
-        self.gallery, self.run, self.every = gallery, run, every
+    Attributes:
+        whole: gathers the parameters of a sharded model while the first process draws; see `gathering.whole_model`.
+    """
+
+    def __init__(self, gallery: Gallery, run: RunDirectory, every: int, team: Team = ALONE) -> None:
+        self.gallery, self.run, self.every, self.team = gallery, run, every, team
+        self.whole: Callable[[], AbstractContextManager[object]] = nullcontext  # the trainer's is known after it
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.global_step % self.every == 0 and not control.should_training_stop:
-            self.gallery.save(self.run, state.global_step)
+        if state.global_step % self.every == 0 and not control.should_training_stop:
+            with self.whole():
+                self.team.lead(lambda: self.gallery.save(self.run, state.global_step))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.reward_functions import LEFT_OUT, WITHIN_GROUP_STD, WITHOUT_SPREAD, spread_of
+from argrpo_cli.processes import ALONE, Team
 
 if TYPE_CHECKING:
     from argrpo_cli.grpo.callbacks.display import RunDisplay
@@ -27,6 +27,8 @@ class MetricsCallback(TrainerCallback):
         names: of the rewards.
         images: drawn per batch, for images per second.
         seconds_before: training time of the run before it was resumed.
+        team: the processes of the run. The record is that of the whole batch, and the first process writes it; times
+            are the first one's.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class MetricsCallback(TrainerCallback):
         names: list[str],
         images: int,
         seconds_before: float,
+        team: Team = ALONE,
     ) -> None:
         self.run, self.display, self.stopwatch, self.names, self.images = run, display, stopwatch, names, images
+        self.team = team
         self.seconds = seconds_before  # training time of the whole run, interruptions left out
         self.ratio_meter: RatioMeter | None = None  # the trainer's, which is built after its callbacks
         self.record: dict[str, Any] = {}  # of the latest update; callbacks after this one read it
@@ -71,13 +75,11 @@ class MetricsCallback(TrainerCallback):
         if logs is None or "loss" not in logs:  # the trainer's summary at its end
             return
         record = self.record = self._record(state.global_step, logs)
-        if not state.is_world_process_zero:
-            return
-        self.run.append_metrics(record)
+        self.team.lead(lambda: self.run.append_metrics(record))
         self.display.step(record)
         grad_norm = logs.get("grad_norm")
         if grad_norm is not None and not math.isfinite(grad_norm):
-            raise UserError(
+            self.team.fail(
                 f"the gradient of step {state.global_step} is not a number, so training stops; lower "
                 f"grpo.learning_rate, and continue from the last checkpoint with --resume {self.run.root}"
             )
@@ -85,7 +87,7 @@ class MetricsCallback(TrainerCallback):
     def _record(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
         times = self.stopwatch.take()
         text, rollout, reward = (times.get(name, 0.0) for name in ("text", "rollout", "reward"))
-        measured = self.ratio_meter.take() if self.ratio_meter is not None else None
+        measured = self.ratio_meter.take(self.team) if self.ratio_meter is not None else None
         mean_ratio, mean_deviation, deviation = measured or (None, None, None)
         fields = {
             "reward": logs.get("reward"),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from argrpo_cli.processes import ALONE, Team
+
 if TYPE_CHECKING:
     from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
 
@@ -32,6 +34,12 @@ class StopRequest:
     def fail(self, why: str) -> None:
         """Stop because something that training needs does not work."""
         self.failure = self.failure or why
+
+    def agree(self, team: Team) -> None:
+        """Make a request to any process one to all of them; they call this together."""
+        heard = team.exchange((self.signal, self.failure))
+        self.signal = self.signal or next((number for number, _ in heard if number is not None), None)
+        self.failure = next((why for _, why in heard if why is not None), None)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -61,6 +69,7 @@ class StopCallback(TrainerCallback):
             on to the end of the batch.
         time_limit: seconds of training, or None.
         blank: whether no image of the batch has a score. Such a batch changes nothing, neither weights nor optimiser.
+        team: the processes that must stop after the same step, whichever of them is asked to.
     """
 
     def __init__(
@@ -70,9 +79,10 @@ class StopCallback(TrainerCallback):
         updates_per_batch: int,
         time_limit: float | None,
         blank: Callable[[], bool] = lambda: False,
+        team: Team = ALONE,
     ) -> None:
         self.request, self.metrics, self.updates_per_batch = request, metrics, updates_per_batch
-        self.time_limit, self.blank = time_limit, blank
+        self.time_limit, self.blank, self.team = time_limit, blank, team
         self.out_of_time = False
         self._last_seconds = metrics.seconds
 
@@ -88,7 +98,9 @@ class StopCallback(TrainerCallback):
         step_seconds, self._last_seconds = seconds - self._last_seconds, seconds
         if state.global_step % self.updates_per_batch:
             return
-        if self.time_limit is not None and seconds + step_seconds * self.updates_per_batch > self.time_limit:
-            self.out_of_time = True  # one more step would pass the limit
+        if self.time_limit is not None:
+            passed = seconds + step_seconds * self.updates_per_batch > self.time_limit  # by one more step
+            self.out_of_time = any(self.team.exchange(passed))
+        self.request.agree(self.team)
         if self.request.signal is not None or self.request.failure is not None or self.out_of_time:
             control.should_training_stop = True
