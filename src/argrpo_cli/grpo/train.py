@@ -247,7 +247,7 @@ class _Job:
         trainer = team.together(lambda: build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks))
         if grpo.ema_decay and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             team.fail(
-                "grpo.ema_decay needs whole weights on every process; set it to 0, or use --accelerate-config ddp"
+                "grpo.ema_decay needs whole weights in each process; set it to 0, or take --accelerate-config ddp"
             )
         metrics.ratio_meter = trainer.ratio_meter
         grids.whole = lambda: whole_model(trainer)
