@@ -11,7 +11,8 @@ from PIL import Image
 from rich.console import Console
 
 from argrpo_cli.grpo.callbacks.display import RunDisplay, duration
-from argrpo_cli.grpo.plots import draw_curves, smoothed
+from argrpo_cli.grpo.panels import smoothed
+from argrpo_cli.grpo.plots import draw_curves
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from argrpo_cli.grpo.callbacks.display import RunDisplay, duration
 from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
+from argrpo_cli.grpo.callbacks.trackers import TrackerCallback, Trackers, check_trackers
 from argrpo_cli.grpo.plots import draw_curves
 from argrpo_cli.grpo.prompts import run_conditions
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
@@ -71,6 +72,7 @@ def run_training(
     with quiet_libraries(), request.listening():
         if not resume:
             refuse_used(out)
+        check_trackers(recipe.logging.trackers)
         from argrpo_cli.policy.policy import choose_trainable
 
         policy = _load_base_policy(recipe, out, resume)
@@ -89,7 +91,8 @@ def run_training(
         rewards.tolerated = {name for name, weight in weights.items() if not weight}
         with open_run(out, recipe, resume) as run:
             job = _Job(recipe, run, policy, conditions, rewards, weights, request, console)
-            job.train(resume)
+            with job.trackers:
+                job.train(resume)
     return out
 
 
@@ -115,6 +118,8 @@ class _Job:
             recipe.name, recipe.grpo.steps, recipe.logging.log_every, self.time_limit, console=console
         )
         self.gallery = Gallery(recipe, policy, conditions)
+        self.trackers = Trackers(recipe, run, self.display.note)
+        self.gallery.watchers.append(self.trackers.picture)
 
     def train(self, resume: bool) -> None:
         recipe, run = self.recipe, self.run
@@ -134,6 +139,7 @@ class _Job:
             f"({recipe.grpo.batch_size // recipe.grpo.group_size} groups of {recipe.grpo.group_size}) in {run.root}"
             + (f", continuing after step {start}" if start else "")
         )
+        self.trackers.open(start)
         before = self.gallery.save(run, 0)  # the base policy: a checkpoint is loaded only when training starts
         if self.request.signal is not None:
             self._interrupted(start)
@@ -186,6 +192,7 @@ class _Job:
         # The order counts: measure, decide whether to stop, then save and draw.
         callbacks = [
             metrics,
+            TrackerCallback(self.trackers, metrics),
             stop,
             CheckpointCallback(
                 run, policy.save_card, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
