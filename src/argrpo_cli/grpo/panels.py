@@ -45,12 +45,14 @@ class Panel:
 
     Attributes:
         held_out: a reward that is measured and not optimised.
+        reward: what is optimised: the total, or a reward that counts.
         exact: a setting, not a measurement: there is no noise to smooth away.
     """
 
     title: str
     lines: list[Line]
     held_out: bool = False
+    reward: bool = False
     logarithmic: bool = False
     exact: bool = False
 
@@ -75,7 +77,11 @@ def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
         return Panel(title, [line for line in lines if _measured(line)], logarithmic=logarithmic)
 
     found = [
-        single("reward, weighted total", "reward", "total"),
+        Panel(
+            "reward, weighted total",
+            [Line("", column(records, lambda record: record.get("reward")), "total")],
+            reward=True,
+        ),
         *(panel for panel in rewards if not panel.held_out),
         *(panel for panel in rewards if panel.held_out),
         single("total reward, std within groups", "within_group_std", "total"),
@@ -137,7 +143,7 @@ def _reward(name: str, records: Sequence[Record], roles: Roles) -> Panel:
     held_out = role.get("weight") == 0
     colour = "held_out" if held_out else role.get("family") or "plain"
     values = column(records, lambda record: record.get("rewards", {}).get(name, {}).get("mean"))
-    return Panel(f"{'held out' if held_out else 'reward'}: {name}", [Line("", values, colour)], held_out)
+    return Panel(f"{'held out' if held_out else 'reward'}: {name}", [Line("", values, colour)], held_out, reward=not held_out)
 
 
 def _measured(line: Line) -> bool:
