@@ -65,6 +65,7 @@ def train(
     result = run_training(loaded, run_dir, resume=resume is not None)
     print(f"before and after   {result / 'before_after.png'}")
     print(f"curves             {result / 'curves.png'}")
+    print(f"report             {result / 'report.html'}")
     print(f"trained policy     {result / 'policy'}")
     print(f"use it             argrpo sample --policy {result} --out images")
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 WINDOW = 0.1  # of the run, fitted for the thick line; the pale one is what was measured
+# Of an update. "text" are the captions; class conditions have none.
 STAGES = ("text", "rollout", "reward", "update")
 
 # Colour-blind safe, and readable on white and on a dark ground; a family keeps its colour everywhere.
@@ -143,7 +144,9 @@ def _reward(name: str, records: Sequence[Record], roles: Roles) -> Panel:
     held_out = role.get("weight") == 0
     colour = "held_out" if held_out else role.get("family") or "plain"
     values = column(records, lambda record: record.get("rewards", {}).get(name, {}).get("mean"))
-    return Panel(f"{'held out' if held_out else 'reward'}: {name}", [Line("", values, colour)], held_out, reward=not held_out)
+    return Panel(
+        f"{'held out' if held_out else 'reward'}: {name}", [Line("", values, colour)], held_out, reward=not held_out
+    )
 
 
 def _measured(line: Line) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -20,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import cannot_write, read_text, write_text
 from argrpo_cli.grpo.callbacks.display import duration
-from argrpo_cli.grpo.callbacks.metrics import NO_STAGE, STAGES
-from argrpo_cli.grpo.first_last import LEAST, SHARE, Change, change
-from argrpo_cli.grpo.panels import COLOURS, Panel, Roles, panels
+from argrpo_cli.grpo.panels import COLOURS, Panel, Record, Roles, panels
 from argrpo_cli.grpo.provenance import now
 from argrpo_cli.grpo.report_svg import LEFT, RIGHT, WIDTH, draw_panel
+from argrpo_cli.grpo.report_tables import changes_table, published_numbers, stage_times
 from argrpo_cli.rewards import REWARDS
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ REPORT = "report.html"
 MOST_GRIDS = 12  # of a run, evenly spread over its steps; the first and the last are among them
 MOST_PIXELS = 1100  # width of a picture in the page
 PNG_BYTES = 200_000  # a larger picture goes in as JPEG
-Record = Mapping[str, Any]
 
 
 def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -> Path:
@@ -57,9 +54,9 @@ def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -
         _warnings(notes.get("warnings") or []),
         _pictures(_grids(run.root / "grids")),
         _curves(shown, [svg for svg, _ in drawn]),
-        _table(shown),
-        _stages(records, recipe.grpo.batch_size),
-        _published(recipe),
+        changes_table(shown),
+        stage_times(records, recipe.grpo.batch_size),
+        published_numbers(recipe),
         _versions(notes),
         f"<section><h2>Recipe</h2><pre>{escape(read_text(run.recipe_file))}</pre></section>",
     ]
@@ -164,10 +161,7 @@ def _pictures(grids: Sequence[tuple[int, Path]]) -> str:
 
     names = {0: "before"}
     ends = [grids[0], *grids[-1:]] if len(grids) > 1 else [grids[0]]
-    pair = [
-        shot(step, path, f"{names.get(step, 'after')} (step {step})")
-        for step, path in ends
-    ]
+    pair = [shot(step, path, f"{names.get(step, 'after')} (step {step})") for step, path in ends]
     text = (
         "The same conditions and the same noise at every step. One token that comes out differently changes all that "
         "follow, so colours and places differ, too."
@@ -205,8 +199,8 @@ def _curves(shown: Sequence[Panel], pictures: Sequence[str]) -> str:
 
     def block(chosen: Callable[[Panel], bool], kind: str = "") -> str:
         figures = [
-            f'<figure data-panel="{number}"><figcaption>{escape(panel.title)}{_key(panel)}<output></output></figcaption>'
-            f"{pictures[number]}</figure>"
+            f'<figure data-panel="{number}"><figcaption>{escape(panel.title)}{_key(panel)}<output></output>'
+            f"</figcaption>{pictures[number]}</figure>"
             for number, panel in enumerate(shown)
             if chosen(panel)
         ]
@@ -230,103 +224,6 @@ def _key(panel: Panel) -> str:
         f'<span class="key"><i style="background:{COLOURS[line.colour]}"></i>{escape(line.label)}</span>'
         for line in panel.lines
         if line.label
-    )
-
-
-def _table(shown: Sequence[Panel]) -> str:
-    """First against last tenth of the updates."""
-    rows, with_errors = [], False
-    for panel in shown:
-        for line in panel.lines:
-            moved = change(line.values) if not panel.exact else None
-            if moved is not None:
-                with_errors |= moved.error is not None
-                label = f"{panel.title}: {line.label}" if line.label else panel.title
-                rows.append(f"<tr><td>{escape(label)}</td>{_cells(moved)}</tr>")
-    if not rows:
-        return ""
-    text = (
-        "± standard error of the mean over those updates, from the scatter about the trend of the run and the correlation "
-        "of neighbours. Another training run differs by more."
-        if with_errors
-        else f"No errors: with fewer than {LEAST} measured updates they could not be trusted."
-    )
-    return (
-        f'<section><h2>First against last</h2><p class="note">Means of the first and the last {SHARE:.0%} of the updates. '
-        f'{text}</p><div class="wide"><table><thead><tr><th>measure</th><th>first</th><th>last</th><th>difference</th>'
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
-    )
-
-
-def _cells(moved: Change) -> str:
-    return (
-        f"<td>{with_error(moved.first, moved.first_error)}</td><td>{with_error(moved.last, moved.last_error)}</td>"
-        f"<td>{with_error(moved.difference, moved.error, '+')}</td>"
-    )
-
-
-def with_error(value: float, error: float | None, sign: str = "") -> str:
-    """A number with its error, both to two digits of the error; to four significant digits where there is none."""
-    if not error or not math.isfinite(error):
-        return f"{value:{sign if value else ''}.4g}"
-    power = math.floor(math.log10(max(abs(value), error)))
-    if -4 <= power <= 5:
-        power = 0
-    decimals = max(0, 1 - math.floor(math.log10(error)) + power)
-    text = f"{value / 10.0**power:{sign}.{decimals}f} ± {error / 10.0**power:.{decimals}f}"
-    return f"({text})e{power}" if power else text
-
-
-def _stages(records: Sequence[Record], batch_size: int) -> str:
-    """Where the time went, as a bar and a table."""
-    if not records or records[-1].get("seconds_total") is None:
-        return ""
-    total = records[-1]["seconds_total"]
-    seconds = {stage: sum(record.get(f"seconds_{stage}") or 0.0 for record in records) for stage in STAGES}
-    rest = max(0.0, total - sum(seconds.values()))
-    if total <= 0:
-        return ""
-    images = {
-        stage: batch_size * sum((record.get(f"seconds_{stage}") or 0.0) > NO_STAGE for record in records)
-        for stage in STAGES
-    }
-    parts = [(stage, taken, COLOURS[stage]) for stage, taken in seconds.items() if taken / total > 0.0005]
-    parts.append(("grids, checkpoints, the rest", rest, "var(--rule)"))
-    bar = "".join(
-        f'<span style="width:{100 * taken / total:.2f}%;background:{colour}" title="{name}"></span>'
-        for name, taken, colour in parts
-    )
-    rows = "".join(
-        f'<tr><td class="bar-key"><i style="background:{colour}"></i>{name}</td><td>{duration(taken)}</td>'
-        f"<td>{taken / total:.0%}</td><td>{_speed(images.get(name, 0), taken)}</td></tr>"
-        for name, taken, colour in parts
-    )
-    return (
-        f'<section><h2>Where the time went</h2><div class="bar">{bar}</div><div class="wide"><table><thead><tr>'
-        f"<th>stage</th><th>time</th><th>share</th><th>images/s</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
-    )
-
-
-def _speed(images: int, seconds: float) -> str:
-    return f"{images / seconds:.1f}" if images and seconds > 0 else ""
-
-
-def _published(recipe: Recipe) -> str:
-    if not recipe.published:
-        return ""
-    parts = []
-    for one in recipe.published:
-        rows = "".join(
-            f"<tr><td>{escape(measure)}</td><td>{base:g}</td><td>{trained:g}</td><td>{trained - base:+.4g}</td></tr>"
-            for measure, base, trained in zip(one.measures, one.base, one.trained, strict=True)
-        )
-        parts.append(
-            f'<h3>{escape(one.table)}, after {one.step} updates</h3><div class="wide"><table><thead><tr><th>measure</th>'
-            f"<th>base</th><th>trained</th><th>difference</th></tr></thead><tbody>{rows}</tbody></table></div>"
-        )
-    return (
-        "<section><h2>Published numbers</h2>"
-        f'<p class="note">Reported by the paper, not measured here.</p>{"".join(parts)}</section>'
     )
 
 

@@ -63,7 +63,7 @@ def draw_panel(panel: Panel, steps: Sequence[int]) -> tuple[str, dict[str, objec
     for line, measured, trend in drawn:
         colour = COLOURS[line.colour]
         if len(measured) == 1:
-            (step, value), = measured
+            ((step, value),) = measured
             parts.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3" fill="{colour}"/>')
             continue
         if not panel.exact:

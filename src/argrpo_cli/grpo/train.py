@@ -19,10 +19,13 @@ from argrpo_cli.grpo.callbacks.checkpoints import CheckpointCallback
 from argrpo_cli.grpo.callbacks.display import RunDisplay, duration
 from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
+from argrpo_cli.grpo.callbacks.report import ReportCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
 from argrpo_cli.grpo.callbacks.trackers import TrackerCallback, Trackers, check_trackers
 from argrpo_cli.grpo.plots import draw_curves
 from argrpo_cli.grpo.prompts import run_conditions
+from argrpo_cli.grpo.provenance import start_notes
+from argrpo_cli.grpo.report import refresh_report, reward_roles
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
 from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
@@ -115,7 +118,12 @@ class _Job:
         minutes = recipe.grpo.time_limit_minutes
         self.time_limit = None if minutes is None else 60 * minutes
         self.display = RunDisplay(
-            recipe.name, recipe.grpo.steps, recipe.logging.log_every, self.time_limit, console=console
+            recipe.name,
+            recipe.grpo.steps,
+            recipe.logging.log_every,
+            self.time_limit,
+            held_out=[name for name, weight in weights.items() if not weight],
+            console=console,
         )
         self.gallery = Gallery(recipe, policy, conditions)
         self.trackers = Trackers(recipe, run, self.display.note)
@@ -134,6 +142,7 @@ class _Job:
         trainer, metrics, stop = self._assemble(seconds)
         base = os.path.abspath(self.policy.model.config._name_or_path)
         run.note(base_policy=base, trained=_trained(self.policy), conditions=_digest(self.conditions), finished=None)
+        run.note(**start_notes(run.notes(), self.weights, self.rewards.family, str(self.policy.model.device)))
         self.display.note(
             f"{recipe.name}: {recipe.grpo.steps} updates of {recipe.grpo.batch_size} images "
             f"({recipe.grpo.batch_size // recipe.grpo.group_size} groups of {recipe.grpo.group_size}) in {run.root}"
@@ -147,7 +156,8 @@ class _Job:
         shutil.rmtree(run.policy_dir, ignore_errors=True)  # of an earlier end of this run, overtaken now
         self._update(trainer, checkpoint, start)
         step = trainer.state.global_step
-        draw_curves(run.metrics(), run.root / "curves.png", title=recipe.name)
+        draw_curves(run.metrics(), run.root / "curves.png", recipe.name, reward_roles(recipe, run.notes()))
+        refresh_report(run, recipe, self.display.note, training=False)  # for a run that stops here
         if self.request.failure is not None:
             raise UserError(
                 f"stopped after step {step}: {self.request.failure}; continue with: argrpo train --resume {run.root}"
@@ -161,6 +171,7 @@ class _Job:
         self._save_policy()
         limit = recipe.grpo.time_limit_minutes
         run.note(finished={"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit})
+        refresh_report(run, recipe, self.display.note, training=False)
         ending = "the time limit" if stop.out_of_time else "the last step"
         self.display.note(f"finished at {ending}: {step} updates in {duration(metrics.seconds)}")
 
@@ -198,6 +209,7 @@ class _Job:
                 run, policy.save_card, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
             ),
             GridCallback(self.gallery, run, logging.grid_every),
+            ReportCallback(run, recipe, self.display.note),
         ]
         trainer = build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks)
         metrics.ratio_meter = trainer.ratio_meter

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from argrpo_cli.errors import UserError
+from argrpo_cli.grpo.panels import STAGES
 from argrpo_cli.grpo.reward_functions import LEFT_OUT, WITHIN_GROUP_STD, WITHOUT_SPREAD, spread_of
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 DIGITS = 6  # significant digits of a logged number
 NO_STAGE = 1e-3  # seconds; a stage that took less did nothing (class conditions have no text), so it has no speed
-STAGES = ("text", "rollout", "reward", "update")
 
 
 class MetricsCallback(TrainerCallback):
