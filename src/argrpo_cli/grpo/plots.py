@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 4
 DPI = 110
+HEADROOM = 0.18  # of a panel's height
 
 
 def draw_curves(
@@ -78,7 +79,9 @@ def _draw(axes: Axes, panel: Panel, steps: Sequence[int]) -> None:
     if all(value in (0, None) for line in panel.lines for value in line.values):
         axes.set_ylim(-0.0005, 0.01)  # shares that stay at 0 have no room below
     if any(line.label for line in panel.lines) and axes.has_data():
-        axes.legend(fontsize=8, loc="best", framealpha=0.7)
+        low, high = axes.get_ylim()  # room for the legend above the curves
+        axes.set_ylim(low, high * (high / low) ** HEADROOM if panel.logarithmic else high + (high - low) * HEADROOM)
+        axes.legend(fontsize=8, loc="upper center", ncols=len(panel.lines), frameon=False, columnspacing=1.2)
     if panel.held_out:
         axes.set_facecolor("#f4f4f4")
     axes.set_title(panel.title, fontsize=10)

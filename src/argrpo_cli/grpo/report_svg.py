@@ -75,7 +75,7 @@ def draw_panel(panel: Panel, steps: Sequence[int]) -> tuple[str, dict[str, objec
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
+    return float(f"{value:.6g}")
 
 
 def _axis(least: float, most: float, logarithmic: bool) -> tuple[float, float, list[tuple[float, str]]]:
