@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -262,13 +263,21 @@ def test_training_writes_it_at_every_checkpoint_and_at_the_end(
     assert {"argrpo", "torch", "transformers", "trl", "python"} <= notes["versions"].keys()
 
 
-def test_a_run_that_fails_has_a_page_of_how_far_it_came(policy_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError("a server has gone"), ZeroDivisionError])
+def test_however_a_run_ends_its_page_says_how_far_it_came(
+    policy_folder: Path, tmp_path: Path, error: BaseException | type[BaseException]
+) -> None:
+    rewards = FakeRewards()
+
+    def on_batch(number: int) -> None:
+        if number == 3:
+            raise error
+
+    rewards.on_batch = on_batch
     recipe = tiny_recipe(policy_folder, steps=8)
-
-    def missing(images: Any) -> Any:
-        return images.float().mean(dim=(1, 2, 3)) * float("nan")
-
-    with pytest.raises(UserError, match="lacks"):
-        run_training(recipe, tmp_path / "run", rewards=FakeRewards(bright=missing, red=missing),
-                     console=Console(file=io.StringIO()))  # fmt: skip
-    assert "stopped after 4 of 8 updates" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    recipe = recipe.model_copy(update={"rewards": recipe.rewards.model_copy(update={"max_missing": 0.0})})
+    with pytest.raises((SystemExit, UserError, ZeroDivisionError)):
+        run_training(recipe, tmp_path / "run", rewards=rewards, console=Console(file=io.StringIO()))
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert re.search("stopped after [23] of 8 updates", page)
+    assert (tmp_path / "run" / "curves.png").exists()

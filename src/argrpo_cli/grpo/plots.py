@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = 4
+PANEL = (3.9, 2.6)  # inches
+HEAD = 0.35
 DPI = 110
 HEADROOM = 0.18  # of a panel's height
 
@@ -35,10 +37,21 @@ def draw_curves(
         return
     rows = _rows(found)
     columns = max(map(len, rows))
-    figure = Figure(figsize=(3.9 * columns, 2.5 * len(rows) + 0.4), layout="constrained")
+    width, height = PANEL[0] * columns, PANEL[1] * len(rows) + HEAD
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    grid = figure.add_gridspec(len(rows), columns)
+    figure.suptitle(title, y=1 - 0.2 / height)
+    # Fixed margins, in inches: matplotlib's own layout would take as long as the drawing.
+    grid = figure.add_gridspec(
+        len(rows),
+        columns,
+        left=0.75 / width,
+        right=1 - 0.15 / width,
+        bottom=0.5 / height,
+        top=1 - (HEAD + 0.25) / height,
+        wspace=0.27,
+        hspace=0.45,
+    )
     steps = [record["step"] for record in records]
     for row, shown in enumerate(rows):
         for place, panel in enumerate(shown):

@@ -20,6 +20,7 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.files import cannot_write, read_text, write_text
 from argrpo_cli.grpo.callbacks.display import duration
 from argrpo_cli.grpo.panels import COLOURS, Panel, Record, Roles, panels
+from argrpo_cli.grpo.plots import draw_curves
 from argrpo_cli.grpo.provenance import now
 from argrpo_cli.grpo.report_svg import LEFT, RIGHT, WIDTH, draw_panel
 from argrpo_cli.grpo.report_tables import changes_table, published_numbers, stage_times
@@ -75,9 +76,11 @@ def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -
 
 
 def refresh_report(run: RunDirectory, recipe: Recipe, note: Callable[[str], None], *, training: bool) -> None:
-    """Write the page of a run that has more important things to do: if that fails it is said, and no more."""
+    """Write the page, and where training is over curves.png, too; if that fails it is said, and no more."""
     try:
         write_report(run, recipe, training=training)
+        if not training:
+            draw_curves(run.metrics(), run.root / "curves.png", recipe.name, reward_roles(recipe, run.notes()))
     except UserError as error:
         note(f"warning: {error}; the run itself is not touched by that")
     except OSError as error:

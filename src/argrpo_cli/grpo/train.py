@@ -22,10 +22,9 @@ from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
 from argrpo_cli.grpo.callbacks.report import ReportCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
 from argrpo_cli.grpo.callbacks.trackers import TrackerCallback, Trackers, check_trackers
-from argrpo_cli.grpo.plots import draw_curves
 from argrpo_cli.grpo.prompts import run_conditions
 from argrpo_cli.grpo.provenance import start_notes
-from argrpo_cli.grpo.report import refresh_report, reward_roles
+from argrpo_cli.grpo.report import refresh_report
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
 from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
@@ -156,8 +155,6 @@ class _Job:
         shutil.rmtree(run.policy_dir, ignore_errors=True)  # of an earlier end of this run, overtaken now
         self._update(trainer, checkpoint, start)
         step = trainer.state.global_step
-        draw_curves(run.metrics(), run.root / "curves.png", recipe.name, reward_roles(recipe, run.notes()))
-        refresh_report(run, recipe, self.display.note, training=False)  # for a run that stops here
         if self.request.failure is not None:
             raise UserError(
                 f"stopped after step {step}: {self.request.failure}; continue with: argrpo train --resume {run.root}"
@@ -242,6 +239,7 @@ class _Job:
         finally:
             self.display.stop()
             shutil.rmtree(self.run.partial_dir, ignore_errors=True)
+            refresh_report(self.run, self.recipe, self.display.note, training=False)  # however it ended
 
     def _interrupted(self, step: int) -> None:
         self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
