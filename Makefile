@@ -36,6 +36,7 @@ demo: install
 		echo "The demo has been run already:"; \
 		echo "before and after   $(DEMO)/before_after.png"; \
 		echo "curves             $(DEMO)/curves.png"; \
+		echo "report             $(DEMO)/report.html"; \
 		echo "trained policy     $(DEMO)/policy"; \
 		echo "To run it afresh: make demo DEMO=runs/demo-2 (or remove $(DEMO) first)"; \
 	elif [ -f "$(DEMO)/recipe.yaml" ]; then \

@@ -1,17 +1,13 @@
-"""What a run shows, and its curves."""
+"""What a run shows while it trains."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
-import pytest
-from PIL import Image
 from rich.console import Console
 
 from argrpo_cli.grpo.callbacks.display import RunDisplay, duration
-from argrpo_cli.grpo.plots import draw_curves, smoothed
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
@@ -84,19 +80,15 @@ def test_durations() -> None:
     ]
 
 
-def test_curves_have_a_panel_for_each_quantity_that_was_measured(tmp_path: Path) -> None:
-    draw_curves([record(step) for step in range(1, 6)], tmp_path / "five.png")  # total, two rewards, KL, entropy
-    draw_curves([record(step, kl=None) for step in range(1, 6)], tmp_path / "four.png")
-    draw_curves([record(1), record(2, reward=None)], tmp_path / "gap.png")
-    assert all(Image.open(path).size[1] > 300 for path in tmp_path.iterdir())
-    draw_curves([], tmp_path / "none.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["five.png", "four.png", "gap.png"]
+def test_terminal_shows_held_out_rewards_gradient_and_stages() -> None:
+    more = {"grad_norm": 0.5, "groups_without_spread": 0.25, "seconds_rollout": 3.0, "seconds_update": 1.0}
+    text = shown(True, [record(1, **more)], held_out=["nano-critic"])
+    last = text[text.rindex("demo") :]
+    for part in ("nano-critic, held out", "gradient norm", "0.5000", "groups without spread", "25%",
+                 "time: rollout 75%, update 25%"):  # fmt: skip
+        assert part in last
+    assert "nano-clip, held out" not in last
 
 
-def test_smoothing_follows_a_line_without_lag() -> None:
-    line = [float(step) for step in range(40)]
-    assert smoothed(line) == pytest.approx(line)
-    zigzag = [float(step % 2) for step in range(60)]
-    assert all(0.3 < value < 0.7 for value in smoothed(zigzag)[3:-3])
-    assert smoothed([1.0]) == [1.0]
-    assert smoothed([0.0, 1.0]) == pytest.approx([0.0, 1.0])
+def test_a_loss_that_clips_on_one_side_shows_that_side() -> None:
+    assert "clip 2.00%" in shown(False, [record(1, clip_low=None)])

@@ -28,7 +28,10 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import Recipe, load_recipe
 from tests.grpo.tiny import FakeRewards, brightness, tiny_recipe
 
-TIMES = {"seconds_text", "seconds_rollout", "seconds_reward", "seconds_update", "seconds_total", "images_per_second"}
+STAGES = ("text", "rollout", "reward", "update")
+TIMES = {"seconds_total", "images_per_second"} | {
+    f"{what}_{stage}" for what in ("seconds", "images_per_second") for stage in STAGES
+}
 
 
 class Stopped(Exception):
@@ -113,8 +116,8 @@ def test_run_directory_holds_everything(finished: Path, recipe: Recipe) -> None:
 def test_metrics_say_what_happened(finished: Path) -> None:
     first, *rest = metrics(finished)
     assert first.keys() == {
-        "step", "reward", "within_group_std", "rewards", "kl", "entropy", "clip_low", "clip_high", "ratio",
-        "ratio_deviation_mean", "ratio_deviation", "loss", "grad_norm", "learning_rate", "images_left_out",
+        "step", "reward", "within_group_std", "rewards", "kl", "entropy", "entropy_weight", "clip_low", "clip_high",
+        "ratio", "ratio_deviation_mean", "ratio_deviation", "loss", "grad_norm", "learning_rate", "images_left_out",
         "groups_without_spread", *TIMES,
     }  # fmt: skip
     assert first["rewards"].keys() == {"bright", "red"}

@@ -91,6 +91,7 @@ def train(
         return  # of several processes the first one reports
     print(f"before and after   {result / 'before_after.png'}")
     print(f"curves             {result / 'curves.png'}")
+    print(f"report             {result / 'report.html'}")
     print(f"trained policy     {result / 'policy'}")
     print(f"use it             argrpo sample --policy {result} --out images")
 

@@ -4,7 +4,8 @@ recipe.yaml          the resolved recipe
 run.json             where training started from, and whether it is finished
 metrics.jsonl        one line per update
 grids/               the same conditions and seeds every few updates
-before_after.png, curves.png
+before_after.png, curves.png, report.html
+tensorboard/         event files, with `logging.trackers` of others theirs
 checkpoints/step_000020/   a policy folder with the trainer's state beside it
 policy/              the trained policy, once the run is finished
 policy_ema/          the running mean of its weights, where the recipe keeps one

@@ -22,10 +22,13 @@ from argrpo_cli.grpo.callbacks.display import RunDisplay, duration, silent_conso
 from argrpo_cli.grpo.callbacks.ema import EmaCallback
 from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
+from argrpo_cli.grpo.callbacks.report import ReportCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
+from argrpo_cli.grpo.callbacks.trackers import TrackerCallback, Trackers, check_trackers
 from argrpo_cli.grpo.gathering import whole_model
-from argrpo_cli.grpo.plots import draw_curves
 from argrpo_cli.grpo.prompts import run_conditions
+from argrpo_cli.grpo.provenance import start_notes
+from argrpo_cli.grpo.report import refresh_report
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
 from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
@@ -89,7 +92,8 @@ def run_training(
         rewards.tolerated = {name for name, weight in weights.items() if not weight}
         team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
         job = _Job(recipe, RunDirectory(out), policy, conditions, rewards, weights, request, team, console)
-        job.train(resume)
+        with job.trackers:
+            job.train(resume)
     return out
 
 
@@ -100,6 +104,7 @@ def _load(
     if not resume:
         refuse_used(out)
     images_per_process(recipe.grpo, team.count)
+    check_trackers(recipe.logging.trackers)
     policy = _load_base_policy(recipe, out, resume, team.device)
     choose_trainable(policy.model, recipe.policy.trainable)
     if recipe.policy.lora is not None:
@@ -138,10 +143,13 @@ class _Job:
             recipe.grpo.steps,
             recipe.logging.log_every,
             self.time_limit,
+            held_out=[name for name, weight in weights.items() if not weight],
             console=console if team.first else silent_console(),
         )
         self.gallery = Gallery(recipe, policy, conditions)
         self.ema: EmaCallback | None = None
+        self.trackers = Trackers(recipe, run, self.display.note)
+        self.gallery.watchers.append(self.trackers.picture)
 
     def train(self, resume: bool) -> None:
         recipe, run, team = self.recipe, self.run, self.team
@@ -150,9 +158,9 @@ class _Job:
             return
         base, trained = self._base(), _trained(self.policy)
         trainer, metrics, stop = self._assemble(seconds, checkpoint)
-        team.lead(
-            lambda: run.note(base_policy=base, trained=trained, conditions=_digest(self.conditions), finished=None)
-        )
+        noted = start_notes(run.notes(), self.weights, self.rewards.family, str(self.policy.model.device))
+        noted |= {"base_policy": base, "trained": trained, "conditions": _digest(self.conditions), "finished": None}
+        team.lead(lambda: run.note(**noted))
         self.display.note(
             f"{recipe.name}: {recipe.grpo.steps} updates of {recipe.grpo.batch_size} images "
             f"({recipe.grpo.batch_size // recipe.grpo.group_size} groups of {recipe.grpo.group_size})"
@@ -160,6 +168,7 @@ class _Job:
             + f" in {run.root}"
             + (f", continuing after step {start}" if start else "")
         )
+        team.lead(lambda: self.trackers.open(start))
         # The base policy, and whole: only when training starts is a checkpoint loaded, and the model shared out.
         before = team.lead(lambda: self.gallery.save(run, 0))
         self.request.agree(team)
@@ -169,7 +178,6 @@ class _Job:
         team.lead(self._forget_the_end)
         self._update(trainer, checkpoint, start)
         step = trainer.state.global_step
-        team.lead(lambda: draw_curves(run.metrics(), run.root / "curves.png", title=recipe.name))
         if self.request.failure is not None:
             team.fail(
                 f"stopped after step {step}: {self.request.failure}; continue with: argrpo train --resume {run.root}"
@@ -186,6 +194,7 @@ class _Job:
         limit = recipe.grpo.time_limit_minutes
         finished = {"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit}
         team.lead(lambda: run.note(finished=finished))
+        team.lead(self._refresh_report)
         ending = "the time limit" if stop.out_of_time else "the last step"
         self.display.note(f"finished at {ending}: {step} updates in {duration(metrics.seconds)}")
 
@@ -237,12 +246,14 @@ class _Job:
             self.ema = EmaCallback(grpo.ema_decay, checkpoint)
         callbacks = [
             metrics,
+            *([TrackerCallback(self.trackers, metrics)] if team.first else []),
             stop,
             *([] if self.ema is None else [self.ema]),
             CheckpointCallback(
                 run, self._complete, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch, team
             ),
             grids,
+            *([ReportCallback(run, recipe, self.display.note)] if team.first else []),
         ]
         trainer = team.together(lambda: build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks))
         if grpo.ema_decay and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -281,6 +292,7 @@ class _Job:
             self.display.stop()
             if self.team.first:
                 shutil.rmtree(self.run.partial_dir, ignore_errors=True)
+                self._refresh_report()  # however it ended
 
     def _interrupted(self, step: int) -> None:
         self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
@@ -329,6 +341,9 @@ class _Job:
             shutil.rmtree(partial)
             partial = merged
         replace_folder(partial, folder)
+
+    def _refresh_report(self) -> None:
+        refresh_report(self.run, self.recipe, self.display.note, training=False)
 
     def _forget_the_end(self) -> None:
         """An earlier end of this run is overtaken once it goes on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ class Gallery:
         conditions: what is shown, repeating only when there are fewer conditions than images.
         columns: of a grid.
         scale: how often each pixel is repeated, so that small images can be seen.
+        watchers: called with the file and the step of every grid that was written.
     """
 
     def __init__(self, recipe: Recipe, policy: Policy, conditions: Sequence[Condition]) -> None:
@@ -45,6 +47,7 @@ class Gallery:
         self.seeds = [image_seed(recipe.seed, GRID_STEP, index) for index in range(count)]
         self.columns = min(count, 8 if count > 12 else 6)
         self.scale = 2 if policy.image_size < 128 else 1
+        self.watchers: list[Callable[[Path, int], None]] = []
 
     @property
     def labels(self) -> list[str]:
@@ -72,6 +75,8 @@ class Gallery:
         """Draw, write the grid of `step`, and return the images."""
         images = self.draw()
         save_png(run.grid_file(step), image_grid(images, self.columns, labels=self.labels, scale=self.scale))
+        for watch in self.watchers:
+            watch(run.grid_file(step), step)
         return images
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from argrpo_cli.grpo.panels import STAGES
 from argrpo_cli.grpo.reward_functions import LEFT_OUT, WITHIN_GROUP_STD, WITHOUT_SPREAD, spread_of
 from argrpo_cli.processes import ALONE, Team
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from argrpo_cli.grpo.trainer import RatioMeter
 
 DIGITS = 6  # significant digits of a logged number
+NO_STAGE = 1e-3  # seconds; a stage that took less did nothing (class conditions have no text), so it has no speed
 
 
 class MetricsCallback(TrainerCallback):
@@ -86,7 +88,8 @@ class MetricsCallback(TrainerCallback):
 
     def _record(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
         times = self.stopwatch.take()
-        text, rollout, reward = (times.get(name, 0.0) for name in ("text", "rollout", "reward"))
+        seconds = {stage: times.get(stage, 0.0) for stage in STAGES}
+        seconds["update"] = self._step_seconds - sum(seconds.values())  # what is left of the step
         measured = self.ratio_meter.take(self.team) if self.ratio_meter is not None else None
         mean_ratio, mean_deviation, deviation = measured or (None, None, None)
         fields = {
@@ -102,8 +105,10 @@ class MetricsCallback(TrainerCallback):
             },
             "kl": logs.get("kl"),
             "entropy": logs.get("entropy"),
+            "entropy_weight": logs.get("entropy_coef"),  # with an entropy bonus only
+            # Losses that clip in another way, or not at all, have neither; cispo clips above alone.
             "clip_low": logs.get("clip_ratio/low_mean"),
-            "clip_high": logs.get("clip_ratio/high_mean"),
+            "clip_high": logs.get("clip_ratio/high_mean", logs.get("cispo_clip_ratio")),
             "ratio": mean_ratio,
             "ratio_deviation_mean": mean_deviation,
             "ratio_deviation": deviation,
@@ -113,11 +118,12 @@ class MetricsCallback(TrainerCallback):
             "images_left_out": logs.get(LEFT_OUT),
             "groups_without_spread": logs.get(WITHOUT_SPREAD),  # a share
             # A step that reuses the images of the one before draws none.
-            "images_per_second": self.images / self._step_seconds if rollout else None,
-            "seconds_text": text,
-            "seconds_rollout": rollout,
-            "seconds_reward": reward,
-            "seconds_update": self._step_seconds - text - rollout - reward,
+            "images_per_second": self.images / self._step_seconds if seconds["rollout"] else None,
+            **{
+                f"images_per_second_{stage}": self.images / taken if taken > NO_STAGE else None
+                for stage, taken in seconds.items()
+            },
+            **{f"seconds_{stage}": taken for stage, taken in seconds.items()},
             "seconds_total": self.seconds,
         }
         return {"step": step} | {

@@ -1,0 +1,41 @@
+"""Records of metrics.jsonl made by hand."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+
+def record(step: int, **changes: Any) -> dict[str, Any]:
+    """One update of a run that gets better: the total rises by 0.01 a step, `judge` falls."""
+    noise = random.Random(step).gauss(0, 0.05)
+    return {
+        "step": step,
+        "reward": 1.0 + 0.01 * step + noise,
+        "within_group_std": 0.25,
+        "rewards": {
+            "nano-clip": {"mean": 0.5 + noise, "std": 0.1, "within_group_std": 0.1},
+            "judge": {"mean": 1.0 - 0.01 * step, "std": 0.2, "within_group_std": 0.1},
+        },
+        "kl": 0.01 * step,
+        "entropy": 5.5,
+        "clip_low": 0.01,
+        "clip_high": 0.02,
+        "ratio": 1.0,
+        "ratio_deviation_mean": 1e-6,
+        "ratio_deviation": 1e-5,
+        "groups_without_spread": 0.0,
+        "grad_norm": 0.5,
+        "learning_rate": 1e-3,
+        "images_per_second": 24.0,
+        "images_per_second_rollout": 48.0,
+        "images_per_second_update": 48.0,
+        "seconds_text": 0.0,
+        "seconds_rollout": 1.0,
+        "seconds_reward": 0.0,
+        "seconds_update": 1.0,
+        "seconds_total": 2.5 * step,
+    } | changes
+
+
+ROLES = {"nano-clip": {"family": "conditional", "weight": 1.0}, "judge": {"family": "quality", "weight": 0.0}}
