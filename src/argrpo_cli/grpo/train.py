@@ -6,6 +6,9 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,18 +16,20 @@ from safetensors import SafetensorError
 
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
-from argrpo_cli.files import cannot_write, save_png
+from argrpo_cli.files import reason, save_png
 from argrpo_cli.grids import before_after
 from argrpo_cli.grpo.callbacks.checkpoints import CheckpointCallback
 from argrpo_cli.grpo.callbacks.display import RunDisplay, duration
 from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
+from argrpo_cli.grpo.disk import Disk, is_full
+from argrpo_cli.grpo.folders import remove_folder, replace_folder
 from argrpo_cli.grpo.plots import draw_curves
 from argrpo_cli.grpo.prompts import run_conditions
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
-from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
+from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_busy, refuse_unused, refuse_used
 from argrpo_cli.grpo.trainer import ImageGRPOTrainer, build_trainer, quiet_libraries
 from argrpo_cli.rewards.shaping import reward_weights
 
@@ -52,8 +57,8 @@ def run_training(
     Args:
         recipe: what to do; a resumed run is given its own (`recipe.yaml` in the run directory).
         out: the run directory (`run.py` says what it holds). New or empty, unless `resume`.
-        resume: continue from the newest checkpoint in `out`, or from the start where there is none. On a CPU the
-            result is bit for bit that of a run that was never interrupted.
+        resume: continue from the newest whole checkpoint in `out`, or from the start where there is none. On a CPU
+            the result is bit for bit that of a run that was never interrupted.
         rewards: rewards of your own, with the names that `recipe.rewards.terms` uses; by default those of the package.
         console: where progress is shown; standard output by default.
 
@@ -62,15 +67,19 @@ def run_training(
 
     Raises:
         UserError: something the user can mend; nothing is written when it shows before training starts.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved. It is a SystemExit with code 130 or 143.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved if training had begun. It is a SystemExit with
+            code 130 or 143.
     """
     out = Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training with several processes is not in this version; start one process, without a launcher")
     request = StopRequest()
-    with quiet_libraries(), request.listening():
+    with quiet_libraries(), request.listening(), _leaving_at_once(request, out, console):
         if not resume:
             refuse_used(out)
+        else:
+            refuse_unused(out)
+            refuse_busy(out)
         from argrpo_cli.policy.policy import choose_trainable
 
         policy = _load_base_policy(recipe, out, resume)
@@ -107,7 +116,7 @@ class _Job:
         request: StopRequest,
         console: Console | None,
     ) -> None:
-        self.recipe, self.run, self.policy, self.request = recipe, run, policy, request
+        self.recipe, self.policy, self.request = recipe, policy, request
         self.conditions, self.rewards, self.weights = conditions, rewards, weights
         minutes = recipe.grpo.time_limit_minutes
         self.time_limit = None if minutes is None else 60 * minutes
@@ -115,10 +124,12 @@ class _Job:
             recipe.name, recipe.grpo.steps, recipe.logging.log_every, self.time_limit, console=console
         )
         self.gallery = Gallery(recipe, policy, conditions)
+        self.run = replace(run, tell=self.display.note)
+        self.disk = Disk(run.root, self.display.note, lambda: request.signal is not None)
 
     def train(self, resume: bool) -> None:
         recipe, run = self.recipe, self.run
-        checkpoint = run.latest_checkpoint() if resume else None
+        checkpoint = run.newest_whole_checkpoint() if resume else None
         start = int(checkpoint.name.rpartition("_")[2]) if checkpoint is not None else 0
         kept = run.forget_metrics_after(start)
         seconds = kept[-1]["seconds_total"] if kept else 0.0
@@ -135,13 +146,10 @@ class _Job:
             + (f", continuing after step {start}" if start else "")
         )
         before = self.gallery.save(run, 0)  # the base policy: a checkpoint is loaded only when training starts
-        if self.request.signal is not None:
-            self._interrupted(start)
-
-        shutil.rmtree(run.policy_dir, ignore_errors=True)  # of an earlier end of this run, overtaken now
+        remove_folder(run.policy_dir)  # of an earlier end of this run, overtaken now
         self._update(trainer, checkpoint, start)
         step = trainer.state.global_step
-        draw_curves(run.metrics(), run.root / "curves.png", title=recipe.name)
+        run.spare(lambda: draw_curves(run.metrics(), run.root / "curves.png", title=recipe.name))
         if self.request.failure is not None:
             raise UserError(
                 f"stopped after step {step}: {self.request.failure}; continue with: argrpo train --resume {run.root}"
@@ -151,7 +159,7 @@ class _Job:
 
         after = self.gallery.save(run, step)
         picture = before_after(before, after, self.gallery.labels, self.gallery.columns, scale=self.gallery.scale)
-        save_png(run.root / "before_after.png", picture)
+        run.spare(lambda: save_png(run.root / "before_after.png", picture))
         self._save_policy()
         limit = recipe.grpo.time_limit_minutes
         run.note(finished={"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit})
@@ -188,7 +196,14 @@ class _Job:
             metrics,
             stop,
             CheckpointCallback(
-                run, policy.save_card, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
+                run,
+                self.disk,
+                metrics,
+                policy.save_card,
+                logging.save_every,
+                logging.keep_checkpoints,
+                logging.keep_steps,
+                grpo.updates_per_batch,
             ),
             GridCallback(self.gallery, run, logging.grid_every),
         ]
@@ -199,41 +214,52 @@ class _Job:
     def _update(self, trainer: ImageGRPOTrainer, checkpoint: Path | None, start: int) -> None:
         """All updates that are left, with the display on."""
         self.display.start(start)
+        self.request.training = True
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         except KeyboardInterrupt:  # a second signal: the user does not want to wait for the end of the step
             self.display.stop()
-            latest = self.run.checkpoint_steps()
-            self._interrupted(latest[-1] if latest else 0)
+            self._interrupted(self._saved_step())
+        except UserError as error:  # of our own writing; others are about something else
+            if not is_full(error):
+                raise
+            raise self._cannot_go_on(str(error)) from error
         except OSError as error:
             if error.errno not in WRITE_ERRORS:  # rewards may fail in ways of their own, such as a lost connection
                 raise
-            raise cannot_write(self.run.root, error) from error
+            raise self._cannot_go_on(f"cannot write to {error.filename or self.run.root}: {reason(error)}") from error
         except SafetensorError as error:  # carries the system's reason in its text, a full disk for instance
-            if "deserializing" in str(error):
-                mend = "remove it to go on from the one before"
-                raise UserError(f"cannot read the checkpoint {checkpoint}: it is damaged ({error}); {mend}") from error
-            raise UserError(f"cannot write a checkpoint to {self.run.checkpoints_dir}: {error}") from error
+            raise self._cannot_go_on(f"cannot write a checkpoint to {self.run.checkpoints_dir}: {error}") from error
         except RuntimeError as error:
             if TORCH_WRITER not in str(error):
                 raise
-            raise UserError(
-                f"cannot write a checkpoint to {self.run.checkpoints_dir}: the file system takes no more data"
-            ) from error
+            why = f"cannot write a checkpoint to {self.run.checkpoints_dir}: the file system takes no more data"
+            raise self._cannot_go_on(why) from error
         finally:
             self.display.stop()
             shutil.rmtree(self.run.partial_dir, ignore_errors=True)
+
+    def _saved_step(self) -> int:
+        """The step that a resumed run would go on from."""
+        return max(self.run.checkpoint_steps(), default=0)
+
+    def _cannot_go_on(self, why: str) -> UserError:
+        """The error that ends a run which cannot write its checkpoint; what was saved before is whole."""
+        return UserError(
+            f"{why}; the run is safe up to step {self._saved_step()}: mend this and continue with: "
+            f"argrpo train --resume {self.run.root}"
+        )
 
     def _interrupted(self, step: int) -> None:
         self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
         raise Interrupted(self.request.exit_code)
 
     def _save_policy(self) -> None:
-        self._save_to(self.run.policy_dir)
+        self.disk.insist("the trained policy", lambda: self._save_to(self.run.policy_dir))
 
     def _save_base(self) -> None:
         """A published policy has no folder of its own; the reference model and a resumed run need one."""
-        self._save_to(self.run.base_dir)
+        self.disk.insist("the base policy", lambda: self._save_to(self.run.base_dir))
         self.policy.model.config._name_or_path = str(self.run.base_dir)
 
     def _save_to(self, folder: Path) -> None:
@@ -241,6 +267,20 @@ class _Job:
         shutil.rmtree(partial, ignore_errors=True)
         self.policy.save(partial)
         replace_folder(partial, folder)
+
+
+@contextmanager
+def _leaving_at_once(request: StopRequest, out: Path, console: Console | None) -> Iterator[None]:
+    """Where a signal may not wait, because nothing is being trained, leave with one line and the signal's exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if request.signal is None:
+            raise
+        begun = RunDirectory(out).recipe_file.exists()
+        line = f"stopped; continue with: argrpo train --resume {out}" if begun else "stopped before the run began"
+        RunDisplay("", 0, 1, console=console).note(line)
+        raise Interrupted(request.exit_code) from None
 
 
 def _load_base_policy(recipe: Recipe, out: Path, resume: bool) -> Policy:

@@ -69,7 +69,8 @@ class Gallery:
     def save(self, run: RunDirectory, step: int) -> Tensor:
         """Draw, write the grid of `step`, and return the images."""
         images = self.draw()
-        save_png(run.grid_file(step), image_grid(images, self.columns, labels=self.labels, scale=self.scale))
+        grid = image_grid(images, self.columns, labels=self.labels, scale=self.scale)
+        run.spare(lambda: save_png(run.grid_file(step), grid))
         return images
 
 
