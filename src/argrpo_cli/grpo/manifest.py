@@ -80,9 +80,9 @@ def _look_through(folder: Path) -> str | None:
             return f"{name} is missing"
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors" and not _reads_as_safetensors(path):
-            return f"{path.relative_to(folder)} is cut off"
+            return f"{path.relative_to(folder)} is cut off or damaged"
         if path.suffix in (".pt", ".pth") and not _reads_as_zip(path):
-            return f"{path.relative_to(folder)} is cut off"
+            return f"{path.relative_to(folder)} is cut off or damaged"
     return None
 
 
