@@ -198,6 +198,10 @@ def test_a_run_that_died_before_its_recipe_was_written_can_be_started_again(reci
         (out / name).write_text("x")
     with pytest.raises(UserError, match=r"no recipe\.yaml.*start with: argrpo train RECIPE --out"):
         train(recipe, out, resume=True)
+    (out / ".tmp-notes").write_text("not ours")
+    with pytest.raises(UserError, match="not empty and not a run"):
+        train(recipe, out)
+    (out / ".tmp-notes").unlink()
     with open_run(out, recipe, resume=False):
         assert sorted(path.name for path in out.iterdir()) == [".lock", "recipe.yaml"]
 
@@ -277,7 +281,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def free_bytes(monkeypatch: pytest.MonkeyPatch, free: Callable[[], int]) -> None:
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free()))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(total=10**12, free=free()))
 
 
 def test_a_checkpoint_waits_for_room_and_the_run_is_the_same(

@@ -54,7 +54,8 @@ class Disk:
         """
 
         def look() -> None:
-            if shutil.disk_usage(self.folder).free < size + MARGIN:
+            usage = shutil.disk_usage(self.folder)
+            if usage.total and usage.free < size + MARGIN:  # some network file systems tell nothing
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
 
         return self.insist(f"{what} ({_gigabytes(size)})", look)

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import cannot_write, make_dir, read_json, read_text, reason, write_json, write_jsonl, write_text
 from argrpo_cli.grpo.disk import is_full
-from argrpo_cli.grpo.folders import is_leftover, recover, remove_folder, set_aside, sync_folder
+from argrpo_cli.grpo.folders import TEMPORARY, recover, remove_folder, set_aside, sync_folder
 from argrpo_cli.grpo.manifest import find_damage
 from argrpo_cli.policy.policy import CHECKPOINT_PREFIX, CHECKPOINTS, checkpoint_folders
 from argrpo_cli.recipe import dump_recipe
@@ -231,7 +231,9 @@ def refuse_used(root: Path) -> None:
     """
     run = RunDirectory(root)
     try:
-        used = run.root.exists() and any(path.name != LOCK and not is_leftover(path) for path in run.root.iterdir())
+        names = [path.name for path in run.root.iterdir()] if run.root.exists() else []
+        begun = (TEMPORARY, f"-{run.recipe_file.name}")  # how the name of a half-written recipe starts and ends
+        used = any(name != LOCK and not (name.startswith(begun[0]) and name.endswith(begun[1])) for name in names)
     except OSError as error:
         raise UserError(f"cannot use {root} as a run directory: {reason(error)}") from error
     if used and run.recipe_file.exists():

@@ -70,9 +70,13 @@ class CheckpointCallback(TrainerCallback):
             return
         written = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         (written / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings that the recipe says better
-        self.complete(written)
-        self.run.sync_metrics()  # the record of each step that the checkpoint contains
-        write_manifest(written)
+
+        def complete() -> None:
+            self.complete(written)
+            self.run.sync_metrics()  # the record of each step that the checkpoint contains
+            write_manifest(written)
+
+        self.metrics.leave_out(self.disk.insist(f"the checkpoint of step {state.global_step}", complete))
         replace_folder(written, self.run.checkpoint_dir(state.global_step))
         self.run.keep_newest(self.keep, self.always)
 
