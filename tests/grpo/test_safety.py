@@ -324,7 +324,10 @@ def test_a_wait_for_room_ends_after_an_hour(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(disk.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     free_bytes(monkeypatch, lambda: 0)
     told: list[str] = []
-    with pytest.raises(UserError, match=r"was full for 60 minutes.*make room and continue with: argrpo train --resume"):
+    with pytest.raises(
+        UserError,
+        match=r"was full for 60 minutes.*what was saved is safe; make room and continue with: argrpo train --resume",
+    ):
         Disk(tmp_path, told.append, lambda: False).wait_for_room("the checkpoint of step 2", 10**9)
     assert len(told) == 1
     assert now[0] == pytest.approx(3600, abs=30)

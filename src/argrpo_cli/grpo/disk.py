@@ -78,7 +78,7 @@ class Disk:
                     raise
                 if self.stopped():
                     raise KeyboardInterrupt from error
-                self._complain(what, start, waits, error)
+                self._complain(what, start, waits)
                 waits = True
             else:
                 if waits:
@@ -86,13 +86,13 @@ class Disk:
                 return time.monotonic() - start if waits else 0.0
             self._pause()
 
-    def _complain(self, what: str, start: float, waits: bool, error: Exception) -> None:
+    def _complain(self, what: str, start: float, waits: bool) -> None:
         free = _gigabytes(shutil.disk_usage(self.folder).free)
         if time.monotonic() - start >= PATIENCE:
             raise UserError(
                 f"the disk of {self.folder} was full for {PATIENCE / 60:.0f} minutes: no room for {what}, {free} free; "
-                f"make room and continue with: argrpo train --resume {self.folder}"
-            ) from error
+                f"what was saved is safe; make room and continue with: argrpo train --resume {self.folder}"
+            ) from None  # the reason is told, and a second mend would be added to a full disk's error
         if not waits:
             self.tell(
                 f"the disk of {self.folder} is full: no room for {what}, {free} free; the run waits up to "
