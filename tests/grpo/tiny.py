@@ -154,7 +154,7 @@ def tiny_recipe(checkpoint: str | Path = "tiny", rewards: Sequence[str] = ("brig
     weights = grpo.pop("weights", {})
     logging = {
         key: grpo.pop(key)
-        for key in ("save_every", "keep_checkpoints", "grid_every", "grid_images", "log_every")
+        for key in ("save_every", "keep_checkpoints", "keep_steps", "grid_every", "grid_images", "log_every")
         if key in grpo
     }
     return Recipe.model_validate(

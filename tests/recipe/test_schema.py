@@ -57,6 +57,12 @@ def test_a_batch_is_whole_groups():
         load_recipe("nano/c2i", ["grpo.batch_size=48", "grpo.micro_batch_size=5"])
 
 
+def test_kept_checkpoints_lie_between_batches():
+    with pytest.raises(UserError, match=r"logging\.keep_steps 7 .* multiple of grpo\.updates_per_batch 2, .* 8"):
+        load_recipe("nano/c2i", ["grpo.updates_per_batch=2", "logging.keep_steps=[4, 7]"])
+    load_recipe("nano/c2i", ["logging.keep_steps=[7]"])
+
+
 @pytest.mark.parametrize("override", ["sampling.top_k=100", "sampling.top_p=0.9"])
 def test_a_sampler_that_differs_from_the_trained_distribution_must_be_asked_for(override):
     with pytest.raises(UserError, match=r"another distribution .* grpo\.allow_filtered_sampling: true"):

@@ -59,7 +59,10 @@ def train(
         if recipe is not None or out is not None:
             raise UserError("--resume takes everything from the run directory; leave out the recipe and --out")
         if not (resume / "recipe.yaml").is_file():
-            raise UserError(f"cannot resume {resume}: it is no run directory (it has no recipe.yaml)")
+            raise UserError(
+                f"cannot resume {resume}: it is no run directory (it has no recipe.yaml); "
+                f"start with: argrpo train RECIPE --out {resume}"
+            )
         _check_resume_overrides(set_ or [])
         loaded, run_dir = load_recipe(resume / "recipe.yaml", set_ or ()), resume
         if loaded.grpo.schedule != "constant" and any(text.startswith("grpo.steps") for text in set_ or []):

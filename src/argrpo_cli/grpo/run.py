@@ -6,7 +6,8 @@ metrics.jsonl        one line per update
 grids/               the same conditions and seeds every few updates
 before_after.png, curves.png, report.html
 tensorboard/         event files, with `logging.trackers` of others theirs
-checkpoints/step_000020/   a policy folder with the trainer's state beside it
+checkpoints/step_000020/   a policy folder with the trainer's state beside it, and checksums.json
+checkpoints/damaged-step_000040/   one that was not whole when the run was taken up
 policy/              the trained policy, once the run is finished
 policy_ema/          the running mean of its weights, where the recipe keeps one
 base/                the policy that training started from, where it came from no policy folder
@@ -14,12 +15,12 @@ base/                the policy that training started from, where it came from n
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,18 @@ from filelock import FileLock, Timeout
 
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import cannot_write, make_dir, read_json, read_text, reason, write_json, write_jsonl, write_text
+from argrpo_cli.grpo.disk import is_full
+from argrpo_cli.grpo.folders import TEMPORARY, recover, remove_folder, set_aside, sync_folder
+from argrpo_cli.grpo.manifest import find_damage
 from argrpo_cli.policy.policy import CHECKPOINT_PREFIX, CHECKPOINTS, checkpoint_folders
 from argrpo_cli.recipe import dump_recipe
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
+
+
+DAMAGED = "damaged-"  # before the name of a checkpoint that is not whole
+LOCK = ".lock"
 
 
 class Interrupted(SystemExit):
@@ -40,9 +48,17 @@ class Interrupted(SystemExit):
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths inside a run directory, and the few things that must be read and written with care."""
+    """Paths inside a run directory, and the few things that must be read and written with care.
+
+    Attributes:
+        tell: shows one line to the user.
+        unwritten: lines of metrics.jsonl that found no room on the disk.
+    """
 
     root: Path
+    tell: Callable[[str], None] = field(default=print, compare=False)
+    unwritten: list[bytes] = field(default_factory=list, compare=False)
+    _told: list[str] = field(default_factory=list, compare=False)
 
     @property
     def recipe_file(self) -> Path:
@@ -92,18 +108,70 @@ class RunDirectory:
         steps = self.checkpoint_steps()
         return self.checkpoint_dir(steps[-1]) if steps else None
 
-    def keep_newest(self, count: int) -> None:
-        """Remove all checkpoints but the `count` newest."""
+    def newest_whole_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is as it was written; damaged newer ones are moved aside and told of."""
+        folders = checkpoint_folders(self.root)
+        for step, folder in reversed(folders.items()):
+            damage = find_damage(folder, step)
+            if damage is None:
+                return folder
+            aside = set_aside(folder, f"{DAMAGED}{folder.name}")
+            self.tell(f"the checkpoint of step {step} is damaged: {damage}; moved to {aside}, trying the one before")
+        if folders:
+            self.tell("no checkpoint is whole, so the run starts from the start")
+        return None
+
+    def keep_newest(self, count: int, always: Sequence[int] = ()) -> None:
+        """Remove all checkpoints but the `count` newest and those of the steps `always`."""
         for step in self.checkpoint_steps()[:-count]:
-            shutil.rmtree(self.checkpoint_dir(step))
+            if step not in always:
+                remove_folder(self.checkpoint_dir(step))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl; a crash can cost the last line, never an earlier one."""
+        """Add one line to metrics.jsonl; a crash can cost the last line, never an earlier one.
+
+        Where the disk is full the line is kept, and written with a later one or by `sync_metrics`.
+        """
+        self.unwritten.append((json.dumps(record) + "\n").encode())
         try:
-            with open(self.metrics_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self._write_lines()
+        except OSError as error:
+            if not is_full(error):
+                raise cannot_write(self.metrics_file, error) from error
+
+    def sync_metrics(self) -> None:
+        """Bring all lines so far to disk; before a checkpoint counts, or its records could be lost behind it.
+
+        Raises:
+            UserError: the disk is full or broken.
+        """
+        try:
+            self._write_lines()
+            with open(self.metrics_file, "ab") as file:
+                os.fsync(file.fileno())
         except OSError as error:
             raise cannot_write(self.metrics_file, error) from error
+
+    def _write_lines(self) -> None:
+        with open(self.metrics_file, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                for line in self.unwritten:
+                    if file.write(line) != len(line):  # the disk took a part and takes the rest with an error
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics_file))
+            except OSError:
+                os.truncate(self.metrics_file, end)  # no half line for the next one to run into
+                raise
+        self.unwritten.clear()
+
+    def spare(self, write: Callable[[], None]) -> None:
+        """Write what a run can do without, a picture for instance; a failure is told of, the first time."""
+        try:
+            write()
+        except (UserError, OSError) as error:
+            if not self._told:
+                self.tell(f"{error}; the run goes on without it, and without others of its kind")
+            self._told.append(str(error))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a half-written last one is left out."""
@@ -135,33 +203,43 @@ class RunDirectory:
         `finished` says at which step and under which time limit the run came to its end.
         """
         write_json(self.notes_file, self.notes() | changes)
+        _sync(self.root)
 
 
 @contextmanager
 def open_run(root: str | os.PathLike[str], recipe: Recipe, resume: bool) -> Iterator[RunDirectory]:
     """Create a run directory, or take one up again, and hold it against other processes.
 
+    What an earlier process left half written when it died is cleared up.
+
     Raises:
         UserError: without resume, the folder holds something; with resume, it is no run; another process writes to it.
     """
     run = RunDirectory(Path(root))
-    if resume and not run.recipe_file.is_file():
-        raise UserError(f"{run.root} is not a run directory (it has no recipe.yaml), so there is nothing to resume")
+    if resume:
+        refuse_unused(run.root)
     make_dir(run.root)
     with _lock(run.root):
         if not resume:
             refuse_used(run.root)
-        if run.partial_dir.exists():
-            shutil.rmtree(run.partial_dir)
+        for folder in (run.root, run.checkpoints_dir, run.root / "grids"):
+            recover(folder)
         write_text(run.recipe_file, dump_recipe(recipe))
+        _sync(run.root)
+        _sync(run.root.absolute().parent)
         yield run
 
 
 def refuse_used(root: Path) -> None:
-    """UserError when a new run cannot start in `root`, because something is there."""
+    """UserError when a new run cannot start in `root`, because something is there.
+
+    What a run leaves that died before its recipe was written does not count.
+    """
     run = RunDirectory(root)
     try:
-        used = run.root.exists() and any(path.name != ".lock" for path in run.root.iterdir())
+        names = [path.name for path in run.root.iterdir()] if run.root.exists() else []
+        begun = (TEMPORARY, f"-{run.recipe_file.name}")  # how the name of a half-written recipe starts and ends
+        used = any(name != LOCK and not (name.startswith(begun[0]) and name.endswith(begun[1])) for name in names)
     except OSError as error:
         raise UserError(f"cannot use {root} as a run directory: {reason(error)}") from error
     if used and run.recipe_file.exists():
@@ -173,33 +251,43 @@ def refuse_used(root: Path) -> None:
         raise UserError(f"{root} is not empty and not a run; choose another folder with --out")
 
 
+def refuse_unused(root: Path) -> None:
+    """UserError when there is no run in `root` to be taken up."""
+    if not RunDirectory(root).recipe_file.is_file():
+        raise UserError(
+            f"{root} is not a run directory (it has no recipe.yaml), so there is nothing to resume; "
+            f"start with: argrpo train RECIPE --out {root}"
+        )
+
+
+def refuse_busy(root: Path) -> None:
+    """UserError when another process trains in `root`; a run that starts later finds out by itself, in `open_run`."""
+    with _lock(root):
+        pass
+
+
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
-    lock = FileLock(root / ".lock")  # released by the system when the process dies, however it dies
+    lock = FileLock(root / LOCK)  # released by the system when the process dies, however it dies
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(
             f"another process is training in {root}; wait for it or choose another folder with --out"
         ) from error
-    except OSError as error:
-        raise cannot_write(root / ".lock", error) from error
+    except (OSError, NotImplementedError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"cannot lock {root / LOCK}: {why}; choose a folder on another file system with --out"
+        ) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def replace_folder(partial: Path, final: Path) -> None:
-    """Give a completely written folder its final name; an older one of that name goes away."""
+def _sync(folder: Path) -> None:
     try:
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        make_dir(final.parent)
-        os.replace(partial, final)
+        sync_folder(folder)
     except OSError as error:
-        raise cannot_write(final, error) from error
+        raise cannot_write(folder, error) from error

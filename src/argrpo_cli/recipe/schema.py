@@ -261,6 +261,17 @@ class Recipe(Section):
         return Path(self.out) if self.out else Path("runs") / self.name
 
     @model_validator(mode="after")
+    def _kept_checkpoints_lie_between_batches(self) -> Recipe:
+        each = self.grpo.updates_per_batch
+        for step in self.logging.keep_steps:
+            if step % each:
+                raise ValueError(
+                    f"logging.keep_steps {step} lies between two updates of one batch, where no checkpoint is made; "
+                    f"use a multiple of grpo.updates_per_batch {each}, for instance {(step // each + 1) * each}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _sampler_and_trained_distribution_agree(self) -> Recipe:
         filtered = self.sampling.top_k != 0 or self.sampling.top_p != 1
         if filtered and not self.grpo.allow_filtered_sampling:

@@ -74,10 +74,14 @@ class Gallery:
     def save(self, run: RunDirectory, step: int) -> Tensor:
         """Draw, write the grid of `step`, and return the images."""
         images = self.draw()
-        save_png(run.grid_file(step), image_grid(images, self.columns, labels=self.labels, scale=self.scale))
-        for watch in self.watchers:
-            watch(run.grid_file(step), step)
+        grid = image_grid(images, self.columns, labels=self.labels, scale=self.scale)
+        run.spare(lambda: self._keep(run.grid_file(step), grid, step))
         return images
+
+    def _keep(self, file: Path, grid: Image.Image, step: int) -> None:
+        save_png(file, grid)
+        for watch in self.watchers:
+            watch(file, step)
 
 
 class GridCallback(TrainerCallback):

@@ -86,6 +86,10 @@ class MetricsCallback(TrainerCallback):
                 f"grpo.learning_rate, and continue from the last checkpoint with --resume {self.run.root}"
             )
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count these seconds, just gone by between two steps, as training time."""
+        self._last_step_end += seconds
+
     def _record(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
         times = self.stopwatch.take()
         seconds = {stage: times.get(stage, 0.0) for stage in STAGES}

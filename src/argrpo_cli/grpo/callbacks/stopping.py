@@ -20,11 +20,17 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's num
 
 
 class StopRequest:
-    """Remembers that the run is to stop, for a signal or a failure; the update in progress is finished first."""
+    """Remembers that the run is to stop, for a signal or a failure; the update in progress is finished first.
+
+    Attributes:
+        training: whether there are updates to finish. Before the first there is nothing to save: a signal ends the
+            run at once.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.failure: str | None = None
+        self.training = False
 
     @property
     def exit_code(self) -> int:
@@ -43,7 +49,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals while inside. A second one of them does not wait: it raises KeyboardInterrupt."""
+        """Take the signals while inside. A second one of them, or one before training, raises KeyboardInterrupt."""
         if threading.current_thread() is not threading.main_thread():
             yield  # Python gives signals to the main thread only; whoever started this thread decides
             return
@@ -55,9 +61,9 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        second = self.signal is not None
+        at_once = self.signal is not None or not self.training
         self.signal = signal.Signals(number)
-        if second:
+        if at_once:
             raise KeyboardInterrupt
 
 
