@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from trl.models import unwrap_model_for_generation
 
-from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
 from argrpo_cli.policy.sampling import sample_tokens
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+    from argrpo_cli.grpo.prompts import Conditions
     from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
 
@@ -77,7 +77,7 @@ class Rollout:
     """
 
     recipe: Recipe
-    conditions: Sequence[Condition]
+    conditions: Conditions
     policy: Policy
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 

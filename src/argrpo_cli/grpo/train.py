@@ -21,7 +21,7 @@ from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
 from argrpo_cli.grpo.plots import draw_curves
-from argrpo_cli.grpo.prompts import run_conditions
+from argrpo_cli.grpo.prompts import Conditions, load_position, require, run_conditions, save_position, some_conditions
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
 from argrpo_cli.grpo.rollout import Rollout, Stopwatch
 from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run, refuse_used, replace_folder
@@ -31,7 +31,6 @@ from argrpo_cli.rewards.shaping import reward_weights
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from argrpo_cli.conditions import Condition
     from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
 
@@ -81,9 +80,7 @@ def run_training(
             )
         conditions = run_conditions(recipe, policy)
         if resume and RunDirectory(out).notes().get("conditions", _digest(conditions)) != _digest(conditions):
-            raise UserError(
-                f"conditions: {out} was started with others; a run keeps its own ({recipe.conditions.captions})"
-            )
+            raise UserError(f"conditions: {out} was started with others; a run keeps its own ({_named(recipe)})")
         rewards = rewards or _load_rewards(recipe, policy, conditions)
         weights = reward_weights(recipe.rewards, rewards.family)
         rewards.tolerated = {name for name, weight in weights.items() if not weight}
@@ -101,7 +98,7 @@ class _Job:
         recipe: Recipe,
         run: RunDirectory,
         policy: Policy,
-        conditions: list[Condition],
+        conditions: Conditions,
         rewards: Rewards,
         weights: dict[str, float],
         request: StopRequest,
@@ -114,7 +111,7 @@ class _Job:
         self.display = RunDisplay(
             recipe.name, recipe.grpo.steps, recipe.logging.log_every, self.time_limit, console=console
         )
-        self.gallery = Gallery(recipe, policy, conditions)
+        self.gallery = Gallery(recipe, policy, some_conditions(conditions, recipe.logging.grid_images))
 
     def train(self, resume: bool) -> None:
         recipe, run = self.recipe, self.run
@@ -138,6 +135,8 @@ class _Job:
         if self.request.signal is not None:
             self._interrupted(start)
 
+        if checkpoint is not None:
+            load_position(self.conditions, checkpoint)
         shutil.rmtree(run.policy_dir, ignore_errors=True)  # of an earlier end of this run, overtaken now
         self._update(trainer, checkpoint, start)
         step = trainer.state.global_step
@@ -188,7 +187,7 @@ class _Job:
             metrics,
             stop,
             CheckpointCallback(
-                run, policy.save_card, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
+                run, self._complete, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
             ),
             GridCallback(self.gallery, run, logging.grid_every),
         ]
@@ -223,6 +222,11 @@ class _Job:
         finally:
             self.display.stop()
             shutil.rmtree(self.run.partial_dir, ignore_errors=True)
+
+    def _complete(self, folder: Path) -> None:
+        """What makes the trainer's checkpoint a policy folder, and tells how far its prompts were read."""
+        self.policy.save_card(folder)
+        save_position(self.conditions, folder)
 
     def _interrupted(self, step: int) -> None:
         self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
@@ -260,16 +264,24 @@ def _trained(policy: Policy) -> list[str]:
     return [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
 
 
-def _digest(conditions: list[Condition]) -> str:
+def _named(recipe: Recipe) -> str:
+    """Where the recipe's conditions come from, for a message."""
+    section = recipe.conditions
+    if section.source == "classes":
+        return "classes"
+    return str(section.captions) if section.dataset is None else section.dataset.name
+
+
+def _digest(conditions: Conditions) -> str:
     """A hash of what a run is asked to draw, in order: a file of captions may change between start and resume."""
     return hashlib.sha256(repr(conditions).encode()).hexdigest()[:16]
 
 
-def _load_rewards(recipe: Recipe, policy: Policy, conditions: list[Condition]) -> Rewards:
+def _load_rewards(recipe: Recipe, policy: Policy, conditions: Conditions) -> Rewards:
     """The package's rewards, all of which can read all conditions."""
     from argrpo_cli.rewards import load_rewards
 
     options = {term.name: term.options for term in recipe.rewards.terms}
     rewards = load_rewards(list(options), str(policy.model.device), options)
-    rewards.check(conditions)
+    require(conditions, rewards.check)
     return rewards

@@ -216,7 +216,7 @@ def build_trainer(
         args=grpo_config(
             recipe, output_dir, model.config.block_size, list(scorer.weights.values()), str(model.device.type)
         ),
-        train_dataset=prompt_dataset(len(rollout.conditions), groups, recipe.seed),
+        train_dataset=prompt_dataset(rollout.conditions, groups, recipe.seed),
         processing_class=CodeTokenizer(model.config.vocab_size),
         rollout_func=rollout,
         callbacks=list(callbacks),
