@@ -194,7 +194,7 @@ SHARDS = [["one", "two", None, "two"], [["three", "four"], ["one"]], [["  "], ["
 
 
 def test_a_stream_is_drawn_in_its_order_and_comes_again(tmp_path: Path) -> None:
-    data = write_shards(tmp_path / "data", SHARDS[:1] + [["three"]])
+    data = write_shards(tmp_path / "data", [*SHARDS[:1], ["three"]])
     assert texts(stream_of(data), range(7)) == ["one", "two", "three", "one", "two", "three", "one"]
     assert texts(stream_of(data, deduplicate=False), range(5)) == ["one", "two", "two", "three", "one"]
     assert texts(stream_of(data, limit=2), range(5)) == ["one", "two", "one", "two", "one"]
