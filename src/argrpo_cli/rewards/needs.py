@@ -6,9 +6,10 @@ the network's parameters times the bytes of each in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.hub import HubFile
 
 GB = 10**9
@@ -54,17 +55,21 @@ QWEN_SHARDS = {"model-00001-of-00002.safetensors": 3_980_000_000, "model-00002-o
 
 
 def needs_of(name: str, options: Mapping[str, Any], device: str = "cpu") -> Needs:
-    """What the reward `name` of the package needs with these options; nothing for a bundled one or one of one's own.
+    """What the reward `name` of the package needs with these options; nothing for a bundled one.
 
     Args:
         device: where it is to run; a judge takes half the memory on a GPU.
+
+    Raises:
+        UserError: an option that decides what is fetched has a value that there is not.
     """
     width = 4 if options.get("dtype", "float32") == "float32" else 2
     local = options.get("weights") is not None
     if name == "clip":
         return _clip(options, width)
     if name == "hpsv2":
-        file = HubFile("xswu/HPSv2", HPSV2_FILES.get(str(options.get("version", "2.1")), ""), 2 * CLIP_H14)
+        _known(name, "version", str(options.get("version", "2.1")), HPSV2_FILES)
+        file = HubFile("xswu/HPSv2", HPSV2_FILES[str(options.get("version", "2.1"))], 2 * CLIP_H14)
         return Needs(() if local else (file,), weights=width * CLIP_H14, network=f"ViT-H-14 of {file.repo}")
     if name == "maniqa":
         file = HubFile("chaofengc/IQA-PyTorch-Weights", "ckpt_koniq10k.pt", 4 * MANIQA)
@@ -96,6 +101,13 @@ def needs_of(name: str, options: Mapping[str, Any], device: str = "cpu") -> Need
     return Needs()
 
 
+def _known(name: str, option: str, value: str, allowed: Collection[str]) -> None:
+    """What the reward itself would say when it is loaded."""
+    if value not in allowed:
+        hint = did_you_mean(value, allowed)
+        raise UserError(f"reward {name}: {option} {value!r} is unknown; there are {', '.join(allowed)}{hint}")
+
+
 def _clip(options: Mapping[str, Any], width: int) -> Needs:
     model, weights = options.get("model", "ViT-B-32-quickgelu"), options.get("weights")
     known = model.replace("/", "-").removesuffix("-quickgelu")
@@ -110,6 +122,7 @@ def _clip(options: Mapping[str, Any], width: int) -> Needs:
 
 
 def _geneval(options: Mapping[str, Any]) -> Needs:
+    _known("geneval", "detector", options.get("detector", "mask2former"), ("mask2former", "nano"))
     if options.get("detector") == "nano":
         return Needs()
     repo = "facebook/mask2former-swin-small-coco-instance"
@@ -124,6 +137,7 @@ def _geneval(options: Mapping[str, Any]) -> Needs:
 
 def _judge(options: Mapping[str, Any], device: str) -> Needs:
     model = options.get("model", QWEN_NAME)
+    _known("judge", "backend", options.get("backend", "local"), ("local", "server"))
     if options.get("backend", "local") == "server":
         missing = "" if options.get("url") else "judge: url, that of an OpenAI-compatible server"
         return Needs(server=True, network=f"{model} at {options.get('url', '?')}", missing=missing)
