@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.grpo.plan import Plan, plan, show_plan
+from argrpo_cli.grpo.plan import Plan, plan
+from argrpo_cli.grpo.plan_view import show_plan
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.outline import count, outline_policy
 from argrpo_cli.policy.published import POLICIES
@@ -53,6 +54,11 @@ def test_judges_are_counted_once_and_a_server_not_at_all() -> None:
     served = planned("c2i_b256", f"rewards.terms=[{{name: maniqa}}, {url}]")
     assert not any("Qwen" in part.name for part in served.memory)
     assert "Qwen/Qwen2.5-VL-3B-Instruct at http://localhost:8000/v1" in shown(served)
+
+
+def test_a_server_without_an_address_is_to_be_supplied() -> None:
+    (line,) = planned("c2i_b256", "rewards.terms=[{name: deqa}]").supply
+    assert line == "reward deqa: the option url, that of an OpenAI-compatible server that has the model"
 
 
 def test_a_machine_s_gpu_is_held_against_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,8 @@ def _dry_run(recipe: Recipe, processes: int) -> None:
     """The plan for people on standard error, the resolved recipe for a file on standard output."""
     from rich.console import Console
 
-    from argrpo_cli.grpo.plan import plan, show_plan
+    from argrpo_cli.grpo.plan import plan
+    from argrpo_cli.grpo.plan_view import show_plan
     from argrpo_cli.recipe import dump_recipe
 
     planned = plan(recipe, processes)

@@ -187,7 +187,7 @@ class _Job:
             metrics,
             stop,
             CheckpointCallback(
-                run, self._complete, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
+                run, self._complete_checkpoint, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
             ),
             GridCallback(self.gallery, run, logging.grid_every),
         ]
@@ -223,7 +223,7 @@ class _Job:
             self.display.stop()
             shutil.rmtree(self.run.partial_dir, ignore_errors=True)
 
-    def _complete(self, folder: Path) -> None:
+    def _complete_checkpoint(self, folder: Path) -> None:
         """What makes the trainer's checkpoint a policy folder, and tells how far its prompts were read."""
         self.policy.save_card(folder)
         save_position(self.conditions, folder)

@@ -96,7 +96,7 @@ def needs_of(name: str, options: Mapping[str, Any], device: str = "cpu") -> Need
     if name.startswith("judge-"):
         return _judge(options, device)
     if name in ("deqa", "unified-reward"):
-        missing = "" if options.get("url") else f"{name}: url, that of an OpenAI-compatible server with its model"
+        missing = "" if options.get("url") else "the option url, that of an OpenAI-compatible server that has the model"
         return Needs(server=True, network=f"a server at {options.get('url', '?')}", missing=missing)
     return Needs()
 
@@ -139,7 +139,7 @@ def _judge(options: Mapping[str, Any], device: str) -> Needs:
     model = options.get("model", QWEN_NAME)
     _known("judge", "backend", options.get("backend", "local"), ("local", "server"))
     if options.get("backend", "local") == "server":
-        missing = "" if options.get("url") else "judge: url, that of an OpenAI-compatible server"
+        missing = "" if options.get("url") else "the option url, that of an OpenAI-compatible server that has the model"
         return Needs(server=True, network=f"{model} at {options.get('url', '?')}", missing=missing)
     files = (HubFile(model, "config.json"),) if "/" in model else ()
     if model != QWEN_NAME:
