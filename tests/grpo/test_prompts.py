@@ -248,16 +248,20 @@ def test_a_stream_of_nothing_usable_is_one_line(tmp_path: Path, monkeypatch: pyt
         stream_of(numbers)[0]
 
 
-def test_a_stream_goes_on_where_its_state_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_a_stream_goes_on_where_its_state_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deduplicate: bool
+) -> None:
     """Also in the middle of a row, after the last one, and in a second pass."""
     monkeypatch.setattr(streams, "WINDOW", 3)
     data = write_shards(tmp_path / "data", [[["one"], ["two"]], [["three", "one", "four"]], [["two"], ["five"]]])
-    whole = texts(stream_of(data, limit=None), range(20))
-    assert whole[:6] == ["one", "two", "three", "four", "five", "one"]
-    first = stream_of(data)
+    whole = texts(stream_of(data, deduplicate), range(20))
+    once = ["one", "two", "three", "four", "five", "one"]
+    assert whole[:6] == (once if deduplicate else ["one", "two", "three", "one", "four", "two"])
+    first = stream_of(data, deduplicate)
     for stop in range(14):
         state = json.loads(json.dumps(first.state_dict()))
-        second = stream_of(data)
+        second = stream_of(data, deduplicate)
         second.load_state_dict(state)
         assert texts(second, range(stop, 20)) == whole[stop:]
         assert first[stop].prompt == whole[stop]
