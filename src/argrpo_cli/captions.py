@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.files import read_jsonl, read_text
@@ -10,8 +12,11 @@ from argrpo_cli.files import read_jsonl, read_text
 CAPTION_SETS = ("nano", "geneval", "geneval-nano", "geneval-nano-extra")
 
 
-def read_captions(given: str | list[str]) -> list[str]:
-    """Captions from a list, a bundled name (`CAPTION_SETS`), a text file (one a line) or a .jsonl file (`prompt`).
+def read_captions(given: str | list[str], column: str = "prompt") -> list[str]:
+    """Captions from a list, a bundled name (`CAPTION_SETS`), a text file (one a line) or a .jsonl file.
+
+    Args:
+        column: of a .jsonl file; several captions in it count each, and a row without any is left out.
 
     Raises:
         UserError: no such file, or no captions in it.
@@ -31,13 +36,40 @@ def read_captions(given: str | list[str]) -> list[str]:
         hint = did_you_mean(given, CAPTION_SETS)
         raise UserError(f"no captions {given!r}: not a file, and the bundled ones are {', '.join(CAPTION_SETS)}{hint}")
     if path.suffix == ".jsonl":
-        rows = read_jsonl(path)
-        bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("prompt"), str)), None)
-        if bad is not None:
-            raise UserError(f"{path}, line {bad}: 'prompt' is missing or not text")
-        captions = [row["prompt"] for row in rows]
+        rows = enumerate(read_jsonl(path), start=1)
+        captions = [one for number, row in rows for one in captions_in(row, column, f"{path}, line {number}")]
     else:
         captions = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not captions:
         raise UserError(f"{path} holds no captions; write one a line")
     return captions
+
+
+def captions_in(row: dict[str, Any], column: str, where: str) -> list[str]:
+    """The captions in one row of data: a text, a list of texts or null; empty ones are left out.
+
+    Raises:
+        UserError: `where` the row is, when it has no such column or something else in it.
+    """
+    if column not in row:
+        hint = did_you_mean(column, row) or f"; there are {', '.join(row)}"
+        raise UserError(f"{where}: {column!r} is missing{hint}")
+    value = row[column]
+    texts = [] if value is None else value if isinstance(value, list) else [value]
+    if bad := [text for text in texts if text is not None and not isinstance(text, str)]:
+        raise UserError(f"{where}: {column!r} holds a {type(bad[0]).__name__}, expected text or a list of texts")
+    return [text for text in texts if text and text.strip()]
+
+
+def normalized(caption: str) -> str:
+    """A caption with single spaces: two are the same when this is."""
+    return " ".join(caption.split())
+
+
+def distinct(captions: Iterable[str]) -> Iterator[str]:
+    """Each caption once, as it was first written, in the order of the first time."""
+    seen: set[str] = set()
+    for caption in captions:
+        if (key := normalized(caption)) not in seen:
+            seen.add(key)
+            yield caption

@@ -4,8 +4,28 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from argrpo_cli.errors import UserError
+
+
+class HubFile(NamedTuple):
+    """A file of a hub repository, and how large it is, in bytes, as far as that is known."""
+
+    repo: str
+    file: str
+    size: int | None = None
+
+
+def is_cached(one: HubFile) -> bool:
+    """Whether `fetch` would find the file on this machine; the hub is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(one.repo, one.file), str)
+    except HFValidationError as error:
+        raise UserError(f"{one.repo!r} is no name of a hub repository, such as owner/name") from error
 
 
 def fetch(repo: str, file: str) -> Path:

@@ -174,7 +174,7 @@ def test_captions_come_from_files_and_bundled_sets(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"prompt": "a dog", "more": 1}\n')
     assert read_captions(str(tmp_path / "b.jsonl")) == ["a dog"]
     (tmp_path / "c.jsonl").write_text('{"prompt": "a dog"}\n{"text": "a cat"}\n')
-    with pytest.raises(UserError, match=r"c\.jsonl, line 2: 'prompt' is missing"):
+    with pytest.raises(UserError, match=r"c\.jsonl, line 2: 'prompt' is missing; there are text"):
         read_captions(str(tmp_path / "c.jsonl"))
     (tmp_path / "d.txt").write_text("\n")
     with pytest.raises(UserError, match="holds no captions"):

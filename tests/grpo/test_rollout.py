@@ -175,7 +175,7 @@ def test_every_condition_is_drawn_equally_often_in_an_order_of_its_own() -> None
 
 
 def test_prompts_are_indices_of_conditions() -> None:
-    data = prompt_dataset(conditions=5, groups=7, seed=3)
+    data = prompt_dataset(list("abcde"), groups=7, seed=3)
     assert [int(prompt) for prompt in data["prompt"]] == condition_order(5, 7, 3)
 
 

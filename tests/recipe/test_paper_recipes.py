@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from argrpo_cli.cli.app import run
 from argrpo_cli.policy.published import POLICIES
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.rewards import REWARDS
@@ -13,6 +15,14 @@ from argrpo_cli.rewards.shaping import reward_weights
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+EVERY = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml"))
+TABLES = yaml.safe_load((Path(__file__).parents[1] / "data" / "paper_tables.yaml").read_text())
+MEASURES = {
+    "fidelity": ["IS", "FID", "sFID", "precision", "recall"],
+    "geneval": ["position", "colors", "color_attr", "counting", "single_object", "two_object", "overall"],
+    "drawbench": ["clip", "hpsv2", "aesthetic", "deqa", "imagereward", "pickscore", "unified-reward"],
+}
+MEASURED = {2: "fidelity", 3: "geneval", 4: "drawbench", 5: "fidelity", 6: "fidelity", 7: "geneval", 8: "drawbench"}
 PAPER = {
     "clip": 5, "clip-quantized": 1, "hpsv2": 5, "hpsv2-quantized": 1, "maniqa": 2,
     "judge-quality": 0.25, "judge-fake": 0.25, "judge-weird": 0.25,
@@ -28,7 +38,7 @@ def test_what_the_paper_says_of_all(name):
     assert (grpo.group_size, grpo.batch_size, grpo.epsilon, grpo.updates_per_batch) == (8, 64, 0.2, 1)
     assert (grpo.learning_rate, grpo.betas, grpo.weight_decay) == (1e-5, [0.9, 0.95], 0.05)
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (1, 0, 1)
-    assert grpo.steps == (300 if name.startswith("t2i") else 100)
+    assert [grpo.steps] == recipe.logging.keep_steps == [300 if name.startswith("t2i") else 100]
     assert grpo.beta == (0 if "no_kl" in name else 0.1)
     assert sampling.cfg_scale == (float(name[-1]) if "cfg" in name else 2)
     lambdas = (rewards.lambda_conditional, rewards.lambda_quality, rewards.lambda_realism)
@@ -51,3 +61,34 @@ def test_every_experiment_of_the_paper_has_one():
     assert c2i | t2i | {"c2i_b256_cfg_1", "c2i_b256_cfg_4", "c2i_b256_cfg_7"} == set(NAMES)
     sizes = {name: load_recipe(RECIPES / f"{name}.yaml").policy.checkpoint for name in ("c2i_b384", "c2i_xl384")}
     assert sizes == {"c2i_b384": "c2i-b-384", "c2i_xl384": "c2i-xl-384"}
+
+
+def test_the_expected_numbers_are_the_paper_s():
+    said = {(one.table, name): one for name in NAMES for one in load_recipe(RECIPES / f"{name}.yaml").published}
+    assert said.keys() == {(table, name) for table, rows in TABLES.items() for name in rows}
+    for (table, name), one in said.items():
+        row = TABLES[table][name]
+        assert (one.base, one.trained) == (row["base"], row["trained"]), (table, name)
+        assert one.measures == MEASURES[MEASURED[int(table[-1])]]
+        assert one.step == (300 if name.startswith("t2i") else 100)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_recipe_has_a_plan_that_needs_no_network(name, capsys, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a plan asks nobody")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", str(RECIPES / name), "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "r.yaml").write_text(printed.out)
+    recipe = load_recipe(RECIPES / name)
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+    assert f"{recipe.grpo.batch_size} images: {recipe.grpo.batch_size // 8} groups of 8" in printed.err
+    assert ("captions.txt is missing" in printed.err) == name.startswith("t2i")
+    assert ("nothing to fetch" in printed.err) == name.startswith("nano/")
+    for one in recipe.published:
+        assert f"{one.table}, after {one.step} updates: {one.measures[0]} {one.base[0]:g} -> " in printed.err

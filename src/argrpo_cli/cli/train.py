@@ -35,7 +35,10 @@ def train(
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue an interrupted run.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the resolved recipe, then stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check, print the plan (stderr) and the resolved recipe (stdout), then stop."),
+    ] = False,
     processes: Annotated[
         int | None,
         typer.Option("--processes", min=1, help="Train with several processes of this machine, a GPU each.  [one]"),
@@ -53,7 +56,7 @@ def train(
 
     `--processes 8` starts accelerate's launcher; `accelerate launch -m argrpo_cli train RECIPE` works as well.
     """
-    from argrpo_cli.recipe import dump_recipe, load_recipe
+    from argrpo_cli.recipe import load_recipe
 
     if resume is not None:
         if recipe is not None or out is not None:
@@ -75,8 +78,7 @@ def train(
         loaded = load_recipe(recipe, set_ or ())
         run_dir = out if out is not None else loaded.run_dir
     if dry_run:
-        _check_names(loaded)
-        sys.stdout.write(dump_recipe(loaded))
+        _dry_run(loaded, processes or 1)
         return
     if accelerate_config is not None and processes in (None, 1):
         raise UserError(
@@ -125,13 +127,14 @@ def _check_resume_overrides(overrides: list[str]) -> None:
             raise UserError(f"--set {text}: a resumed run keeps its recipe; only {', '.join(CHANGEABLE)}* can change")
 
 
-def _check_names(recipe: Recipe) -> None:
-    """What a recipe names must exist; everything else about it has been checked when it was read."""
-    from argrpo_cli.grpo.prompts import run_conditions
-    from argrpo_cli.policy.policy import choose_trainable, load_policy
-    from argrpo_cli.rewards import load_rewards
+def _dry_run(recipe: Recipe, processes: int) -> None:
+    """The plan for people on standard error, the resolved recipe for a file on standard output."""
+    from rich.console import Console
 
-    policy = load_policy(recipe.policy.checkpoint)
-    choose_trainable(policy.model, recipe.policy.trainable)
-    options = {term.name: term.options for term in recipe.rewards.terms}
-    load_rewards(list(options), options=options).check(run_conditions(recipe, policy))
+    from argrpo_cli.grpo.plan import plan
+    from argrpo_cli.grpo.plan_view import show_plan
+    from argrpo_cli.recipe import dump_recipe
+
+    planned = plan(recipe, processes)
+    show_plan(planned, Console(file=sys.stderr, highlight=False))
+    sys.stdout.write(dump_recipe(recipe))

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from argrpo_cli.conditions import Condition
 from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.gathering import whole_model
 from argrpo_cli.policy.sampling import sample_tokens
@@ -28,6 +27,7 @@ from argrpo_cli.processes import ALONE, Team
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+    from argrpo_cli.grpo.prompts import Conditions
     from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
 
@@ -79,7 +79,7 @@ class Rollout:
     """
 
     recipe: Recipe
-    conditions: Sequence[Condition]
+    conditions: Conditions
     policy: Policy
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     team: Team = ALONE

@@ -276,7 +276,7 @@ def build_trainer(
             str(model.device.type),
             rollout.team.count,
         ),
-        train_dataset=prompt_dataset(len(rollout.conditions), groups, recipe.seed),
+        train_dataset=prompt_dataset(rollout.conditions, groups, recipe.seed),
         processing_class=CodeTokenizer(model.config.vocab_size),
         rollout_func=rollout,
         callbacks=list(callbacks),

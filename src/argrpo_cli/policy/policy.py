@@ -237,17 +237,17 @@ def load_policy(
         policy = load_policy(base_of(folder, plain), device, "float32", text_device)
         policy.model = merge_adapter(policy.model, folder).to(getattr(torch, dtype)).eval()
         return policy
-    card = _read_card(folder)
+    card = read_card(folder)
     model = load_pretrained(LlamaGenForImageGeneration, folder, getattr(torch, dtype))
     if card["tokenizer"] in TOKENIZERS:
         tokenizer = open_tokenizer(card["tokenizer"])[1]
     else:
-        tokenizer = load_pretrained(VQModel, _part(folder, "image tokenizer", card["tokenizer"]), torch.float32)
+        tokenizer = load_pretrained(VQModel, part_of(folder, "image tokenizer", card["tokenizer"]), torch.float32)
     text_encoder, encoder_name = None, card.get("text_encoder")
     if model.config.condition == "caption" and encoder_name == TEXT_ENCODER:
         text_encoder = open_text_encoder(TEXT_ENCODER, card.get("right_padded", False))
     elif model.config.condition == "caption":
-        text_encoder = load_text_encoder(_part(folder, "text encoder", encoder_name), getattr(torch, dtype))
+        text_encoder = load_text_encoder(part_of(folder, "text encoder", encoder_name), getattr(torch, dtype))
         text_encoder.right_padded = card.get("right_padded", False)
     _check_fit(folder, model, tokenizer, text_encoder, card)
     if text_encoder is not None:
@@ -315,7 +315,8 @@ def choose_trainable(model: nn.Module, wanted: str | Sequence[str]) -> None:
         parameter.requires_grad_(any(part in name for part in parts))
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
+def read_card(folder: Path) -> dict[str, Any]:
+    """The policy.json of a policy folder; UserError when it is missing, or lacks something."""
     card = read_json(folder / CARD)
     asked = ("text_encoder", str) if "text_encoder" in card else ("classes", list)
     for key, kind in (("tokenizer", str), asked, ("image_size", int)):
@@ -324,7 +325,7 @@ def _read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def _part(folder: Path, what: str, name: str | None) -> Path:
+def part_of(folder: Path, what: str, name: str | None) -> Path:
     """The folder of a policy's image tokenizer or text encoder."""
     if name is None:
         raise UserError(f"{folder / CARD} names no {what}")

@@ -101,7 +101,7 @@ def open_published(
     entry = POLICIES.get(str(given))
     path = fetch(entry.repo, entry.file) if entry else Path(given)
     state, vq_state = read_argrpo(path) if path.is_dir() else (read_checkpoint(path), None)
-    pixels = image_size if image_size is not None else (entry.image_size if entry else _image_size_in(path))
+    pixels = image_size if image_size is not None else (entry.image_size if entry else image_size_in(path))
     if pixels < 1:
         raise UserError(f"--image-size {pixels}: must be 1 or more")
     reads_captions = "cls_embedding.uncond_embedding" in state
@@ -274,7 +274,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def _image_size_in(path: Path) -> int:
+def image_size_in(path: Path) -> int:
     """The image size in a name such as c2i_L_384.pt or ar-grpo-l-256."""
     for number in reversed(re.findall(r"\d+", path.stem if path.is_file() else path.name)):
         if int(number) in IMAGE_SIZES:

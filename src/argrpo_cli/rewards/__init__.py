@@ -125,18 +125,28 @@ def load_reward(name: str, device: str = "cpu", options: Mapping[str, Any] | Non
         from argrpo_cli.rewards.custom import Custom, find_function
 
         return Custom(name, find_function(name), options)
-    reward = _class_of(name, entry)
+    reward = check_options(name, options)
+    if entry.weights is not None:
+        from argrpo_cli.nano import WEIGHTS
+
+        return reward(WEIGHTS / entry.weights, device)
+    return reward(device=device, **options)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> type:
+    """The class of a reward of the package, which takes these options.
+
+    Raises:
+        UserError: no such reward or option, a value of another type, a package that is not installed.
+    """
+    reward = _class_of(name, check_reward(name))
     known = [key for key in inspect.signature(reward).parameters if key not in ("device", "folder")]
     for key in options:
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise UserError(f"reward {name}: no option {key!r}; {has}{did_you_mean(key, known)}")
     _check_types(name, reward, options)
-    if entry.weights is not None:
-        from argrpo_cli.nano import WEIGHTS
-
-        return reward(WEIGHTS / entry.weights, device)
-    return reward(device=device, **options)
+    return reward
 
 
 def _check_types(name: str, reward: type, options: Mapping[str, Any]) -> None:
@@ -297,6 +307,22 @@ def load_rewards(
     Raises:
         UserError: a name or option is unknown, or weights are missing.
     """
+    models, steps = networks_of(names, options)
+    loaded = {name: load_reward(name, device, given) for name, given in models.items()}
+    return RewardSet(loaded, device, steps)
+
+
+def networks_of(
+    names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[str, str]]]:
+    """Which rewards have to be loaded to score with `names`, with their options; and what is made of whose scores.
+
+    Returns:
+        name to options of those to load; and, as `RewardSet` takes them, the steps.
+
+    Raises:
+        UserError: a name is unknown, or options contradict each other.
+    """
     from argrpo_cli.rewards.shaping import MAPPINGS
 
     options = {name: dict(given) for name, given in (options or {}).items()}
@@ -313,5 +339,4 @@ def load_rewards(
                 raise UserError(f"{name} is made of the scores of {entry.steps_of}; give options to one of them")
             options[entry.steps_of] = base or given
     models = dict.fromkeys([*(name for name in names if name not in steps), *(of for of, _ in steps.values())])
-    loaded = {name: load_reward(name, device, options.get(name)) for name in models}
-    return RewardSet(loaded, device, steps)
+    return {name: options.get(name, {}) for name in models}, steps
