@@ -18,8 +18,10 @@ from argrpo_cli.grids import before_after
 from argrpo_cli.grpo.callbacks.checkpoints import CheckpointCallback
 from argrpo_cli.grpo.callbacks.display import RunDisplay, duration
 from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
+from argrpo_cli.grpo.callbacks.guards import GuardCallback
 from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
+from argrpo_cli.grpo.guards import check_weights
 from argrpo_cli.grpo.plots import draw_curves
 from argrpo_cli.grpo.prompts import run_conditions
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
@@ -74,6 +76,7 @@ def run_training(
         from argrpo_cli.policy.policy import choose_trainable
 
         policy = _load_base_policy(recipe, out, resume)
+        check_weights(policy.model, recipe.policy.checkpoint)
         choose_trainable(policy.model, recipe.policy.trainable)
         if resume and RunDirectory(out).notes().get("trained", _trained(policy)) != _trained(policy):
             raise UserError(
@@ -187,6 +190,7 @@ class _Job:
         callbacks = [
             metrics,
             stop,
+            GuardCallback(recipe, self.weights, run, self.display, self.request, metrics),
             CheckpointCallback(
                 run, policy.save_card, logging.save_every, logging.keep_checkpoints, grpo.updates_per_batch
             ),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.reward_functions import LEFT_OUT, WITHIN_GROUP_STD, WITHOUT_SPREAD, spread_of
 
 if TYPE_CHECKING:
@@ -75,18 +74,13 @@ class MetricsCallback(TrainerCallback):
             return
         self.run.append_metrics(record)
         self.display.step(record)
-        grad_norm = logs.get("grad_norm")
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            raise UserError(
-                f"the gradient of step {state.global_step} is not a number, so training stops; lower "
-                f"grpo.learning_rate, and continue from the last checkpoint with --resume {self.run.root}"
-            )
 
     def _record(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
         times = self.stopwatch.take()
         text, rollout, reward = (times.get(name, 0.0) for name in ("text", "rollout", "reward"))
         measured = self.ratio_meter.take() if self.ratio_meter is not None else None
         mean_ratio, mean_deviation, deviation = measured or (None, None, None)
+        grad_norm = logs.get("grad_norm")
         fields = {
             "reward": logs.get("reward"),
             "within_group_std": logs.get(WITHIN_GROUP_STD),
@@ -105,8 +99,9 @@ class MetricsCallback(TrainerCallback):
             "ratio": mean_ratio,
             "ratio_deviation_mean": mean_deviation,
             "ratio_deviation": deviation,
-            "loss": logs["loss"],
-            "grad_norm": logs.get("grad_norm"),
+            # The trainer leaves a loss that is no number out of its sum, which would never get rid of it.
+            "loss": logs["loss"] if grad_norm is None or math.isfinite(grad_norm) else None,
+            "grad_norm": grad_norm,
             "learning_rate": logs.get("learning_rate"),
             "images_left_out": logs.get(LEFT_OUT),
             "groups_without_spread": logs.get(WITHOUT_SPREAD),  # a share
