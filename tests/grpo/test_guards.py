@@ -247,6 +247,12 @@ def test_weights_that_are_no_numbers_are_refused_before_anything_is_written(
 # --- whole runs
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes as long as the rest of a tiny run."""
+    monkeypatch.setattr(train_module, "draw_curves", lambda *args, **keys: None)
+
+
 def train(recipe: Recipe, out: Path, resume: bool = False, rewards: FakeRewards | None = None) -> str:
     """Run, and return what was shown."""
     console = Console(file=io.StringIO(), width=80)

@@ -184,20 +184,26 @@ def constant_rewards(batches: Sequence[Record], counting: Sequence[str], count: 
         yield "", text
         return
     for name in counting:
-        known = [record["rewards"][name] for record in batches if name in record["rewards"]]
-        known = [one for one in known if one["mean"] is not None and one.get("within_group_std") is not None]
-        if len(known) < count:
+        first, latest = (_means_and_spreads(part, name) for part in (batches[:count], batches[-count:]))
+        if len(latest) < count:  # a batch without scores of this reward says nothing
             continue
-        start = median(one["within_group_std"] for one in known[:count])
-        latest = [(abs(one["mean"]), one["within_group_std"]) for one in known[-count:]]
-        if all(spread <= max(ROUNDING * mean, COLLAPSED * start) for mean, spread in latest):
+        start = median(spread for _, spread in first) if first else 0.0
+        if all(spread <= max(ROUNDING * abs(mean), COLLAPSED * start) for mean, spread in latest):
+            mean, spread = latest[-1]
             text = (
-                f"reward {name} has collapsed to {known[-1]['mean']:.4g} (its spread within groups is "
-                f"{latest[-1][1]:.2g}, and was {start:.2g} in the first {count} batches): it teaches nothing, being "
-                "broken or saturated; look at `argrpo score` on some images, or give it weight 0 in a new run "
+                f"reward {name} has collapsed to {mean:.4g} (its spread within groups is {spread:.2g}, and was "
+                f"{start:.2g} in the first {count} batches): it teaches nothing, being broken or saturated; look at "
+                "`argrpo score` on some images, or give it weight 0 in a new run "
                 "(guards.constant_reward)"
             )
             yield name, text
+
+
+def _means_and_spreads(batches: Sequence[Record], name: str) -> list[tuple[float, float]]:
+    """Mean and within-group standard deviation of a reward, in those batches that have both."""
+    scores = [record["rewards"].get(name, {}) for record in batches]
+    both = [(one.get("mean"), one.get("within_group_std")) for one in scores]
+    return [(mean, spread) for mean, spread in both if mean is not None and spread is not None]
 
 
 def falling_rewards(
