@@ -14,8 +14,8 @@ from argrpo_cli.errors import UserError
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
 
-# What may change when a run is continued: how long, and what is kept. Anything else would be another run.
-CHANGEABLE = ("grpo.steps", "grpo.time_limit_minutes", "logging.")
+# What may change when a run is continued: how long, what is watched, what is kept. Anything else is another run.
+CHANGEABLE = ("grpo.steps", "grpo.time_limit_minutes", "guards.", "logging.")
 
 
 def train(
@@ -124,7 +124,8 @@ def _together(arguments: list[str], recipe: Recipe, new: Path | None, processes:
 def _check_resume_overrides(overrides: list[str]) -> None:
     for text in overrides:
         if not text.startswith(CHANGEABLE):
-            raise UserError(f"--set {text}: a resumed run keeps its recipe; only {', '.join(CHANGEABLE)}* can change")
+            keys = ", ".join(key + "*" if key.endswith(".") else key for key in CHANGEABLE)
+            raise UserError(f"--set {text}: a resumed run keeps its recipe; only {keys} can change")
 
 
 def _dry_run(recipe: Recipe, processes: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.memory import Part, estimate, trained_parameters
 from argrpo_cli.grpo.prompts import check_source, run_captions, run_conditions
+from argrpo_cli.grpo.shares import images_per_process
 from argrpo_cli.hub import HubFile, is_cached
 from argrpo_cli.policy.outline import Outline, outline_policy
 from argrpo_cli.policy.policy import choose_trainable
@@ -72,7 +73,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
             that do not exist, images that cannot be shared by so many processes. What a machine merely lacks (files,
             packages, captions) is no error; the plan lists it.
     """
-    share, micro = _shares(recipe, processes)
+    share, micro = images_per_process(recipe.grpo, processes)
     outline = outline_policy(recipe.policy.checkpoint)
     choose_trainable(outline.policy.model, recipe.policy.trainable)
     trained = trained_parameters(recipe, outline)
@@ -112,17 +113,6 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         packages=[*packages, *_other_packages(recipe)],
         supply=supply + missing,
     )
-
-
-def _shares(recipe: Recipe, processes: int) -> tuple[int, int]:
-    grpo = recipe.grpo
-    if grpo.batch_size % processes:
-        raise UserError(f"grpo.batch_size: {grpo.batch_size} images cannot be shared by {processes} processes")
-    share = grpo.batch_size // processes
-    micro = grpo.micro_batch_size or share
-    if share % micro:
-        raise UserError(f"grpo.micro_batch_size: {micro} does not divide the {share} images of each process")
-    return share, micro
 
 
 def _reward_needs(recipe: Recipe) -> tuple[dict[str, Needs], list[str]]:

@@ -203,7 +203,7 @@ def grpo_config(
         dataloader_pin_memory=False,
         # The run directory and the display are ours.
         logging_steps=1,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=True,  # the sum of losses would stay NaN for ever; guards look at the gradient
         save_strategy="no",
         report_to="none",
         log_level_replica="error",  # of the processes that do not report

@@ -16,10 +16,12 @@ from torch import nn
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import read_json
 from argrpo_cli.hub import HubFile
+from argrpo_cli.policy.adapters import KEY as ADAPTER_OF
+from argrpo_cli.policy.adapters import base_of
 from argrpo_cli.policy.checkpoints import read_checkpoint
 from argrpo_cli.policy.config import LlamaGenConfig, published_config
 from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
-from argrpo_cli.policy.policy import Policy, find_policy, part_of, read_card
+from argrpo_cli.policy.policy import CARD, Policy, find_policy, part_of, read_card
 from argrpo_cli.policy.published import (
     POLICIES,
     TEXT_ENCODER,
@@ -123,6 +125,8 @@ def _published(
 
 
 def _of_folder(folder: Path) -> Outline:
+    if ADAPTER_OF in (plain := read_json(folder / CARD)):
+        return outline_policy(base_of(folder, plain))
     card = read_card(folder)
     try:
         model = _model(LlamaGenConfig(**read_json(folder / "config.json")))

@@ -175,18 +175,18 @@ class RatioGuard(Section):
     """An on-policy update whose ratio to the sampler is not 1: another distribution, or numbers too coarse."""
 
     action: Action = "warn"
-    limit: Positive = 0.1  # mean |ratio - 1| over the tokens
+    limit: Positive | None = None  # mean |ratio - 1| over the tokens; null: 0.01 in float32, 0.1 in bfloat16
 
 
 class KlGuard(Section):
-    """A policy that has left its base."""
+    """A policy that has left its base; unless ignored, a tenfold jump of the KL is also said."""
 
     action: Action = "stop"
-    limit: Positive = 2.0  # nats per token
+    limit: Positive = 2.0  # nats per token, in two updates in a row; the bundled recipes stay below 0.3
 
 
 class ConstantRewardGuard(Section):
-    """A reward that counts and gives all images of every group the same score."""
+    """A reward that counts and gives all images of every group the same score, or hardly another one."""
 
     action: Action = "warn"
     batches: Count = 10  # in a row
@@ -196,8 +196,8 @@ class HeldOutGuard(Section):
     """A held-out reward (weight 0) that falls while the optimised one rises: the policy games its rewards."""
 
     action: Action = "warn"
-    batches: Annotated[int, Field(ge=4)] = 20  # over which both are fitted
-    errors: Positive = 3.0  # standard errors of its slope by which each must have moved
+    batches: Annotated[int, Field(ge=4)] = 40  # compared at least; also twice as many, four times ..., and all
+    errors: Positive = 4.0  # standard errors by which it must have fallen
 
 
 class GuardSection(Section):
@@ -207,7 +207,7 @@ class GuardSection(Section):
     kl: KlGuard = KlGuard()
     constant_reward: ConstantRewardGuard = ConstantRewardGuard()
     held_out: HeldOutGuard = HeldOutGuard()
-    not_a_number: Literal["stop", "skip"] = "stop"  # a gradient that is none: end, or leave that update out
+    not_a_number: Literal["stop", "skip"] = "stop"  # a gradient that is none is left out; then stop, or go on
 
 
 class LoggingSection(Section):

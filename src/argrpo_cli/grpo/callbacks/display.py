@@ -63,7 +63,7 @@ class RunDisplay:
         self.last: dict[str, Any] | None = None
         self._ends: deque[tuple[int, float]] = deque(maxlen=RECENT + 1)
 
-    def note(self, line: str) -> None:
+    def note(self, line: str | Text) -> None:
         """One line of text, above the table where there is one."""
         self.console.print(line, markup=False, soft_wrap=True)
 

@@ -79,12 +79,6 @@ class MetricsCallback(TrainerCallback):
         record = self.record = self._record(state.global_step, logs)
         self.team.lead(lambda: self.run.append_metrics(record))
         self.display.step(record)
-        grad_norm = logs.get("grad_norm")
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            self.team.fail(
-                f"the gradient of step {state.global_step} is not a number, so training stops; lower "
-                f"grpo.learning_rate, and continue from the last checkpoint with --resume {self.run.root}"
-            )
 
     def leave_out(self, seconds: float) -> None:
         """Do not count these seconds, just gone by between two steps, as training time."""
@@ -96,6 +90,7 @@ class MetricsCallback(TrainerCallback):
         seconds["update"] = self._step_seconds - sum(seconds.values())  # what is left of the step
         measured = self.ratio_meter.take(self.team) if self.ratio_meter is not None else None
         mean_ratio, mean_deviation, deviation = measured or (None, None, None)
+        grad_norm = logs.get("grad_norm")
         fields = {
             "reward": logs.get("reward"),
             "within_group_std": logs.get(WITHIN_GROUP_STD),
@@ -116,8 +111,9 @@ class MetricsCallback(TrainerCallback):
             "ratio": mean_ratio,
             "ratio_deviation_mean": mean_deviation,
             "ratio_deviation": deviation,
-            "loss": logs["loss"],
-            "grad_norm": logs.get("grad_norm"),
+            # The trainer leaves a loss that is no number out of its sum, which would never get rid of it.
+            "loss": logs["loss"] if grad_norm is None or math.isfinite(grad_norm) else None,
+            "grad_norm": grad_norm,
             "learning_rate": logs.get("learning_rate"),
             "images_left_out": logs.get(LEFT_OUT),
             "groups_without_spread": logs.get(WITHOUT_SPREAD),  # a share
