@@ -17,6 +17,8 @@ from argrpo_cli.grpo.rollout import image_seed
 from argrpo_cli.processes import ALONE, Team
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from argrpo_cli.conditions import Condition
     from argrpo_cli.grpo.run import RunDirectory
     from argrpo_cli.policy import Policy
