@@ -168,7 +168,7 @@ class _Job:
         self._save_policy()
         limit = recipe.grpo.time_limit_minutes
         run.note(finished={"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit})
-        refresh_report(run, recipe, self.display.note, training=False)
+        refresh_report(run, recipe, self.display.note)  # with the last pictures
         ending = "the time limit" if stop.out_of_time else "the last step"
         self.display.note(f"finished at {ending}: {step} updates in {duration(metrics.seconds)}")
 
@@ -239,7 +239,7 @@ class _Job:
         finally:
             self.display.stop()
             shutil.rmtree(self.run.partial_dir, ignore_errors=True)
-            refresh_report(self.run, self.recipe, self.display.note, training=False)  # however it ended
+            refresh_report(self.run, self.recipe, self.display.note, curves=True)  # however it ended
 
     def _interrupted(self, step: int) -> None:
         self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
