@@ -75,11 +75,13 @@ def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -
     return path
 
 
-def refresh_report(run: RunDirectory, recipe: Recipe, note: Callable[[str], None], *, training: bool) -> None:
-    """Write the page, and where training is over curves.png, too; if that fails it is said, and no more."""
+def refresh_report(
+    run: RunDirectory, recipe: Recipe, note: Callable[[str], None], *, training: bool = False, curves: bool = False
+) -> None:
+    """Write the page, and curves.png if asked; if that fails it is said, and no more: a run has better things to do."""
     try:
         write_report(run, recipe, training=training)
-        if not training:
+        if curves:
             draw_curves(run.metrics(), run.root / "curves.png", recipe.name, reward_roles(recipe, run.notes()))
     except UserError as error:
         note(f"warning: {error}; the run itself is not touched by that")
