@@ -130,7 +130,7 @@ class Job:
         limit = recipe.grpo.time_limit_minutes
         finished = {"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit}
         team.lead(lambda: run.note(finished=finished))
-        team.lead(self._refresh_report)
+        team.lead(lambda: refresh_report(run, recipe, self.display.note))  # with the last pictures
         ending = "the time limit" if stop.out_of_time else "the last step"
         self.display.note(f"finished at {ending}: {step} updates in {duration(metrics.seconds)}")
 
@@ -252,7 +252,7 @@ class Job:
             self.display.stop()
             if self.team.first:
                 shutil.rmtree(self.run.partial_dir, ignore_errors=True)
-                self._refresh_report()  # however it ended
+                refresh_report(self.run, self.recipe, self.display.note, curves=True)  # however it ended
 
     def _saved_step(self) -> int:
         """The step that a resumed run would go on from."""
@@ -268,9 +268,6 @@ class Job:
     def _interrupted(self, step: int) -> None:
         self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
         raise Interrupted(self.request.exit_code)
-
-    def _refresh_report(self) -> None:
-        refresh_report(self.run, self.recipe, self.display.note, training=False)
 
     def _forget_the_end(self) -> None:
         """An earlier end of this run is overtaken once it goes on."""
