@@ -126,7 +126,7 @@ def test_a_missing_package_is_one_line_before_anything_is_written(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there
-    with pytest.raises(UserError, match=r"wandb cannot be imported .*; `pip install 'argrpo-cli\[wandb\]'`"):
+    with pytest.raises(UserError, match=r"wandb cannot be imported .*; `pip install wandb`"):
         train(with_trackers(recipe, "wandb"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
