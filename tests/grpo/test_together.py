@@ -188,7 +188,7 @@ def test_launcher_passes_on_the_exit_code_and_adds_no_words(capfd: pytest.Captur
     ("options", "complaint"),
     [
         (["--processes", "5"], "grpo.batch_size: 48 images cannot be shared by 5 processes; use for instance 40 or 80"),
-        (["--processes", "2", "--set", "grpo.micro_batch_size=48"], "48 does not divide the 24 images"),
+        (["--processes", "2", "--set", "grpo.micro_batch_size=16"], "16 does not divide the 24 images"),
         (["--processes", "2", "--accelerate-config", "fspd2"], "did you mean 'fsdp2'?"),
         (["--processes", "2", "--accelerate-config", "fsdp2"], "for GPUs, and this run is on the CPU"),
         (["--accelerate-config", "ddp"], "say how many with --processes"),
@@ -211,6 +211,7 @@ def test_images_are_shared_evenly_and_groups_may_straddle() -> None:
     assert shares(1, batch_size=64, group_size=8) == (64, 64)
     assert shares(16, batch_size=64, group_size=8) == (4, 4)
     assert shares(4, batch_size=64, group_size=8, micro_batch_size=8) == (16, 8)
+    assert shares(16, batch_size=64, group_size=8, micro_batch_size=16) == (4, 4), "a recipe for one GPU runs on 16"
     with pytest.raises(UserError, match="use for instance 40, or another"):
         shares(5, batch_size=8, group_size=8)
 
