@@ -22,7 +22,7 @@ from argrpo_cli.grpo.callbacks.display import RunDisplay, duration, silent_conso
 from argrpo_cli.grpo.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.grpo.callbacks.metrics import MetricsCallback
 from argrpo_cli.grpo.callbacks.stopping import StopCallback, StopRequest
-from argrpo_cli.grpo.gathering import whole_model
+from argrpo_cli.grpo.gathering import sharding, whole_model
 from argrpo_cli.grpo.plots import draw_curves
 from argrpo_cli.grpo.prompts import run_conditions
 from argrpo_cli.grpo.reward_functions import BatchScorer, Rewards
@@ -145,10 +145,20 @@ class _Job:
         if not Path(self.policy.model.config._name_or_path or " ").is_dir():
             self._save_base()
         trainer, metrics, stop = self._assemble(seconds)
+        shared = team.from_lead(lambda: run.notes().get("sharding", "none"))
+        if checkpoint is not None and shared != sharding(trainer):
+            team.fail(
+                f"cannot continue {run.root}, started with sharding {shared}, with {sharding(trainer)}: its "
+                "checkpoints have other files; launch it with the configuration that it was started with"
+            )
         base = os.path.abspath(self.policy.model.config._name_or_path)
         team.lead(
             lambda: run.note(
-                base_policy=base, trained=_trained(self.policy), conditions=_digest(self.conditions), finished=None
+                base_policy=base,
+                trained=_trained(self.policy),
+                conditions=_digest(self.conditions),
+                sharding=sharding(trainer),
+                finished=None,
             )
         )
         self.display.note(
