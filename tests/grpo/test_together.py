@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from safetensors.torch import load_file
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.errors import UserError
+from argrpo_cli.grpo import run_training
 from argrpo_cli.grpo.launch import CONFIGS, config_file, launch
 from argrpo_cli.grpo.shares import images_per_process
 from argrpo_cli.recipe import dump_recipe
 from tests.grpo import together_worker
-from tests.grpo.tiny import save_tiny_policy, tiny_caption_policy, tiny_recipe
+from tests.grpo.tiny import FakeRewards, save_tiny_policy, tiny_caption_policy, tiny_recipe
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -142,15 +144,27 @@ def test_a_fault_of_one_process_is_told_by_the_first_alone(two: tuple[Path, Any]
 
 
 def test_sharded_parameters_train_as_whole_ones_do(one: Path, tmp_path: Path) -> None:
-    """FSDP2 by the configuration that the package ships."""
-    ends = start(tmp_path, "plain", "captions", "stopped", "resumed", config="fsdp2")
+    """FSDP2 by the configuration that the package ships; one run is stopped and resumed."""
+    ends = start(tmp_path, "captions", "stopped", "resumed", config="fsdp2")
     assert [end["stopped"] for end in ends] == ["Interrupted 143"] * 2
-    assert_same_training(one / "plain", tmp_path / "plain", tmp_path / "policy")
     assert_same_training(one / "run_of_captions", tmp_path / "run_of_captions", tmp_path / "captions")
     assert_same_training(one / "plain", tmp_path / "stopped", tmp_path / "policy")
-    checkpoint = tmp_path / "plain" / "checkpoints" / "step_000004"
+    checkpoint = tmp_path / "stopped" / "checkpoints" / "step_000004"
     assert (checkpoint / "pytorch_model_fsdp.bin").exists(), "the model was sharded"
-    assert (tmp_path / "plain" / "before_after.png").read_bytes() == (one / "plain" / "before_after.png").read_bytes()
+    for name in ("grids/step_000002.png", "before_after.png"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (one / "plain" / name).read_bytes()
+
+
+def test_checkpoints_of_another_sharding_are_refused(one: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(one / "plain", out)
+    notes = json.loads((out / "run.json").read_text())
+    assert notes["sharding"] == "none"
+    (out / "run.json").write_text(json.dumps(notes | {"sharding": "fsdp", "finished": None}))
+    recipe = tiny_recipe(one / "policy", **{**together_worker.PLAIN, "steps": 6})
+    with pytest.raises(UserError, match="started with sharding fsdp, with none"):
+        run_training(recipe, out, resume=True, rewards=FakeRewards())
+    assert (out / "policy").exists()
 
 
 def test_processes_option_starts_them_and_hands_a_signal_on(tmp_path: Path) -> None:
@@ -188,7 +202,7 @@ def test_launcher_passes_on_the_exit_code_and_adds_no_words(capfd: pytest.Captur
     ("options", "complaint"),
     [
         (["--processes", "5"], "grpo.batch_size: 48 images cannot be shared by 5 processes; use for instance 40 or 80"),
-        (["--processes", "2", "--set", "grpo.micro_batch_size=48"], "48 does not divide the 24 images"),
+        (["--processes", "2", "--set", "grpo.micro_batch_size=16"], "16 does not divide the 24 images"),
         (["--processes", "2", "--accelerate-config", "fspd2"], "did you mean 'fsdp2'?"),
         (["--processes", "2", "--accelerate-config", "fsdp2"], "for GPUs, and this run is on the CPU"),
         (["--accelerate-config", "ddp"], "say how many with --processes"),
@@ -211,6 +225,7 @@ def test_images_are_shared_evenly_and_groups_may_straddle() -> None:
     assert shares(1, batch_size=64, group_size=8) == (64, 64)
     assert shares(16, batch_size=64, group_size=8) == (4, 4)
     assert shares(4, batch_size=64, group_size=8, micro_batch_size=8) == (16, 8)
+    assert shares(16, batch_size=64, group_size=8, micro_batch_size=16) == (4, 4), "a recipe for one GPU runs on 16"
     with pytest.raises(UserError, match="use for instance 40, or another"):
         shares(5, batch_size=8, group_size=8)
 

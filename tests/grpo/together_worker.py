@@ -43,7 +43,7 @@ def straddling(folder: Path, out: Path) -> None:
     )  # fmt: skip
 
     def some_missing(images: torch.Tensor) -> torch.Tensor:
-        return brightness(images).masked_fill(redness(images) > 0.02, torch.nan)
+        return brightness(images).masked_fill(redness(images) > 0.005, torch.nan)
 
     run_training(recipe, out, rewards=FakeRewards(bright=some_missing, red=redness))
 

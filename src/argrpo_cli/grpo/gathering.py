@@ -62,6 +62,13 @@ def _without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
             module._forward_pre_hooks, module._forward_hooks = before, after
 
 
+def sharding(trainer: GRPOTrainer) -> str:
+    """How training is shared out, as far as the files of a checkpoint depend on it: none, fsdp, zero2 or zero3."""
+    if trainer.is_deepspeed_enabled:
+        return f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
+    return "fsdp" if trainer.is_fsdp_enabled else "none"
+
+
 def check_sharding(trainer: GRPOTrainer) -> None:
     """UserError when the launcher asked for FSDP or DeepSpeed and accelerate, without a word, does something else."""
     for name, variable, active in (

@@ -24,7 +24,7 @@ from argrpo_cli.grpo.callbacks.stopping import StopCallback
 from argrpo_cli.grpo.callbacks.trackers import TrackerCallback, Trackers
 from argrpo_cli.grpo.disk import Disk, is_full
 from argrpo_cli.grpo.folders import remove_folder
-from argrpo_cli.grpo.gathering import whole_model
+from argrpo_cli.grpo.gathering import sharding, whole_model
 from argrpo_cli.grpo.prompts import load_position, save_position, some_conditions
 from argrpo_cli.grpo.provenance import start_notes
 from argrpo_cli.grpo.report import refresh_report
@@ -102,8 +102,10 @@ class Job:
             return
         base, trained = self.writer.base(), trained_parameters(self.policy)
         trainer, metrics, stop = self._assemble(seconds, checkpoint)
+        self._keep_sharding(trainer, checkpoint)
         noted = start_notes(run.notes(), self.weights, self.rewards.family, str(self.policy.model.device))
         noted |= {"base_policy": base, "trained": trained, "conditions": digest(self.conditions), "finished": None}
+        noted["sharding"] = sharding(trainer)
         team.lead(lambda: run.note(**noted))
         self.display.note(self._opening(start))
         team.lead(lambda: self.trackers.open(start))
@@ -140,6 +142,14 @@ class Job:
         start = int(checkpoint.name.rpartition("_")[2]) if checkpoint is not None else 0
         kept = self.run.forget_metrics_after(start)
         return checkpoint, start, kept[-1]["seconds_total"] if kept else 0.0
+
+    def _keep_sharding(self, trainer: ImageGRPOTrainer, checkpoint: Path | None) -> None:
+        started = self.team.from_lead(lambda: self.run.notes().get("sharding", "none"))
+        if checkpoint is not None and started != sharding(trainer):
+            self.team.fail(
+                f"cannot continue {self.run.root}, started with sharding {started}, with {sharding(trainer)}: its "
+                "checkpoints have other files; launch it with the configuration that it was started with"
+            )
 
     def _opening(self, start: int) -> str:
         grpo = self.recipe.grpo

@@ -200,6 +200,7 @@ class RunDirectory:
 
         `base_policy` is the folder that training started from, the reference model of the whole run, resumed or not;
         `trained` are the names of the parameters that training may change, in the optimiser's order;
+        `sharding` is how the optimiser's state is shared out over processes in the checkpoints;
         `finished` says at which step and under which time limit the run came to its end;
         `warnings` are what the guards found: {step, guard, text} each.
         """

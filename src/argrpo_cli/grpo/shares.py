@@ -15,7 +15,7 @@ def images_per_process(grpo: GrpoSection, processes: int) -> tuple[int, int]:
 
     `grpo.batch_size` counts the images of all processes, so a recipe means the same update on any number of them.
     Process i draws images i n to (i + 1) n - 1. A group may lie on several processes: rewards are gathered before
-    groups are compared. `grpo.micro_batch_size` is per process.
+    groups are compared. `grpo.micro_batch_size` is per process, and all of its images where it has fewer.
 
     Raises:
         UserError: the numbers do not divide.
@@ -34,7 +34,7 @@ def images_per_process(grpo: GrpoSection, processes: int) -> tuple[int, int]:
             f"use for instance {sizes}, or another number of processes"
         )
     share = grpo.batch_size // processes
-    micro = grpo.micro_batch_size or share
+    micro = min(grpo.micro_batch_size or share, share)
     if share % micro:
         raise UserError(
             f"grpo.micro_batch_size: {micro} does not divide the {share} images that each of {processes} processes "

@@ -121,8 +121,8 @@ class GrpoSection(Section):
 
     logprob: Literal["conditional", "guided"] = "conditional"  # whose log-probability is trained
     group_size: Annotated[int, Field(ge=2)] = 8  # images per condition whose rewards are compared
-    batch_size: Count = 64  # images per update, a multiple of group_size
-    micro_batch_size: Count | None = None  # images per forward pass; null takes batch_size
+    batch_size: Count = 64  # images per update, of all processes together; a multiple of group_size
+    micro_batch_size: Count | None = None  # images per forward pass of a process; null takes all that it draws
     steps: Count = 100  # updates
     time_limit_minutes: Positive | None = None  # stop earlier, with everything saved
     beta: NonNegative = 0.1  # weight of the KL estimator of eq. 6; 0 needs no reference model
