@@ -81,5 +81,7 @@ class GridCallback(TrainerCallback):
         self.gallery, self.run, self.every = gallery, run, every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.global_step % self.every == 0 and not control.should_training_stop:
+        # Also when the run is being interrupted: resumed, it goes on after this step.
+        last = state.global_step == state.max_steps
+        if state.is_world_process_zero and state.global_step % self.every == 0 and not last:
             self.gallery.save(self.run, state.global_step)
