@@ -249,7 +249,8 @@ def main() -> None:
     log = work / "log.txt"
     save_tiny_policy(work / "tiny")
     steps = FEW_STEPS if options.every_write else STEPS
-    recipe = tiny_recipe(work / "tiny", steps=steps, save_every=2, keep_checkpoints=2, grid_every=3, grid_images=2)
+    keep = 1 if options.every_write else 2  # with one, a removal comes even in the short run
+    recipe = tiny_recipe(work / "tiny", steps=steps, save_every=2, keep_checkpoints=keep, grid_every=3, grid_images=2)
     reference = work / "reference"
     life = undisturbed(recipe, reference, log)
     print(f"undisturbed run: {steps} updates, a checkpoint every 2, {life:.1f} s", flush=True)
