@@ -36,7 +36,7 @@ from argrpo_cli.grpo import run_training
 from argrpo_cli.recipe import Recipe
 from tests.grpo.tiny import FakeRewards, save_tiny_policy, tiny_recipe
 
-STEPS = 20
+STEPS, FEW_STEPS = 20, 4  # the few are for --every-write
 TIMES = {
     "seconds_text", "seconds_rollout", "seconds_reward", "seconds_update", "seconds_total", "images_per_second",
     "step_time",
@@ -113,7 +113,7 @@ def wait(process: int, seconds: float = 900.0) -> int | None:
         time.sleep(0.001)
 
 
-def place(out: Path, ended: bool) -> str:
+def place(recipe: Recipe, out: Path, ended: bool) -> str:
     """Where in its life a run was killed, by what lies in its folder."""
     steps = [int(path.name[5:]) for path in (out / "checkpoints").glob("step_*")]
     if ended:
@@ -124,7 +124,7 @@ def place(out: Path, ended: bool) -> str:
         return "while a checkpoint was written"
     if not steps:
         return "before the first checkpoint"
-    if max(steps) < STEPS:
+    if max(steps) < recipe.grpo.steps:
         return "between checkpoints"
     return "after the last checkpoint"
 
@@ -172,17 +172,17 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in TIMES}
 
 
-def results(out: Path) -> dict[str, Path]:
-    """The files that a run must end with, by name."""
-    folders = [out / "policy", out / "checkpoints" / f"step_{STEPS:06d}", out / "grids"]
+def results(out: Path, step: int) -> dict[str, Path]:
+    """The files that a run of so many steps must end with, by name."""
+    folders = [out / "policy", out / "checkpoints" / f"step_{step:06d}", out / "grids"]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     files += [path for path in map(out.joinpath, ("metrics.jsonl", "before_after.png", "recipe.yaml")) if path.exists()]
     return {str(path.relative_to(out)): path for path in files if path.name != "checksums.json"}  # of times too
 
 
-def differences(reference: Path, out: Path) -> list[str]:
+def differences(reference: Path, out: Path, step: int) -> list[str]:
     """The files of two runs that are not the same."""
-    one, other = results(reference), results(out)
+    one, other = results(reference, step), results(out, step)
     odd = sorted(one.keys() ^ other.keys())
     return odd + [name for name in sorted(one.keys() & other.keys()) if not same(read(one[name]), read(other[name]))]
 
@@ -191,7 +191,7 @@ def disturb(recipe: Recipe, out: Path, log: Path, life: float, chance: random.Ra
     """Kill a run at random moments, once or several times, and tear its checkpoints."""
     while True:
         steps = [int(path.name[5:]) for path in (out / "checkpoints").glob("step_*")]
-        left = 0.4 + 0.6 * (1 - max(steps, default=0) / STEPS)  # loading takes its time again
+        left = 0.4 + 0.6 * (1 - max(steps, default=0) / recipe.grpo.steps)  # loading takes its time again
         process = live(recipe, out, log)
         code = wait(process, chance.uniform(0, 1.05 * life * left))
         kind = signal.SIGTERM if chance.random() < TERMINATED else signal.SIGKILL
@@ -204,7 +204,7 @@ def disturb(recipe: Recipe, out: Path, log: Path, life: float, chance: random.Ra
             code = wait(process)
         tally.kills += kind == signal.SIGKILL
         tally.terminations += kind == signal.SIGTERM
-        tally.where[place(out, ended)] += 1
+        tally.where[place(recipe, out, ended)] += 1
         expected = {0} if ended else {-signal.SIGKILL} if kind == signal.SIGKILL else {0, 143, -signal.SIGTERM}
         if code not in expected:
             tally.lost.append(f"{out}: ended with {code} instead of one of {expected}")
@@ -222,7 +222,7 @@ def finish(recipe: Recipe, out: Path, log: Path, reference: Path, tally: Tally) 
     code = wait(live(recipe, out, log))
     tally.runs += 1
     tally.found += len(list((out / "checkpoints").glob("damaged-*")))
-    wrong = f"ended with {code}" if code != 0 else ", ".join(differences(reference, out))
+    wrong = f"ended with {code}" if code != 0 else ", ".join(differences(reference, out, recipe.grpo.steps))
     if wrong:
         tally.lost.append(f"{out}: {wrong}")
     else:
@@ -248,10 +248,12 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="kill_runs-"))
     log = work / "log.txt"
     save_tiny_policy(work / "tiny")
-    recipe = tiny_recipe(work / "tiny", steps=STEPS, save_every=2, keep_checkpoints=2, grid_every=3, grid_images=2)
+    steps = FEW_STEPS if options.every_write else STEPS
+    keep = 1 if options.every_write else 2  # with one, a removal comes even in the short run
+    recipe = tiny_recipe(work / "tiny", steps=steps, save_every=2, keep_checkpoints=keep, grid_every=3, grid_images=2)
     reference = work / "reference"
     life = undisturbed(recipe, reference, log)
-    print(f"undisturbed run: {STEPS} updates, a checkpoint every 2, {life:.1f} s", flush=True)
+    print(f"undisturbed run: {steps} updates, a checkpoint every 2, {life:.1f} s", flush=True)
 
     for number in range(1, (10**9 if options.every_write else options.runs) + 1):
         out = work / f"run_{number:04d}"
@@ -260,7 +262,7 @@ def main() -> None:
             if code == 0:  # there are no more changes than that
                 break
             tally.kills += 1
-            tally.where[place(out, ended=False)] += 1
+            tally.where[place(recipe, out, ended=False)] += 1
         else:
             disturb(recipe, out, log, life, chance, tally)
         finish(recipe, out, log, reference, tally)

@@ -266,6 +266,12 @@ def test_sigterm_before_the_first_update_leaves_a_run_to_continue(
     assert_same_run(finished, out, step=6)
 
 
+def test_a_run_interrupted_where_a_grid_is_due_draws_it(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "run", rewards=at_batch(3, send(signal.SIGTERM)))
+    assert (tmp_path / "run" / "grids" / "step_000003.png").exists()  # resumed, the run goes on after step 3
+
+
 # A full disk
 
 

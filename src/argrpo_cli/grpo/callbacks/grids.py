@@ -98,6 +98,7 @@ class GridCallback(TrainerCallback):
         self.whole: Callable[[], AbstractContextManager[object]] = nullcontext  # the trainer's is known after it
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 and not control.should_training_stop:
+        # Also when the run is being interrupted: resumed, it goes on after this step.
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             with self.whole():
                 self.team.lead(lambda: self.gallery.save(self.run, state.global_step))
