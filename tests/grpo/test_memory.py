@@ -85,10 +85,13 @@ def test_with_gradient_checkpointing_the_layers_keep_their_inputs() -> None:
 @pytest.mark.parametrize("condition", ["class", "caption"])
 def test_the_cache_is_as_large_as_the_sampler_makes_it(condition: str) -> None:
     config = small(condition)
-    cache = new_cache(LlamaGenForImageGeneration(config), 2 * IMAGES)
-    made = sum(tensor.nbytes for pair in cache for tensor in pair)
-    assert cache_bytes(config, IMAGES, guided=True, bucketed=False) == made
-    assert cache_bytes(config, IMAGES, guided=True, bucketed=True) == made * 128 // (config.cls_token_num + 64)
+    for autocast, number in ((False, 4), (True, 2)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            cache = new_cache(LlamaGenForImageGeneration(config), 2 * IMAGES)
+        made = sum(tensor.nbytes for pair in cache for tensor in pair)
+        assert cache_bytes(config, IMAGES, guided=True, bucketed=False, number=number) == made
+        bucketed = cache_bytes(config, IMAGES, guided=True, bucketed=True, number=number)
+        assert bucketed == made * 128 // (config.cls_token_num + 64)
 
 
 def test_adapters_are_counted_as_peft_makes_them() -> None:

@@ -421,3 +421,27 @@ def test_bad_arguments_are_named(kwargs, message):
     arguments = {"condition": torch.tensor([0]), "cfg_scale": 1.0, **kwargs}
     with pytest.raises(ValueError, match=message):
         sample_tokens(golden_model("A_c2i"), **arguments)
+
+
+def test_under_autocast_a_cache_of_half_the_size_gives_the_same_images(monkeypatch):
+    """Keys and values are computed in autocast's precision, so a float32 cache holds nothing more."""
+    data, model = tensors("A_c2i"), golden_model("A_c2i")
+    condition, seeds = data["in/gen_labels"], list(range(len(data["in/gen_labels"])))
+
+    def drawn():
+        with torch.autocast("cpu", torch.bfloat16):
+            return sample_tokens(model, condition, cfg_scale=2.0, seeds=seeds, return_logprobs="guided")
+
+    tokens, logp = drawn()
+    small = decoding.new_cache
+    kinds = set()
+
+    def wide(*arguments):
+        cache = small(*arguments)
+        kinds.update(part.dtype for pair in cache for part in pair)
+        return [(keys.float(), values.float()) for keys, values in cache]
+
+    monkeypatch.setattr(decoding, "new_cache", wide)
+    again, logp_again = drawn()
+    assert kinds == {torch.bfloat16}
+    assert torch.equal(tokens, again) and torch.equal(logp, logp_again)

@@ -93,13 +93,13 @@ def activation_bytes(
     return rows * length * (layers + 8 * config.hidden_size) + mask
 
 
-def cache_bytes(config: LlamaGenConfig, images: int, *, guided: bool, bucketed: bool) -> int:
-    """Keys and values of all layers while `images` images are drawn, in float32 like the weights."""
+def cache_bytes(config: LlamaGenConfig, images: int, *, guided: bool, bucketed: bool, number: int) -> int:
+    """Keys and values of all layers while `images` images are drawn, in numbers of `number` bytes."""
     length = config.cls_token_num + config.block_size
     if bucketed:
         length = -(-length // BUCKET) * BUCKET
     rows = 2 * images if guided else images
-    return 2 * config.num_hidden_layers * rows * config.num_key_value_heads * config.head_dim * length * 4
+    return 2 * config.num_hidden_layers * rows * config.num_key_value_heads * config.head_dim * length * number
 
 
 def lora_parameters(model: nn.Module, lora: LoraSection) -> int:
@@ -156,7 +156,7 @@ def estimate(
     drawn = min(share, CHUNK)
     steered = recipe.sampling.cfg_scale > 1
     parts.append(
-        Part("keys and values", cache_bytes(config, drawn, guided=steered, bucketed=gpu), "rollout"),
+        Part("keys and values", cache_bytes(config, drawn, guided=steered, bucketed=gpu, number=2 if autocast else 4), "rollout"),
     )
     decoded = min(drawn * outline.policy.image_size**2, max(DECODE_PIXELS, outline.policy.image_size**2))
     channels = outline.policy.tokenizer.config.ch

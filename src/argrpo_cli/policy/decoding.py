@@ -11,14 +11,21 @@ BUCKET = 64  # a graph's attention reads the filled cache up to the next multipl
 
 
 def new_cache(model: LlamaGenForImageGeneration, batch: int, length: int | None = None) -> list[KeyValue]:
-    """Keys and values [batch, kv_heads, length, head_dim] of every layer, zero, in the weights' dtype.
+    """Keys and values [batch, kv_heads, length, head_dim] of every layer, zero, in the dtype they are computed in.
 
-    `length` is by default what one image needs, P + T.
+    That is the weights', or autocast's where it is on: a wider cache would hold the same numbers, and be cast for every
+    token. `length` is by default what one image needs, P + T.
     """
     config, weight = model.config, model.model.embed_tokens.weight
     length = length or config.cls_token_num + config.block_size
     shape = (batch, config.num_key_value_heads, length, config.head_dim)
-    return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+    def empty() -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=weight.device)
+
+    return [(empty(), empty()) for _ in range(config.num_hidden_layers)]
 
 
 class Decoder:
