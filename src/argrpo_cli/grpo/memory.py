@@ -156,7 +156,11 @@ def estimate(
     drawn = min(share, CHUNK)
     steered = recipe.sampling.cfg_scale > 1
     parts.append(
-        Part("keys and values", cache_bytes(config, drawn, guided=steered, bucketed=gpu, number=2 if autocast else 4), "rollout"),
+        Part(
+            "keys and values",
+            cache_bytes(config, drawn, guided=steered, bucketed=gpu, number=2 if autocast else 4),
+            "rollout",
+        ),
     )
     decoded = min(drawn * outline.policy.image_size**2, max(DECODE_PIXELS, outline.policy.image_size**2))
     channels = outline.policy.tokenizer.config.ch

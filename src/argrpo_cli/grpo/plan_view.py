@@ -74,7 +74,8 @@ def _update(plan: Plan) -> list[str]:
     lines = [f"{grpo.batch_size} images: {groups} groups of {grpo.group_size}"]
     each = plan.share / grpo.group_size
     devices = "1 device" if plan.processes == 1 else f"{plan.processes} devices"
-    lines.append(f"{devices}: {plan.share} images ({each:g} groups) each, {plan.micro} at a time in the training pass")
+    whose = f"{each:g} group{'' if each == 1 else 's'}"
+    lines.append(f"{devices}: {plan.share} images ({whose}) each, {plan.micro} at a time in the training pass")
     if grpo.updates_per_batch > 1:
         lines.append(f"{grpo.updates_per_batch} updates on the same images")
     return lines
