@@ -232,10 +232,10 @@ def _by_world(
         raise UserError(f"{first} and {second} draw different worlds; give another baseline")
     detector = detector or (NANO if sets != OFFICIAL_SETS else MASK2FORMER)
     for path, fits in nano.items():
-        if not fits and (detector == NANO or sets != OFFICIAL_SETS):
+        if not fits and sets != OFFICIAL_SETS:
             raise UserError(f"policy {path} does not draw the nano world's objects, so its judges cannot measure it")
-        if detector == NANO and sets == OFFICIAL_SETS:
-            raise UserError(f"--detector {NANO}: it knows the nano world alone; leave it out, or give {MASK2FORMER}")
+    if detector == NANO and sets == OFFICIAL_SETS:
+        raise UserError(f"--detector {NANO}: it knows the nano world alone; leave it out, or give {MASK2FORMER}")
     settings = replace(settings, sets=sets)
     _check_count(settings)
     for policy in policies.values():
