@@ -68,16 +68,18 @@ def open_judge(
         label = {"name": "nano-detector", "weights": fingerprint([observer.detector.network])}
         return Judge(observer, label, names_every_color=True)
     observer.detector.batch_size = detector_batch_size
-    label = {"name": "Mask2Former Swin-S", **_source(path if local else None), **_hashes(observer)}
+    label = {"name": "Mask2Former Swin-S", **_source(path if local else None), **_hashes(observer, colors)}
     return Judge(observer, label, ("transformers", "open_clip_torch"), least_told=0.1)
 
 
-def _hashes(observer: OfficialObserver) -> dict[str, Any]:
+def _hashes(observer: OfficialObserver, colors: str | Path | None) -> dict[str, Any]:
     from argrpo_cli.geneval.clip_colors import MODEL, PRETRAINED
+
+    source = PRETRAINED if colors is None else Path(colors).name
 
     return {
         "weights": fingerprint([observer.detector.network]),
-        "colors": {"name": f"CLIP {MODEL}, {PRETRAINED}", "weights": fingerprint([observer.colors.clip.network])},
+        "colors": {"name": f"CLIP {MODEL}, {source}", "weights": fingerprint([observer.colors.clip.network])},
     }
 
 

@@ -37,7 +37,7 @@ def geneval(
         Path | None,
         typer.Option("--images", help="Measure these pictures instead: a folder as the benchmark's scripts write it."),
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Images per prompt.")] = IMAGES,
+    n: Annotated[int, typer.Option("--n", "--per-prompt", help="Images per prompt.")] = IMAGES,
     cfg_scale: CfgScaleOption = 2.0,
     temperature: TemperatureOption = 1.0,
     top_k: TopKOption = 0,
