@@ -15,8 +15,11 @@ from rich.console import Console
 from argrpo_cli.cli.app import run
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals import geneval as g
+from argrpo_cli.evals.geneval_scores import part_scores
 from argrpo_cli.evals.geneval_sheet import COLUMNS, PAD, SIDE, captions, failure_sheet
+from argrpo_cli.evals.geneval_table import table
 from argrpo_cli.files import read_jsonl
+from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.policy import Policy, load_policy
 from tests.captioned import replayed, save_captioned_policy
 from tests.grpo.tiny import tiny_caption_policy
@@ -127,7 +130,7 @@ def test_the_difference_of_a_category_has_the_error_of_its_prompts():
     good = [{"index": p.index, "correct": 1.0} for p in prompts]
     bad = [{"index": p.index, "correct": float(i % 2)} for i, p in enumerate(prompts)]
     difference = [{**a, "correct": a["correct"] - b["correct"]} for a, b in zip(good, bad, strict=True)]
-    part = g._scores(difference, SMALL)["geneval-nano"]
+    part = part_scores(difference, SMALL.prompts)
     singles = [row["correct"] for row, p in zip(difference, prompts, strict=True) if p.tag == "single_object"]
     mean = sum(singles) / len(singles)
     spread = sum((v - mean) ** 2 for v in singles) / (len(singles) - 1)
@@ -148,7 +151,7 @@ def test_the_table_names_the_baseline_first(finished):
     own = result["scores"][name_of(result)]
     both = {**result, "scores": {"mine": own, "base": own}, "difference": own}
     console = Console(width=150, record=True, file=io.StringIO())
-    console.print(g.table(both))
+    console.print(table(both))
     text = console.export_text()
     assert text.index("base") < text.index("mine") < text.index("difference")
     assert "nano-detector" in text and "color_attr" in text
@@ -164,7 +167,7 @@ def test_the_sheet_has_a_cell_for_every_failure(finished):
 
 
 def test_the_longest_prompt_and_reason_fit_below_a_picture():
-    prompt = max((one.text for name in g.GenEvalSettings().sets for one in g.prompt_set(name)), key=len)
+    prompt = max((one.text for name in g.NANO_SETS for one in prompt_set(name)), key=len)
     color = "expected purple traffic light>=1, found 0 purple; and 1 orange"
     reason = f"{color}\n{color}"
     lines = [text for text, _ in captions({"prompt": prompt, "reason": reason})]

@@ -1,65 +1,81 @@
-"""`argrpo eval geneval` in the nano world: does a picture show what its prompt asks for?
+"""`argrpo eval geneval`: does a picture show what its prompt asks for?
 
-Prompts, decision rules and averaging are GenEval's (`argrpo_cli.geneval`); the detector is the nano world's, which also
-names colours. Two policies draw the same prompts with the same seeds. Everything lies in one folder, written as it
-comes, so that an interrupted evaluation goes on where it stopped:
+Prompts, decision rules and averaging are GenEval's (`argrpo_cli.geneval`). A policy of the nano world is asked the nano
+prompts and judged by the nano world's detector; any other one the benchmark's 553 prompts, judged by Mask2Former and
+CLIP (`geneval_detectors.py`). Two policies draw the same prompts with the same seeds. Everything lies in one folder,
+written as it comes, so that an interrupted evaluation goes on where it stopped; several processes share the work:
 
     settings.json                what is measured; a folder is not used for two things
-    POLICY/images/00007-0.png    prompt 7, its first image; POLICY/results.jsonl: verdict and objects of each image
+    POLICY/...                   the pictures, official ones as the benchmark's own evaluator reads them
+                                 (`geneval_folders.py`), those of the nano world as images/00007-0.png
+    POLICY/results.jsonl         verdict and objects of each image; results.official.jsonl: in the evaluator's format
     prompts.jsonl                correct images of each prompt, policy by policy
     summary.json, failures.png
+
+`judge_folder` measures finished pictures in the benchmark's layout.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from PIL import Image
-
-from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
+from argrpo_cli.evals.geneval_detectors import MASK2FORMER, NANO, Judge, open_judge
+from argrpo_cli.evals.geneval_drawing import draw_pictures, draws_nano_world, open_captioned
+from argrpo_cli.evals.geneval_folders import OFFICIAL_SET, absent, planned, read_pictures, write_metadata
+from argrpo_cli.evals.geneval_judging import judge_pictures
+from argrpo_cli.evals.geneval_scores import Rows, by_prompt, difference, part_scores, set_scores, totals
 from argrpo_cli.evals.geneval_sheet import failure_sheet
-from argrpo_cli.evals.nano import open_nano_policy
-from argrpo_cli.files import make_dir, read_json, read_jsonl, save_png, write_json, write_jsonl
+from argrpo_cli.files import make_dir, read_json, save_png, write_json, write_jsonl
 from argrpo_cli.geneval.grammar import Prompt
 from argrpo_cli.geneval.prompts import official_jsonl, prompt_set
-from argrpo_cli.geneval.rules import judge_image
-from argrpo_cli.geneval.summary import Score, summarise, tag_scores
-from argrpo_cli.nano.detector import NANO_THRESHOLDS, Detector, Found, by_class, color_of, load_detector
 from argrpo_cli.policy import Policy
-from argrpo_cli.policy.loading import fingerprint
-from argrpo_cli.progress import progress
+from argrpo_cli.processes import join_team
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-OFFICIAL_PART, EXTRA_PART = "geneval-nano", "geneval-nano-extra"
+NANO_SETS, OFFICIAL_SETS = ("geneval-nano", "geneval-nano-extra"), (OFFICIAL_SET,)
 FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 400_000_000, 100_000, 10_000  # `eval nano` and `entropy` draw others
 MOST_FAILURES = 40  # on the sheet
+SETTINGS, BATCH_SIZE = "settings.json", "batch_size"
+# The paper's protocol; its authors' scripts start from cfg 7.5 and top-k 2000.
+PAPER = {"per_prompt": 4, "cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 @dataclass(frozen=True)
 class GenEvalSettings:
-    """What decides the result, beside the policies."""
+    """What decides the result, beside the policies and the detector; `sets` None is by the policy's world."""
 
     per_prompt: int = 4
     cfg_scale: float = 2.0
     temperature: float = 1.0
     seed: int = 0
-    sets: tuple[str, ...] = (OFFICIAL_PART, EXTRA_PART)
+    sets: tuple[str, ...] | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    dtype: str = "float32"
 
     @property
     def prompts(self) -> list[Prompt]:
-        return [prompt for name in self.sets for prompt in prompt_set(name)]
+        """In the order in which they are asked; those of the nano world where no sets are named."""
+        return [prompt for name in self.sets or NANO_SETS for prompt in prompt_set(name)]
 
     def image_seed(self, place: int, sample: int) -> int:
         """Seed of an image: `place` of its prompt in the list, `sample` of that prompt."""
         return FIRST_SEED + self.seed * SEED_STRIDE + place * self.per_prompt + sample
+
+    @property
+    def departures(self) -> list[str]:
+        """Where these differ from the paper's, in words."""
+        words = {name: name.replace("_", "-") for name in PAPER} | {"per_prompt": "images per prompt"}
+        return [
+            f"{words[name]} {getattr(self, name):g} (paper {value:g})"
+            for name, value in PAPER.items()
+            if getattr(self, name) != value
+        ]
 
 
 def run_geneval(
@@ -68,52 +84,115 @@ def run_geneval(
     settings: GenEvalSettings = GenEvalSettings(),
     batch_size: int = 64,
     device: str = "auto",
-) -> dict[str, Any]:
+    *,
+    detector: str | None = None,
+    colors: Path | None = None,
+    detector_batch_size: int = 8,
+    text_device: str = "same",
+) -> dict[str, Any] | None:
     """Draw, detect, judge and average; one policy, or two of which the second is the baseline.
+
+    Args:
+        detector, colors, detector_batch_size: see `open_judge`; by default the detector is that of the policy's world.
 
     Returns:
         What summary.json holds: `scores` {policy: {set: {category or "overall": {mean, error, images, prompts}}}},
         `totals` {policy: {correct_images, correct_prompts}}, for two policies `difference` of the shape of a policy's
-        scores (errors paired by prompt), and the settings.
+        scores (errors paired by prompt), the settings, versions, and where they differ from the paper's. None in all
+        but the first of several processes.
 
     Raises:
-        UserError: no such policy, one that reads no captions or knows too few words, an `out` used for something else.
+        UserError: no such policy or detector, a policy that reads no captions or knows too few words, settings out of
+            range, an `out` used for something else.
     """
     names = _names(policies)
-    most = SEED_STRIDE // len(settings.prompts)
-    if not 1 <= settings.per_prompt <= most:
-        raise UserError(f"--n {settings.per_prompt}: give 1 to {most} images per prompt")
-    if not 0 <= settings.seed < MOST_SEEDS:
-        raise UserError(f"--seed {settings.seed}: give 0 to {MOST_SEEDS - 1}")
-    device = resolve_device(device)
-    loaded = {name: _captioned(path, device) for name, path in zip(names, policies, strict=True)}
-    detector = load_detector(device=device)
+    _check(settings)
+    team = join_team(device)
+
+    def load() -> dict[str, Policy]:
+        given = (team.device, settings.dtype, text_device)
+        return {name: open_captioned(path, *given) for name, path in zip(names, policies, strict=True)}
+
+    loaded = team.together(load)
+    settings, detector = team.together(lambda: _by_world(policies, loaded.values(), settings, detector))
+    prompts, official = settings.prompts, settings.sets == OFFICIAL_SETS
+    judge = team.together(lambda: open_judge(detector, team.device, colors, detector_batch_size))
     identity = {
         **asdict(settings),
         "sets": list(settings.sets),
         "policies": [policy.fingerprint() for policy in loaded.values()],
-        "prompts": hashlib.sha256(official_jsonl(settings.prompts).encode()).hexdigest(),
-        "detector": {"name": "nano-detector", "weights": fingerprint([detector.network])},
-        "thresholds": asdict(NANO_THRESHOLDS),
+        "prompts": hashlib.sha256(official_jsonl(prompts).encode()).hexdigest(),
+        "detector": judge.label,
+        "thresholds": asdict(judge.observer.thresholds),
     }
-    _claim(out, identity)
-    rows = {name: _judge_policy(policy, detector, settings, out / name, batch_size) for name, policy in loaded.items()}
+    team.lead(lambda: _claim(out, identity, batch_size))
+    batch_size = read_json(out / SETTINGS)[BATCH_SIZE]
+    pictures = planned(prompts, settings.per_prompt, official)
+    folders = {name: out / name if official else out / name / "images" for name in names}
+    for name, policy in loaded.items():
+        if official:
+            team.lead(lambda name=name: write_metadata(folders[name], prompts))
+        draw_pictures(policy, settings, pictures, folders[name], name, batch_size, team)
+    loaded.clear()
+    rows = {name: judge_pictures(pictures, folders[name], out / name, judge, batch_size, team) for name in names}
     result: dict[str, Any] = {
-        "scores": {name: _scores(own, settings) for name, own in rows.items()},
-        "totals": {name: _totals(own, settings) for name, own in rows.items()},
+        "scores": {name: set_scores(own, prompts, settings.sets) for name, own in rows.items()},
+        "totals": {name: totals(own, prompts) for name, own in rows.items()},
     }
     if len(names) == 2:
-        pairs = zip(rows[names[0]], rows[names[1]], strict=True)
-        result["difference"] = _scores([{**a, "correct": a["correct"] - b["correct"]} for a, b in pairs], settings)
-    result["settings"] = identity
-    write_jsonl(out / "prompts.jsonl", _by_prompt(rows, settings))
-    failures = [row for row in rows[names[0]] if not row["correct"]]
-    if failures:
-        count = min(MOST_FAILURES, len(failures))
-        chosen = [failures[index * len(failures) // count] for index in range(count)]
-        save_png(out / "failures.png", failure_sheet(chosen, out / names[0] / "images"))
-    write_json(out / "summary.json", result)
-    return result
+        result["difference"] = set_scores(difference(rows[names[0]], rows[names[1]]), prompts, settings.sets)
+    result |= {"settings": identity, "versions": judge.versions}
+    if official:
+        result["differs_from_paper"] = settings.departures
+    team.lead(lambda: _finish(result, rows, prompts, folders[names[0]], out, judge))
+    return result if team.index == 0 else None
+
+
+def judge_folder(
+    folder: Path,
+    out: Path,
+    batch_size: int = 64,
+    device: str = "auto",
+    *,
+    detector: str = MASK2FORMER,
+    colors: Path | None = None,
+    detector_batch_size: int = 8,
+) -> dict[str, Any] | None:
+    """Measure the pictures of a folder in the benchmark's layout, whoever drew them; as `run_geneval` otherwise.
+
+    Returns:
+        As `run_geneval`, for one "policy" of the folder's name; the set of prompts is `geneval` where all are official
+        ones, and `prompts_absent` how many of those have no picture.
+
+    Raises:
+        UserError: see `read_pictures` and `open_judge`.
+    """
+    name = _names([str(folder.resolve().name)])[0]
+    team = join_team(device)
+    pictures = team.together(lambda: read_pictures(folder))
+    judge = team.together(lambda: open_judge(detector, team.device, colors, detector_batch_size))
+    prompts = list(dict.fromkeys(one.prompt for one in pictures))
+    listed = "".join(f"{one.file} {_stamp(folder / one.file)}\n" for one in pictures)
+    identity = {
+        "images": {"count": len(pictures), "files": hashlib.sha256(listed.encode()).hexdigest()},
+        "prompts": hashlib.sha256(official_jsonl(prompts).encode()).hexdigest(),
+        "detector": judge.label,
+        "thresholds": asdict(judge.observer.thresholds),
+    }
+    team.lead(lambda: _claim(out, identity, batch_size))
+    batch_size = read_json(out / SETTINGS)[BATCH_SIZE]
+    rows = judge_pictures(pictures, folder, out / name, judge, batch_size, team)
+    official = {prompt.index for prompt in prompt_set(OFFICIAL_SET)}
+    part = OFFICIAL_SET if all(prompt.index in official for prompt in prompts) else "prompts of these images"
+    result = {
+        "scores": {name: {part: part_scores(rows, prompts)}},
+        "totals": {name: totals(rows, prompts)},
+        "settings": identity,
+        "versions": judge.versions,
+        "prompts_absent": absent(pictures),
+    }
+    team.lead(lambda: _finish(result, {name: rows}, prompts, folder, out, judge))
+    return result if team.index == 0 else None
 
 
 def _names(policies: Sequence[str]) -> list[str]:
@@ -126,149 +205,79 @@ def _names(policies: Sequence[str]) -> list[str]:
     return names
 
 
-def _captioned(path: str, device: str) -> Policy:
-    policy = open_nano_policy(path, device)
-    if policy.text_encoder is None:
-        raise UserError(f"{path} draws classes, and GenEval asks with captions; give a policy such as nano-t2i")
-    return policy
+def _check(settings: GenEvalSettings) -> None:
+    if settings.per_prompt < 1 or settings.sets is not None:
+        _check_count(settings)
+    if not 0 <= settings.seed < MOST_SEEDS:
+        raise UserError(f"--seed {settings.seed}: give 0 to {MOST_SEEDS - 1}")
+    if not 0 < settings.top_p <= 1:
+        raise UserError(f"--top-p {settings.top_p:g}: must be above 0, at most 1")
 
 
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Use a new or empty folder, or one that an interrupted call with the same settings left."""
+def _check_count(settings: GenEvalSettings) -> None:
+    most = SEED_STRIDE // len(settings.prompts)
+    if not 1 <= settings.per_prompt <= most:
+        raise UserError(f"--n {settings.per_prompt}: give 1 to {most} images per prompt")
+
+
+def _by_world(
+    paths: Sequence[str], policies: Iterable[Policy], settings: GenEvalSettings, detector: str | None
+) -> tuple[GenEvalSettings, str]:
+    """The settings with their sets of prompts, and the detector, where they are left to the policies."""
+    policies = dict(zip(paths, policies, strict=True))
+    nano = {path: draws_nano_world(policy) for path, policy in policies.items()}
+    sets = settings.sets or (NANO_SETS if all(nano.values()) else OFFICIAL_SETS)
+    if len(set(nano.values())) > 1 and settings.sets is None:
+        first, second = paths
+        raise UserError(f"{first} and {second} draw different worlds; give another baseline")
+    detector = detector or (NANO if sets != OFFICIAL_SETS else MASK2FORMER)
+    for path, fits in nano.items():
+        if not fits and sets != OFFICIAL_SETS:
+            raise UserError(f"policy {path} does not draw the nano world's objects, so its judges cannot measure it")
+    if detector == NANO and sets == OFFICIAL_SETS:
+        raise UserError(f"--detector {NANO}: it knows the nano world alone; leave it out, or give {MASK2FORMER}")
+    settings = replace(settings, sets=sets)
+    _check_count(settings)
+    for policy in policies.values():
+        policy.conditions([prompt.text for prompt in settings.prompts])  # are all words known?
+    return settings, detector
+
+
+def _claim(out: Path, identity: dict[str, Any], batch_size: int) -> None:
+    """Use a new or empty folder, or one that an interrupted call with the same settings left: with its batch size,
+    since images depend on it by rounding."""
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write to {out}: it is a file, not a folder")
-    path = out / "settings.json"
+    path = out / SETTINGS
     if path.is_file():
-        if read_json(path) != identity:
+        held = read_json(path)
+        if not isinstance(held.pop(BATCH_SIZE, None), int) or held != identity:
             raise UserError(f"{out} holds an evaluation of something else; choose another --out")
         return
     if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise UserError(f"{out} is not empty; choose another --out")
     make_dir(out)
-    write_json(path, identity)
+    write_json(path, {**identity, BATCH_SIZE: batch_size})
 
 
-def _judge_policy(
-    policy: Policy, detector: Detector, settings: GenEvalSettings, folder: Path, batch_size: int
-) -> list[dict[str, Any]]:
-    """One row per image, in the order of the prompts; those that an earlier call left are not drawn again."""
-    images = make_dir(folder / "images")
-    table = folder / "results.jsonl"
-    prompts = settings.prompts
-    conditions = policy.conditions([prompt.text for prompt in prompts])
-    wanted = [(place, sample) for place in range(len(prompts)) for sample in range(settings.per_prompt)]
-    kept = {row["file"]: row for row in read_jsonl(table)} if table.is_file() else {}
-    rows = [kept.get(_file(prompts[place], sample)) for place, sample in wanted]
-    missing = [index for index, row in enumerate(rows) if row is None]
-    with progress(f"drawing and judging {folder.name}", len(missing)) as advance:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            tokens = policy.sample(
-                [conditions[wanted[index][0]] for index in batch],
-                cfg_scale=settings.cfg_scale,
-                temperature=settings.temperature,
-                seeds=[settings.image_seed(*wanted[index]) for index in batch],
-                batch_size=batch_size,
-            )
-            pixels = policy.decode(tokens)
-            for index, picture, objects in zip(batch, pixels.cpu(), detector.detect(pixels), strict=True):
-                place, sample = wanted[index]
-                file = _file(prompts[place], sample)
-                save_png(images / file, Image.fromarray(picture.permute(1, 2, 0).numpy()))
-                rows[index] = _row(file, prompts[place], objects)
-            write_jsonl(table, [row for row in rows if row is not None])
-            advance(len(batch))
-    return rows
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def _file(prompt: Prompt, sample: int) -> str:
-    return f"{prompt.index:05d}-{sample}.png"
-
-
-def _row(file: str, prompt: Prompt, objects: Sequence[Found]) -> dict[str, Any]:
-    verdict = judge_image(prompt, by_class(objects), color_of(objects), NANO_THRESHOLDS)
-    found = [
-        {"class": one.name, "box": [round(v, 1) for v in one.box], "score": round(one.score, 4), "color": one.color}
-        for one in objects
-    ]
-    return {
-        "file": file,
-        "index": prompt.index,
-        "tag": prompt.tag,
-        "prompt": prompt.text,
-        "correct": verdict.correct,
-        "reason": verdict.reason,
-        "objects": found,
-    }
-
-
-def _scores(rows: Sequence[dict[str, Any]], settings: GenEvalSettings) -> dict[str, dict[str, dict[str, float]]]:
-    """Categories and overall, for the official part and, where there is more, for all prompts together."""
-    known = {prompt.index: prompt for prompt in settings.prompts}
-    official = {prompt.index for prompt in prompt_set(OFFICIAL_PART)}
-    parts = {OFFICIAL_PART: [row for row in rows if row["index"] in official]}
-    if len(settings.sets) > 1:
-        parts[" + ".join(settings.sets)] = list(rows)
-    result = {}
-    for name, own in parts.items():
-        by_tag, overall = tag_scores((known[row["index"]], float(row["correct"])) for row in own)
-        result[name] = {tag: _plain(score) for tag, score in by_tag.items()} | {"overall": _plain(overall)}
-    return result
-
-
-def _totals(rows: Sequence[dict[str, Any]], settings: GenEvalSettings) -> dict[str, float]:
-    """The two totals of the official summary: shares of correct images, and of prompts with a correct image."""
-    known = {prompt.index: prompt for prompt in settings.prompts}
-    summary = summarise((known[row["index"]], row["correct"]) for row in rows)
-    return {"correct_images": summary.correct_images, "correct_prompts": summary.correct_prompts}
-
-
-def _plain(score: Score) -> dict[str, float | None]:
-    """For JSON, which has no NaN."""
-    values = asdict(score)
-    return {**values, "error": None if values["error"] != values["error"] else values["error"]}
-
-
-def _by_prompt(rows: dict[str, list[dict[str, Any]]], settings: GenEvalSettings) -> list[dict[str, Any]]:
-    """A line per prompt: how many of its images are correct, and why not, policy by policy."""
-    lines = []
-    for place, prompt in enumerate(settings.prompts):
-        line: dict[str, Any] = {"index": prompt.index, "tag": prompt.tag, "prompt": prompt.text}
-        for name, own in rows.items():
-            images = own[place * settings.per_prompt : (place + 1) * settings.per_prompt]
-            reasons = [row["reason"] for row in images if row["reason"]]
-            line[name] = {"correct": sum(row["correct"] for row in images), "images": len(images), "reasons": reasons}
-        lines.append(line)
-    return lines
-
-
-def table(result: dict[str, Any]) -> Table:
-    """The scores as a Rich table: baseline, policy, paired difference; one section per set."""
-    from rich.table import Table
-
-    scores, settings = result["scores"], result["settings"]
-    names = list(scores)[::-1]  # the baseline first
-    out = Table(
-        title=f"GenEval in the nano world, {settings['per_prompt']} images per prompt, cfg {settings['cfg_scale']:g}, "
-        f"seed {settings['seed']}; share correct ± standard error",
-        caption="detector: nano-detector; overall is the plain mean of the categories, as published; "
-        "errors are clustered by prompt (none where a category has one)",
-    )
-    out.add_column("category")
-    out.add_column("prompts", justify="right")
-    for name in [*names, *(["difference"] if "difference" in result else [])]:
-        out.add_column(name, justify="right")
-    for part in scores[names[0]]:
-        out.add_row(f"[bold]{part}[/bold]")
-        for category, score in scores[names[0]][part].items():
-            cells = [_cell(scores[name][part][category]) for name in names]
-            if "difference" in result:
-                cells.append(_cell(result["difference"][part][category], signed=True))
-            out.add_row(f"  {category}", str(score["prompts"]), *cells)
-        out.add_section()
-    return out
-
-
-def _cell(score: dict[str, Any], signed: bool = False) -> str:
-    error = "" if score["error"] is None else f" ± {100 * score['error']:.1f}"
-    return f"{100 * score['mean']:{'+' if signed else ''}.1f}{error} %"
+def _finish(
+    result: dict[str, Any],
+    rows: dict[str, Rows],
+    prompts: Sequence[Prompt],
+    folder: Path,
+    out: Path,
+    judge: Judge,
+) -> None:
+    """The files of which there is one; the summary last."""
+    write_jsonl(out / "prompts.jsonl", by_prompt(rows, prompts))
+    failures = [row for row in next(iter(rows.values())) if not row["correct"]]
+    if failures:
+        count = min(MOST_FAILURES, len(failures))
+        chosen = [failures[index * len(failures) // count] for index in range(count)]
+        save_png(out / "failures.png", failure_sheet(chosen, folder, judge.observer.thresholds))
+    write_json(out / "summary.json", result)

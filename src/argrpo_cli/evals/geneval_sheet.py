@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from argrpo_cli.geneval.rules import Thresholds
 from argrpo_cli.images import read_image
 from argrpo_cli.nano.detector import NANO_THRESHOLDS
 
@@ -17,7 +18,9 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 BOX, DOUBTFUL = (220, 30, 60), (150, 150, 150)
 
 
-def failure_sheet(rows: Sequence[dict[str, Any]], folder: Path) -> Image.Image:
+def failure_sheet(
+    rows: Sequence[dict[str, Any]], folder: Path, thresholds: Thresholds = NANO_THRESHOLDS
+) -> Image.Image:
     """Rows of results.jsonl whose images lie in `folder`, as one picture."""
     font, small = ImageFont.load_default(13), ImageFont.load_default(11)
     line = 16
@@ -28,9 +31,12 @@ def failure_sheet(rows: Sequence[dict[str, Any]], folder: Path) -> Image.Image:
     for index, row in enumerate(rows):
         x, y = (index % COLUMNS) * cell[0] + PAD, (index // COLUMNS) * cell[1] + PAD
         pixels = read_image(folder / row["file"])
-        sheet.paste(Image.fromarray(pixels.transpose(1, 2, 0)).resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, y))
-        scale = SIDE / pixels.shape[-1]
-        least = NANO_THRESHOLDS.least(row["tag"])
+        height, width = pixels.shape[-2:]
+        scale = SIDE / max(height, width)
+        filtered = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        sheet.paste(Image.fromarray(pixels.transpose(1, 2, 0)).resize(size, filtered), (x, y))
+        least = thresholds.least(row["tag"])
         for one in row["objects"]:
             sure = one["score"] > least  # others did not count and are drawn thin
             corners = [
@@ -38,7 +44,8 @@ def failure_sheet(rows: Sequence[dict[str, Any]], folder: Path) -> Image.Image:
             ]
             draw.rectangle(corners, outline=BOX if sure else DOUBTFUL, width=2 if sure else 1)
             if sure:
-                label = f"{one['color']} {one['class']} {one['score']:.2f}"
+                color = f"{one['color']} " if one["color"] else ""  # known only where the prompt asks for it
+                label = f"{color}{one['class']} {one['score']:.2f}"
                 width = draw.textlength(label, font=small)
                 at = min(corners[0] + 2, x + SIDE - width - 1), min(corners[1] + 1, y + SIDE - 14)
                 draw.rectangle(draw.textbbox(at, label, font=small), fill=PAPER)

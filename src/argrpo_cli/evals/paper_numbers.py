@@ -13,6 +13,7 @@ _TRAINED_T2I = [0.040, 0.593, 0.030, 0.228, 0.791, 0.263, 0.324]
 
 TABLE_2 = {"LlamaGen (base)": _BASE_B256, "AR-GRPO": _TRAINED_B256}
 TABLE_3 = {"LlamaGen (base)": _BASE_T2I, "AR-GRPO": _TRAINED_T2I}
+TABLE_3_COLUMNS = ("position", "colors", "color_attr", "counting", "single_object", "two_object", "overall")
 TABLE_5 = {"base": _BASE_B256, "without KL": [220.57, 7.83, 11.72, 0.88, 0.32], "with KL": _TRAINED_B256}
 TABLE_6 = {
     "base": _BASE_B256,

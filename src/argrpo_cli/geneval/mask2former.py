@@ -5,11 +5,12 @@
         objects.detections["dog"][0].score, objects.masks["dog"][0]
 
 The benchmark runs mmdet 2.x (`mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco`). This is its test pipeline and its
-post-processing around transformers' Mask2Former with the weights of the same architecture and recipe that Mask2Former's
-authors published; trained apart, they do not find quite the same, so results should name the detector.
+post-processing around transformers' Mask2Former. With the benchmark's own file (`load_mask2former(weights="....pth")`)
+it is the benchmark's detector; the weights that are fetched are those of the same architecture and recipe by
+Mask2Former's authors. Trained apart, the two do not find quite the same, so results should name the detector.
 
-- The image is resized bilinearly, without antialiasing and to whole numbers as OpenCV does, to fit into 1333 x 800,
-  normalised with ImageNet's mean and deviation and padded with zeros at the right and below to multiples of 32.
+- The image is resized as OpenCV does it, to fit into 1333 x 800, padded with grey at the right and below to multiples
+  of 32, and normalised with ImageNet's mean and deviation.
 - Mask logits are enlarged to the padded input, cut to its image, and resized to the original size.
 - Of all pairs (query, class) the MAX_PER_IMAGE likeliest are reported, so one query may give several classes. Score =
   class probability x mean mask probability where the mask's logit is positive; the box bounds those pixels. No NMS.
@@ -34,8 +35,10 @@ from argrpo_cli.hub import fetch
 from argrpo_cli.policy.loading import load_pretrained
 
 REPO, FILES = "facebook/mask2former-swin-small-coco-instance", ("config.json", "model.safetensors")
+MMDET_FILES = (".pth", ".pt")
 LONG_EDGE, SHORT_EDGE, DIVISOR = 1333, 800, 32
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, in 0..255
+PADDING = 128  # before normalisation
 MAX_PER_IMAGE = 100
 MASK_PIXELS = 2**26  # enlarged mask logits at a time: 256 MB of float32
 # Swin's last norm is not on the way to the detector, and its tables of indices are computed: files differ in both.
@@ -91,9 +94,33 @@ def scaled_size(height: int, width: int) -> tuple[int, int]:
 def preprocess(images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] to the network's float32 [B, 3, H', W'], H' and W' multiples of 32."""
     height, width = scaled_size(images.shape[-2], images.shape[-1])
-    pixels = F.interpolate(images.float(), (height, width), mode="bilinear", align_corners=False).round()
+    pixels = resize_bytes(images, height, width).float()
+    pixels = F.pad(pixels, (0, -width % DIVISOR, 0, -height % DIVISOR), value=PADDING)
     mean, deviation = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, DEVIATION))
-    return F.pad((pixels - mean) / deviation, (0, -width % DIVISOR, 0, -height % DIVISOR))
+    return (pixels - mean) / deviation
+
+
+def resize_bytes(images: Tensor, height: int, width: int) -> Tensor:
+    """uint8 [..., H, W] to uint8 [..., height, width] as OpenCV's INTER_LINEAR does, to the bit.
+
+    Bilinear without antialiasing, in whole numbers: shares are multiples of 2^-11, and digits are cut off on the way.
+    """
+    columns, x_shares = _neighbours(images.shape[-1], width, images.device)
+    rows, y_shares = _neighbours(images.shape[-2], height, images.device)
+    wide = images.to(torch.int32)
+    wide = sum(wide[..., at] * share for at, share in zip(columns, x_shares, strict=True)) >> 4
+    high = sum((wide[..., at, :] * share[:, None]) >> 16 for at, share in zip(rows, y_shares, strict=True))
+    return ((high + 2) >> 2).to(torch.uint8)
+
+
+def _neighbours(length: int, size: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """For each of `size` places along an axis of `length` its two neighbours, and their shares in 2048."""
+    at = ((torch.arange(size, dtype=torch.float64) + 0.5) * (1 / (size / length)) - 0.5).float()
+    low = at.floor()
+    share = at - low
+    places = [(low.long() + step).clamp(0, length - 1).to(device) for step in (0, 1)]
+    shares = [(part * 2048).round().to(device, torch.int32) for part in (1 - share, share)]
+    return (places[0], places[1]), (shares[0], shares[1])
 
 
 def postprocess(
@@ -152,19 +179,27 @@ def build_mask2former() -> nn.Module:
 
 
 def load_mask2former(device: str = "cpu", weights: str | Path | None = None) -> Mask2Former:
-    """The published detector, from a local folder with config.json and model.safetensors or fetched once.
+    """The published detector, fetched once, or a local one.
+
+    Args:
+        weights: the benchmark's own file (.pth), or a folder with config.json and model.safetensors.
 
     Raises:
         UserError: the files are missing, damaged or of another network, or cannot be fetched.
     """
     from transformers import Mask2FormerForUniversalSegmentation
 
+    if weights is not None and Path(weights).suffix in MMDET_FILES:
+        from argrpo_cli.geneval.mmdet_weights import load_mmdet
+
+        return Mask2Former(load_mmdet(weights), device)
     if weights is None:
         weights = [fetch(REPO, file) for file in FILES][-1].parent
     folder = Path(weights)
     for file in FILES:
         if not (folder / file).is_file():
-            raise UserError(f"weights not found: {folder / file}; give a folder with {' and '.join(FILES)} of {REPO}")
+            mend = f"give a folder with {' and '.join(FILES)} of {REPO}, or the benchmark's own .pth file"
+            raise UserError(f"weights not found: {folder / file}; {mend}")
     network = load_pretrained(Mask2FormerForUniversalSegmentation, folder, torch.float32, NOT_NEEDED)
     if network.config.num_labels != len(OBJECT_NAMES):
         raise UserError(f"{folder} tells {network.config.num_labels} classes apart, expected COCO's 80; use {REPO}")

@@ -30,7 +30,8 @@ class GenEval:
     Args:
         detector: `mask2former`, with CLIP for colours, the benchmark's own; `nano`, the bundled one of the nano world.
         strict: 1 where all is right and no object of these classes too many, else 0.
-        weights: a local folder of the detector in the place of the published or bundled one.
+        weights: a local folder of the detector in the place of the published or bundled one, or the benchmark's own
+            .pth file.
         clip_weights: a local file of OpenAI's ViT-L/14 in open_clip's layout in the place of the published one.
 
     Raises:
