@@ -37,7 +37,7 @@ def save_random_inception(path: Path, seed: int = 0) -> Path:
             module.bias.data.normal_(0, 0.1)
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.8, 1.2)
-    network.fc.weight.data.normal_(0, 1)
+    network.fc.weight.data.normal_(0, 0.05)
     network.fc.bias.data.normal_(0, 1)
     torch.save(network.state_dict(), path)
     return path

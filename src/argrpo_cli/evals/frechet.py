@@ -36,7 +36,7 @@ class Gaussian:
     def of_rows(cls, rows: Tensor) -> Gaussian:
         """From features [N, D] themselves, centred: the small root of few images."""
         mean = rows.double().mean(0)
-        return cls(mean.float(), (rows.double() - mean).T / (len(rows) - 1) ** 0.5)
+        return cls(mean.float(), ((rows.double() - mean).T / (len(rows) - 1) ** 0.5).contiguous())
 
     @property
     def statistics(self) -> Statistics:

@@ -77,7 +77,9 @@ def sorted_by_class(store: FeatureStore) -> bool:
     if store.count <= SPLIT_SIZE:
         return False
     probabilities = store.read(PROBABILITIES)
-    return inception_score(probabilities) < (1 - SORTED_LOSS) * inception_score(shuffled(probabilities))
+    return inception_score(probabilities, SPLIT_SIZE) < (1 - SORTED_LOSS) * inception_score(
+        shuffled(probabilities), SPLIT_SIZE
+    )
 
 
 def _inception_score(probabilities: Tensor, groups: Tensor, keep_order: bool) -> Measure:
@@ -88,5 +90,5 @@ def _inception_score(probabilities: Tensor, groups: Tensor, keep_order: bool) ->
     for group in range(int(groups.max()) + 1):
         left = probabilities[groups != group]
         without.append(inception_score(left, math.ceil(len(left) / splits)))
-    value = inception_score(probabilities)
+    value = inception_score(probabilities, SPLIT_SIZE)
     return Measure(value, jackknife_values(value, without))

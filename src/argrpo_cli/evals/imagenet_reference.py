@@ -149,9 +149,10 @@ def prepare_reference(
         pool, spatial = (gaussian(store.shards(key), store.count) for key in (POOL, SPATIAL))
     features, hashes = (None, None) if store is None else (store.read(POOL), store.read(HASHES))
     reference = Reference(pool, spatial, features, hashes)
-    if cache is not None:
-        _write_cache(reference, cache)
-    return reference
+    if cache is None:
+        return reference
+    _write_cache(reference, cache)
+    return _read_cache(cache)  # as every later call does: sums may round by how numbers lie in memory
 
 
 def _write_cache(reference: Reference, cache: Path) -> None:

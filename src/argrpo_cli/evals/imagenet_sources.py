@@ -119,7 +119,7 @@ def open_sources(
     Raises:
         UserError: nothing there, a policy of captions, the same policy twice, too few images.
     """
-    given = [str(path) for path in policies] if images is None else [str(images)]
+    given = [str(path) for path in policies] if images is None else [Path(images).resolve().stem]
     if not 1 <= len(given) <= 2:
         raise UserError(f"{len(given)} policies; give one, or one and a baseline")
     names = [re.sub(r"[^A-Za-z0-9._-]+", "-", path).strip("-.") or "images" for path in given]

@@ -43,7 +43,7 @@ def imagenet(
             help="ADM's batch (fetched, 2 GB), a folder of pictures, an .npz of images or of statistics, or both.",
         ),
     ] = "adm-256",
-    n: Annotated[int, typer.Option("--n", help="Images per policy.")] = 50_000,
+    n: Annotated[int, typer.Option("--n", "--total", help="Images per policy.")] = 50_000,
     cfg_scale: CfgScaleOption = 2.0,
     temperature: TemperatureOption = 1.0,
     top_k: TopKOption = 0,
