@@ -1,11 +1,11 @@
 """What `argrpo eval imagenet` costs, stage by stage, and against torch-fidelity: `python -m argrpo_cli.bench_eval`.
 
+- time and memory of precision and recall on random features. The full size (50,000 against 10,000) takes minutes on a
+  few cores, so by default two smaller ones tell the exponent; `--full` measures it;
 - images per second of sampling, of decoding and of Inception, for a bundled policy;
 - a folder of pictures against another, from files to IS and FID: torch-fidelity's own command line `fidelity --isc
   --fid` and `argrpo eval imagenet`, one after the other, each as a program of its own, with the same random weights and
-  batch size. argrpo also finds sFID, precision, recall and all standard errors in that time;
-- time and memory of precision and recall on random features. The full size (50,000 against 10,000) takes minutes on a
-  few cores, so by default two smaller ones tell the exponent; `--full` measures it.
+  batch size. argrpo also finds sFID, precision, recall and all standard errors in that time.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def main(arguments: list[str] | None = None) -> None:
     device = resolve_device(options.device)
     threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     print(f"{platform.machine()}, {device}, {threads}, torch {torch.__version__}", flush=True)
+    manifolds([FULL_SIZE] if options.full else SMALL_SIZES, device)  # first, for its peak of memory
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         weights = save_random_weights(folder / "inception.pth")
         stages(options.policy, weights, options.batch_size, options.repeats, device)
         compare(folder, weights, options.images, options.image_size, options.batch_size, device)
-    manifolds([FULL_SIZE] if options.full else SMALL_SIZES, device)
 
 
 def stages(name: str, weights: Path, batch_size: int, repeats: int, device: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from argrpo_cli.errors import UserError
+from argrpo_cli.evals import frechet as module
 from argrpo_cli.evals.fidelity import Statistics, frechet_distance
 from argrpo_cli.evals.frechet import Gaussian, distance, distance_values, gaussian
 
@@ -21,7 +22,8 @@ def features(count: int, seed: int) -> torch.Tensor:
 # More rows than numbers in a row are summed up, fewer are kept; both kinds on either side.
 @pytest.mark.parametrize("count", [200, 6])
 @pytest.mark.parametrize("reference", [150, 5])
-def test_shards_give_the_distance_of_the_whole_and_the_jackknife_of_its_groups(count, reference):
+def test_shards_give_the_distance_of_the_whole_and_the_jackknife_of_its_groups(count, reference, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 40)
     ours, theirs = features(count, 1), features(reference, 2)
     groups = torch.arange(count) % 5
     against = Statistics.of(theirs)

@@ -105,6 +105,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_figures(stub, 
     assert len(kept) == 2 and not (out / "summary.json").exists()
     kept_file = next(out.rglob(kept[0]))
     kept_file.write_bytes(kept_file.read_bytes()[:100])  # torn, as by a power cut
+    (kept_file.parent / ".tmp-1-0000016.safetensors").write_bytes(b"half")
     stub.batches.clear()
     again = run_imagenet([policy], None, out, ImagenetSettings(n=N), reference=reference, batch_size=7, device="cpu")
     assert stub.batches == [4, 4, 4, 2], "what was there, but for the torn shard, is not drawn again"

@@ -87,8 +87,9 @@ class FeatureStore:
 
     def remove(self) -> None:
         """Take the shards away, and the folders that are empty then."""
-        for span in self.spans:
-            self.path(span).unlink(missing_ok=True)
+        unfinished = self.folder.glob(".tmp-*.safetensors")  # of a killed process
+        for path in [*map(self.path, self.spans), *unfinished]:
+            path.unlink(missing_ok=True)
         for folder in (self.folder, self.folder.parent):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
