@@ -94,9 +94,9 @@ def run_imagenet(
     settings.check()
     team = join_team(device)
     team.lead(lambda: _check_folder(out))
+    sources = team.together(lambda: open_sources(policies, images, out, settings, keep_images, team.device))
     found = _open_reference(reference, team)
     network = team.together(lambda: load_inception(inception, team.device))
-    sources = team.together(lambda: open_sources(policies, images, out, settings, keep_images, team.device))
     identity = _identity(sources, settings, found, network, keep_images)
     team.lead(lambda: _claim(out, identity, batch_size))
     batch_size = read_json(out / CLAIM)[BATCH_SIZE]
