@@ -2,7 +2,8 @@
 # make test    set everything up and run the tests
 # make install only the set-up: .venv with the package (editable) and the development tools
 # make lint    ruff
-# make bench   speed of sampling (with and without the cache, and against the published algorithm), rewards, updates
+# make bench   speed of sampling (with and without the cache, and against the published algorithm), rewards, updates,
+#              Inception and precision/recall (against torch-fidelity)
 # make nano    train the nano world again (hours; in build/nano), put it into the package and measure it
 # make paper-nano  the paper's tables in the nano world, on one page: docs/paper_nano.md (about an hour)
 #
@@ -57,6 +58,7 @@ bench: install
 	$(BIN)/python -m argrpo_cli.bench_sampler
 	$(BIN)/python -m argrpo_cli.bench_rewards
 	$(BIN)/python -m argrpo_cli.bench_train
+	$(BIN)/python -m argrpo_cli.bench_eval
 
 nano: install
 	$(BIN)/python -m argrpo_cli.nano.build --install

@@ -1,1 +1,1 @@
-"""A package, and no mere folder: torch-fidelity installs one called tests, which would come first."""
+"""The tests. A package of its own, since some libraries install one of this name, which would be found instead."""

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from argrpo_cli import bench_sampler, bench_train
+from argrpo_cli import bench_eval, bench_sampler, bench_train
 from argrpo_cli.policy.config import SIZES
 from tests.goldens import cases, golden_model, tensors
 
@@ -56,3 +56,18 @@ def test_a_published_policy_is_measured_with_random_weights(tmp_path, monkeypatc
     policy = load_policy(folder)
     assert policy.model.config.hidden_size == 64 and policy.image_size == 256
     assert policy.tokenizer.config.downsample == 16
+
+
+def test_precision_and_recall_are_timed_at_two_sizes(capsys):
+    bench_eval.manifolds([(60, 20), (120, 40)], "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert "60 x    20" in lines[1] and "120 x    40" in lines[2]
+    assert "exponent" in lines[3] and "minutes at 50000 x 10000" in lines[3]
+
+
+def test_the_bench_of_inception_has_weights_that_torch_fidelity_reads(tmp_path):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = bench_eval.save_random_weights(tmp_path / "random.pth")
+    network = FeatureExtractorInceptionV3("test", ["2048"], feature_extractor_weights_path=str(path))
+    assert network.Conv2d_1a_3x3.conv.weight.std() > 0.1

@@ -6,9 +6,11 @@ A set is a folder of pictures or an .npz file with `arr_0`, uint8 [N, H, W, 3], 
 
 from __future__ import annotations
 
+import io
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from argrpo_cli.images import image_files, read_image
 IMAGES = "arr_0"
 EXPECTED = f"expected {IMAGES}, uint8 images [N, H, W, 3]"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of the pool features and, _s, of the spatial ones
+READERS = 8  # threads that unpack pictures
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError)
 
 
@@ -36,37 +39,51 @@ class ImageSet:
     size: tuple[int, int]
     files: tuple[str, ...] = ()
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
+    def batches(self, batch_size: int, spans: Sequence[tuple[int, int]] | None = None) -> Iterator[Tensor]:
         """The images in order, uint8 [B, 3, H, W]; an archive of any length is read as it goes, never as a whole.
+
+        Args:
+            spans: only the images from the first to before the second number of each, in ascending order; batches end
+                where a span does.
 
         Raises:
             UserError: a damaged file, or a picture of another size than the first.
         """
-        return self._from_folder(batch_size) if self.files else self._from_npz(batch_size)
+        parts = [
+            (start, min(start + batch_size, end))
+            for first, end in ([(0, self.count)] if spans is None else spans)
+            for start in range(first, end, batch_size)
+        ]
+        return self._from_folder(parts) if self.files else self._from_npz(parts)
 
     def name(self, index: int) -> str:
         """What to call an image in a message."""
         return str(self.path / self.files[index]) if self.files else f"{self.path}, image {index} (counted from 0)"
 
-    def _from_folder(self, batch_size: int) -> Iterator[Tensor]:
-        for start in range(0, self.count, batch_size):
-            batch = []
-            for index in range(start, min(start + batch_size, self.count)):
-                image = read_image(self.path / self.files[index])
-                if image.shape[1:] != self.size:
-                    first = f"{self.name(0)} is {self.size[1]}x{self.size[0]}"
-                    other = f"{self.name(index)} {image.shape[2]}x{image.shape[1]}"
-                    raise UserError(f"the images of a set must have one size: {first}, {other}")
-                batch.append(image)
-            yield torch.from_numpy(np.stack(batch))
+    def _from_folder(self, parts: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        with ThreadPoolExecutor(READERS) as readers:
+            for start, end in parts:
+                yield torch.from_numpy(np.stack(list(readers.map(self._read, range(start, end)))))
 
-    def _from_npz(self, batch_size: int) -> Iterator[Tensor]:
+    def _read(self, index: int) -> np.ndarray:
+        """One picture of a folder, uint8 [3, H, W]."""
+        image = read_image(self.path / self.files[index])
+        if image.shape[1:] != self.size:
+            first = f"{self.name(0)} is {self.size[1]}x{self.size[0]}"
+            other = f"{self.name(index)} {image.shape[2]}x{image.shape[1]}"
+            raise UserError(f"the images of a set must have one size: {first}, {other}")
+        return image
+
+    def _from_npz(self, parts: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
         height, width = self.size
+        place = 0  # images read or skipped
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as member:
                 _read_header(member)
-                for start in range(0, self.count, batch_size):
-                    shape = (min(batch_size, self.count - start), height, width, 3)
+                for start, end in parts:
+                    member.seek((start - place) * height * width * 3, io.SEEK_CUR)
+                    place = end
+                    shape = (end - start, height, width, 3)
                     pixels = np.frombuffer(bytearray(member.read(int(np.prod(shape)))), np.uint8).reshape(shape)
                     yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         except DAMAGED as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argrpo_cli.cli.evals.geneval import geneval
+from argrpo_cli.cli.evals.imagenet import imagenet
 from argrpo_cli.cli.evals.nano import nano
 
-BENCHMARKS = {"nano": nano, "geneval": geneval}
+BENCHMARKS = {"nano": nano, "geneval": geneval, "imagenet": imagenet}

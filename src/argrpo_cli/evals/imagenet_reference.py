@@ -1,0 +1,212 @@
+"""What generated images are compared with: ADM's reference batch, pictures, an .npz of images, or saved statistics.
+
+ADM's file for ImageNet at 256 pixels holds 10,000 images and, beside them, the statistics of the whole training set.
+As in ADM's evaluator FID and sFID take the statistics, precision and recall the images. A file of statistics alone
+leaves precision and recall out; of images alone the statistics are computed. What has been computed is kept in a file
+named by the contents of the reference and Inception's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from argrpo_cli.errors import UserError, first_line
+from argrpo_cli.evals.feature_store import HASHES, POOL, SPATIAL, FeatureStore, extract
+from argrpo_cli.evals.fidelity import NEIGHBOURS, Statistics
+from argrpo_cli.evals.frechet import Gaussian, gaussian
+from argrpo_cli.evals.image_sets import DAMAGED, IMAGES, STATISTICS, ImageSet, load_statistics, open_images
+from argrpo_cli.evals.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
+from argrpo_cli.files import atomic_path
+from argrpo_cli.processes import Team
+from argrpo_cli.progress import progress
+
+ADM_NAME = "adm-256"
+ADM_URL = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+    "VIRTUAL_imagenet256_labeled.npz"
+)
+ADM_IMAGES, ADM_SIZE = 10_000, (256, 256)
+CHUNK = 2**20
+CACHED = ("pool_mean", "pool_root", "spatial_mean", "spatial_root")
+SECONDS = 60  # without a byte from the server
+
+
+@dataclass(frozen=True)
+class ReferenceFile:
+    """A reference before Inception has seen it.
+
+    Attributes:
+        name: as the user gave it.
+        images: its images, None for saved statistics.
+        stored: statistics of the pool and the spatial features that it holds, None where they must be computed.
+        sha256: of its contents.
+    """
+
+    name: str
+    images: ImageSet | None
+    stored: tuple[Statistics, Statistics] | None
+    sha256: str
+
+    @property
+    def is_adm(self) -> bool:
+        """Whether it has the shape of ADM's reference batch for 256 pixels."""
+        images = self.images
+        return bool(self.stored and images and images.count == ADM_IMAGES and images.size == ADM_SIZE)
+
+    def protocol(self) -> dict[str, Any]:
+        """What a result should say about it."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "images": self.images.count if self.images else 0,
+            "image_size": list(self.images.size) if self.images else None,
+            "statistics": "stored in the file" if self.stored else "of its images",
+        }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference as features; `pool_features` [R, 2048] and `hashes` int64 [R] are None where it has no images."""
+
+    pool: Gaussian
+    spatial: Gaussian
+    pool_features: Tensor | None
+    hashes: Tensor | None
+
+
+def open_reference(given: str) -> ReferenceFile:
+    """A reference by path, or ADM's by name, which is fetched once.
+
+    Raises:
+        UserError: nothing there, no connection, too few images, statistics of something else than Inception's features.
+    """
+    path = fetch_adm() if given == ADM_NAME else Path(given)
+    keys: list[str] = []
+    if path.is_file():
+        try:
+            with np.load(path) as held:
+                keys = list(held.files)
+        except (*DAMAGED, OSError, AttributeError, TypeError) as error:  # the last two: a single array
+            raise UserError(f"cannot read {path}: it is neither a folder nor an .npz file, or a damaged one") from error
+        if IMAGES not in keys and not set(STATISTICS) <= set(keys):
+            expected = f"expected {IMAGES} (images), or {', '.join(STATISTICS)}, or both"
+            raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; {expected}")
+    stored = load_statistics(path) if set(STATISTICS) <= set(keys) else None
+    for one, width, names in zip(stored or (), (POOL_WIDTH, SPATIAL_WIDTH), ("mu", "mu_s"), strict=False):
+        if len(one.mean) != width:
+            raise UserError(f"{path}: {names} has {len(one.mean)} numbers; Inception's features have {width}")
+    images = open_images(path) if IMAGES in keys or not path.is_file() else None
+    if images is not None and images.count <= NEIGHBOURS:
+        raise UserError(f"{path} holds {images.count} images; a reference needs at least {NEIGHBOURS + 1}")
+    return ReferenceFile(given, images, stored, content_hash(path, images))
+
+
+def content_hash(path: Path, images: ImageSet | None) -> str:
+    """SHA-256 of a file, or of the names and bytes of a folder's pictures."""
+    digest = hashlib.sha256()
+    for file in [path / name for name in images.files] if images is not None and images.files else [path]:
+        if file != path:
+            digest.update(file.name.encode() + b"\0")
+        try:
+            with open(file, "rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {first_line(error)}") from error
+    return digest.hexdigest()
+
+
+def prepare_reference(
+    found: ReferenceFile, inception: Inception, store: FeatureStore | None, cache: Path | None, team: Team
+) -> Reference | None:
+    """Have a team compute what a reference's images need, or take it from the file `cache`; None but in its first.
+
+    Args:
+        store: where the features of its images go; None for saved statistics.
+        cache: what has been computed is kept there.
+    """
+    team.lead(lambda: _drop_damaged(cache))
+    if cache is not None and team.together(cache.is_file):
+        return _read_cache(cache) if team.index == 0 else None
+    if store is not None:
+        extract(found.images, inception, store, team, "Inception on the reference")
+    if team.index:
+        return None
+    if found.stored is not None:
+        pool, spatial = (Gaussian.of(one) for one in found.stored)
+    else:
+        pool, spatial = (gaussian(store.shards(key), store.count) for key in (POOL, SPATIAL))
+    features, hashes = (None, None) if store is None else (store.read(POOL), store.read(HASHES))
+    reference = Reference(pool, spatial, features, hashes)
+    if cache is None:
+        return reference
+    _write_cache(reference, cache)
+    return _read_cache(cache)  # as every later call does: sums may round by how numbers lie in memory
+
+
+def _write_cache(reference: Reference, cache: Path) -> None:
+    pool, spatial = reference.pool, reference.spatial
+    content = dict(zip(CACHED, (pool.mean, pool.root, spatial.mean, spatial.root), strict=True))
+    if reference.pool_features is not None:
+        content |= {"features": reference.pool_features, "hashes": reference.hashes}
+    with atomic_path(cache) as temporary:
+        save_file({key: value.contiguous() for key, value in content.items()}, temporary)
+
+
+def _read_cache(cache: Path) -> Reference:
+    held = load_file(cache)
+    pool_mean, pool_root, spatial_mean, spatial_root = (held[key] for key in CACHED)
+    parts = Gaussian(pool_mean, pool_root), Gaussian(spatial_mean, spatial_root)
+    return Reference(*parts, held.get("features"), held.get("hashes"))
+
+
+def _drop_damaged(cache: Path | None) -> None:
+    """Take away a cached reference that cannot be read."""
+    if cache is not None and cache.is_file():
+        try:
+            _read_cache(cache)
+        except (OSError, SafetensorError, KeyError):
+            cache.unlink()
+
+
+def fetch_adm(url: str = ADM_URL) -> Path:
+    """ADM's reference batch (2 GB) in torch's cache, fetched if it is not there.
+
+    Raises:
+        UserError: no connection, or fewer bytes than announced.
+    """
+    target = Path(torch.hub.get_dir()) / "argrpo" / url.rpartition("/")[2]
+    if target.is_file():
+        return target
+    mend = f"download {url} and give the file with --reference"
+    try:
+        with urllib.request.urlopen(url, timeout=SECONDS) as response, atomic_path(target) as temporary:
+            size = int(response.headers.get("Content-Length") or 0)
+            with open(temporary, "wb") as file, progress(f"fetching {target.name}", size // CHUNK, "MB") as advance:
+                got = _copy(response.read, file.write, advance)
+            if size and got != size:
+                raise UserError(f"cannot fetch {url}: it ended after {got:,} of {size:,} bytes; try again, or {mend}")
+    except (URLError, OSError) as error:
+        raise UserError(f"cannot fetch {url}: {first_line(error)}; {mend}") from error
+    return target
+
+
+def _copy(read: Callable[[int], bytes], write: Callable[[bytes], int], advance: Callable[[int], None]) -> int:
+    """Copy to the end; the number of bytes."""
+    got = 0
+    while block := read(CHUNK):
+        write(block)
+        got += len(block)
+        advance(round(len(block) / CHUNK))
+    return got

@@ -1,0 +1,366 @@
+"""`argrpo eval imagenet`: torch-fidelity's own figures, resuming, sharing, references of every kind, warnings."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from argrpo_cli.cli.app import run
+from argrpo_cli.errors import UserError
+from argrpo_cli.evals import feature_store, imagenet_reference
+from argrpo_cli.evals.feature_store import FeatureStore, ahead, extract
+from argrpo_cli.evals.imagenet import ImagenetSettings, run_imagenet, save_reference_statistics
+from argrpo_cli.processes import Team
+from tests.evals.inception_weights import save_random_inception
+from tests.evals.stub_inception import POOL_WIDTH, StubInception, install
+from tests.grpo.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
+
+N, BATCH = 22, 4
+ROOT = Path(__file__).parents[2]
+
+
+def save_pictures(folder: Path, count: int, seed: int, size: int = IMAGE_SIZE) -> Path:
+    """Noise on one colour each, so that they differ as pictures do."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    colours, noise = rng.integers(0, 200, (count, 1, 1, 3)), rng.integers(0, 56, (count, size, size, 3))
+    pixels = (colours + noise).astype(np.uint8)
+    for index, one in enumerate(pixels):
+        Image.fromarray(one).save(folder / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return str(save_tiny_policy(tmp_path_factory.mktemp("policy") / "tiny"))
+
+
+@pytest.fixture
+def reference(tmp_path):
+    return str(save_pictures(tmp_path / "reference", 12, seed=1))
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Inception replaced by a quick network of fewer numbers, and shards of two batches."""
+    network = StubInception()
+    install(network, monkeypatch.setattr)
+    return network
+
+
+def evaluate(policy, reference, out, **options):
+    settings = options.pop("settings", ImagenetSettings(n=N))
+    return run_imagenet([policy], None, out, settings, reference=reference, batch_size=BATCH, device="cpu", **options)
+
+
+def test_figures_are_torch_fidelitys_own(tmp_path):
+    """IS, FID, precision and recall of the same pictures by the same weights, two ways."""
+    from torch_fidelity import calculate_metrics
+
+    weights = save_random_inception(tmp_path / "inception.pth")
+    ours, theirs = save_pictures(tmp_path / "ours", 14, 1, 48), save_pictures(tmp_path / "theirs", 10, 2, 48)
+    expected = calculate_metrics(
+        input1=str(ours), input2=str(theirs), isc=True, fid=True, prc=True, isc_splits=1, cuda=False, cache=False,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights), verbose=False,
+        save_cpu_ram=True,
+    )  # fmt: skip
+    result = run_imagenet(
+        [], ours, tmp_path / "out", reference=str(theirs), inception=weights, batch_size=5, device="cpu"
+    )
+    found = {key: one["value"] for key, one in result["policies"].popitem()[1].items()}
+    assert found["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-5)
+    assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+    for key in ("precision", "recall"):
+        assert found[key] == pytest.approx(expected[key], abs=1e-6)
+    assert expected["inception_score_mean"] > 1.05 and expected["frechet_inception_distance"] > 0.01, "not trivial"
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_figures(stub, policy, reference, tmp_path):
+    whole = evaluate(policy, reference, tmp_path / "whole")
+    out, features, measured = tmp_path / "out", stub.features, []
+
+    def interrupted(images):
+        if len(measured) == 4:  # the fourth batch ends the second shard
+            raise KeyboardInterrupt
+        measured.append(len(images))
+        return features(images)
+
+    stub.features = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(policy, reference, out)
+    stub.features = features
+    kept = sorted(path.name for path in out.rglob("*.safetensors"))
+    assert len(kept) == 2 and not (out / "summary.json").exists()
+    kept_file = next(out.rglob(kept[0]))
+    kept_file.write_bytes(kept_file.read_bytes()[:100])  # torn, as by a power cut
+    (kept_file.parent / ".tmp-1-0000016.safetensors").write_bytes(b"half")
+    stub.batches.clear()
+    again = run_imagenet([policy], None, out, ImagenetSettings(n=N), reference=reference, batch_size=7, device="cpu")
+    assert stub.batches == [4, 4, 4, 2], "what was there, but for the torn shard, is not drawn again"
+    assert json.dumps(again) == json.dumps(whole)
+    stub.batches.clear()
+    assert evaluate(policy, reference, out) == whole and stub.batches == [], "asked again, it answers at once"
+    assert sorted(path.name for path in out.iterdir()) == ["settings.json", "summary.json"]
+
+
+def test_two_processes_find_what_one_does(stub, policy, reference, tmp_path):
+    alone = evaluate(policy, reference, tmp_path / "alone" / "out")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
+         str(ROOT / "tests/evals/stub_inception.py"), "eval", "imagenet", "--policy", policy, "--total", str(N),
+         "--reference", reference, "--batch-size", str(BATCH), "--device", "cpu", "--out", str(tmp_path / "out")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert together["protocol"]["measured"] == alone["protocol"]["measured"], "the same images"
+    for key, one in alone["policies"].popitem()[1].items():
+        assert next(iter(together["policies"].values()))[key]["value"] == pytest.approx(one["value"], rel=1e-6)
+    assert done.stdout.count("figures, warnings and protocol") == 1, "one of them reports"
+
+
+def test_images_are_in_memory_a_few_batches_at_a_time(stub, tmp_path):
+    alive, most = weakref.WeakSet(), []
+
+    class Endless:
+        count = 200
+
+        def batches(self, batch_size, spans):
+            for first, last in spans:
+                for _ in range(first, last, batch_size):
+                    images = torch.zeros(batch_size, 3, 8, 8, dtype=torch.uint8)
+                    alive.add(images)
+                    most.append(len(alive))
+                    yield images
+
+    store = FeatureStore(tmp_path, 200, BATCH)
+    extract(Endless(), stub, store, Team(0, 1, "cpu"), "test")
+    assert len(most) == 50 and max(most) <= feature_store.READ_AHEAD + 3
+    assert store.read("pool").shape == (200, POOL_WIDTH) and store.missing() == []
+
+
+def test_reading_ahead_passes_errors_on_and_stops_with_its_reader():
+    def failing():
+        yield 1
+        raise UserError("image 2 is damaged")
+
+    items = ahead(failing(), "cpu")
+    assert next(items) == 1
+    with pytest.raises(UserError, match="image 2"):
+        next(items)
+    before, made = threading.active_count(), []
+    items = ahead((made.append(i) or i for i in range(1000)), "cpu")
+    assert next(items) == 0
+    items.close()
+    time.sleep(0.3)
+    assert threading.active_count() <= before and len(made) < 10
+
+
+def test_a_baseline_draws_the_same_noise_and_the_difference_is_paired(stub, policy, reference, tmp_path):
+    copy = save_tiny_policy(tmp_path / "copy")
+    result = run_imagenet(
+        [policy, str(copy)], None, tmp_path / "out", ImagenetSettings(n=N), reference=reference, batch_size=BATCH,
+        device="cpu",
+    )  # fmt: skip
+    assert list(result["difference"]) == ["inception_score", "fid", "sfid", "precision", "recall"]
+    for one in result["difference"].values():
+        assert one["value"] == 0 and one["error"] == pytest.approx(0, abs=1e-9), "the same weights"
+    with pytest.raises(UserError, match="are the same policy"):
+        run_imagenet([policy, policy], None, tmp_path / "other", reference=reference, device="cpu")
+
+
+def test_kept_pictures_measured_as_a_folder_have_the_same_distances(stub, policy, reference, tmp_path):
+    drawn = evaluate(policy, reference, tmp_path / "out", keep_images=True)
+    pictures = next((tmp_path / "out").glob("*/images"))
+    assert len(list(pictures.iterdir())) == N
+    folder = run_imagenet([], pictures, tmp_path / "again", reference=reference, batch_size=BATCH, device="cpu")
+    first, again = (next(iter(one["policies"].values())) for one in (drawn, folder))
+    for key in ("fid", "sfid", "precision", "recall"):
+        assert again[key]["value"] == pytest.approx(first[key]["value"], rel=1e-5)
+
+
+def test_every_image_has_a_seed_and_classes_come_in_turn(stub, policy, reference, tmp_path):
+    result = evaluate(policy, reference, tmp_path / "out", keep_images=True, settings=ImagenetSettings(n=8, seed=3))
+    names = sorted(path.name for path in next((tmp_path / "out").glob("*/images")).iterdir())
+    assert [int(name[:3]) for name in names] == [c for c in range(CLASSES) for _ in range(8 // CLASSES)]
+    assert len({name[-14:] for name in names}) == 8
+    assert next(iter(result["protocol"]["measured"].values()))["seeds"] == [2_000_300_000, 2_000_300_007]
+
+
+def test_the_protocol_is_in_the_result(stub, policy, reference, tmp_path):
+    protocol = evaluate(policy, reference, tmp_path / "out")["protocol"]
+    assert protocol["settings"]["cfg_scale"] == 2.0 and protocol["settings"]["n"] == N
+    assert protocol["reference"]["images"] == 12 and len(protocol["reference"]["sha256"]) == 64
+    assert protocol["inception"]["weights"] == StubInception.fingerprint
+    assert set(protocol["versions"]) == {"argrpo", "torch", "torch-fidelity"}
+    own = next(iter(protocol["measured"].values()))
+    assert {"weights", "base", "images_sha256", "image_size", "seeds", "inception_score_order"} <= set(own)
+
+
+class TestReferences:
+    def test_saved_statistics_give_the_same_fid_and_no_precision(self, stub, policy, reference, tmp_path):
+        full = evaluate(policy, reference, tmp_path / "full")
+        assert save_reference_statistics(reference, tmp_path / "saved.npz", batch_size=BATCH, device="cpu")
+        assert {path.name for path in tmp_path.glob("saved*")} == {"saved.npz"}
+        told: list[str] = []
+        result = evaluate(policy, str(tmp_path / "saved.npz"), tmp_path / "out", warn=told.append)
+        first, again = (next(iter(one["policies"].values())) for one in (full, result))
+        assert set(again) == {"inception_score", "fid", "sfid"}
+        for key in ("fid", "sfid"):
+            assert again[key]["value"] == pytest.approx(first[key]["value"], rel=1e-5)
+        assert any("precision and recall are not measured" in text for text in told)
+
+    def test_of_images_and_statistics_distances_take_the_statistics(self, stub, policy, reference, tmp_path):
+        other = save_pictures(tmp_path / "other", 9, seed=5)
+        save_reference_statistics(str(other), tmp_path / "other.npz", device="cpu")
+        pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(Path(reference).iterdir())])
+        np.savez(tmp_path / "adm.npz", arr_0=pixels, **np.load(tmp_path / "other.npz"))
+        both, of_images, of_other = (
+            next(iter(evaluate(policy, str(given), tmp_path / f"out-{index}")["policies"].values()))
+            for index, given in enumerate((tmp_path / "adm.npz", reference, other))
+        )
+        for key, like in (("fid", of_other), ("sfid", of_other), ("precision", of_images), ("recall", of_images)):
+            assert both[key]["value"] == pytest.approx(like[key]["value"], rel=1e-5), key
+        assert of_images["fid"]["value"] != pytest.approx(of_other["fid"]["value"], rel=1e-3)
+
+    def test_what_inception_made_of_it_is_kept_beside_the_folder(self, stub, policy, reference, tmp_path):
+        evaluate(policy, reference, tmp_path / "one")
+        stub.batches.clear()
+        evaluate(policy, reference, tmp_path / "two")
+        assert sum(stub.batches) == N
+        kept = next(tmp_path.glob("imagenet-reference-*"))
+        kept.write_bytes(kept.read_bytes()[:1000])
+        stub.batches.clear()
+        evaluate(policy, reference, tmp_path / "three")
+        assert sum(stub.batches) == N + 12, "a damaged one is made again"
+
+    @pytest.mark.parametrize(
+        ("arrays", "complaint"),
+        [
+            ({"mu": np.zeros(64)}, "expected arr_0"),
+            ({"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(5), "sigma_s": np.eye(5)}, "5 numbers"),
+            ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, "needs at least 4"),
+        ],
+    )
+    def test_what_is_none_is_refused_before_anything_is_drawn(self, stub, policy, tmp_path, arrays, complaint):
+        np.savez(tmp_path / "odd.npz", **arrays)
+        with pytest.raises(UserError, match=complaint):
+            evaluate(policy, str(tmp_path / "odd.npz"), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_adms_is_fetched_once_and_whole(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+        (tmp_path / "served.npz").write_bytes(b"x" * 3000)
+        url = (tmp_path / "served.npz").as_uri()
+        fetched = imagenet_reference.fetch_adm(url)
+        assert fetched.read_bytes() == b"x" * 3000
+        (tmp_path / "served.npz").unlink()
+        assert imagenet_reference.fetch_adm(url) == fetched
+        fetched.unlink()
+        with pytest.raises(UserError, match=r"cannot fetch file:.*give the file with --reference"):
+            imagenet_reference.fetch_adm(url)
+        assert list(fetched.parent.iterdir()) == []
+
+
+class TestWarnings:
+    def told(self, policy, reference, out, **options) -> str:
+        texts: list[str] = []
+        result = evaluate(policy, reference, out, warn=texts.append, **options)
+        assert result["warnings"] == texts
+        return "\n".join(texts)
+
+    def test_every_departure_from_the_published_protocol_is_told(self, stub, policy, reference, tmp_path):
+        text = self.told(policy, reference, tmp_path / "out", settings=ImagenetSettings(n=N, cfg_scale=4.0, top_k=5))
+        for part in (
+            f"{N} images; published figures are of 50,000", f"draws {CLASSES} classes", "not the same number of each",
+            "8x8 pixels reach Inception", "--cfg-scale 4; the paper's table 2 has 2", "--top-k 5", "is not ADM's batch",
+        ):  # fmt: skip
+            assert part in text, part
+        assert "--temperature" not in text
+
+    def test_resized_images_are_told_apart_from_the_references(self, stub, policy, reference, tmp_path):
+        plain, stub.features = stub.features, lambda images: plain(images[..., ::2, ::2])
+        text = self.told(policy, reference, tmp_path / "out", settings=ImagenetSettings(n=N, resize=16))
+        assert "16x16 pixels are compared with a reference of 8x8" in text
+
+    def test_copies_and_images_of_the_reference_are_counted(self, stub, tmp_path):
+        pictures = save_pictures(tmp_path / "pictures", 8, seed=1)
+        (pictures / "copy.png").write_bytes((pictures / "000.png").read_bytes())
+        told: list[str] = []
+        run_imagenet([], pictures, tmp_path / "out", reference=str(pictures), device="cpu", warn=told.append)
+        text = "\n".join(told)
+        assert "1 of 9 images are copies" in text and "9 of 9 images are in the reference" in text
+        assert "the very set that is measured" in text
+
+    def test_an_npz_keeps_its_order_and_one_sorted_by_class_is_told(self, stub, reference, tmp_path, monkeypatch):
+        monkeypatch.setattr("argrpo_cli.evals.imagenet_measures.SPLIT_SIZE", 10)
+        rng = np.random.default_rng(0)
+        kinds = rng.integers(0, 256, (4, 8, 8, 3))
+        pixels = np.clip(np.repeat(kinds, 10, 0) + rng.integers(-3, 4, (40, 8, 8, 3)), 0, 255).astype(np.uint8)
+        found = {}
+        for name, order in (("sorted", np.arange(40)), ("mixed", rng.permutation(40))):
+            np.savez(tmp_path / f"{name}.npz", arr_0=pixels[order])
+            found[name] = run_imagenet(
+                [], tmp_path / f"{name}.npz", tmp_path / name, reference=reference, batch_size=BATCH, device="cpu"
+            )
+        assert any("sorted by class" in text for text in found["sorted"]["warnings"])
+        assert not any("sorted by class" in text for text in found["mixed"]["warnings"])
+
+    def test_a_published_protocol_is_met_without_a_word(self):
+        from argrpo_cli.evals import imagenet_warnings as check
+        from argrpo_cli.evals.fidelity import Statistics
+        from argrpo_cli.evals.image_sets import ImageSet
+        from argrpo_cli.evals.imagenet_reference import ReferenceFile
+
+        stored = (Statistics(torch.zeros(1), torch.eye(1)),) * 2
+        adm = ReferenceFile("adm-256", ImageSet(Path("adm.npz"), 10_000, (256, 256)), stored, "0")
+        quiet = check.count_warnings(50_000, 1000) + check.size_warnings((256, 256), adm)
+        quiet += check.sampling_warnings(vars(ImagenetSettings())) + check.reference_warnings(adm, False)
+        assert quiet == []
+        validation = ReferenceFile("val", ImageSet(Path("val"), 50_000, (256, 256)), None, "0")
+        assert any("validation set" in text for text in check.reference_warnings(validation, False))
+
+
+class TestCommandLine:
+    def test_prints_a_table_and_warns_on_standard_error(self, stub, policy, reference, tmp_path, capsys):
+        arguments = ["eval", "imagenet", "--policy", policy, "--total", str(N), "--reference", reference]
+        assert run([*arguments, "--batch-size", str(BATCH), "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+        captured = capsys.readouterr()
+        assert "sFID" in captured.out and f"{N} images" in captured.out
+        assert f"WARNING: {N} images; published figures are of 50,000" in captured.err
+        assert run([*arguments, "--seed", "1", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+        assert "holds an evaluation of something else (settings)" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            ([], "nothing to measure"),
+            (["--images", "x", "--cfg-scale", "3"], "leave out --cfg-scale"),
+            (["--policy", "nano-c2i", "--n", "3"], "--n 3: give 5 to"),
+            (["--policy", "nano-c2i", "--reference", "nowhere"], "no folder or .npz file nowhere"),
+            (["--images", "nowhere", "--reference", "REFERENCE"], "no folder or .npz file nowhere"),
+            (["--policy", "nano-t2i", "--reference", "REFERENCE"], "draws captions"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, stub, reference, tmp_path, capsys, arguments, complaint):
+        given = [reference if one == "REFERENCE" else one for one in arguments]
+        assert run(["eval", "imagenet", *given, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert complaint in error and error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
