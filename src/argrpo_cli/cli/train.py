@@ -39,8 +39,8 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check, print the plan (stderr) and the resolved recipe (stdout), then stop. Only a wrong recipe is an "
-            "error; what the machine lacks is listed.",
+            help="Check, print the plan (stderr) and the resolved recipe (stdout), then stop. Only a wrong recipe is "
+            "an error; what the machine lacks is listed.",
         ),
     ] = False,
     processes: Annotated[

@@ -116,9 +116,8 @@ class RunDirectory:
             if damage is None:
                 return folder
             aside = set_aside(folder, f"{DAMAGED}{folder.name}")
-            self.tell(
-                f"the checkpoint of step {step} is damaged: {damage}; moved to {aside} (it can be deleted), trying the one before"
-            )
+            what = f"the checkpoint of step {step} is damaged: {damage}"
+            self.tell(f"{what}; moved to {aside} (it can be deleted), trying the one before")
         if folders:
             self.tell("no checkpoint is whole, so the run starts from the start")
         return None
