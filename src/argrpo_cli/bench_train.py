@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"logprob {recipe.grpo.logprob}, median of {options.steps}"
         )
         print(
-            f"{'':34}{'rollout':>10}{'reward':>10}{'update':>10}{'step':>10}{'images/s':>10}{'share':>8}  peak memory"
+            f"{'':38}{'rollout':>10}{'reward':>10}{'update':>10}{'step':>10}{'images/s':>10}{'share':>8}  peak memory"
         )
         first = None
         for size in sizes:
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
                 cells = "".join(f"{seconds[stage]:8.2f} s" for stage in (*STAGES, "step"))
                 memory = ", ".join(f"{stage} {peak[stage] / 2**30:.1f}" for stage in STAGES if stage in peak)
                 print(
-                    f"{name + f', {size} at a time':34}{cells}{recipe.grpo.batch_size / seconds['step']:10.1f}"
+                    f"{name + f', {size} at a time':38}{cells}{recipe.grpo.batch_size / seconds['step']:10.1f}"
                     f"{seconds['step'] / first:8.2f}  {memory + ' GiB' if memory else '-'}",
                     flush=True,
                 )

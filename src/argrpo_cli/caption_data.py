@@ -63,6 +63,8 @@ def _load(section: DatasetSection) -> Dataset | IterableDataset:
     if path.is_file():
         if path.suffix not in BUILDERS:
             raise ValueError(f"a file ending in {path.suffix!r}; it reads {', '.join(BUILDERS)}")
+        if (section.config, section.split, section.revision) != (None, "train", None):
+            raise ValueError("config, split and revision are of a data set, and this is one file; leave them out")
         delimiter = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
         return load_dataset(
             BUILDERS[path.suffix], data_files=str(path), split="train", streaming=section.streaming, **delimiter

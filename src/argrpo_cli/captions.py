@@ -52,7 +52,7 @@ def captions_in(row: dict[str, Any], column: str, where: str) -> list[str]:
         UserError: `where` the row is, when it has no such column or something else in it.
     """
     if column not in row:
-        hint = did_you_mean(column, row) or f"; there are {', '.join(row)}"
+        hint = did_you_mean(column, row) or f"; there are {', '.join(row)} (conditions.column chooses)"
         raise UserError(f"{where}: {column!r} is missing{hint}")
     value = row[column]
     texts = [] if value is None else value if isinstance(value, list) else [value]

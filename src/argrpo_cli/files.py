@@ -74,7 +74,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600; a result is for everyone the umask allows
+        open_to_all(temporary)  # mkstemp gives 0600
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -141,6 +141,11 @@ def save_png(path: str | os.PathLike[str], image: Image.Image) -> None:
     """Write a PIL image as PNG, atomically."""
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def open_to_all(path: str | os.PathLike[str]) -> None:
+    """Let everyone read a file whom the umask allows; some libraries make theirs for the owner alone."""
+    os.chmod(path, 0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -16,10 +17,12 @@ from safetensors.torch import load_file
 
 from argrpo_cli.cli.train import CHANGEABLE
 from argrpo_cli.errors import UserError
+from argrpo_cli.files import cannot_write
 from argrpo_cli.grpo import job as job_module
 from argrpo_cli.grpo import report as report_module
 from argrpo_cli.grpo import rollout, run_training
 from argrpo_cli.grpo.guards import SKIPPED_IN_A_ROW, Finding, Guards, bad_gradient, check_weights, trend
+from argrpo_cli.grpo.run import RunDirectory
 from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import Recipe, load_recipe
 from tests.grpo.tiny import FakeRewards, brightness, redness, tiny_policy, tiny_recipe
@@ -486,3 +489,31 @@ def test_weights_that_are_no_numbers_are_never_saved(
     with pytest.raises(UserError, match=r"the weights after step 1 are not finite numbers and are not saved: .*lower"):
         train(tiny_recipe(policy_folder, learning_rate=1e38, save_every=1), out)
     assert not list((out / "checkpoints").glob("step_*"))
+
+
+def test_the_error_of_a_trend_is_that_of_least_squares() -> None:
+    """Where neighbours do not correlate positively there is no factor for it."""
+    time = np.arange(40.0)
+    values = 0.1 * time + np.tile([1.0, -1.0], 20)
+    (slope, _), covariance = np.polyfit(time, values, 1, cov=True)
+    rise, error = trend(values)
+    assert rise == pytest.approx(39 * slope, rel=1e-9)
+    assert error == pytest.approx(39 * covariance[0, 0] ** 0.5, rel=1e-6)
+
+
+def test_a_warning_that_finds_no_room_ends_nothing(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is only told again in run.json with the next one."""
+    note = RunDirectory.note
+
+    def full(self: RunDirectory, **changes: Any) -> None:
+        if "warnings" in changes:
+            raise cannot_write(self.notes_file, OSError(errno.ENOSPC, "No space left on device"))
+        note(self, **changes)
+
+    monkeypatch.setattr(RunDirectory, "note", full)
+    flat = FakeRewards(bright=brightness, red=lambda images: torch.ones(len(images)))
+    recipe = guarded(tiny_recipe(policy_folder, steps=3), constant_reward={"batches": 2})
+    shown = train(recipe, tmp_path / "run", rewards=flat)
+    assert "warning: step 2" in shown and "finished at the last step" in shown

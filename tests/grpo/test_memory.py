@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from argrpo_cli.grpo import memory
 from argrpo_cli.grpo.memory import activation_bytes, cache_bytes, estimate, lora_parameters, total
 from argrpo_cli.policy.config import LlamaGenConfig
 from argrpo_cli.policy.decoding import new_cache
@@ -123,6 +124,19 @@ def test_the_recipe_decides_what_is_held() -> None:
     assert guided["training pass"] == 2 * full["training pass"]
     assert parts_of(grpo={"gradient_checkpointing": True})["training pass"] < 0.2 * full["training pass"]
     assert parts_of(sampling={"cfg_scale": 1.0})["keys and values"] * 2 == full["keys and values"]
+
+
+def test_precision_and_the_mean_decide_too() -> None:
+    full, name = parts_of(), "LM head, a tile of logits and its gradients"
+    low = parts_of(policy={"checkpoint": "c2i-l-384", "dtype": "bfloat16"}, grpo={"ema_decay": 0.9})
+    assert 2 * low["keys and values"] == full["keys and values"]
+    assert low["running mean of the weights"] == full["policy, float32"]
+    tokens, codes, width = 4 * 576, 16384, 1024
+    hidden, second = 4 * tokens * width, 4 * codes * width  # the share of 8 images is trained in two parts of 4
+    assert low[name] == tokens * memory.HEAD_WIDTH * 2 + hidden + second
+    assert full[name] == tokens * memory.HEAD_WIDTH * 4 + hidden + second
+    matrices = 342_910_976 - 1001 * width - codes * width  # embeddings are looked up, not multiplied
+    assert low["bfloat16 copies of the matrices"] == pytest.approx(2 * matrices, rel=1e-3)
 
 
 def test_the_phases_follow_each_other() -> None:

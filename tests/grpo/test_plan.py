@@ -131,12 +131,12 @@ def test_what_can_be_checked_is_checked(recipe: str, override: str, message: str
 def test_images_that_cannot_be_shared_are_refused() -> None:
     with pytest.raises(UserError, match="48 images cannot be shared by 5 processes"):
         planned("nano/c2i", processes=5)
-    with pytest.raises(UserError, match="32 does not divide the 16 images"):
-        planned("c2i_b256", "grpo.micro_batch_size=32", processes=4)
+    with pytest.raises(UserError, match="32 does not divide the 48 images"):
+        planned("c2i_b256", "grpo.batch_size=96", "grpo.micro_batch_size=32", processes=2)
 
 
 def test_adapters_need_layers_that_exist() -> None:
-    with pytest.raises(UserError, match=r"policy\.lora\.targets: .* no linear layer called q_proj"):
+    with pytest.raises(UserError, match=r"policy\.lora\.targets: no linear layer .q_proj.; there are wqkv"):
         planned("c2i_b256", "policy.lora={targets: [q_proj]}")
 
 

@@ -98,9 +98,25 @@ def test_first_against_last_tenth() -> None:
     assert change([None, 1.0, None, 3.0]).difference == 2.0
 
 
+def test_each_end_has_the_error_of_its_own_noise() -> None:
+    draw = np.random.default_rng(0)
+    noise = np.concatenate([draw.normal(0, 1, 300), draw.normal(0, 3, 300)])
+    moved = change(noise.tolist())
+    assert moved.last_error / moved.first_error == pytest.approx(3, rel=0.15)
+
+
+def test_the_freedom_of_the_trend_is_counted() -> None:
+    """Noise without correlation: the error of a mean of n is its deviation about the cubic, over sqrt(n)."""
+    noise = np.tile([1.0, -1.0], 50)  # neighbours are opposite, so no inflation
+    x = np.linspace(-1, 1, 100)
+    residuals = noise - np.polyval(np.polyfit(x, noise, 3), x)
+    expected = np.sqrt(residuals[:33] @ residuals[:33] / 33 * 100 / 96 / 10)
+    assert change(noise.tolist()).first_error == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_trend_is_no_error_and_short_runs_have_none() -> None:
     assert change([float(step) for step in range(100)]).error == pytest.approx(0, abs=1e-9)
-    assert change([float(step % 2) for step in range(50)]).error is None
+    assert change([float(step % 2) for step in range(99)]).error is None
 
 
 @pytest.mark.parametrize(("correlation", "least", "most"), [(0.0, 0.9, 1.12), (0.6, 0.9, 1.35)])

@@ -22,10 +22,12 @@ from rich.console import Console
 
 from argrpo_cli.errors import UserError
 from argrpo_cli.grpo import disk, folders, run_training
+from argrpo_cli.grpo.callbacks.stopping import StopRequest
 from argrpo_cli.grpo.disk import Disk
 from argrpo_cli.grpo.folders import recover, remove_folder, replace_folder
 from argrpo_cli.grpo.manifest import MANIFEST, find_damage
 from argrpo_cli.grpo.run import Interrupted, RunDirectory, open_run
+from argrpo_cli.policy.policy import find_policy
 from argrpo_cli.recipe import Recipe
 from tests.grpo.test_train import Stopped, assert_same_run, at_batch, die, metrics, send, train
 from tests.grpo.tiny import FakeRewards, tiny_recipe
@@ -118,7 +120,7 @@ def test_a_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_used(
     shown = train(recipe, crashed, resume=True)
     aside = crashed / "checkpoints" / "damaged-step_000004"
     assert (
-        f"the checkpoint of step 4 is damaged: model.safetensors is not what was written; moved to {aside}, "
+        f"the checkpoint of step 4 is damaged: model.safetensors is not what was written; moved to {aside} "
         "trying the one before"
     ) in shown
     assert "continuing after step 2" in shown
@@ -383,3 +385,45 @@ def test_a_picture_that_cannot_be_written_is_told_once_and_ends_nothing(
     assert shown.count("no space left on device; the run goes on without it") == 1
     assert "finished at the last step" in shown
     assert not (tmp_path / "run" / "grids").exists()
+
+
+def test_a_signal_passed_on_by_another_process_is_not_this_ones_first() -> None:
+    """Its own comes a moment later, and must not break off the checkpoint that all have agreed on."""
+    request = StopRequest()
+    request.training = True
+    request.agree(SimpleNamespace(exchange=lambda own: [(signal.SIGTERM, None), own]))
+    assert request.signal is signal.SIGTERM
+    request._handle(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        request._handle(signal.SIGTERM, None)
+
+
+def test_fewer_steps_than_were_done_are_refused(policy_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    recipe = tiny_recipe(policy_folder, steps=4, save_every=2)
+    train(recipe, out)
+    fewer = recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update={"steps": 3})})
+    with pytest.raises(UserError, match=r"grpo\.steps 3: .* is at step 4 already"):
+        train(fewer, out, resume=True)
+
+
+def test_a_run_does_not_end_in_the_middle_of_a_batch(policy_folder: Path) -> None:
+    with pytest.raises(ValueError, match="steps 3 would end in the middle of a batch of updates_per_batch 2; use 4"):
+        tiny_recipe(policy_folder, steps=3, updates_per_batch=2)
+
+
+def test_a_run_is_opened_at_its_newest_whole_checkpoint(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    newest = run / "checkpoints" / "step_000006" / "model.safetensors"
+    assert find_policy(run) == newest.parent
+    os.truncate(newest, newest.stat().st_size // 2)
+    assert find_policy(run) == run / "checkpoints" / "step_000004"
+
+
+def test_all_that_a_run_writes_may_be_read_by_others(finished: Path) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in (finished / "policy").rglob("*") if path.is_file()}
+    modes |= {path.stat().st_mode & 0o777 for path in (finished / "checkpoints").rglob("*") if path.is_file()}
+    old = os.umask(0)
+    os.umask(old)
+    assert modes == {0o666 & ~old}

@@ -218,6 +218,23 @@ def test_losses_of_whole_images_are_one_where_images_have_one_length(
         assert abs(second[loss] - second["grpo"]) > 1e-3
 
 
+def test_cispo_clips_the_weight_and_not_the_gradient(
+    new_trainer: Build, policy: Policy, batches: list[dict[str, Tensor]]
+) -> None:
+    """-sg(min(r, 1 + epsilon)) A log pi, averaged over tokens (MiniMax-M1, eq. 4); beta 0."""
+    before: list[dict[str, Tensor]] = []
+    trainer = new_trainer(steps=2, updates_per_batch=2, learning_rate=0.02, loss="cispo", beta=0.0)
+    trainer.add_callback(_Before(policy, before))
+    trainer.train()
+    batch = batches[1]
+    policy.model.load_state_dict(before[1])
+    logp = teacher_forced(policy, batch, None)
+    r = (logp - batch["old_per_token_logps"]).exp()
+    assert (r > 1.2).any()
+    expected = -(r.clamp(max=1.2) * batch["advantages"][:, None] * logp).mean()
+    assert batch["loss"].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
 def test_asymmetric_clipping(new_trainer: Build, policy: Policy, batches: list[dict[str, Tensor]]) -> None:
     before: list[dict[str, Tensor]] = []
     trainer = new_trainer(steps=2, updates_per_batch=2, learning_rate=0.02, epsilon=0.05, epsilon_high=0.4, beta=0.0)
@@ -365,7 +382,7 @@ def test_settings_that_trl_would_choose_otherwise(tmp_path: Path) -> None:
         ("warmup_steps", 3, "warmup_steps"),
         ("steps", 11, "max_steps"),
         ("group_size", 2, "num_generations"),
-        ("updates_per_batch", 3, "num_iterations"),
+        ("updates_per_batch", 4, "num_iterations"),
         ("temperature", 0.9, "temperature"),
         ("loss", "dr_grpo", "loss_type"),
         ("epsilon_high", 0.28, "epsilon_high"),

@@ -423,6 +423,20 @@ def test_bad_arguments_are_named(kwargs, message):
         sample_tokens(golden_model("A_c2i"), **arguments)
 
 
+def test_frozen_weights_are_cast_once_for_all_tokens():
+    """Autocast forgets its casts of weights that require no gradient, as all of a model with adapters are."""
+
+    def casts(trainable):
+        model = copy.deepcopy(golden_model("A_c2i")).requires_grad_(trainable)
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
+            tokens = sample_tokens(model, torch.tensor([0, 1]), cfg_scale=2.0, seeds=[0, 1])
+        assert all(weight.requires_grad == trainable for weight in model.parameters())
+        return tokens, sum(event.count for event in profile.key_averages() if event.key == "aten::_to_copy")
+
+    (frozen, of_frozen), (free, of_free) = casts(False), casts(True)
+    assert torch.equal(frozen, free) and of_frozen == of_free
+
+
 def test_under_autocast_a_cache_of_half_the_size_gives_the_same_images(monkeypatch):
     """Keys and values are computed in autocast's precision, so a float32 cache holds nothing more."""
     data, model = tensors("A_c2i"), golden_model("A_c2i")

@@ -37,7 +37,11 @@ def train(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check, print the plan (stderr) and the resolved recipe (stdout), then stop."),
+        typer.Option(
+            "--dry-run",
+            help="Check, print the plan (stderr) and the resolved recipe (stdout), then stop. Only a wrong recipe is "
+            "an error; what the machine lacks is listed.",
+        ),
     ] = False,
     processes: Annotated[
         int | None,
@@ -98,6 +102,8 @@ def train(
     print(f"curves             {result / 'curves.png'}")
     print(f"report             {result / 'report.html'}")
     print(f"trained policy     {result / 'policy'}")
+    if (result / "policy_ema").is_dir():
+        print(f"running mean       {result / 'policy_ema'}")
     print(f"use it             argrpo sample --policy {result} --out images")
 
 

@@ -58,7 +58,7 @@ class Disk:
             if usage.total and usage.free < size + MARGIN:  # some network file systems tell nothing
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
 
-        return self.insist(f"{what} ({_gigabytes(size)})", look)
+        return self.insist(f"{what} ({_gigabytes(size)}, and {_gigabytes(MARGIN)} to spare)", look)
 
     def insist(self, what: str, write: Callable[[], None]) -> float:
         """Call `write` until it does not fail for a full disk any more. Returns the seconds that were waited.
@@ -96,7 +96,7 @@ class Disk:
         if not waits:
             self.tell(
                 f"the disk of {self.folder} is full: no room for {what}, {free} free; the run waits up to "
-                f"{PATIENCE / 60:.0f} minutes for room (Ctrl-C stops it; the last checkpoint is kept)"
+                f"{PATIENCE / 60:.0f} minutes for room (Ctrl-C stops it, and what was saved before is kept)"
             )
 
     def _pause(self) -> None:

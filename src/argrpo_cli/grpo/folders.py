@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from argrpo_cli.files import cannot_write, make_dir
+from argrpo_cli.files import cannot_write, make_dir, open_to_all
 
 OLD, REMOVED = ".old-", ".removed-"
 TEMPORARY = ".tmp-"  # what files.py and save_model write before they rename
@@ -54,6 +54,9 @@ def replace_folder(partial: Path, final: Path) -> None:
     """
     old = final.with_name(OLD + final.name)
     try:
+        for path in partial.rglob("*"):
+            if path.is_file():
+                open_to_all(path)
         sync_tree(partial)
         make_dir(final.parent)
         if final.exists():

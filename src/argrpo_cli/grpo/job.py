@@ -115,6 +115,7 @@ class Job:
             load_position(self.conditions, checkpoint)
         team.lead(self._forget_the_end)
         self._update(trainer, checkpoint, start)
+        self.request.agree(team)  # a guard of the first process may have found something in the last update
 
         step = trainer.state.global_step
         if self.request.failure is not None:
@@ -140,6 +141,13 @@ class Job:
         """The checkpoint to start from, its step, and the seconds of training until then."""
         checkpoint = self.run.newest_whole_checkpoint() if resume else None
         start = int(checkpoint.name.rpartition("_")[2]) if checkpoint is not None else 0
+        if start > self.recipe.grpo.steps:
+            raise UserError(f"grpo.steps {self.recipe.grpo.steps}: {self.run.root} is at step {start} already")
+        if start % self.recipe.grpo.updates_per_batch:
+            raise UserError(
+                f"{self.run.root} was saved after step {start}, in the middle of a batch of "
+                f"{self.recipe.grpo.updates_per_batch} updates (grpo.updates_per_batch); it cannot be continued exactly"
+            )
         kept = self.run.forget_metrics_after(start)
         return checkpoint, start, kept[-1]["seconds_total"] if kept else 0.0
 
@@ -205,6 +213,7 @@ class Job:
             logging.keep_checkpoints,
             logging.keep_steps,
             grpo.updates_per_batch,
+            bool(grpo.ema_decay),
             team,
         )
         grids = GridCallback(self.gallery, run, logging.grid_every, team)
@@ -212,10 +221,10 @@ class Job:
         callbacks = [
             metrics,
             stop,
-            GuardCallback(recipe, self.weights, run, self.display, self.request, metrics),
+            GuardCallback(recipe, self.weights, run, self.display, self.request, metrics, team),
         ]
         if grpo.ema_decay:
-            self.ema = EmaCallback(grpo.ema_decay, checkpoint)
+            self.ema = EmaCallback(grpo.ema_decay, checkpoint, team)
             callbacks.append(self.ema)
         callbacks += [checkpoints, grids]
         if team.first:
@@ -230,8 +239,10 @@ class Job:
         return trainer, metrics, stop
 
     def _complete_checkpoint(self, folder: Path) -> None:
-        """What makes the trainer's checkpoint a policy folder, and tells how far its prompts were read."""
+        """What makes the trainer's checkpoint a policy folder, and what else the run needs to go on from it."""
         self.writer.complete(folder)
+        if self.ema is not None:
+            self.ema.save(folder)
         save_position(self.conditions, folder)
 
     def _update(self, trainer: ImageGRPOTrainer, checkpoint: Path | None, start: int) -> None:

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import cannot_write, read_json, reason, write_json
+from argrpo_cli.policy.policy import MANIFEST
 
-MANIFEST = "checksums.json"
 STATE = "trainer_state.json"
 # What a checkpoint of a version without manifests needs.
 NEEDED = ("policy.json", "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE)

@@ -172,10 +172,14 @@ def estimate(
     kept = activation_bytes(config, micro, guided=guided, autocast=autocast, checkpointing=grpo.gradient_checkpointing)
     parts.append(Part("training pass", kept, "update"))
     tokens = micro * config.block_size
+    head = config.vocab_size * config.hidden_size
     tile = min(tokens, HEAD_TOKENS) * HEAD_WIDTH * (2 if autocast else 4)
-    parts.append(Part("LM head, a tile of logits and its gradients", tile + 4 * tokens * config.hidden_size, "update"))
+    again = 4 * head if micro < share else 0  # the gradient of a further micro-batch, before it is added
+    parts.append(
+        Part("LM head, a tile of logits and its gradients", tile + 4 * tokens * config.hidden_size + again, "update")
+    )
     if autocast:
-        matrices = sum(parameter.numel() for parameter in outline.policy.model.model.layers.parameters())
+        matrices = head + sum(parameter.numel() for parameter in outline.policy.model.model.layers.parameters())
         parts.append(Part("bfloat16 copies of the matrices", 2 * matrices, "rollout"))
         parts.append(Part("bfloat16 copies of the matrices", 2 * matrices, "update"))
     return [part for part in parts if part.bytes]

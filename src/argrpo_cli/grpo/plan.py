@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.memory import Part, estimate, trained_parameters
 from argrpo_cli.grpo.prompts import check_source, run_captions, run_conditions
 from argrpo_cli.grpo.shares import images_per_process
 from argrpo_cli.hub import HubFile, is_cached
+from argrpo_cli.policy.adapters import check_targets
 from argrpo_cli.policy.outline import Outline, outline_policy
 from argrpo_cli.policy.policy import choose_trainable
 from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, networks_of
@@ -76,10 +76,9 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     share, micro = images_per_process(recipe.grpo, processes)
     outline = outline_policy(recipe.policy.checkpoint)
     choose_trainable(outline.policy.model, recipe.policy.trainable)
+    if recipe.policy.lora is not None:
+        check_targets(outline.policy.model, recipe.policy.lora.targets)
     trained = trained_parameters(recipe, outline)
-    if not trained:
-        targets = ", ".join(recipe.policy.lora.targets)
-        raise UserError(f"policy.lora.targets: the policy has no linear layer called {targets}")
     needs, packages = _reward_needs(recipe)
     names = [term.name for term in recipe.rewards.terms]
     family = {name: check_reward(name).family for name in names}

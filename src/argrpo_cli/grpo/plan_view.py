@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
 
 
+PRECISION = {"float32": "in float32", "bfloat16": "float32 weights, computed in bfloat16"}
+
+
 def show_plan(plan: Plan, console: Console) -> None:
     """Print a plan: labels in one column, what they stand for in the other."""
     from rich.text import Text
@@ -40,7 +43,7 @@ def _sections(plan: Plan) -> list[tuple[str, list[str]]]:
             [
                 f"{recipe.policy.checkpoint}: {_millions(model)} parameters, {outline.policy.image_size} pixels, "
                 f"{tokens} tokens an image",
-                f"trained: {what or _millions(plan.trained)}, in {recipe.policy.dtype}",
+                f"trained: {what or _millions(plan.trained)}, {PRECISION[recipe.policy.dtype]}",
             ],
         ),
         ("draws", [f"{plan.asked}, with guidance {recipe.sampling.cfg_scale:g}"]),
@@ -53,7 +56,8 @@ def _sections(plan: Plan) -> list[tuple[str, list[str]]]:
     lacking = [f"pip install {' '.join(dict.fromkeys(plan.packages))}"] if plan.packages else []
     sections += [("missing", lacking), ("to supply", plan.supply)]
     if plan.packages or plan.supply:
-        sections.append(("so", ["this run cannot start here yet; see missing and to supply"]))
+        what = " and ".join(name for name, given in (("missing", plan.packages), ("to supply", plan.supply)) if given)
+        sections.append(("so", [f"this run cannot start here yet; see {what}"]))
     return [(label, lines) for label, lines in sections if lines]
 
 

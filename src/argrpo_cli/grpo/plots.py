@@ -99,5 +99,6 @@ def _draw(axes: Axes, panel: Panel, steps: Sequence[int]) -> None:
         axes.set_facecolor("#f4f4f4")
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel("step", fontsize=9)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)

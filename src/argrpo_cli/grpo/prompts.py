@@ -20,6 +20,7 @@ from argrpo_cli.captions import distinct, read_captions
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import read_json, write_json
 from argrpo_cli.grpo.streams import StreamedConditions
+from argrpo_cli.recipe.schema import ConditionSection
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from argrpo_cli.conditions import Condition
     from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
-    from argrpo_cli.recipe.schema import ConditionSection
 
 POSITION = "prompts.json"  # of a checkpoint: how far a stream was read
 GOLDEN = (5**0.5 - 1) / 2
@@ -74,6 +74,11 @@ def check_source(section: ConditionSection, draws: str, policy: str) -> None:
         )
     if draws == "classes" and section.dataset is not None:
         raise UserError(f"conditions.dataset {section.dataset.name!r}: the policy {policy} draws classes; leave it out")
+    plain = ConditionSection()
+    if draws == "classes" and (section.captions, section.column) != (plain.captions, plain.column):
+        raise UserError(f"conditions.captions and .column are of captions, and {policy} draws classes; leave them out")
+    if draws == "captions" and section.classes != plain.classes:
+        raise UserError(f"conditions.classes: {policy} draws captions; leave it out")
     if draws == "captions" and section.weights:
         name = next(iter(section.weights))
         raise UserError(f"conditions.weights {name!r}: weights are of classes, and {policy} draws captions; leave out")

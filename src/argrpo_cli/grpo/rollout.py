@@ -27,6 +27,7 @@ from argrpo_cli.processes import ALONE, Team
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+    from argrpo_cli.conditions import Condition
     from argrpo_cli.grpo.prompts import Conditions
     from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
@@ -98,7 +99,7 @@ class Rollout:
             images: uint8 [3, H, W] each.
             conditions: what each image was asked to show.
         """
-        asked = [self.conditions[int(prompt)] for prompt in prompts]
+        asked, condition, mask = self.team.together(lambda: self._read(prompts))
         # global_step counts finished updates, so an interrupted and resumed run draws the same images; process i has
         # the i-th part of the batch, so they are also the same on any number of processes.
         first = self.team.index * len(prompts)
@@ -106,8 +107,6 @@ class Rollout:
             image_seed(self.recipe.seed, trainer.state.global_step, first + index) for index in range(len(prompts))
         ]
         dropped = [is_dropped(seed, self.recipe.grpo.condition_dropout) for seed in seeds]
-        with self.stopwatch.measure("text"):
-            condition, mask = self.policy.embed(asked)
         with self.stopwatch.measure("rollout"):
             with whole_model(trainer) as model:
                 drawn = self.team.together(lambda: self._draw(model, condition, mask, seeds, trainer))
@@ -120,6 +119,12 @@ class Rollout:
             "images": images,
             "conditions": asked,
         }
+
+    def _read(self, prompts: list[str]) -> tuple[list[Condition], Tensor, Tensor | None]:
+        """What is asked for, and what the model takes for it."""
+        with self.stopwatch.measure("text"):
+            asked = [self.conditions[int(prompt)] for prompt in prompts]
+            return asked, *self.policy.embed(asked)
 
     def _training_prompts(
         self, condition: Tensor, mask: Tensor | None, dropped: Tensor, trainer: GRPOTrainer

@@ -116,7 +116,8 @@ class RunDirectory:
             if damage is None:
                 return folder
             aside = set_aside(folder, f"{DAMAGED}{folder.name}")
-            self.tell(f"the checkpoint of step {step} is damaged: {damage}; moved to {aside}, trying the one before")
+            what = f"the checkpoint of step {step} is damaged: {damage}"
+            self.tell(f"{what}; moved to {aside} (it can be deleted), trying the one before")
         if folders:
             self.tell("no checkpoint is whole, so the run starts from the start")
         return None
@@ -199,7 +200,8 @@ class RunDirectory:
         """Remember more.
 
         `base_policy` is the folder that training started from, the reference model of the whole run, resumed or not;
-        `trained` are the names of the parameters that training may change, in the optimiser's order;
+        `trained` are the names of the parameters that training may change, in the optimiser's order, or with adapters
+        those of the policy that they are put on;
         `sharding` is how the optimiser's state is shared out over processes in the checkpoints;
         `finished` says at which step and under which time limit the run came to its end;
         `warnings` are what the guards found: {step, guard, text} each.

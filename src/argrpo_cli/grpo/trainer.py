@@ -22,7 +22,7 @@ from argrpo_cli.grpo.prompts import prompt_dataset
 from argrpo_cli.grpo.reward_functions import BatchScorer
 from argrpo_cli.grpo.rollout import Rollout
 from argrpo_cli.grpo.shares import images_per_process
-from argrpo_cli.policy.adapters import linear_names, require_peft
+from argrpo_cli.policy.adapters import check_targets, require_peft
 from argrpo_cli.processes import ALONE, Team
 
 if TYPE_CHECKING:
@@ -220,10 +220,7 @@ def lora_config(lora: LoraSection, model: nn.Module) -> LoraConfig:
     require_peft()
     from peft import LoraConfig
 
-    known = linear_names(model)
-    for target in lora.targets:
-        if target not in known:
-            raise UserError(f"policy.lora.targets: no linear layer {target!r}; there are {', '.join(known)}")
+    check_targets(model, lora.targets)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,

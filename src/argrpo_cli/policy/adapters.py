@@ -10,6 +10,7 @@ where the value is whatever `load_policy` opens: a name, or a path (a relative o
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,14 @@ def merge_adapter(model: LlamaGenForImageGeneration, folder: Path) -> LlamaGenFo
     merged = tuned.merge_and_unload()
     merged.config._name_or_path = ""  # no folder holds these weights
     return merged
+
+
+def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """UserError when one of the `policy.lora.targets` is no linear layer that an adapter can be put on."""
+    known = linear_names(model)
+    for target in targets:
+        if target not in known:
+            raise UserError(f"policy.lora.targets: no linear layer {target!r}; there are {', '.join(known)}")
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.files import cannot_write, read_json
+from argrpo_cli.files import cannot_write, open_to_all, read_json
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -64,6 +64,7 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as fresh, quiet_transformers():
             model.save_pretrained(fresh)
             for file in sorted(Path(fresh).iterdir()):
+                open_to_all(file)
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())  # or a power cut may leave the name without the contents
                 os.replace(file, folder / file.name)

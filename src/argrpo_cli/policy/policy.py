@@ -44,6 +44,7 @@ from argrpo_cli.policy.text import SAME, TextEncoder, load_text_encoder, open_te
 from argrpo_cli.policy.vq import VQModel, to_uint8
 
 CARD = "policy.json"
+MANIFEST = "checksums.json"  # of a checkpoint, see grpo/manifest.py
 CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step_"  # of a run directory: checkpoints/step_000020
 BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
 BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
@@ -283,13 +284,25 @@ def find_policy(name_or_path: str | Path) -> Path:
     if (path / CARD).is_file():
         return path
     checkpoints = [folder for folder in checkpoint_folders(path).values() if (folder / CARD).is_file()]
-    if checkpoints:
-        return checkpoints[-1]
+    whole = [folder for folder in checkpoints if _files_have_their_sizes(folder)]
+    if whole or checkpoints:
+        return (whole or checkpoints)[-1]
     if (path / "policy" / CARD).is_file():
         return path / "policy"
     raise UserError(
         f"{path} is no policy: it has no {CARD}, no {CHECKPOINTS}/{CHECKPOINT_PREFIX}* and no policy/ folder with one"
     )
+
+
+def _files_have_their_sizes(checkpoint: Path) -> bool:
+    """Whether the files that a checkpoint lists are there in full; resuming a run compares their contents, too."""
+    if not (checkpoint / MANIFEST).is_file():
+        return True  # of an earlier version
+    try:
+        listed = read_json(checkpoint / MANIFEST)["files"]
+        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in listed.items())
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def checkpoint_folders(run: Path) -> dict[int, Path]:

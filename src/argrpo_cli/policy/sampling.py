@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from argrpo_cli.errors import UserError
@@ -163,17 +164,33 @@ def sample_tokens(
             logprobs[:, index] = log_prob(filter_logits(plain, temperature), tokens)
         return tokens
 
-    tokens = draw_tokens(
-        model,
-        condition,
-        choose,
-        cfg_scale=cfg_scale,
-        cfg_interval=cfg_interval,
-        condition_mask=condition_mask,
-    )
+    with _casts_remembered(model):
+        tokens = draw_tokens(
+            model,
+            condition,
+            choose,
+            cfg_scale=cfg_scale,
+            cfg_interval=cfg_interval,
+            condition_mask=condition_mask,
+        )
     if broken:
         raise UserError("the policy's logits are not finite numbers: its weights are broken")
     return tokens if logprobs is None else (tokens, logprobs)
+
+
+@contextmanager
+def _casts_remembered(model: nn.Module) -> Iterator[None]:
+    """Let autocast keep its casts of frozen weights, too: it keeps those of weights that require a gradient alone, and
+    would cast the others again for every token. Nothing is recorded while images are drawn."""
+    on = torch.is_autocast_enabled(next(model.parameters()).device.type)
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad] if on else []
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 def _check(

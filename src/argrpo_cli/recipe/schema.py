@@ -44,7 +44,9 @@ class PolicySection(Section):
     @model_validator(mode="after")
     def _one_choice_of_what_is_trained(self) -> PolicySection:
         if self.lora is not None and self.trainable != "all":
-            raise ValueError("trainable chooses weights and lora trains none of them; leave one out")
+            raise ValueError(
+                "trainable chooses weights and lora trains none; set policy.trainable: all, or policy.lora: null"
+            )
         return self
 
 
@@ -126,14 +128,16 @@ class GrpoSection(Section):
     steps: Count = 100  # updates
     time_limit_minutes: Positive | None = None  # stop earlier, with everything saved
     beta: NonNegative = 0.1  # weight of the KL estimator of eq. 6; 0 needs no reference model
-    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2  # clip range of the ratio, below 1
+    # Clip range of the ratio, below 1. sapo and vespo clip nothing, cispo only above.
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epsilon_high: Positive | None = None  # and above it; null takes epsilon
     updates_per_batch: Count = 1  # 1 is on-policy
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "grpo"
     importance: Literal["token", "sequence"] = "token"  # the ratio of each token, or of the whole image (GSPO)
     scale_rewards: Literal["group", "batch", "none"] = "group"  # the deviation that advantages are divided by
     # Entropy bonus: its weight, and, when a target is given, how the weight follows the entropy (Skywork-OR1):
-    # up by entropy_step after an update below the target (nats per token), down after one above it.
+    # up by entropy_step after an update at or below the target (nats per token), down after one above it, after which
+    # no bonus is given at all. The first update of a run has none. metrics.jsonl has the weight for the next update.
     entropy_weight: NonNegative = 0.0
     entropy_target: Positive | None = None
     entropy_step: Positive = 0.005
@@ -158,6 +162,11 @@ class GrpoSection(Section):
             )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.steps % self.updates_per_batch:
+            raise ValueError(
+                f"steps {self.steps} would end in the middle of a batch of updates_per_batch {self.updates_per_batch}; "
+                f"use {-(-self.steps // self.updates_per_batch) * self.updates_per_batch}"
+            )
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}; lower it too")
         return self
@@ -166,6 +175,8 @@ class GrpoSection(Section):
     def _loss_and_ratio_fit(self) -> GrpoSection:
         if self.loss == "luspo" and self.importance != "sequence":
             raise ValueError("loss luspo is one of whole sequences; set importance: sequence")
+        if self.loss in ("sapo", "vespo") and self.epsilon_high is not None:
+            raise ValueError(f"epsilon_high has no part in loss {self.loss}, which clips nothing; leave it out")
         if self.loss == "vespo" and self.importance != "token":
             raise ValueError("loss vespo has a sequence weight of its own; set importance: token")
         return self

@@ -33,6 +33,7 @@ class CheckpointCallback(TrainerCallback):
         complete: adds to a folder with the model's own files what makes it a policy folder.
         keep: how many of the newest are kept; those of the steps `always` are never removed.
         updates_per_batch: checkpoints lie between batches, see `StopCallback`.
+        with_mean: whether a checkpoint also holds a running mean of the weights.
         team: the processes that write a checkpoint together; the first one gives it its name.
     """
 
@@ -46,10 +47,12 @@ class CheckpointCallback(TrainerCallback):
         keep: int,
         always: Sequence[int],
         updates_per_batch: int,
+        with_mean: bool = False,
         team: Team = ALONE,
     ) -> None:
         self.run, self.disk, self.metrics, self.complete, self.team = run, disk, metrics, complete, team
         self.every, self.keep, self.always, self.updates_per_batch = every, keep, always, updates_per_batch
+        self.with_mean = with_mean
         self._saved_at: int | None = None
 
     def on_train_begin(
@@ -72,7 +75,6 @@ class CheckpointCallback(TrainerCallback):
 
     def _finish(self, args: TrainingArguments, state: TrainerState) -> None:
         written = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        (written / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings that the recipe says better
 
         def complete() -> None:
             self.complete(written)
@@ -87,11 +89,11 @@ class CheckpointCallback(TrainerCallback):
         return self.disk.wait_for_room(f"the checkpoint of step {step}", self._expected_size(model))
 
     def _expected_size(self, model: nn.Module) -> int:
-        """Bytes of the next checkpoint: those of the one before, or the weights and AdamW's two moments of each."""
+        """Bytes of the next checkpoint: of the one before, or of the weights, AdamW's two moments and the mean."""
         before = self.run.latest_checkpoint()
         if before is not None:
             return size_of(before)
-        copies = {True: 3, False: 1}  # of a parameter, trained or not
+        copies = {True: 4 if self.with_mean else 3, False: 1}  # of a parameter, trained or not
         return sum(
             parameter.numel() * parameter.element_size() * copies[parameter.requires_grad]
             for parameter in model.parameters()

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from argrpo_cli.errors import UserError
+from argrpo_cli.processes import ALONE, Team
 
 FILE = "ema.safetensors"  # in a checkpoint
 
@@ -27,10 +26,11 @@ class EmaCallback(TrainerCallback):
     Args:
         decay: between 0 and 1.
         checkpoint: the one that the run is resumed from, which holds the mean up to there.
+        team: the processes of the run, each of which keeps the mean.
     """
 
-    def __init__(self, decay: float, checkpoint: Path | None) -> None:
-        self.decay, self.checkpoint = decay, checkpoint
+    def __init__(self, decay: float, checkpoint: Path | None, team: Team = ALONE) -> None:
+        self.decay, self.checkpoint, self.team = decay, checkpoint, team
         self.mean: dict[str, Tensor] = {}
         self._average = get_ema_multi_avg_fn(decay)
 
@@ -42,7 +42,7 @@ class EmaCallback(TrainerCallback):
             return
         file = self.checkpoint / FILE
         if not file.is_file():
-            raise UserError(f"{self.checkpoint} has no {FILE}: the run was started without grpo.ema_decay")
+            self.team.fail(f"{self.checkpoint} has no {FILE}: the run was started without grpo.ema_decay")
         for name, saved in load_file(file).items():
             self.mean[name].copy_(saved)
 
@@ -51,10 +51,9 @@ class EmaCallback(TrainerCallback):
         with torch.no_grad():
             self._average(list(self.mean.values()), [weights[name].float() for name in self.mean], state.global_step)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            written = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            save_file({name: value.cpu() for name, value in self.mean.items()}, written / FILE)
+    def save(self, folder: Path) -> None:
+        """Add the mean to a checkpoint."""
+        save_file({name: value.cpu() for name, value in self.mean.items()}, folder / FILE)
 
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:

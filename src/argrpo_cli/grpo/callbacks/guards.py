@@ -10,8 +10,8 @@ import torch
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.grpo.guards import Finding, Guards, bad_gradient
+from argrpo_cli.processes import ALONE, Team
 
 if TYPE_CHECKING:
     from argrpo_cli.grpo.callbacks.display import RunDisplay
@@ -39,8 +39,10 @@ class GuardCallback(TrainerCallback):
         display: RunDisplay,
         request: StopRequest,
         metrics: MetricsCallback,
+        team: Team = ALONE,
     ) -> None:
         self.recipe, self.run, self.display, self.request, self.metrics = recipe, run, display, request, metrics
+        self.team = team
         self.guards = Guards(recipe, weights)
         self._in_a_row = 0  # updates left out because their gradient was not a number
         self._left_out = False  # the latest was
@@ -55,7 +57,7 @@ class GuardCallback(TrainerCallback):
         noted = self.run.notes().get("warnings", [])
         self._remembered = [warning for warning in noted if warning["step"] <= state.global_step]
         if self._remembered != noted:
-            self.run.note(warnings=self._remembered)  # the others belong to updates that are done again
+            self._write()  # the others belong to updates that are done again
         said = {(warning["step"], warning["guard"]) for warning in self._remembered}
         for record in self.run.metrics():
             for finding in self.guards.look(record):
@@ -91,7 +93,7 @@ class GuardCallback(TrainerCallback):
         restart = f"start again with a lower grpo.learning_rate; --resume {self.run.root} has the last checkpoint"
         if norm is not None and not math.isfinite(norm) and not self._left_out:
             # Too large for its norm to be a number, or an engine that makes its step before anyone can look.
-            raise UserError(f"the gradient of step {step} is not a finite number and could not be left out: {restart}")
+            self.team.fail(f"the gradient of step {step} is not a finite number and could not be left out: {restart}")
         if state.is_world_process_zero:
             for finding in self.guards.look(self.metrics.record):
                 self._act(finding, True)
@@ -100,7 +102,7 @@ class GuardCallback(TrainerCallback):
         if self.request.failure is not None and args.world_size == 1 and batch_done:
             control.should_training_stop = control.should_save = True
         if control.should_save and not _is_finite([one.detach() for one in kwargs["model"].parameters()]):
-            raise UserError(f"the weights after step {step} are not finite numbers and are not saved: {restart}")
+            self.team.fail(f"the weights after step {step} are not finite numbers and are not saved: {restart}")
 
     def _act(self, finding: Finding, first: bool) -> None:
         """Stop or warn; the first process alone shows and remembers it."""
@@ -117,7 +119,11 @@ class GuardCallback(TrainerCallback):
 
     def _remember(self, finding: Finding) -> None:
         self._remembered.append({"step": finding.step, "guard": finding.guard, "text": finding.text})
-        self.run.note(warnings=self._remembered)
+        self._write()
+
+    def _write(self) -> None:
+        """All of them each time, so what a full disk did not take is there with the next."""
+        self.run.spare(lambda: self.run.note(warnings=self._remembered))
 
 
 def _is_finite(tensors: list[torch.Tensor]) -> bool:

@@ -31,6 +31,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.failure: str | None = None
         self.training = False
+        self._heard = False  # a signal came to this process itself; `agree` brings those of others
 
     @property
     def exit_code(self) -> int:
@@ -61,8 +62,8 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        at_once = self.signal is not None or not self.training
-        self.signal = signal.Signals(number)
+        at_once = self._heard or not self.training
+        self._heard, self.signal = True, signal.Signals(number)
         if at_once:
             raise KeyboardInterrupt
 
