@@ -5,5 +5,6 @@ from __future__ import annotations
 from argrpo_cli.cli.evals.drawbench import drawbench
 from argrpo_cli.cli.evals.geneval import geneval
 from argrpo_cli.cli.evals.nano import nano
+from argrpo_cli.cli.evals.report import report
 
-BENCHMARKS = {"nano": nano, "geneval": geneval, "drawbench": drawbench}
+BENCHMARKS = {"nano": nano, "geneval": geneval, "drawbench": drawbench, "report": report}
