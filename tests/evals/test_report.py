@@ -187,7 +187,10 @@ def test_rows_that_were_measured_in_another_way_are_flagged(write):
     second = write("b/summary.json", drawbench(drawing=Drawing(per_prompt=2, seed=3, cfg_scale=4.0)))
     one = table_of(first, second)
     flagged = [text for text in one.warnings if "not measured alike" in text]
-    assert f"not measured alike: sampling.cfg_scale is 2 for base ({first}); " in "\n".join(flagged)
+    assert (
+        f"not measured alike: sampling.cfg_scale is 2 for base ({first}), mine ({first}); 4 for base ({second}), "
+        in "\n".join(flagged)
+    )
     assert any(": sampling.seed is 0 for" in text for text in flagged)
     assert "cfg_scale" not in one.protocol and "temperature 1" in one.protocol
     counts = table_of(write("c/s.json", imagenet()), write("e/s.json", imagenet(n=5000, reference="val.npz")))

@@ -95,7 +95,8 @@ def run_drawbench(
     result = summarise(scores, prompts, drawing, about, options or {})
     write_json(out / "summary.json", result)
     if all(value["value"] is None for own in result["policies"].values() for value in own.values()):
-        raise UserError(f"nothing could be measured; {result['warnings'][-1]}; the pictures are kept in {out}")
+        why = "; ".join(text for text in result["warnings"] if " has no score for " in text)
+        raise UserError(f"nothing could be measured: {why}; the pictures are kept in {out}")
     return result
 
 

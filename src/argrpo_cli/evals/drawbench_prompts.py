@@ -143,12 +143,17 @@ def _of_rows(rows: Sequence[Mapping[str, Any]], source: object) -> list[str]:
 def _of_hub(name: str) -> list[str]:
     """The prompts of a data set of the hub, fetched once into its cache."""
     import datasets
+    from huggingface_hub.utils import logging as hub_logging
 
     mend = "download its prompts and give the file as --prompts"
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # it tells of every attempt; the outcome is enough
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # of the hub, the network, a parser: whatever it is, the set cannot be read
         raise UserError(f"cannot fetch the data set {name} of the hub: {first_line(error)}; {mend}") from error
+    finally:
+        hub_logging.set_verbosity(level)
     table = next(iter(loaded.values()))
     column = next((key for key in COLUMNS if key in table.column_names), None)
     if column is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from argrpo_cli.evals.tables import markdown_table
 from argrpo_cli.files import write_text
 
 MEASURED, DIFFERENCE, PAPER = "measured", "difference", "paper"
+HASH = re.compile(r"[0-9a-f]{64}")
 HEADING = "Measured beside the AR-GRPO paper"
 ABOUT = f"Made by argrpo {__version__}. ± standard errors, where there are any. A dash: not measured."
 STYLE = """
@@ -145,11 +147,13 @@ def _protocols(rows: Sequence[Row]) -> tuple[str, list[str]]:
     shared, conflicts = [], []
     for key in dict.fromkeys(key for row in measured for key in row.protocol):
         having = [row for row in measured if key in row.protocol]
-        values = [row.protocol[key] for row in having]
-        if all(value == values[0] for value in values):
-            shared.append(f"{key} {_said(values[0])}")
+        names: dict[str, list[str]] = {}
+        for row in having:
+            names.setdefault(_said(row.protocol[key]), []).append(row.name)
+        if len(names) == 1:
+            shared.append(f"{key} {next(iter(names))}")
         else:
-            told = "; ".join(f"{_said(value)} for {row.name}" for value, row in zip(values, having, strict=True))
+            told = "; ".join(f"{value} for {', '.join(own)}" for value, own in names.items())
             conflicts.append(f"not measured alike: {key} is {told}")
     return ", ".join(shared), conflicts
 
@@ -157,6 +161,8 @@ def _protocols(rows: Sequence[Row]) -> tuple[str, list[str]]:
 def _said(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, str) and HASH.fullmatch(value):
+        return value[:16]
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
