@@ -68,7 +68,7 @@ def nano():
         "policies": {"mine": measures(3.0), "base": measures(4.0)},
         "difference": measures(-1.0),
         "real": {"fid": {"mean": 0.5, "error": 0.1}},
-        "reward_weights": {"nano-clip": 1.0},
+        "reward_weights": {"own": 1.0},
         "settings": {"n": 2016, "seed": 0},
     }
 

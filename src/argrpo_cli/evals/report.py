@@ -178,7 +178,7 @@ def _nano(value: Mapping[str, Any], source: str) -> Result:
     protocol = _flat([value["settings"], {"reward_weights": value["reward_weights"]}])
     rows = [Row(name, _cells(own), protocol, source) for name, own in reversed(measured.items())]
     keys = dict.fromkeys(key for row in rows for key in row.cells)
-    ordered = [*(key for key in LABELS if key in keys), *(key for key in keys if key not in LABELS)]
+    ordered = [key for key in [*LABELS, *value["reward_weights"]] if key in keys]  # as the command prints them
     real = Row("real scenes", _cells(value["real"]))
     labels = {key: LABELS.get(key, key) for key in ordered}
     return Result(TITLES["nano"], labels, [*rows, real], _difference(rows, value.get("difference")))
