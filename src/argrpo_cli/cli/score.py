@@ -56,7 +56,7 @@ def score(
         images,
         names,
         said=Said(prompt, class_, prompts),
-        options=_options(settings or [], names),
+        options=reward_options(settings or [], names),
         out=out,
         batch_size=batch_size,
         device=device,
@@ -77,8 +77,15 @@ def score(
     print(f"scores{kept} in {result.folder}, best and worst in {result.folder / SHEET}")
 
 
-def _options(settings: list[str], names: list[str]) -> dict[str, dict[str, object]]:
-    """`hpsv2.version=2.0` and the like as options of each reward; values are read as YAML."""
+def reward_options(settings: list[str], names: list[str], where: str = "--rewards") -> dict[str, dict[str, object]]:
+    """`hpsv2.version=2.0` and the like as options of each reward; values are read as YAML.
+
+    Args:
+        where: the option that names the rewards.
+
+    Raises:
+        UserError: another form, a reward that is not among the names.
+    """
     import yaml
 
     from argrpo_cli.errors import UserError, did_you_mean
@@ -90,9 +97,7 @@ def _options(settings: list[str], names: list[str]) -> dict[str, dict[str, objec
         if not (equals and dot and name and option):
             raise UserError(f"--set {text}: expected REWARD.KEY=VALUE, such as hpsv2.version=2.0")
         if name not in names:
-            raise UserError(
-                f"--set {text}: {name!r} is not among --rewards {','.join(names)}{did_you_mean(name, names)}"
-            )
+            raise UserError(f"--set {text}: {name!r} is not among {where} {','.join(names)}{did_you_mean(name, names)}")
         try:
             options.setdefault(name, {})[option] = yaml.safe_load(value)
         except yaml.YAMLError as error:

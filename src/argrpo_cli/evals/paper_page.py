@@ -11,6 +11,7 @@ from typing import Any
 
 from argrpo_cli.evals import paper_numbers as published
 from argrpo_cli.evals.nano_sets import CORRECTED
+from argrpo_cli.evals.tables import markdown_table
 from argrpo_cli.files import atomic_path
 from argrpo_cli.geneval.summary import tag_scores
 from argrpo_cli.nano.captions import SHARED
@@ -251,13 +252,13 @@ def _designs(rows: dict[str, Any], task: str) -> dict[str, Any]:
 
 def _table(rows: dict[str, dict[str, Value]], paper: dict[str, list[float]], columns: dict[str, str]) -> str:
     """Rows of measures, each followed by the paper's numbers where it has some, for the first of the columns."""
-    lines = [f"| | {' | '.join(columns.values())} |", f"| --- |{' ---: |' * len(columns)}"]
+    lines: list[tuple[str, list[str]]] = []
     for name, row in rows.items():
-        lines.append(f"| {name} | {' | '.join(_cell(row[key]) for key in columns)} |")
+        lines.append((name, [_cell(row[key]) for key in columns]))
         if name in paper:
             numbers = [f"{value:g}" for value in paper[name]] + [""] * (len(columns) - len(paper[name]))
-            lines.append(f"| *{name}, in the paper* | {' | '.join(numbers)} |")
-    return "\n".join(lines)
+            lines.append((f"*{name}, in the paper*", numbers))
+    return markdown_table(list(columns.values()), lines)
 
 
 def _cell(value: Value) -> str:

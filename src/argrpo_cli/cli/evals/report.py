@@ -1,0 +1,26 @@
+"""`argrpo eval report`: results of the benchmarks on one page, in the shape of the paper's tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULTS...", help="Result files, or folders to look for them.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The page: a name that ends in .md or .html.")] = Path("report.md"),
+) -> None:
+    """Result files as one page: base, trained, difference, and the paper's numbers below."""
+    from argrpo_cli.evals.report import read_results
+    from argrpo_cli.evals.report_page import write_report
+
+    sections = write_report(read_results(results), out)
+    for section in sections:
+        for warning in section.warnings:
+            print(f"{section.title}: {warning}")
+    print(f"{len(sections)} {'table' if len(sections) == 1 else 'tables'} in {out}")

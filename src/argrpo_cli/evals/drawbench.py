@@ -1,0 +1,271 @@
+"""`argrpo eval drawbench`: table 4 of the paper, seven reward models over 200 prompts with five pictures each.
+
+The pictures of two policies have the same prompts and seeds. Everything lies in one folder, written as it comes, so
+that an interrupted evaluation goes on where it stopped; a column can be added later to the same pictures:
+
+    settings.json                      what is drawn; a folder is not used for two things
+    POLICY/images/                     the pictures and metadata.jsonl, as `argrpo score` reads them
+    POLICY/scores/REWARD.jsonl         the raw score of each picture
+    summary.json                       means, errors, differences, the paper's numbers and the protocol
+
+Standard errors are clustered by prompt, since the pictures of one prompt are good or bad together. N values of G
+prompts with mean m have, with e_g the sum of (value - m) over the pictures of prompt g,
+
+    error^2 = G / (G - 1) * sum_g e_g^2 / N^2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from argrpo_cli import __version__
+from argrpo_cli.devices import resolve_device
+from argrpo_cli.errors import UserError
+from argrpo_cli.evals import paper_numbers
+from argrpo_cli.evals.drawbench_images import Drawing, draw
+from argrpo_cli.evals.drawbench_prompts import PromptList
+from argrpo_cli.evals.drawbench_scores import TABLE_4, Scores, column_of, score_reward
+from argrpo_cli.evals.folders import check_claim, claim, policy_folders
+from argrpo_cli.files import write_json
+from argrpo_cli.policy import load_policy
+from argrpo_cli.rewards import check_reward
+from argrpo_cli.score_items import Said, find_items
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MOST_MISSING = 0.05  # share of pictures without a score from which a mean would be one of other prompts
+LIBRARIES = ("torch", "transformers", "open_clip_torch", "pyiqa")  # that the rewards compute with
+
+
+def run_drawbench(
+    policies: Sequence[str],
+    prompts: PromptList,
+    out: Path,
+    rewards: Sequence[str] = tuple(TABLE_4),
+    drawing: Drawing = Drawing(),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Draw, score and average; one policy, or two of which the second is the baseline.
+
+    Args:
+        rewards: names of `argrpo_cli.rewards`; those of table 4 come in its units, others raw.
+        options: name of a reward to options of its own.
+
+    Returns:
+        What summary.json holds: `benchmark`, `policies` {name: {reward: {value, error, images, prompts, missing}}},
+        for two policies `difference` {reward: {value, error, images, prompts}} (first minus second, picture by
+        picture), `columns` {reward: {label, unit}}, `paper` {row: {reward: number}}, `protocol` and `warnings`. A value
+        is None where a reward could not be measured; a warning says why.
+
+    Raises:
+        UserError: no such policy or reward, one that reads no captions, an `out` used for something else, or nothing
+            could be measured.
+    """
+    names = policy_folders(policies)
+    if not rewards:
+        raise UserError("--columns is empty; name at least one reward")
+    for reward in rewards:
+        check_reward(reward)
+        if rewards.count(reward) > 1:
+            raise UserError(f"--columns names {reward!r} twice")
+    drawing.check(len(prompts.prompts))
+    check_claim(out)
+    device = resolve_device(device)
+    loaded = {name: load_policy(path, device, drawing.dtype) for name, path in zip(names, policies, strict=True)}
+    about = {}
+    for (name, policy), path in zip(loaded.items(), policies, strict=True):
+        if policy.text_encoder is None:
+            raise UserError(f"{path} draws classes, and DrawBench asks with captions; give a policy such as t2i-xl-256")
+        policy.conditions(list(prompts.prompts))  # which it refuses where it cannot read one
+        about[name] = {"policy": path, "weights": policy.fingerprint(), "image_size": policy.image_size}
+    drawn = {**asdict(drawing), "prompts": prompts.sha256, "weights": [one["weights"] for one in about.values()]}
+    kept_batch_size = claim(out, drawn, batch_size)
+    for name in names:
+        draw(loaded.pop(name), about[name]["policy"], prompts.prompts, drawing, out / name / "images", kept_batch_size)
+    del policy  # the networks of the rewards need the room
+    scores = _score(names, out, rewards, options or {}, batch_size, device)
+    result = summarise(scores, prompts, drawing, about, options or {})
+    write_json(out / "summary.json", result)
+    if all(value["value"] is None for own in result["policies"].values() for value in own.values()):
+        why = "; ".join(text for text in result["warnings"] if " has no score for " in text)
+        raise UserError(f"nothing could be measured: {why}; the pictures are kept in {out}")
+    return result
+
+
+def _score(
+    names: Sequence[str],
+    out: Path,
+    rewards: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]],
+    batch_size: int,
+    device: str,
+) -> dict[str, Scores]:
+    pictures = {name: find_items([out / name / "images"], Said()).items for name in names}
+    folders = {name: out / name / "scores" for name in names}
+    return {
+        reward: score_reward(reward, pictures, folders, options.get(reward, {}), batch_size, device)
+        for reward in rewards
+    }
+
+
+def summarise(
+    scores: Mapping[str, Scores],
+    prompts: PromptList,
+    drawing: Drawing,
+    about: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What `run_drawbench` returns, of raw scores in the order of the pictures.
+
+    Args:
+        about: policy to its path, hash of weights and image size.
+    """
+    warnings = [text for text in (prompts.remark(), *_departures(drawing)) if text]
+    names = list(about)
+    policies: dict[str, dict[str, Any]] = {name: {} for name in names}
+    difference: dict[str, Any] = {}
+    for reward, own in scores.items():
+        usable = {}
+        for name in names:
+            values = own.values[name]
+            missing = sum(value is None for value in values)
+            if own.fault or missing:
+                why = own.fault or own.missing or "it said no more"
+                warnings.append(f"{reward} has no score for {missing} of {len(values)} pictures of {name}: {why}")
+            enough = missing == 0 or (not own.fault and missing <= MOST_MISSING * len(values))
+            usable[name] = _scaled(values, reward) if enough else [None] * len(values)
+            policies[name][reward] = {**clustered_mean(usable[name], drawing.per_prompt), "missing": missing}
+        if len(names) == 2:
+            pairs = zip(*usable.values(), strict=True)
+            paired = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+            difference[reward] = clustered_mean(paired, drawing.per_prompt)
+    result: dict[str, Any] = {"benchmark": "drawbench", "policies": policies}
+    if difference:
+        result["difference"] = difference
+    result["columns"] = {
+        reward: {"label": column_of(reward).label, "unit": column_of(reward).unit} for reward in scores
+    }
+    places = {reward: place for place, reward in enumerate(TABLE_4)}
+    result["paper"] = {
+        row: {reward: numbers[places[reward]] for reward in scores if reward in places}
+        for row, numbers in paper_numbers.TABLE_4.items()
+    }
+    result["protocol"] = {
+        "prompts": {
+            "source": prompts.source,
+            "count": len(prompts.prompts),
+            "sha256": prompts.sha256,
+            "of_drawbench": prompts.matching,
+        },
+        "images_per_prompt": drawing.per_prompt,
+        "sampling": {
+            "cfg_scale": drawing.cfg_scale,
+            "temperature": drawing.temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+            "dtype": drawing.dtype,
+            "seed": drawing.seed,
+            "first_image_seed": drawing.image_seed(0),
+        },
+        "policies": {name: dict(one) for name, one in about.items()},
+        "rewards": {
+            reward: {"weights": own.weights, "options": dict(options.get(reward, {}))} for reward, own in scores.items()
+        },
+        "errors": "standard errors clustered by prompt; differences paired picture by picture",
+        "versions": {"argrpo": __version__, **_versions()},
+    }
+    result["warnings"] = warnings
+    return result
+
+
+def clustered_mean(values: Sequence[float | None], per_prompt: int) -> dict[str, Any]:
+    """Mean of the values that are there and its standard error, `per_prompt` in a row being of one prompt.
+
+    Returns:
+        `value` and `error` (None where there is no value, or a single prompt), `images` and `prompts` counted.
+    """
+    groups = [
+        [value for value in values[start : start + per_prompt] if value is not None]
+        for start in range(0, len(values), per_prompt)
+    ]
+    groups = [group for group in groups if group]
+    count = sum(map(len, groups))
+    if not count:
+        return {"value": None, "error": None, "images": 0, "prompts": 0}
+    mean = math.fsum(value for group in groups for value in group) / count
+    error = None
+    if len(groups) > 1:
+        squares = math.fsum(math.fsum(value - mean for value in group) ** 2 for group in groups)
+        error = math.sqrt(len(groups) / (len(groups) - 1) * squares) / count
+    return {"value": mean, "error": error, "images": count, "prompts": len(groups)}
+
+
+def _scaled(values: Sequence[float | None], reward: str) -> list[float | None]:
+    divisor = column_of(reward).divisor
+    return [None if value is None else value / divisor for value in values]
+
+
+def _departures(drawing: Drawing) -> list[str]:
+    """Where the drawing is not the paper's."""
+    paper = Drawing()
+    told = {"per_prompt": "images per prompt", "cfg_scale": "guidance", "temperature": "temperature"}
+    return [
+        f"{label} {getattr(drawing, key):g}, the paper has {getattr(paper, key):g}"
+        for key, label in told.items()
+        if getattr(drawing, key) != getattr(paper, key)
+    ]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result as a Rich table: baseline, policy, paired difference, and table 4 of the paper."""
+    from rich.table import Table
+
+    protocol = result["protocol"]
+    prompts, sampling = protocol["prompts"], protocol["sampling"]
+    paper = result["paper"] if any(result["paper"].values()) else {}
+    out = Table(
+        title=f"DrawBench, {prompts['count']} prompts of {prompts['source']}, {protocol['images_per_prompt']} images "
+        f"each, cfg {sampling['cfg_scale']:g}, seed {sampling['seed']}; ± standard error",
+        caption="errors are clustered by prompt; in grey what the paper reports, of LlamaGen-XL at 256 pixels"
+        if paper
+        else "errors are clustered by prompt",
+    )
+    names = list(result["policies"])[::-1]  # the baseline first
+    out.add_column("reward")
+    for name in [*names, *(["difference"] if "difference" in result else [])]:
+        out.add_column(name, justify="right")
+    for row in paper:
+        out.add_column(row, justify="right", style="dim")
+    for reward, column in result["columns"].items():
+        cells = [_cell(result["policies"][name][reward]) for name in names]
+        if "difference" in result:
+            cells.append(_cell(result["difference"][reward], "+"))
+        reported = [f"{numbers[reward]:.3f}" if reward in numbers else "" for numbers in paper.values()]
+        unit = "" if column["unit"] == "raw" else f", {column['unit']}"
+        out.add_row(f"{column['label']}{unit}", *cells, *reported)
+    return out
+
+
+def _cell(value: Mapping[str, Any], sign: str = "") -> str:
+    if value["value"] is None:
+        return "–"
+    error = "" if value["error"] is None else f" ± {value['error']:.3f}"
+    return f"{value['value']:{sign}.3f}{error}"

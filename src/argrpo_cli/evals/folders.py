@@ -1,0 +1,60 @@
+"""The folder of an evaluation: names of its policies in it, and not using it for two things."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.files import make_dir, read_json, write_json
+
+SETTINGS = "settings.json"
+
+
+def policy_folders(policies: Sequence[str]) -> list[str]:
+    """Folder names for one policy, or for one and a baseline.
+
+    Raises:
+        UserError: another number of them, or the same one twice.
+    """
+    if not 1 <= len(policies) <= 2:
+        raise UserError(f"{len(policies)} policies; give one, or one and a baseline")
+    names = [re.sub(r"[^A-Za-z0-9._-]+", "-", str(path)).strip("-.") or "policy" for path in policies]
+    if len(set(names)) < len(names):
+        raise UserError(f"{policies[0]} and {policies[1]} are the same policy; give another baseline")
+    return names
+
+
+def check_claim(out: Path) -> None:
+    """What can be refused before anything is loaded.
+
+    Raises:
+        UserError: `out` is a file, or a folder of something else.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"cannot write to {out}: it is a file, not a folder")
+    if out.is_dir() and not (out / SETTINGS).is_file() and any(path.name[0] != "." for path in out.iterdir()):
+        raise UserError(f"{out} is not empty; choose another --out")
+
+
+def claim(out: Path, identity: dict[str, Any], batch_size: int) -> int:
+    """Use a new folder, or one that a call with the same `identity` left; the batch size to go on with.
+
+    An unfinished evaluation goes on with its own batch size, on which images depend by rounding.
+
+    Raises:
+        UserError: the folder holds something else; the keys that differ are named.
+    """
+    check_claim(out)
+    path = out / SETTINGS
+    if not path.is_file():
+        make_dir(out)
+        write_json(path, {**identity, "batch_size": batch_size})
+        return batch_size
+    held = read_json(path)
+    other = [key for key in identity if held.get(key) != identity[key]]
+    if other or not isinstance(held.get("batch_size"), int):
+        raise UserError(f"{out} holds an evaluation of other settings ({', '.join(other)}); choose another --out")
+    return held["batch_size"]
