@@ -327,6 +327,13 @@ def test_an_interrupted_measuring_goes_on_and_a_measured_policy_costs_nothing(po
     assert len(calls) == 2 + 6 + 6, "another temperature is measured anew"
 
 
+def test_a_policy_that_is_not_there_is_refused_before_the_others_are_measured(policies, tmp_path, monkeypatch):
+    monkeypatch.setattr(e, "load_policy", lambda *arguments: pytest.fail("opened a policy"))
+    subjects = [e.Subject(policies[0], "base"), e.Subject("nowhere", "nowhere")]
+    with pytest.raises(UserError, match="no policy 'nowhere'"):
+        e.measure(subjects, Question(data=str(tmp_path)), team=ALONE)
+
+
 def test_the_command_as_typed(policies, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     class_folders(tmp_path / "val")

@@ -36,7 +36,8 @@ from argrpo_cli.evals.entropy_material import (
 from argrpo_cli.files import atomic_path, read_json
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.entropy import token_entropy
-from argrpo_cli.policy.policy import checkpoint_folders
+from argrpo_cli.policy.policy import checkpoint_folders, find_policy
+from argrpo_cli.policy.published import is_published
 from argrpo_cli.processes import Team
 from argrpo_cli.progress import progress
 
@@ -104,6 +105,7 @@ def measure(
     """
     team = team or Team(0, 1, resolve_device("auto"))
     manner = Manner(cfg_scale, temperature, batch_size)
+    team.together(lambda: _find_all(subjects))
     pictures = team.together(lambda: open_pictures(question))
     rows: list[dict[str, Any]] = []
     per_image: dict[tuple[str, str], Tensor] = {}  # by policy and mode
@@ -132,6 +134,13 @@ def measure(
                 row |= {"against": against, "change": change.mean().item(), "change_error": _error(change)}
             rows.append(row | material.about | about)
     return rows
+
+
+def _find_all(subjects: Sequence[Subject]) -> None:
+    """Refuse a policy that is not there before the others are measured."""
+    for subject in subjects:
+        if not is_published(subject.path):
+            find_policy(subject.path)
 
 
 def _measure_all(

@@ -36,7 +36,9 @@ def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
         left.set_xticks(range(len(names)), [_shortened(name) for name in names])
         left.set_xlim(-0.5, len(names) - 0.5)
         if len(names) > 2:
-            left.tick_params(axis="x", rotation=20)
+            left.tick_params(axis="x", rotation=20, labelsize=8)
+            for label in left.get_xticklabels():
+                label.set_horizontalalignment("right")
     left.legend()
     left.grid(alpha=0.3)
     shown = [name for name in names if name in (names[0], names[-1])]
@@ -84,7 +86,7 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 error = NORMAL_95 * row["standard_error"]
                 axes.bar(x, row["mean"], 0.9 * width, yerr=error, capsize=3, color=SHADES[place % len(SHADES)])
                 if place:
-                    change = f"{row['change']:+.3f}\n± {NORMAL_95 * row['change_error']:.3f}"
+                    change = f"{row['change']:+.4f}\n± {NORMAL_95 * row['change_error']:.4f}"
                     axes.annotate(change, (x, row["mean"] + error), (0, 4), textcoords="offset points", ha="center",
                                   fontsize=8)  # fmt: skip
                 ticks.append(x)
@@ -102,7 +104,7 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
         above.tick_params(length=0)
         title = mode if mode == "conditional" else f"guided, cfg {rows[0]['cfg_scale']:g}"
         axes.set_title(title, fontsize=11)
-        axes.set_ylabel("entropy, nats per token")
+        axes.set_ylabel("entropy, nats per token" + (" (not from 0)" if axes.get_ylim()[0] > 0 else ""))
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     _save(figure, path)
@@ -113,7 +115,8 @@ def _along_run(rows: Sequence[dict[str, Any]]) -> bool:
 
 
 def _shortened(name: str) -> str:
-    """A name that fits below a bar: of a path the end."""
+    """A name that fits below a bar: of a path the end, without the `policy` that every finished run has."""
+    name = name.rstrip("/").removesuffix("/policy")
     return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 

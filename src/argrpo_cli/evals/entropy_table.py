@@ -45,29 +45,29 @@ def write_results(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Any:
-    """A Rich table, one line per policy."""
+    """A Rich table, one line per policy and mode."""
     from rich.table import Table
 
     first = rows[0]
     what = f"split {first['split']}" if first["split"] else f"samples of the prompts {first['prompts']}"
     what += f" of {first['data']}" if first["data"] else ""
     out = Table(title=f"entropy in nats per token, {first['images']} images, {what}; ± 95 % interval")
-    out.add_column("policy")
-    changes = any("change" in row for row in rows)
-    several = len({row["against"] for row in rows if "change" in row}) > 1
-    for mode in MODES:
-        out.add_column(mode if mode == "conditional" else f"guided, cfg {first['cfg_scale']:g}", justify="right")
-        if changes:
-            out.add_column("change", justify="right")
+    changes = [row for row in rows if "change" in row]
+    several = len({row["against"] for row in changes}) > 1
+    out.add_column("policy", overflow="fold")
+    out.add_column("mode", no_wrap=True)
+    out.add_column("entropy", justify="right", no_wrap=True)
+    if changes:
+        out.add_column("change", justify="right", no_wrap=True)
     if several:
-        out.add_column("change against")
-    for name in dict.fromkeys(row["policy"] for row in rows):
-        cells, against = [], ""
-        for row in (row for row in rows if row["policy"] == name):
-            cells.append(f"{row['mean']:.4f} ± {NORMAL_95 * row['standard_error']:.4f}")
-            if changes:
-                has = "change" in row
-                against = row.get("against", "")
-                cells.append(f"{row['change']:+.4f} ± {NORMAL_95 * row['change_error']:.4f}" if has else "")
-        out.add_row(name, *cells, *([against] if several else []))
+        out.add_column("against", overflow="fold")
+    for row in rows:
+        mode = row["mode"] if row["mode"] == "conditional" else f"guided, cfg {row['cfg_scale']:g}"
+        cells = [f"{row['mean']:.4f} ± {NORMAL_95 * row['standard_error']:.4f}"]
+        if changes:
+            has = "change" in row
+            cells.append(f"{row['change']:+.4f} ± {NORMAL_95 * row['change_error']:.4f}" if has else "")
+        if several:
+            cells.append(row.get("against", "") if row["mode"] == MODES[0] else "")
+        out.add_row(row["policy"] if row["mode"] == MODES[0] else "", mode, *cells)
     return out
