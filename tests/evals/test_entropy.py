@@ -51,7 +51,7 @@ def test_a_policy_that_knows_nothing_has_the_entropy_of_its_vocabulary():
 
 def test_statistics_treat_the_image_as_the_unit():
     values = torch.tensor([[1.0, 3.0], [2.0, 4.0], [6.0, 8.0]])
-    row = e._statistics(values)
+    row = e.statistics(e.tally(values[None]), 0)
     assert row["images"] == 3
     assert row["mean"] == pytest.approx(4.0)
     assert row["standard_error"] == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))

@@ -30,22 +30,43 @@ def entropy(
         str | None,
         typer.Option("--prompts", metavar="SET|FILE", help="Walk along samples of these prompts: geneval, or a file."),
     ] = None,
-    n: Annotated[int | None, typer.Option("--n", help="At most so many images.  [default: all]")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Real pictures for the split: ImageNet's validation set in class folders or flat with its labels, or "
+            "pictures with a metadata.jsonl.  [default: scenes of the nano world]",
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="DIR", help="Where tokens of pictures are kept.  [default: the user's cache]"),
+    ] = None,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", help="At most so many images; with --data of every class equally many.  [default: all]"),
+    ] = None,
     cfg_scale: CfgScaleOption = 2.0,
     temperature: TemperatureOption = 1.0,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
-    out: Annotated[Path, typer.Option("--out", help="Folder for entropy.jsonl and curve.png.")] = Path("entropy"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for entropy.jsonl and the pictures.")] = Path("entropy"),
 ) -> None:
     """Measure the entropy of policies in nats per token, conditional and guided, and by position."""
     from rich.console import Console
 
     from argrpo_cli.evals.entropy import Question, Subject, measure, subjects_of_run
-    from argrpo_cli.evals.entropy_table import claim, table, write_results
+    from argrpo_cli.evals.entropy_table import JOURNAL, NUMBERS, claim, table, write_results
+    from argrpo_cli.processes import join_team
 
     if split is not None and prompts is not None:
         raise UserError("give --split or --prompts, not both")
+    if data is not None and prompts is not None:
+        raise UserError("give --data or --prompts, not both")
+    if cache is not None and data is None:
+        raise UserError("--cache keeps tokens of pictures; give --data with it")
     if run is not None and policy:
         raise UserError("give --policy or --run, not both")
     default = "nano-t2i" if prompts is not None else "nano-c2i"
@@ -53,9 +74,16 @@ def entropy(
     names = [one.name for one in chosen]
     if len(set(names)) < len(names):
         raise UserError(f"--policy names {next(name for name in names if names.count(name) > 1)} twice")
-    question = Question(None if prompts is not None else split or "val", prompts, n, seed)
-    claim(out, question)
-    rows = measure(chosen, question, cfg_scale, temperature, batch_size, device)
-    write_results(rows, out)
-    Console().print(table(rows))
-    print(f"numbers, also by position, in {out / 'entropy.jsonl'}, picture in {out / 'curve.png'}")
+    folder = None if data is None else str(data)
+    question = Question(None if prompts is not None else split or "val", prompts, n, seed, folder)
+    team = join_team(device)
+    team.lead(lambda: claim(out, question))
+    rows = measure(chosen, question, cfg_scale, temperature, batch_size, team, out / JOURNAL, cache)
+
+    def report() -> None:
+        pictures = write_results(rows, out)
+        Console().print(table(rows))
+        shown = " and ".join(str(path) for path in pictures)
+        print(f"numbers, also by position, in {out / NUMBERS}, picture{'s' * (len(pictures) > 1)} in {shown}")
+
+    team.lead(report)

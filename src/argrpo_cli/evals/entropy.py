@@ -1,32 +1,49 @@
 """Policy entropy: how undecided a policy is about the next image token (section 4.3 and figures 3 and 4 of the paper).
 
-Teacher-forced: the tokens before come from held-out scenes or from samples of the policy itself. `argrpo entropy`
-prints the mean over tokens and images with its error, and keeps the mean at each position (`entropy_table.py`).
+Teacher-forced: the tokens before come from real pictures, held-out scenes or samples of the policy itself
+(`entropy_material.py`). Kept is the mean over the tokens of each image, and sums at each position: 50,000 images of 576
+tokens are a megabyte. Measured chunks are put down in a journal, so that an interrupted measuring goes on and a policy
+that was measured before costs nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from argrpo_cli.captions import read_captions
-from argrpo_cli.conditions import Condition
+from argrpo_cli import __version__
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
-from argrpo_cli.files import read_json
+from argrpo_cli.evals.entropy_material import (
+    Chunk,
+    Manner,
+    Material,
+    Question,
+    chunk_identity,
+    gather,
+    open_pictures,
+)
+from argrpo_cli.files import atomic_path, read_json
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.entropy import token_entropy
-from argrpo_cli.policy.policy import checkpoint_folders
+from argrpo_cli.policy.policy import checkpoint_folders, find_policy
+from argrpo_cli.policy.published import is_published
+from argrpo_cli.processes import Team
 from argrpo_cli.progress import progress
 
-FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 200_000_000, 10_000, 10_000  # of samples of prompts; `eval` draws others
 MODES = ("conditional", "guided")
 NORMAL_95 = 1.959964  # half-width of a 95 % interval in standard errors
+Tally = dict[str, Tensor]  # see `tally`
 
 
 @dataclass(frozen=True)
@@ -36,23 +53,6 @@ class Subject:
     path: str
     name: str
     step: int | None = None
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the entropy is measured on.
-
-    Attributes:
-        split: "val" for held-out scenes, teacher-forced; None for samples.
-        prompts: a bundled set or a file of captions to sample; only where split is None.
-        limit: at most so many scenes or prompts.
-        seed: of the samples.
-    """
-
-    split: str | None = "val"
-    prompts: str | None = None
-    limit: int | None = None
-    seed: int = 0
 
 
 def subjects_of_run(run: Path) -> list[Subject]:
@@ -84,62 +84,158 @@ def measure(
     cfg_scale: float = 2.0,
     temperature: float = 1.0,
     batch_size: int = 64,
-    device: str = "auto",
+    team: Team | None = None,
+    journal: Path | None = None,
+    cache: Path | None = None,
 ) -> list[dict[str, Any]]:
     """One row per policy and mode (conditional, guided), ready for JSON.
 
     Each row has `mean`, `standard_error` (over images; the tokens of one image are not independent), `low` and `high`
-    (95 % interval), `by_position` and `by_position_error` (T numbers each, position 0 first), and from the second
-    policy on `change` and `change_error` against the first, paired by scene or by prompt and seed.
+    (95 % interval), `by_position` and `by_position_error` (T numbers each, position 0 first). From the second policy on
+    it has `change` and `change_error`, paired by picture, scene, or prompt and seed, against the policy in `against`:
+    the first of the same `family` (parameters, pixels and kind of condition), or the first of all where it is new.
+
+    Args:
+        team: the processes that share the work, with their devices; by default this one, on a GPU if there is one.
+        journal: folder for what is measured; needed by a team of several.
+        cache: folder for the tokens of pictures; by default the user's.
 
     Raises:
-        UserError: no such policy, split or prompt set; a policy that the split does not fit.
+        UserError: no such policy, split, folder or prompt set; a policy that the images do not fit.
     """
-    device = resolve_device(device)
+    team = team or Team(0, 1, resolve_device("auto"))
+    manner = Manner(cfg_scale, temperature, batch_size)
+    team.together(lambda: _find_all(subjects))
+    pictures = team.together(lambda: open_pictures(question))
     rows: list[dict[str, Any]] = []
-    first: dict[str, Tensor] = {}
-    asked: list[Condition] = []  # of the first
+    per_image: dict[tuple[str, str], Tensor] = {}  # by policy and mode
+    families: dict[str, str] = {}  # to its first policy
+    shown: Sequence[Any] = ()  # to the first policy
     for subject in subjects:
-        policy = load_policy(subject.path, device)
-        tokens, conditions = _material(policy, subject, question, cfg_scale, temperature, batch_size)
-        asked = asked or conditions
-        if conditions != asked:
+        policy = team.together(lambda subject=subject: load_policy(subject.path, team.device))
+        material = gather(policy, subject.path, question, pictures, manner, cache, team)
+        shown = shown or material.shown
+        if material.shown != shown:
             raise UserError(
                 f"{subjects[0].path} and {subject.path} are measured on different scenes; measure them alone"
             )
-        values: dict[str, list[Tensor]] = {mode: [] for mode in MODES}
-        with progress(f"entropy of {subject.name}", len(conditions)) as advance:
-            for start in range(0, len(conditions), batch_size):
-                part = slice(start, start + batch_size)
-                for mode, scale in zip(MODES, (None, cfg_scale), strict=True):
-                    values[mode].append(token_entropy(policy, tokens[part], conditions[part], scale, temperature))
-                advance(len(conditions[part]))
-        prompts = question.prompts and _readable(policy, question.prompts)
-        for mode in MODES:
-            entropy = torch.cat(values[mode])
+        weights = policy.fingerprint()
+        whole = _measure_all(policy, subject, weights, material, manner, team, journal)
+        about = _about(policy, weights)
+        against = families.setdefault(about["family"], subject.name)
+        against = subjects[0].name if against == subject.name else against
+        for index, mode in enumerate(MODES):
             row = {"policy": subject.name, "step": subject.step, "mode": mode}
-            row |= {"split": question.split, "prompts": prompts, "asked": question.prompts}
-            row |= {"cfg_scale": cfg_scale, "temperature": temperature} | _statistics(entropy)
-            if mode in first:
-                change = entropy.mean(1) - first[mode].mean(1)
-                row |= {"change": change.mean().item(), "change_error": _error(change)}
-            first.setdefault(mode, entropy)
-            rows.append(row)
+            row |= {"split": question.split, "prompts": None, "asked": question.prompts, "data": question.data}
+            row |= {"cfg_scale": cfg_scale, "temperature": temperature} | statistics(whole, index)
+            means = per_image[subject.name, mode] = whole["per_image"][index]
+            if subject != subjects[0]:
+                change = means - per_image[against, mode]
+                row |= {"against": against, "change": change.mean().item(), "change_error": _error(change)}
+            rows.append(row | material.about | about)
     return rows
 
 
-def _statistics(entropy: Tensor) -> dict[str, Any]:
-    """Numbers about entropies [B, T]."""
-    per_image = entropy.mean(1)
+def _find_all(subjects: Sequence[Subject]) -> None:
+    """Refuse a policy that is not there before the others are measured."""
+    for subject in subjects:
+        if not is_published(subject.path):
+            find_policy(subject.path)
+
+
+def _measure_all(
+    policy: Policy,
+    subject: Subject,
+    weights: str,
+    material: Material,
+    manner: Manner,
+    team: Team,
+    journal: Path | None,
+) -> Tally:
+    """The tally of all chunks; every process measures its share of those that are not in the journal."""
+    settings = [__version__, weights, manner.cfg_scale, manner.temperature]
+    parts: dict[int, Tally] = {}
+    missing: list[int] = []
+    names = [
+        hashlib.sha256(json.dumps([settings, chunk_identity(one)]).encode()).hexdigest() for one in material.chunks
+    ]
+    paths = [None if journal is None else journal / f"{name[:32]}.safetensors" for name in names]
+    for index, (chunk, path) in enumerate(zip(material.chunks, paths, strict=True)):
+        kept = _kept(path, len(chunk.conditions), policy.model.config.block_size)
+        if kept is None:
+            missing.append(index)
+        else:
+            parts[index] = kept
+    if team.count > 1 and journal is None:
+        raise ValueError("a team of several processes needs a journal to share what it measures")
+    mine = team.together(lambda: missing[team.index :: team.count])  # in step: no one looks after another has written
+
+    def work() -> None:
+        total = sum(len(material.chunks[index].conditions) for index in mine)
+        bar = progress(f"entropy of {subject.name}", total)
+        with bar if team.index == 0 and mine else nullcontext(lambda count: None) as advance:
+            for index in mine:
+                parts[index] = _measure_chunk(policy, material.chunks[index], manner, advance)
+                if paths[index] is not None:
+                    with atomic_path(paths[index]) as temporary:
+                        save_file(parts[index], temporary)
+
+    team.together(work)
+    for index in set(missing) - set(mine):
+        others = _kept(paths[index], len(material.chunks[index].conditions), policy.model.config.block_size)
+        if others is None:
+            raise UserError(
+                f"{paths[index]} is not there, though another process wrote it; give an --out that all share"
+            )
+        parts[index] = others
+    return merged([parts[index] for index in range(len(material.chunks))])
+
+
+def _measure_chunk(policy: Policy, chunk: Chunk, manner: Manner, advance: Any) -> Tally:
+    tokens = chunk.tokens()
+    batches = []
+    for start in range(0, len(tokens), manner.batch_size):
+        part = slice(start, start + manner.batch_size)
+        conditions = chunk.conditions[part]
+        pair = [
+            token_entropy(policy, tokens[part], conditions, scale, manner.temperature)
+            for scale in (None, manner.cfg_scale)
+        ]
+        batches.append(tally(torch.stack(pair)))
+        advance(len(conditions))
+    return merged(batches)
+
+
+def tally(entropy: Tensor) -> Tally:
+    """What is kept of entropies [modes, B, T].
+
+    Returns:
+        float64 `per_image` [modes, B], the means over tokens; `sums` and `squares` [modes, T], over images.
+    """
+    values = entropy.double()
+    return {"per_image": values.mean(2), "sums": values.sum(1), "squares": values.square().sum(1)}
+
+
+def merged(parts: Sequence[Tally]) -> Tally:
+    """One tally of several, the images in their order."""
+    sums = {key: torch.stack([part[key] for part in parts]).sum(0) for key in ("sums", "squares")}
+    return {"per_image": torch.cat([part["per_image"] for part in parts], 1), **sums}
+
+
+def statistics(whole: Tally, mode: int) -> dict[str, Any]:
+    """Numbers about the entropies of one mode."""
+    per_image, sums, squares = (whole[key][mode] for key in ("per_image", "sums", "squares"))
+    count = len(per_image)
     mean, error = per_image.mean().item(), _error(per_image)
+    variance = (squares - sums.square() / count).clamp(min=0) / (count - 1)
     return {
-        "images": len(entropy),
+        "images": count,
         "mean": mean,
         "standard_error": error,
         "low": mean - NORMAL_95 * error,
         "high": mean + NORMAL_95 * error,
-        "by_position": entropy.mean(0).tolist(),
-        "by_position_error": (entropy.std(0) / len(entropy) ** 0.5).tolist(),
+        "by_position": (sums / count).tolist(),
+        "by_position_error": (variance / count).sqrt().tolist(),
     }
 
 
@@ -148,47 +244,34 @@ def _error(values: Tensor) -> float:
     return (values.std() / len(values) ** 0.5).item()
 
 
-def _material(
-    policy: Policy, subject: Subject, question: Question, cfg_scale: float, temperature: float, batch_size: int
-) -> tuple[Tensor, list[Condition]]:
-    """Tokens int64 [N, T] to walk along, and what each image is of."""
-    if question.limit is not None and question.limit < 2:
-        raise UserError(f"--n {question.limit}: an interval needs 2 images or more")
-    if question.split is not None:
-        if question.split != "val":
-            raise UserError(f"no split {question.split!r}; there is val")
-        if policy.tokenizer_name != "nano-vq":
-            raise UserError(f"split val holds scenes of the nano world, and {subject.path} has another tokenizer")
-        from argrpo_cli.nano.held_out import load_held_out
-
-        tokens, conditions = load_held_out("classes" if policy.text_encoder is None else "captions")
-        return tokens[: question.limit], conditions[: question.limit]
-    if policy.text_encoder is None:
-        raise UserError(f"{subject.path} draws classes and reads no prompts; measure it with --split val")
-    conditions = policy.conditions(read_captions(_readable(policy, question.prompts)))[: question.limit]
-    if len(conditions) < 2:
-        raise UserError(f"--prompts {question.prompts} holds one caption, and an interval needs 2 or more")
-    if not 0 <= question.seed < MOST_SEEDS:
-        raise UserError(f"--seed {question.seed}: give 0 to {MOST_SEEDS - 1}")
-    seeds = [FIRST_SEED + question.seed * SEED_STRIDE + index for index in range(len(conditions))]
-    drawn = []
-    with progress(f"sampling {subject.name}", len(conditions)) as advance:
-        for start in range(0, len(conditions), batch_size):
-            part = slice(start, start + batch_size)
-            drawn.append(
-                policy.sample(
-                    conditions[part],
-                    cfg_scale=cfg_scale,
-                    temperature=temperature,
-                    seeds=seeds[part],
-                    batch_size=batch_size,
-                )
-            )
-            advance(len(conditions[part]))
-    return torch.cat(drawn), conditions
+def _kept(path: Path | None, images: int, positions: int) -> Tally | None:
+    """A tally of the journal; None where there is none, or a damaged file."""
+    try:
+        found = load_file(path) if path is not None and path.is_file() else {}
+    except (OSError, SafetensorError):
+        return None  # measured again, and the file replaced
+    shapes = {"per_image": (2, images), "sums": (2, positions), "squares": (2, positions)}
+    fits = found.keys() == shapes.keys() and all(found[key].shape == shape for key, shape in shapes.items())
+    return found if fits else None
 
 
-def _readable(policy: Policy, prompts: str) -> str:
-    """The set itself; for the official GenEval list, the part of it that a policy of few words can read."""
-    few_words = policy.text_encoder is not None and policy.text_encoder.words is not None
-    return "geneval-nano" if prompts == "geneval" and few_words else prompts
+def _about(policy: Policy, weights: str) -> dict[str, Any]:
+    """What the results say about a policy and the programs."""
+    parameters = sum(one.numel() for one in policy.model.parameters())
+    kind = "captions" if policy.text_encoder is not None else "classes"
+    return {
+        "family": f"{_short(parameters)}, {policy.image_size} px, {kind}",
+        "parameters": parameters,
+        "image_size": policy.image_size,
+        "base": policy.base,
+        "weights": weights,
+        "versions": {"argrpo": __version__, "torch": torch.__version__},
+    }
+
+
+def _short(count: int) -> str:
+    """111,234,567 as 111M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
