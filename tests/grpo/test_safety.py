@@ -121,7 +121,7 @@ def test_a_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_used(
     aside = crashed / "checkpoints" / "damaged-step_000004"
     assert (
         f"the checkpoint of step 4 is damaged: model.safetensors is not what was written; moved to {aside} "
-        "trying the one before"
+        "(it can be deleted), trying the one before"
     ) in shown
     assert "continuing after step 2" in shown
     assert aside.is_dir()
