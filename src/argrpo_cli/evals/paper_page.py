@@ -24,8 +24,9 @@ Verdicts = Sequence[tuple[Any, float]]  # prompt and 1 or 0 for each image
 IS = "inception_score"
 FIDELITY = {IS: "IS", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall"}
 MEASURES = {**FIDELITY, "match": "match, dB", "recognised": "recognised", "entropy": "entropy"}
-CATEGORIES = ("position", "colors", "color_attr", "counting", "single_object", "two_object", "overall")  # as table 3
-HELD_OUT = tuple(tag for tag in CATEGORIES[:-1] if tag not in SHARED)  # categories that GRPO does not ask for
+HELD_OUT = tuple(
+    tag for tag in published.TABLE_3_COLUMNS[:-1] if tag not in SHARED
+)  # categories that GRPO does not ask for
 CLEAR = 3.0  # standard errors from which a difference is called one
 
 
@@ -55,7 +56,7 @@ def page(results: Results, images: int, per_prompt: int) -> str:
     t2i = {name: _categories(_mean_verdicts(runs)) for name, runs in results.t2i.items()}
     settings = load_recipe("nano/paper/c2i").grpo
     by_scale = sorted((name for name in c2i if _is_scale(name)), key=scale_of)
-    columns = {name: name.replace("_", " ") for name in CATEGORIES}
+    columns = {name: name.replace("_", " ") for name in published.TABLE_3_COLUMNS}
     parts = [
         "# The paper's tables in the nano world",
         f"Made by `make paper-nano` from the recipes in `recipes/nano/paper/`: {settings.steps} updates of "
@@ -123,7 +124,7 @@ def findings(results: Results) -> list[str]:
         difference = _categories([(prompt, x - y) for (prompt, x), (_, y) in pairs])["overall"]
         return _verdict(claim, difference, _of_training(spread, trained), sign)
 
-    every = CATEGORIES[:-1]
+    every = published.TABLE_3_COLUMNS[:-1]
     return [
         fidelity("Quality up: IS rises (table 2)", full, "base", IS, +1),
         fidelity("Quality up: precision rises (table 2)", full, "base", "precision", +1),

@@ -21,7 +21,6 @@ Value = tuple[float | None, float | None]  # and its standard error; None where 
 EXPECTED = (
     "the file of `argrpo eval nano --out`, the summary.json of eval imagenet, geneval or drawbench, or entropy.jsonl"
 )
-CATEGORIES = ("position", "colors", "color_attr", "counting", "single_object", "two_object", "overall")  # as table 3
 FIDELITY = {
     "inception_score": "IS ↑",
     "fid": "FID ↓",
@@ -157,10 +156,10 @@ def _geneval(value: Mapping[str, Any], source: str) -> list[Result]:
     results = []
     for part in next(iter(value["scores"].values())):
         rows = [Row(name, _cells(own[part]), protocol, source) for name, own in reversed(value["scores"].items())]
-        known = [tag for tag in CATEGORIES if tag in rows[0].cells]
+        known = [tag for tag in paper_numbers.TABLE_3_COLUMNS if tag in rows[0].cells]
         labels = {tag: tag.replace("_", " ") for tag in [*known, *(tag for tag in rows[0].cells if tag not in known)]}
         paper = [
-            Row(name, {tag: (number, None) for tag, number in zip(CATEGORIES, numbers, strict=True)})
+            Row(name, {tag: (number, None) for tag, number in zip(paper_numbers.TABLE_3_COLUMNS, numbers, strict=True)})
             for name, numbers in paper_numbers.TABLE_3.items()
         ]
         warnings = list(departures)
