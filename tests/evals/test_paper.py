@@ -26,7 +26,7 @@ def units(numbers, entropy=3.0, shift=0.0):
 
 
 def verdicts(numbers, shift=0.0):
-    means = dict(zip(paper_page.CATEGORIES, numbers, strict=True))
+    means = dict(zip(paper_numbers.TABLE_3_COLUMNS, numbers, strict=True))
     return [(prompt, means[prompt.tag] + shift) for prompt in EVERY]
 
 
@@ -165,7 +165,7 @@ def test_the_page_has_every_table_with_the_papers_numbers_beside(results, tmp_pa
     measured = next(line for line in text.splitlines() if line.startswith("| AR-GRPO | 211"))
     assert measured.split(" | ")[1].startswith("211.670 ± 0.000")
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {len(paper_page.MEASURES) + 2, len(paper_page.CATEGORIES) + 2}
+    assert widths == {len(paper_page.MEASURES) + 2, len(paper_numbers.TABLE_3_COLUMNS) + 2}
     paper_page.draw_figures(results, tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").width > 1000
 

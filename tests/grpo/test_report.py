@@ -171,7 +171,7 @@ def test_the_table_holds_first_against_last(tmp_path: Path, recipe: Recipe) -> N
     cells = page.words["td"]
     at = cells.index("reward, weighted total")
     assert cells[at + 1 : at + 4] == ["1.5", "19.5", "+18"]
-    assert "No errors: with fewer than 60" in page.text
+    assert "No errors: with fewer than 100" in page.text
 
 
 def test_stage_times_add_up(run: RunDirectory, recipe: Recipe) -> None:
