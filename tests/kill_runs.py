@@ -117,7 +117,7 @@ def place(recipe: Recipe, out: Path, ended: bool) -> str:
     """Where in its life a run was killed, by what lies in its folder."""
     steps = [int(path.name[5:]) for path in (out / "checkpoints").glob("step_*")]
     if ended:
-        return "after the end"
+        return "after the end, so nobody was killed"
     if not (out / "recipe.yaml").exists():
         return "before its folder was made"
     if list((out / "checkpoints").glob(".partial/checkpoint-*")):
@@ -202,8 +202,8 @@ def disturb(recipe: Recipe, out: Path, log: Path, life: float, chance: random.Ra
             except ProcessLookupError:  # it has not left our group yet
                 os.kill(process, kind)
             code = wait(process)
-        tally.kills += kind == signal.SIGKILL
-        tally.terminations += kind == signal.SIGTERM
+            tally.kills += kind == signal.SIGKILL
+            tally.terminations += kind == signal.SIGTERM
         tally.where[place(recipe, out, ended)] += 1
         expected = {0} if ended else {-signal.SIGKILL} if kind == signal.SIGKILL else {0, 143, -signal.SIGTERM}
         if code not in expected:
@@ -213,7 +213,7 @@ def disturb(recipe: Recipe, out: Path, log: Path, life: float, chance: random.Ra
             for folder in whole if chance.random() < ALL_TORN else whole[-1:]:
                 tear(folder, chance)
                 tally.torn += 1
-        if chance.random() >= AGAIN:
+        if ended or chance.random() >= AGAIN:
             return
 
 
