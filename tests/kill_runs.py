@@ -199,10 +199,12 @@ def disturb(recipe: Recipe, out: Path, log: Path, life: float, chance: random.Ra
             except ProcessLookupError:  # it has not left our group yet
                 os.kill(process, kind)
             code = wait(process)
+            ended = code == 0  # it was at its end before the signal came
+        if not ended:
             tally.kills += kind == signal.SIGKILL
             tally.terminations += kind == signal.SIGTERM
         tally.where[place(recipe, out, ended)] += 1
-        expected = {0} if ended else {-signal.SIGKILL} if kind == signal.SIGKILL else {0, 143, -signal.SIGTERM}
+        expected = {0} if ended else {-signal.SIGKILL} if kind == signal.SIGKILL else {143, -signal.SIGTERM}
         if code not in expected:
             tally.lost.append(f"{out}: ended with {code} instead of one of {expected}")
         whole = sorted((out / "checkpoints").glob("step_*"))
