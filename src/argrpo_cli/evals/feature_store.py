@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from argrpo_cli.evals.image_sets import ImageSet
 from argrpo_cli.evals.inception import CLASSES, POOL_WIDTH, SPATIAL_WIDTH, Inception
 from argrpo_cli.files import atomic_path
 from argrpo_cli.processes import Team
@@ -117,7 +118,11 @@ def extract(source: Source, inception: Inception, store: FeatureStore, team: Tea
             if team.index == 0 and mine:
                 whose = "" if team.count == 1 else f", one of {team.count} processes"
                 advance = stack.enter_context(progress(label + whose, sum(end - start for start, end in mine)))
-            batches = stack.enter_context(closing(ahead(source.batches(store.batch_size, mine), inception.device)))
+            batches = source.batches(store.batch_size, mine)
+            if isinstance(source, ImageSet) or torch.device(inception.device).type != "cuda":
+                # A policy on a GPU records CUDA graphs, during which no other thread may ask for memory.
+                batches = ahead(batches, inception.device)
+            stack.enter_context(closing(batches))
             for start, end in mine:
                 parts = []
                 for _ in range(start, end, store.batch_size):

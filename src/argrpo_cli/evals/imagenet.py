@@ -140,7 +140,8 @@ def save_reference_statistics(
     team = join_team(device)
     found = _open_reference(reference, team)
     network = team.together(lambda: load_inception(inception, team.device))
-    folder = file.with_name(f"{file.name}-features-{found.sha256[:12]}")
+    # Features of another network, or another division into batches, are none to go on with.
+    folder = file.with_name(f"{file.name}-features-{found.sha256[:12]}-{network.fingerprint[:8]}-{batch_size}")
     store = None
     if found.images is not None and found.stored is None:
         store = FeatureStore(folder, found.images.count, batch_size)

@@ -64,7 +64,7 @@ class Inception:
         hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: caught.append(call[2]))
         try:
             # cuDNN otherwise rounds what it multiplies to TF32's ten bits.
-            with torch.backends.cudnn.flags(allow_tf32=False):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 pool, logits = self.network(images.to(self.device))
         except RuntimeError as error:
             if not out_of_memory(error):
