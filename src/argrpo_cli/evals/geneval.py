@@ -18,13 +18,13 @@ written as it comes, so that an interrupted evaluation goes on where it stopped;
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from argrpo_cli.errors import UserError
+from argrpo_cli.evals.folders import policy_folders
 from argrpo_cli.evals.geneval_detectors import MASK2FORMER, NANO, Judge, open_judge
 from argrpo_cli.evals.geneval_drawing import draw_pictures, draws_nano_world, open_captioned
 from argrpo_cli.evals.geneval_folders import OFFICIAL_SET, absent, planned, read_pictures, write_metadata
@@ -105,7 +105,7 @@ def run_geneval(
         UserError: no such policy or detector, a policy that reads no captions or knows too few words, settings out of
             range, an `out` used for something else.
     """
-    names = _names(policies)
+    names = policy_folders(policies)
     _check(settings)
     team = join_team(device)
 
@@ -167,7 +167,7 @@ def judge_folder(
     Raises:
         UserError: see `read_pictures` and `open_judge`.
     """
-    name = _names([str(folder.resolve().name)])[0]
+    name = policy_folders([str(folder.resolve().name)])[0]
     team = join_team(device)
     pictures = team.together(lambda: read_pictures(folder))
     judge = team.together(lambda: open_judge(detector, team.device, colors, detector_batch_size))
@@ -193,16 +193,6 @@ def judge_folder(
     }
     team.lead(lambda: _finish(result, {name: rows}, prompts, folder, out, judge))
     return result if team.index == 0 else None
-
-
-def _names(policies: Sequence[str]) -> list[str]:
-    """Folder names for one or two policies."""
-    if not 1 <= len(policies) <= 2:
-        raise UserError(f"{len(policies)} policies; give one, or one and a baseline")
-    names = [re.sub(r"[^A-Za-z0-9._-]+", "-", str(path)).strip("-.") or "policy" for path in policies]
-    if len(set(names)) < len(names):
-        raise UserError(f"{policies[0]} and {policies[1]} are the same policy; give another baseline")
-    return names
 
 
 def _check(settings: GenEvalSettings) -> None:
