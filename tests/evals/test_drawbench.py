@@ -128,23 +128,23 @@ def test_each_picture_of_each_prompt_has_a_seed_of_its_own(policies, tmp_path, m
 
 def test_errors_are_clustered_by_prompt():
     # Two prompts of two pictures: sums of residuals -2 and 2, so error^2 = 2/1 * 8 / 16.
-    found = d.clustered_mean([1.0, 3.0, 3.0, 5.0], 2)
+    found = d.prompt_mean([1.0, 3.0, 3.0, 5.0], 2)
     assert found == {"value": 3.0, "error": 1.0, "images": 4, "prompts": 2}
     # Pictures that repeat one another tell no more than one of each prompt.
-    once = d.clustered_mean([1.0, 2.0, 6.0], 1)
-    assert d.clustered_mean([1.0, 1.0, 2.0, 2.0, 6.0, 6.0], 2)["error"] == pytest.approx(once["error"])
+    once = d.prompt_mean([1.0, 2.0, 6.0], 1)
+    assert d.prompt_mean([1.0, 1.0, 2.0, 2.0, 6.0, 6.0], 2)["error"] == pytest.approx(once["error"])
     assert once["error"] == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
-    with_gaps = d.clustered_mean([1.0, None, None, None, 2.0, 2.0], 2)
+    with_gaps = d.prompt_mean([1.0, None, None, None, 2.0, 2.0], 2)
     assert (with_gaps["images"], with_gaps["prompts"]) == (3, 2) and with_gaps["value"] == pytest.approx(5 / 3)
-    assert d.clustered_mean([1.0, 2.0], 2)["error"] is None
-    assert d.clustered_mean([None], 1)["value"] is None
+    assert d.prompt_mean([1.0, 2.0], 2)["error"] is None
+    assert d.prompt_mean([None], 1)["value"] is None
 
 
 def test_the_difference_is_paired_picture_by_picture():
     one, two = [1.0, 2.0, 4.0, 5.0], [0.5, 2.0, 3.0, 5.0]
     scores = {"clip": s.Scores({"a": list(one), "b": list(two)})}
     result = d.summarise(scores, PROMPTS, DRAWING, {"a": {}, "b": {}}, {})
-    difference = d.clustered_mean([x - y for x, y in zip(one, two, strict=True)], 2)
+    difference = d.prompt_mean([x - y for x, y in zip(one, two, strict=True)], 2)
     assert result["difference"]["clip"] == difference
     assert difference["value"] == 0.375 and difference["error"] == pytest.approx(0.125)
     assert difference["error"] < result["policies"]["a"]["clip"]["error"]
@@ -284,9 +284,9 @@ def test_argrpo_score_reads_the_pictures(policies, tmp_path):
 
 def test_a_folder_is_not_used_for_two_evaluations(policies, tmp_path):
     measure(policies[:1], tmp_path / "o", ["clip"])
-    with pytest.raises(UserError, match=r"holds an evaluation of other settings \(cfg_scale\); choose another --out"):
+    with pytest.raises(UserError, match=r"holds an evaluation of something else \(cfg_scale\); choose another --out"):
         measure(policies[:1], tmp_path / "o", ["clip"], drawing=Drawing(2, cfg_scale=3.0))
-    with pytest.raises(UserError, match=r"other settings \(weights\)"):
+    with pytest.raises(UserError, match=r"something else \(weights\)"):
         measure(policies[1:], tmp_path / "o", ["clip"])
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "file").write_text("")
@@ -301,7 +301,7 @@ def test_a_folder_is_not_used_for_two_evaluations(policies, tmp_path):
         (["clip", "clip"], DRAWING, "--columns names 'clip' twice"),
         (["clap"], DRAWING, "reward 'clap' is unknown"),
         (["clip"], Drawing(0), "--n 0: give 1 to 33333"),
-        (["clip"], Drawing(seed=10_000), "--seed 10000: give 0 to 9999"),
+        (["clip"], Drawing(seed=5_000), "--seed 5000: give 0 to 4999"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_is_drawn(policies, tmp_path, rewards_asked, drawing, message):

@@ -97,7 +97,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(finished, policy, 
 
 def test_a_folder_is_not_used_for_two_evaluations(finished, policy, tmp_path):
     out, _ = finished
-    with pytest.raises(UserError, match="holds an evaluation of something else; choose another --out"):
+    with pytest.raises(UserError, match="holds an evaluation of something else \\("):
         g.run_geneval([policy], out, g.GenEvalSettings(per_prompt=1, seed=1, sets=("geneval-nano",)))
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "file").write_text("")

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.evals import feature_store, imagenet_reference
 from argrpo_cli.evals.feature_store import FeatureStore, ahead, extract
 from argrpo_cli.evals.imagenet import ImagenetSettings, run_imagenet, save_reference_statistics
+from argrpo_cli.evals.imagenet_sources import PolicySource
 from argrpo_cli.processes import Team
 from tests.evals.inception_weights import save_random_inception
 from tests.evals.stub_inception import POOL_WIDTH, StubInception, install
@@ -203,6 +205,15 @@ def test_every_image_has_a_seed_and_classes_come_in_turn(stub, policy, reference
     assert next(iter(result["protocol"]["measured"].values()))["seeds"] == [2_000_300_000, 2_000_300_007]
 
 
+@pytest.mark.parametrize(
+    ("drawn", "asked", "seen"), [(384, None, 256), (256, None, 256), (64, None, 64), (384, 96, 96)]
+)
+def test_larger_images_reach_inception_in_256_pixels(drawn, asked, seen):
+    """As LlamaGen scales those of its models for 384."""
+    source = PolicySource(SimpleNamespace(image_size=drawn), ImagenetSettings(resize=asked), None)
+    assert source.size == (seen, seen)
+
+
 def test_the_protocol_is_in_the_result(stub, policy, reference, tmp_path):
     protocol = evaluate(policy, reference, tmp_path / "out")["protocol"]
     assert protocol["settings"]["cfg_scale"] == 2.0 and protocol["settings"]["n"] == N
@@ -314,13 +325,33 @@ class TestWarnings:
         kinds = rng.integers(0, 256, (4, 8, 8, 3))
         pixels = np.clip(np.repeat(kinds, 10, 0) + rng.integers(-3, 4, (40, 8, 8, 3)), 0, 255).astype(np.uint8)
         found = {}
+        (tmp_path / "folder").mkdir()
+        for index, one in enumerate(pixels):
+            Image.fromarray(one).save(tmp_path / "folder" / f"{index:02d}.png")
         for name, order in (("sorted", np.arange(40)), ("mixed", rng.permutation(40))):
             np.savez(tmp_path / f"{name}.npz", arr_0=pixels[order])
+        for name in ("sorted.npz", "mixed.npz", "folder"):
             found[name] = run_imagenet(
-                [], tmp_path / f"{name}.npz", tmp_path / name, reference=reference, batch_size=BATCH, device="cpu"
+                [], tmp_path / name, tmp_path / f"of-{name}", reference=reference, batch_size=BATCH, device="cpu"
             )
-        assert any("sorted by class" in text for text in found["sorted"]["warnings"])
-        assert not any("sorted by class" in text for text in found["mixed"]["warnings"])
+        assert any("sorted by class" in text for text in found["sorted.npz"]["warnings"])
+        for name in ("mixed.npz", "folder"):
+            assert not any("sorted by class" in text for text in found[name]["warnings"]), name
+        scores = {name: one["policies"].popitem()[1]["inception_score"]["value"] - 1 for name, one in found.items()}
+        assert scores["sorted.npz"] < 0.5 * min(scores["mixed.npz"], scores["folder"]), "a folder is shuffled"
+
+    def test_a_finished_evaluation_asked_again_repeats_them_all(self, stub, tmp_path):
+        pictures, told = save_pictures(tmp_path / "pictures", 8, seed=1), ([], [])
+        for texts in told:
+            run_imagenet([], pictures, tmp_path / "out", reference=str(pictures), device="cpu", warn=texts.append)
+        assert told[0] == told[1] and "8 of 8 images are in the reference" in told[1][-1]
+
+    def test_guidance_in_part_is_told_of_a_folder_that_sample_drew(self, stub, policy, reference, tmp_path):
+        drawn = ["sample", "--policy", policy, "--per-class", "3", "--cfg-interval", "2", "--device", "cpu"]
+        assert run([*drawn, "--out", str(tmp_path / "drawn")]) == 0
+        told: list[str] = []
+        run_imagenet([], tmp_path / "drawn", tmp_path / "out", reference=reference, device="cpu", warn=told.append)
+        assert [text for text in told if text.startswith("--")] == ["--cfg-interval 2; the paper's table 2 has -1"]
 
     def test_a_published_protocol_is_met_without_a_word(self):
         from argrpo_cli.evals import imagenet_warnings as check

@@ -8,10 +8,7 @@ that an interrupted evaluation goes on where it stopped; a column can be added l
     POLICY/scores/REWARD.jsonl         the raw score of each picture
     summary.json                       means, errors, differences, the paper's numbers and the protocol
 
-Standard errors are clustered by prompt, since the pictures of one prompt are good or bad together. N values of G
-prompts with mean m have, with e_g the sum of (value - m) over the pictures of prompt g,
-
-    error^2 = G / (G - 1) * sum_g e_g^2 / N^2
+Standard errors are clustered by prompt (`clusters.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli import __version__
+from argrpo_cli.clusters import clustered_mean
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals import paper_numbers
@@ -142,11 +140,11 @@ def summarise(
                 warnings.append(f"{reward} has no score for {missing} of {len(values)} pictures of {name}: {why}")
             enough = missing == 0 or (not own.fault and missing <= MOST_MISSING * len(values))
             usable[name] = _scaled(values, reward) if enough else [None] * len(values)
-            policies[name][reward] = {**clustered_mean(usable[name], drawing.per_prompt), "missing": missing}
+            policies[name][reward] = {**prompt_mean(usable[name], drawing.per_prompt), "missing": missing}
         if len(names) == 2:
             pairs = zip(*usable.values(), strict=True)
             paired = [None if None in pair else pair[0] - pair[1] for pair in pairs]
-            difference[reward] = clustered_mean(paired, drawing.per_prompt)
+            difference[reward] = prompt_mean(paired, drawing.per_prompt)
     result: dict[str, Any] = {"benchmark": "drawbench", "policies": policies}
     if difference:
         result["difference"] = difference
@@ -186,7 +184,7 @@ def summarise(
     return result
 
 
-def clustered_mean(values: Sequence[float | None], per_prompt: int) -> dict[str, Any]:
+def prompt_mean(values: Sequence[float | None], per_prompt: int) -> dict[str, Any]:
     """Mean of the values that are there and its standard error, `per_prompt` in a row being of one prompt.
 
     Returns:
@@ -197,15 +195,11 @@ def clustered_mean(values: Sequence[float | None], per_prompt: int) -> dict[str,
         for start in range(0, len(values), per_prompt)
     ]
     groups = [group for group in groups if group]
-    count = sum(map(len, groups))
-    if not count:
+    if not groups:
         return {"value": None, "error": None, "images": 0, "prompts": 0}
-    mean = math.fsum(value for group in groups for value in group) / count
-    error = None
-    if len(groups) > 1:
-        squares = math.fsum(math.fsum(value - mean for value in group) ** 2 for group in groups)
-        error = math.sqrt(len(groups) / (len(groups) - 1) * squares) / count
-    return {"value": mean, "error": error, "images": count, "prompts": len(groups)}
+    mean, error = clustered_mean(groups)
+    told = None if math.isnan(error) else error
+    return {"value": mean, "error": told, "images": sum(map(len, groups)), "prompts": len(groups)}
 
 
 def _scaled(values: Sequence[float | None], reward: str) -> list[float | None]:

@@ -56,5 +56,5 @@ def claim(out: Path, identity: dict[str, Any], batch_size: int) -> int:
     held = read_json(path)
     other = [key for key in identity if held.get(key) != identity[key]]
     if other or not isinstance(held.get("batch_size"), int):
-        raise UserError(f"{out} holds an evaluation of other settings ({', '.join(other)}); choose another --out")
+        raise UserError(f"{out} holds an evaluation of something else ({', '.join(other)}); choose another --out")
     return held["batch_size"]

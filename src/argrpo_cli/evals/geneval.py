@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.evals.folders import policy_folders
+from argrpo_cli.evals.folders import check_claim, claim, policy_folders
 from argrpo_cli.evals.geneval_detectors import MASK2FORMER, NANO, Judge, open_judge
 from argrpo_cli.evals.geneval_drawing import draw_pictures, draws_nano_world, open_captioned
 from argrpo_cli.evals.geneval_folders import OFFICIAL_SET, absent, planned, read_pictures, write_metadata
 from argrpo_cli.evals.geneval_judging import judge_pictures
 from argrpo_cli.evals.geneval_scores import Rows, by_prompt, difference, part_scores, set_scores, totals
 from argrpo_cli.evals.geneval_sheet import failure_sheet
-from argrpo_cli.files import make_dir, read_json, save_png, write_json, write_jsonl
+from argrpo_cli.files import save_png, write_json, write_jsonl
 from argrpo_cli.geneval.grammar import Prompt
 from argrpo_cli.geneval.prompts import official_jsonl, prompt_set
 from argrpo_cli.policy import Policy
@@ -40,7 +40,6 @@ from argrpo_cli.processes import join_team
 NANO_SETS, OFFICIAL_SETS = ("geneval-nano", "geneval-nano-extra"), (OFFICIAL_SET,)
 FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 400_000_000, 100_000, 10_000  # `eval nano` and `entropy` draw others
 MOST_FAILURES = 40  # on the sheet
-SETTINGS, BATCH_SIZE = "settings.json", "batch_size"
 # The paper's protocol; its authors' scripts start from cfg 7.5 and top-k 2000.
 PAPER = {"per_prompt": 4, "cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -108,6 +107,7 @@ def run_geneval(
     names = policy_folders(policies)
     _check(settings)
     team = join_team(device)
+    team.lead(lambda: check_claim(out))
 
     def load() -> dict[str, Policy]:
         given = (team.device, settings.dtype, text_device)
@@ -125,8 +125,7 @@ def run_geneval(
         "detector": judge.label,
         "thresholds": asdict(judge.observer.thresholds),
     }
-    team.lead(lambda: _claim(out, identity, batch_size))
-    batch_size = read_json(out / SETTINGS)[BATCH_SIZE]
+    batch_size = team.from_lead(lambda: claim(out, identity, batch_size))
     pictures = planned(prompts, settings.per_prompt, official)
     folders = {name: out / name if official else out / name / "images" for name in names}
     for name, policy in loaded.items():
@@ -169,6 +168,7 @@ def judge_folder(
     """
     name = policy_folders([str(folder.resolve().name)])[0]
     team = join_team(device)
+    team.lead(lambda: check_claim(out))
     pictures = team.together(lambda: read_pictures(folder))
     judge = team.together(lambda: open_judge(detector, team.device, colors, detector_batch_size))
     prompts = list(dict.fromkeys(one.prompt for one in pictures))
@@ -179,8 +179,7 @@ def judge_folder(
         "detector": judge.label,
         "thresholds": asdict(judge.observer.thresholds),
     }
-    team.lead(lambda: _claim(out, identity, batch_size))
-    batch_size = read_json(out / SETTINGS)[BATCH_SIZE]
+    batch_size = team.from_lead(lambda: claim(out, identity, batch_size))
     rows = judge_pictures(pictures, folder, out / name, judge, batch_size, team)
     official = {prompt.index for prompt in prompt_set(OFFICIAL_SET)}
     part = OFFICIAL_SET if all(prompt.index in official for prompt in prompts) else "prompts of these images"
@@ -231,23 +230,6 @@ def _by_world(
     for policy in policies.values():
         policy.conditions([prompt.text for prompt in settings.prompts])  # are all words known?
     return settings, detector
-
-
-def _claim(out: Path, identity: dict[str, Any], batch_size: int) -> None:
-    """Use a new or empty folder, or one that an interrupted call with the same settings left: with its batch size,
-    since images depend on it by rounding."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"cannot write to {out}: it is a file, not a folder")
-    path = out / SETTINGS
-    if path.is_file():
-        held = read_json(path)
-        if not isinstance(held.pop(BATCH_SIZE, None), int) or held != identity:
-            raise UserError(f"{out} holds an evaluation of something else; choose another --out")
-        return
-    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise UserError(f"{out} is not empty; choose another --out")
-    make_dir(out)
-    write_json(path, {**identity, BATCH_SIZE: batch_size})
 
 
 def _stamp(path: Path) -> str:

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from argrpo_cli import __version__
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import imagenet_warnings as check
 from argrpo_cli.evals.feature_store import HASHES, FeatureStore, extract
 from argrpo_cli.evals.fidelity import NEIGHBOURS, SPLIT_SIZE
+from argrpo_cli.evals.folders import check_claim, claim
 from argrpo_cli.evals.image_sets import ImageSet, save_statistics
 from argrpo_cli.evals.imagenet_measures import MEASURES, Measure, measure_set, sorted_by_class
 from argrpo_cli.evals.imagenet_reference import (
@@ -49,10 +49,10 @@ from argrpo_cli.evals.imagenet_sources import (
 from argrpo_cli.evals.inception import Inception, load_inception
 from argrpo_cli.evals.nano_sets import class_groups
 from argrpo_cli.evals.paper_numbers import TABLE_2_ALL
-from argrpo_cli.files import make_dir, read_json, write_json
+from argrpo_cli.files import read_json, write_json
 from argrpo_cli.processes import Team, join_team
 
-SUMMARY, CLAIM, BATCH_SIZE = "summary.json", "settings.json", "batch_size"
+SUMMARY = "summary.json"
 ERRORS = (
     "of drawing the images, given the reference: a jackknife over 20 groups (IS, FID, sFID), the spread over generated "
     "images (precision); recall: the spread over reference images, given the generated ones; FID's and sFID's upward "
@@ -93,19 +93,19 @@ def run_imagenet(
     """
     settings.check()
     team = join_team(device)
-    team.lead(lambda: _check_folder(out))
+    team.lead(lambda: check_claim(out))
     sources = team.together(lambda: open_sources(policies, images, out, settings, keep_images, team.device))
     found = _open_reference(reference, team)
     network = team.together(lambda: load_inception(inception, team.device))
     identity = _identity(sources, settings, found, network, keep_images)
-    team.lead(lambda: _claim(out, identity, batch_size))
-    batch_size = read_json(out / CLAIM)[BATCH_SIZE]
+    batch_size = team.from_lead(lambda: claim(out, identity, batch_size))
     stores = {name: FeatureStore(out / name / "features", one.count, batch_size) for name, one in sources.items()}
     store = None if found.images is None else FeatureStore(out / "reference", found.images.count, batch_size)
     early = _early_warnings(sources, settings, found, identity)
-    for text in early if team.index == 0 else ():
-        warn(text)
     finished = team.together((out / SUMMARY).is_file)
+    if team.index == 0:
+        for text in read_json(out / SUMMARY)["warnings"] if finished else early:
+            warn(text)
     ready = None
     if not finished or statistics is not None:
         cache = f"imagenet-reference-{found.sha256[:12]}-{network.fingerprint[:8]}.safetensors"
@@ -179,26 +179,6 @@ def _identity(
     return {"measured": own, "settings": drawn, "reference": reference, "inception": network.fingerprint}
 
 
-def _check_folder(out: Path) -> None:
-    """What can be refused before anything is loaded."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"cannot write to {out}: it is a file, not a folder")
-    if out.is_dir() and not (out / CLAIM).is_file() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise UserError(f"{out} is not empty; choose another --out")
-
-
-def _claim(out: Path, identity: dict[str, Any], batch_size: int) -> None:
-    """Use a new or empty folder, or one that an interrupted call with the same settings left."""
-    if not (out / CLAIM).is_file():
-        make_dir(out)
-        write_json(out / CLAIM, {**identity, BATCH_SIZE: batch_size})
-        return
-    held = read_json(out / CLAIM)
-    other = [key for key in identity if held.get(key) != identity[key]]
-    if other or not isinstance(held.get(BATCH_SIZE), int):
-        raise UserError(f"{out} holds an evaluation of something else ({', '.join(other)}); choose another --out")
-
-
 def _early_warnings(
     sources: dict[str, PolicySource | ImageSet],
     settings: ImagenetSettings,
@@ -214,7 +194,7 @@ def _early_warnings(
             texts += check.sampling_warnings(asdict(settings))
         else:
             texts += check.count_warnings(source.count, None)
-            texts += check.sampling_warnings(check.SAMPLING | own.get("sampling", {}))
+            texts += check.sampling_warnings(own.get("sampling", {}))
         texts += check.size_warnings(source.size, found)
         texts += check.reference_warnings(found, own.get("sha256") == found.sha256)
     return list(dict.fromkeys(texts))

@@ -13,6 +13,7 @@ from argrpo_cli.evals.imagenet_reference import ADM_SIZE, ReferenceFile
 
 IMAGES, CLASSES = 50_000, 1000
 SAMPLING = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # of the paper
+RECORDED = SAMPLING | {"cfg_interval": -1}  # what a folder of `argrpo sample` tells
 
 
 def count_warnings(n: int, classes: int | None) -> list[str]:
@@ -39,11 +40,11 @@ def size_warnings(size: tuple[int, int], reference: ReferenceFile) -> list[str]:
 
 
 def sampling_warnings(settings: dict[str, object]) -> list[str]:
-    """Of guidance, temperature and the like."""
+    """Of guidance, temperature and the like, as far as `settings` tells them."""
     return [
         f"--{key.replace('_', '-')} {settings[key]:g}; the paper's table 2 has {value:g}"
-        for key, value in SAMPLING.items()
-        if settings[key] != value
+        for key, value in RECORDED.items()
+        if settings.get(key, value) != value
     ]
 
 

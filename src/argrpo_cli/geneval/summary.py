@@ -3,14 +3,9 @@
     summary = summarise([(prompt, verdict.correct), ...])      # usually four images of each prompt
     summary.overall.mean, summary.by_tag["counting"].error
 
-Standard errors are clustered by prompt, since the images of one prompt succeed or fail together. A category with N
-images of G prompts and mean m has, with e_g the sum of (value - m) over the images of prompt g,
-
-    error^2 = G / (G - 1) * sum_g e_g^2 / N^2
-
-which is the standard error of the mean of the prompts' means when all prompts have as many images. Categories share no
-prompts, so the error of the mean of T of them is sqrt(sum_t error_t^2) / T. It covers the choice of the prompts as
-well as that of the seeds; for the difference of two policies on the same prompts, give `tag_scores` the differences.
+Standard errors are clustered by prompt (`clusters.py`). Categories share no prompts, so the error of the mean of T of
+them is sqrt(sum_t error_t^2) / T. It covers the choice of the prompts as well as that of the seeds; for the difference
+of two policies on the same prompts, give `tag_scores` the differences.
 """
 
 from __future__ import annotations
@@ -20,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from argrpo_cli.clusters import clustered_mean
 from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.grammar import Prompt
 
@@ -62,7 +58,10 @@ def tag_scores(values: Iterable[tuple[Prompt, float]]) -> tuple[dict[str, Score]
         groups[prompt.tag][prompt].append(float(value))
     if not groups:
         raise UserError("there are no images to summarise")
-    by_tag = {tag: _clustered(list(group.values())) for tag, group in groups.items()}
+    by_tag = {
+        tag: Score(*clustered_mean(list(group.values())), sum(map(len, group.values())), len(group))
+        for tag, group in groups.items()
+    }
     scores = list(by_tag.values())
     overall = Score(
         mean=sum(score.mean for score in scores) / len(scores),
@@ -71,13 +70,3 @@ def tag_scores(values: Iterable[tuple[Prompt, float]]) -> tuple[dict[str, Score]
         prompts=sum(score.prompts for score in scores),
     )
     return by_tag, overall
-
-
-def _clustered(groups: list[list[float]]) -> Score:
-    """Mean over all values and its standard error; values of one group are not independent."""
-    images, prompts = sum(map(len, groups)), len(groups)
-    mean = sum(map(sum, groups)) / images
-    if prompts < 2:
-        return Score(mean, math.nan, images, prompts)
-    squares = sum(sum(value - mean for value in group) ** 2 for group in groups)
-    return Score(mean, math.sqrt(prompts / (prompts - 1) * squares) / images, images, prompts)
