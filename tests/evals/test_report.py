@@ -14,8 +14,11 @@ from argrpo_cli.evals import drawbench as d
 from argrpo_cli.evals.drawbench_images import Drawing
 from argrpo_cli.evals.drawbench_prompts import PromptList
 from argrpo_cli.evals.drawbench_scores import Scores
+from argrpo_cli.evals.imagenet import ImagenetSettings, run_imagenet
 from argrpo_cli.evals.report import read_results
 from argrpo_cli.evals.report_page import html_page, section, write_report
+from tests.evals.stub_inception import StubInception, install
+from tests.grpo.tiny import save_tiny_policy
 
 DRAWING = Drawing(per_prompt=2)
 
@@ -128,7 +131,8 @@ def test_imagenet(write):
     rows = cells(one)
     assert rows["mine"] == {"IS ↑": "211.67 ± 1.50", "FID ↓": "5.910 ± 0.050"}
     assert rows["c2i-b-256"]["FID ↓"] == "5.460"
-    assert rows["base, reported by the paper"] == {"IS ↑": "", "FID ↓": "5.460"}
+    assert rows["c2i-b-256, base, reported by the paper"] == {"IS ↑": "", "FID ↓": "5.460"}
+    assert "c2i-b-256, AR-GRPO, reported by the paper" in rows
     assert one.warnings == ["recall of so few images is biased"]
     assert "images 50000" in one.protocol and "sha256" not in one.protocol
 
@@ -196,6 +200,39 @@ def test_rows_that_were_measured_in_another_way_are_flagged(write):
     counts = table_of(write("c/s.json", imagenet()), write("e/s.json", imagenet(n=5000, reference="val.npz")))
     flagged = "\n".join(text for text in counts.warnings if "not measured alike" in text)
     assert "images is 50000 for" in flagged and "reference.file is VIRTUAL" in flagged
+
+
+def test_files_of_some_columns_each_make_one_row_of_the_papers_numbers(write):
+    parts = []
+    for name in ("clip", "hpsv2"):
+        scores = {name: Scores({"mine": [0.3, 0.5, 0.2, 0.4], "base": [0.2] * 4}, weights="abc")}
+        about = {key: {"policy": key, "weights": key, "image_size": 256} for key in ("mine", "base")}
+        result = d.summarise(scores, PromptList("list.txt", ("a dog.", "a cat.")), DRAWING, about, {})
+        parts.append(write(f"{name}/summary.json", result))
+    one = table_of(*parts)
+    reported = [(name, texts) for name, texts, kind in one.lines if kind == "paper"]
+    assert [name.split(",")[0] for name, _ in reported] == ["LlamaGen (base)", "AR-GRPO"]
+    assert all(re.fullmatch(r"0\.\d{3}", text) for _, texts in reported for text in texts) and len(one.columns) == 2
+
+
+def test_what_imagenet_writes_of_a_policy_and_of_a_folder_shares_a_table(tmp_path, monkeypatch):
+    """Of a policy that is drawn, and of a folder that `argrpo sample` drew with other guidance."""
+    install(StubInception(), monkeypatch.setattr)
+    policy = str(save_tiny_policy(tmp_path / "tiny"))
+    drawn = ["sample", "--policy", policy, "--device", "cpu"]
+    assert run([*drawn, "--per-class", "3", "--seed", "7", "--out", str(tmp_path / "reference")]) == 0
+    assert run([*drawn, "--per-class", "2", "--cfg-scale", "4", "--out", str(tmp_path / "folder")]) == 0
+    options = {"reference": str(tmp_path / "reference"), "batch_size": 4, "device": "cpu"}
+    run_imagenet([policy], None, tmp_path / "a", ImagenetSettings(n=8), **options)
+    run_imagenet([], tmp_path / "folder", tmp_path / "b", **options)
+    one = table_of(tmp_path / "a", tmp_path / "b")
+    first, second = (name for name, _, kind in one.lines if kind == "measured")
+    conflicts = [text for text in one.warnings if "not measured alike" in text]
+    assert f"not measured alike: sampling.cfg_scale is 2 for {first}; 4 for {second}" in conflicts
+    told = {text.split(":")[1].split()[0] for text in conflicts}
+    assert told <= {"sampling.cfg_scale", "images", "images_per_class"}, "what a policy is, is no conflict"
+    assert "reference.sha256" in one.protocol and "sampling.temperature 1" in one.protocol
+    assert f"of {second} alone: sampling.cfg_interval -1" in one.protocol
 
 
 @pytest.mark.parametrize(

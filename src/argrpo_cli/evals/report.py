@@ -7,7 +7,7 @@ protocol of each row. `report_page.py` groups them into tables and writes these.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ TITLES = {
 }
 OFFICIAL_SETS = ("geneval", "official")
 OF_A_POLICY = ("policies", "measured")  # parts of a protocol that have an entry for each policy
-IDENTITY = ("policy", "weights", "images_sha256", "base", "step", "path", "fingerprint")  # differ as policies do
+IDENTITY = {"policy", "weights", "images_sha256", "base", "step", "path", "fingerprint", "sha256", "files"}  # its own
+DETAILS = {"n", "batch_size", "keep_images"}  # of sampling; how many images there are is told as `images`
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,22 @@ def _read(path: Path) -> list[Result] | None:
 def _benchmark(value: Mapping[str, Any], source: str) -> Result:
     """The shape of imagenet and drawbench: `policies` {name: {measure: {value, error}}}, the baseline last."""
     protocol = value.get("protocol", {})
-    shared = {key: part for key, part in protocol.items() if key not in OF_A_POLICY}
+    # Of images drawn here "settings", of those that `argrpo sample` drew "sampling": one thing in the tables.
+    renamed = {"settings": "sampling"}
+    shared = {renamed.get(key, key): part for key, part in protocol.items() if key not in OF_A_POLICY}
     headings = {key: one["label"] for key, one in value.get("columns", {}).items()}
     rows = []
     for name, own in reversed(value["policies"].items()):
         about = [protocol[key][name] for key in OF_A_POLICY if name in protocol.get(key, {})]
-        rows.append(Row(name, _cells(own), _flat([shared, *about]), source))
+        rows.append(
+            Row(name, _cells(own), _flat(shared, skip=DETAILS) | _flat(*about, skip=IDENTITY | DETAILS), source)
+        )
     measures = dict.fromkeys(key for row in rows for key in row.cells)
+    reported = value.get("paper", {})
+    model = f"{reported['policy']}, " if "policy" in reported else ""
     paper = [
-        Row(name, {key: (float(number), None) for key, number in numbers.items()})
-        for name, numbers in value.get("paper", {}).items()
+        Row(model + name, {key: (float(number), None) for key, number in numbers.items()})
+        for name, numbers in reported.items()
         if isinstance(numbers, dict) and numbers
     ]
     return Result(
@@ -151,7 +158,7 @@ def _benchmark(value: Mapping[str, Any], source: str) -> Result:
 def _geneval(value: Mapping[str, Any], source: str) -> list[Result]:
     """A table for each set of prompts, in the paper's order of the categories."""
     settings = {key: part for key, part in value["settings"].items() if key != "policies"}
-    protocol = _flat([settings, {"versions": value.get("versions", {})}])
+    protocol = _flat(settings, {"versions": value.get("versions", {})})
     departures = [f"not as in the paper: {text}" for text in value.get("differs_from_paper", [])]
     results = []
     for part in next(iter(value["scores"].values())):
@@ -174,7 +181,7 @@ def _nano(value: Mapping[str, Any], source: str) -> Result:
     from argrpo_cli.evals.nano_table import LABELS
 
     measured = value["policies"] if "policies" in value else value["images"]
-    protocol = _flat([value["settings"], {"reward_weights": value["reward_weights"]}])
+    protocol = _flat(value["settings"], {"reward_weights": value["reward_weights"]})
     rows = [Row(name, _cells(own), protocol, source) for name, own in reversed(measured.items())]
     keys = dict.fromkeys(key for row in rows for key in row.cells)
     ordered = [key for key in [*LABELS, *value["reward_weights"]] if key in keys]  # as the command prints them
@@ -190,7 +197,7 @@ def _entropy(table: Sequence[Mapping[str, Any]], source: str) -> Result:
     for line in table:
         name, mode = str(line["policy"]), str(line["mode"])
         known = ("split", "asked", "data", "cfg_scale", "temperature", "images", "seed")
-        protocol = _flat([{key: line[key] for key in known if line.get(key) is not None}])
+        protocol = _flat({key: line[key] for key in known if line.get(key) is not None})
         row = rows.setdefault(name, Row(name, {}, protocol, source))
         row.cells[mode] = (line["mean"], line["standard_error"])
         if "change" in line:
@@ -221,13 +228,15 @@ def _cells(measures: Mapping[str, Any]) -> dict[str, Value]:
     return cells
 
 
-def _flat(parts: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of keys with dots, without what tells policies apart."""
+def _flat(*parts: Mapping[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
+    """Nested settings as one level of keys with dots; what has a name in `skip` is left out, however deep."""
     flat: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
+            if key in skip or value in (None, [], ""):
+                continue
             if isinstance(value, Mapping):
-                flat |= _flat([value], f"{prefix}{key}.")
-            elif prefix or key not in IDENTITY:
-                flat[f"{prefix}{key}"] = value
+                flat |= {f"{key}.{inner}": one for inner, one in _flat(value, skip=skip).items()}
+            else:
+                flat[key] = value
     return flat

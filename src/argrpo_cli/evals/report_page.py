@@ -75,7 +75,7 @@ def section(results: Sequence[Result]) -> Section:
     labels = {key: label for result in results for key, label in result.labels.items()}
     rows = _distinct([row for result in results for row in result.rows])
     differences = _distinct([row for result in results for row in result.differences])
-    paper = _distinct([row for result in results for row in result.paper])
+    paper = _merged([row for result in results for row in result.paper])
     lines = [(row.name, [_cell(row.cells.get(key)) for key in labels], MEASURED) for row in rows]
     lines += [(row.name, [_cell(row.cells.get(key), "+") for key in labels], DIFFERENCE) for row in differences]
     lines += [
@@ -141,21 +141,33 @@ def _distinct(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def _merged(rows: Sequence[Row]) -> list[Row]:
+    """A row of each name, with the cells of all: files tell what the paper reports of the columns they have."""
+    merged: dict[str, Row] = {}
+    for row in rows:
+        merged.setdefault(row.name, Row(row.name, {})).cells.update(row.cells)
+    return list(merged.values())
+
+
 def _protocols(rows: Sequence[Row]) -> tuple[str, list[str]]:
-    """What the measured rows share, in words, and a line for each setting in which they differ."""
+    """What the measured rows share, or some of them alone tell, and a line for each setting in which they differ."""
     measured = [row for row in rows if row.protocol]
-    shared, conflicts = [], []
+    shared: dict[tuple[str, ...], list[str]] = {tuple(row.name for row in measured): []}
+    conflicts = []
     for key in dict.fromkeys(key for row in measured for key in row.protocol):
-        having = [row for row in measured if key in row.protocol]
         names: dict[str, list[str]] = {}
-        for row in having:
-            names.setdefault(_said(row.protocol[key]), []).append(row.name)
+        for row in measured:
+            if key in row.protocol:
+                names.setdefault(_said(row.protocol[key]), []).append(row.name)
         if len(names) == 1:
-            shared.append(f"{key} {next(iter(names))}")
+            value, having = next(iter(names.items()))
+            shared.setdefault(tuple(having), []).append(f"{key} {value}")
         else:
             told = "; ".join(f"{value} for {', '.join(own)}" for value, own in names.items())
             conflicts.append(f"not measured alike: {key} is {told}")
-    return ", ".join(shared), conflicts
+    of_all, *of_some = (", ".join(texts) for texts in shared.values())
+    alone = [f"of {', '.join(names)} alone: {text}" for names, text in zip([*shared][1:], of_some, strict=True)]
+    return "; ".join(text for text in (of_all, *alone) if text), conflicts
 
 
 def _said(value: Any) -> str:
