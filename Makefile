@@ -10,10 +10,12 @@
 # Variables: PYTHON=python3.12   the Python to make .venv with, 3.11 or newer
 #            PIP_ARGS="..."      more arguments for pip, for instance an index with CPU-only torch wheels
 #            DEMO=runs/demo      where the demo goes
+#            WORKERS=2           processes that run the tests, about 2 GB each
 
 PYTHON ?= python3
 PIP_ARGS ?=
 DEMO ?= runs/demo
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -46,8 +48,10 @@ demo: install
 		$(BIN)/argrpo train nano/c2i --out "$(DEMO)"; \
 	fi
 
+# Workers with one thread each are done sooner than one with several. A file's tests stay together: they share what
+# they have prepared.
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
