@@ -1,6 +1,7 @@
 """A caption policy of the nano world with random weights: the real tokenizers and words, and nothing learnt.
 
-`replayed` lets it draw held-out scenes instead, some of which show what is asked.
+`replayed` lets it draw held-out scenes instead, some of which show what is asked; run as a program, this is the command
+line with it.
 """
 
 from __future__ import annotations
@@ -41,3 +42,10 @@ def replayed(self: Policy, conditions, seeds, **rest) -> torch.Tensor:
         own = places.get(one.prompt, range(len(scenes))) if number % 3 else range(len(scenes))
         chosen.append(own[number % len(own)])
     return tokens[chosen]
+
+
+if __name__ == "__main__":
+    from argrpo_cli.cli.app import main
+
+    Policy.sample = replayed
+    main()

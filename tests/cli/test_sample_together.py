@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ from PIL import Image
 from argrpo_cli.cli.app import run
 from argrpo_cli.processes import join_team
 from tests.grpo.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
+from tests.torchrun import torchrun
 
 N, BATCH = 8, 5  # images per class; a batch crosses classes
 
@@ -31,17 +30,8 @@ def arguments(policy, out):
     return [*where, "--batch-size", str(BATCH), "--npz", "--device", "cpu"]
 
 
-def together(policy, out, **options) -> subprocess.CompletedProcess:
-    """Two processes, as `torchrun` starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "-m", "argrpo_cli", *arguments(policy, out)],
-        env=environment, capture_output=True, text=True, timeout=300, **options,
-    )  # fmt: skip
+def together(policy, out):
+    return torchrun(["-m", "argrpo_cli", *arguments(policy, out)])
 
 
 def contents(out):

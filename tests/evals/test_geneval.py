@@ -23,6 +23,7 @@ from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.policy import Policy, load_policy
 from tests.captioned import replayed, save_captioned_policy
 from tests.grpo.tiny import tiny_caption_policy
+from tests.torchrun import ROOT, torchrun
 
 SMALL = g.GenEvalSettings(per_prompt=1, sets=("geneval-nano",))
 
@@ -93,6 +94,21 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(finished, policy, 
     assert again == result
     for file in (f"{name_of(result)}/results.jsonl", "prompts.jsonl"):
         assert (tmp_path / "o" / file).read_text() == (out / file).read_text()
+
+
+def test_two_processes_find_what_one_does(policy, tmp_path):
+    alone = g.run_geneval([policy], tmp_path / "alone", g.GenEvalSettings(per_prompt=1))
+    done = torchrun(
+        [str(ROOT / "tests/captioned.py"), "eval", "geneval", "--policy", policy, "--per-prompt", "1", "--device",
+         "cpu", "--out", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == alone
+    files = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*") if path.is_file()]
+    assert len(files) > 224
+    for file in files:
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
+    assert done.stdout.count("failures as a picture") == 1, "one of them reports"
 
 
 def test_a_folder_is_not_used_for_two_evaluations(finished, policy, tmp_path):

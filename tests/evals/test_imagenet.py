@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -28,9 +24,9 @@ from argrpo_cli.processes import Team
 from tests.evals.inception_weights import save_random_inception
 from tests.evals.stub_inception import POOL_WIDTH, StubInception, install
 from tests.grpo.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
+from tests.torchrun import ROOT, torchrun
 
 N, BATCH = 22, 4
-ROOT = Path(__file__).parents[2]
 
 
 def save_pictures(folder: Path, count: int, seed: int, size: int = IMAGE_SIZE) -> Path:
@@ -119,15 +115,9 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_figures(stub, 
 
 def test_two_processes_find_what_one_does(stub, policy, reference, tmp_path):
     alone = evaluate(policy, reference, tmp_path / "alone" / "out")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-         str(ROOT / "tests/evals/stub_inception.py"), "eval", "imagenet", "--policy", policy, "--total", str(N),
-         "--reference", reference, "--batch-size", str(BATCH), "--device", "cpu", "--out", str(tmp_path / "out")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-        capture_output=True, text=True, timeout=300,
+    done = torchrun(
+        [str(ROOT / "tests/evals/stub_inception.py"), "eval", "imagenet", "--policy", policy, "--total", str(N),
+         "--reference", reference, "--batch-size", str(BATCH), "--device", "cpu", "--out", str(tmp_path / "out")]
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     together = json.loads((tmp_path / "out" / "summary.json").read_text())
