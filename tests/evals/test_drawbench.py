@@ -25,7 +25,9 @@ from argrpo_cli.images import read_image
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.rewards import RewardSet, load_rewards
 from argrpo_cli.scoring import score_images
+from tests.captioned import save_captioned_policy
 from tests.grpo.tiny import tiny_caption_policy
+from tests.torchrun import torchrun
 
 PROMPTS = p.PromptList("mine", ("a red dog", "a blue cat", "a dog"))
 DRAWING = Drawing(per_prompt=2)
@@ -280,6 +282,24 @@ def test_argrpo_score_reads_the_pictures(policies, tmp_path):
     scored = score_images([tmp_path / "o" / name / "images"], ["nano-clip"], out=tmp_path / "s", device="cpu")
     assert scored.summary["images"] == 6
     assert [row["prompt"] for row in read_jsonl(tmp_path / "s" / "scores.jsonl")][::2] == list(PROMPTS.prompts)
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    """Each draws every other batch, and then scores one of the columns."""
+    policy = str(save_captioned_policy(tmp_path / "policy" / "mine"))
+    (tmp_path / "prompts.txt").write_text("a photo of a dog\na photo of two cars\na photo of a cake\n")
+    asked = ["eval", "drawbench", "--policy", policy, "--prompts", str(tmp_path / "prompts.txt"), "--per-prompt", "2"]
+    asked += ["--columns", "nano-clip,nano-quality", "--batch-size", "2", "--device", "cpu", "--out"]
+    assert run([*asked, str(tmp_path / "alone")]) == 0
+    done = torchrun(["-m", "argrpo_cli", *asked, str(tmp_path / "out")])
+    assert done.returncode == 0, done.stderr
+    alone, together = (read_json(tmp_path / name / "summary.json") for name in ("alone", "out"))
+    assert together == alone and list(next(iter(alone["policies"].values()))) == ["nano-clip", "nano-quality"]
+    files = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*.png")]
+    assert len(files) == 6
+    for file in files:
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
+    assert done.stdout.count("images, scores and summary.json in") == 1, "one of them reports"
 
 
 def test_a_folder_is_not_used_for_two_evaluations(policies, tmp_path):

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from argrpo_cli import __version__
 from argrpo_cli.clusters import clustered_mean
-from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals import paper_numbers
 from argrpo_cli.evals.drawbench_images import Drawing, draw
@@ -30,13 +29,15 @@ from argrpo_cli.evals.drawbench_prompts import PromptList
 from argrpo_cli.evals.drawbench_scores import TABLE_4, Scores, column_of, score_reward
 from argrpo_cli.evals.folders import check_claim, claim, policy_folders
 from argrpo_cli.files import write_json
-from argrpo_cli.policy import load_policy
+from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.processes import join_team
 from argrpo_cli.rewards import check_reward
 from argrpo_cli.score_items import Said, find_items
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+SUMMARY = "summary.json"
 MOST_MISSING = 0.05  # share of pictures without a score from which a mean would be one of other prompts
 LIBRARIES = ("torch", "transformers", "open_clip_torch", "pyiqa")  # that the rewards compute with
 
@@ -50,8 +51,10 @@ def run_drawbench(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     batch_size: int = 32,
     device: str = "auto",
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Draw, score and average; one policy, or two of which the second is the baseline.
+
+    Several processes draw batches, and then score columns, in turn.
 
     Args:
         rewards: names of `argrpo_cli.rewards`; those of table 4 come in its units, others raw.
@@ -61,7 +64,8 @@ def run_drawbench(
         What summary.json holds: `benchmark`, `policies` {name: {reward: {value, error, images, prompts, missing}}},
         for two policies `difference` {reward: {value, error, images, prompts}} (first minus second, picture by
         picture), `columns` {reward: {label, unit}}, `paper` {row: {reward: number}}, `protocol` and `warnings`. A value
-        is None where a reward could not be measured; a warning says why.
+        is None where a reward could not be measured; a warning says why. None in all of several processes but the
+        first.
 
     Raises:
         UserError: no such policy or reward, one that reads no captions, an `out` used for something else, or nothing
@@ -75,27 +79,43 @@ def run_drawbench(
         if rewards.count(reward) > 1:
             raise UserError(f"--columns names {reward!r} twice")
     drawing.check(len(prompts.prompts))
-    check_claim(out)
-    device = resolve_device(device)
-    loaded = {name: load_policy(path, device, drawing.dtype) for name, path in zip(names, policies, strict=True)}
-    about = {}
-    for (name, policy), path in zip(loaded.items(), policies, strict=True):
-        if policy.text_encoder is None:
-            raise UserError(f"{path} draws classes, and DrawBench asks with captions; give a policy such as t2i-xl-256")
-        policy.conditions(list(prompts.prompts))  # which it refuses where it cannot read one
-        about[name] = {"policy": path, "weights": policy.fingerprint(), "image_size": policy.image_size}
+    team = join_team(device)
+    team.lead(lambda: check_claim(out))
+    loaded = team.together(lambda: _load(dict(zip(names, policies, strict=True)), prompts, drawing.dtype, team.device))
+    about = {
+        name: {"policy": path, "weights": loaded[name].fingerprint(), "image_size": loaded[name].image_size}
+        for name, path in zip(names, policies, strict=True)
+    }
     drawn = {**asdict(drawing), "prompts": prompts.sha256, "weights": [one["weights"] for one in about.values()]}
-    kept_batch_size = claim(out, drawn, batch_size)
-    for name in names:
-        draw(loaded.pop(name), about[name]["policy"], prompts.prompts, drawing, out / name / "images", kept_batch_size)
-    del policy  # the networks of the rewards need the room
-    scores = _score(names, out, rewards, options or {}, batch_size, device)
-    result = summarise(scores, prompts, drawing, about, options or {})
-    write_json(out / "summary.json", result)
-    if all(value["value"] is None for own in result["policies"].values() for value in own.values()):
-        why = "; ".join(text for text in result["warnings"] if " has no score for " in text)
-        raise UserError(f"nothing could be measured: {why}; the pictures are kept in {out}")
-    return result
+    kept_batch_size = team.from_lead(lambda: claim(out, drawn, batch_size))
+    for name in names:  # popped, since the networks of the rewards need the room
+        folder = out / name / "images"
+        draw(loaded.pop(name), about[name]["policy"], prompts.prompts, drawing, folder, kept_batch_size, team)
+    mine = rewards[team.index :: team.count]
+    own_scores = team.together(lambda: _score(names, out, mine, options or {}, batch_size, team.device))
+    known = {reward: one for part in team.exchange(own_scores) for reward, one in part.items()}
+    result = summarise({reward: known[reward] for reward in rewards}, prompts, drawing, about, options or {})
+
+    def finish() -> None:
+        write_json(out / SUMMARY, result)
+        if all(value["value"] is None for own in result["policies"].values() for value in own.values()):
+            why = "; ".join(text for text in result["warnings"] if " has no score for " in text)
+            raise UserError(f"nothing could be measured: {why}; the pictures are kept in {out}")
+
+    team.lead(finish)
+    return result if team.first else None
+
+
+def _load(policies: Mapping[str, str], prompts: PromptList, dtype: str, device: str) -> dict[str, Policy]:
+    """Name to policy, each able to read every prompt."""
+    loaded = {name: load_policy(path, device, dtype) for name, path in policies.items()}
+    for name, policy in loaded.items():
+        if policy.text_encoder is None:
+            raise UserError(
+                f"{policies[name]} draws classes, and DrawBench asks with captions; give a policy such as t2i-xl-256"
+            )
+        policy.conditions(list(prompts.prompts))  # which it refuses where it cannot read one
+    return loaded
 
 
 def _score(

@@ -6,13 +6,15 @@ bytes do not depend on interruptions. metadata.jsonl is written last: its presen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from argrpo_cli.errors import UserError
 from argrpo_cli.files import make_dir, save_png, write_jsonl
 from argrpo_cli.policy import Policy
+from argrpo_cli.processes import ALONE, Team
 from argrpo_cli.progress import progress
 from argrpo_cli.sampling_job import METADATA, file_name
 
@@ -44,8 +46,16 @@ class Drawing:
         return FIRST_SEED + self.seed * SEED_STRIDE + index
 
 
-def draw(policy: Policy, name: str, prompts: Sequence[str], drawing: Drawing, folder: Path, batch_size: int) -> None:
-    """Draw what is missing in `folder`; `name` is that of the policy.
+def draw(
+    policy: Policy,
+    name: str,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    folder: Path,
+    batch_size: int,
+    team: Team = ALONE,
+) -> None:
+    """Draw what is missing in `folder`, a team its batches in turn; `name` is that of the policy.
 
     Raises:
         UserError: a prompt that the policy cannot read, a folder that cannot be written.
@@ -56,14 +66,26 @@ def draw(policy: Policy, name: str, prompts: Sequence[str], drawing: Drawing, fo
         file_name(index // drawing.per_prompt, prompts[index // drawing.per_prompt], index % drawing.per_prompt)
         for index in range(count)
     ]
-    make_dir(folder)
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    unfinished = [batch for batch in batches if not all((folder / files[index]).is_file() for index in batch)]
-    if unfinished:
-        with progress(f"drawing {name}", sum(map(len, unfinished))) as advance:
-            for batch in unfinished:
+
+    def look() -> list[range]:
+        make_dir(folder)
+        return [batch for batch in batches if not all((folder / files[index]).is_file() for index in batch)]
+
+    unfinished = team.from_lead(look)
+    mine = unfinished[team.index :: team.count]
+
+    def work() -> None:
+        with ExitStack() as stack:
+            advance: Callable[[int], None] = lambda count: None  # noqa: E731
+            if team.first and mine:
+                whose = "" if team.count == 1 else f", one of {team.count} processes"
+                advance = stack.enter_context(progress(f"drawing {name}{whose}", sum(map(len, mine))))
+            for batch in mine:
                 _draw_batch(policy, [conditions[i // drawing.per_prompt] for i in batch], drawing, batch, files, folder)
                 advance(len(batch))
+
+    team.together(work)
     sampling = {"cfg_scale": drawing.cfg_scale, "temperature": drawing.temperature, "dtype": drawing.dtype}
     rows = [
         {
@@ -76,7 +98,7 @@ def draw(policy: Policy, name: str, prompts: Sequence[str], drawing: Drawing, fo
         for index, file in enumerate(files)
     ]
     if unfinished or not (folder / METADATA).is_file():
-        write_jsonl(folder / METADATA, rows)
+        team.lead(lambda: write_jsonl(folder / METADATA, rows))
 
 
 def _draw_batch(policy, conditions, drawing: Drawing, batch: range, files: Sequence[str], folder: Path) -> None:

@@ -44,7 +44,7 @@ def drawbench(
             "--set", metavar="REWARD.KEY=VALUE", help="An option of a reward, such as deqa.url=http://...; repeatable."
         ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Images per prompt.")] = IMAGES,
+    n: Annotated[int, typer.Option("--n", "--per-prompt", help="Images per prompt.")] = IMAGES,
     cfg_scale: CfgScaleOption = 2.0,
     temperature: TemperatureOption = 1.0,
     seed: SeedOption = 0,
@@ -75,6 +75,8 @@ def drawbench(
         batch_size,
         device,
     )
+    if result is None:  # the first of several processes tells
+        return
     Console().print(table(result))
     for warning in result["warnings"]:
         print(f"WARNING: {warning}")
