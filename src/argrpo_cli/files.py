@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from argrpo_cli.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 
 def reason(error: OSError) -> str:
@@ -141,6 +142,34 @@ def save_png(path: str | os.PathLike[str], image: Image.Image) -> None:
     """Write a PIL image as PNG, atomically."""
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def user_cache() -> Path:
+    """`argrpo` in the user's cache directory; what lies there can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argrpo"
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Write a .safetensors file atomically."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        except SafetensorError as error:  # carries the system's reason in its text, a full disk for instance
+            raise UserError(f"cannot write {path}: {error}") from error
+
+
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
+    """The contents of a .safetensors file; None where there is none, or one that cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path) if Path(path).is_file() else None
+    except (OSError, SafetensorError):
+        return None
 
 
 def open_to_all(path: str | os.PathLike[str]) -> None:

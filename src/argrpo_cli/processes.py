@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from argrpo_cli.devices import resolve_device
-from argrpo_cli.errors import UserError
+from argrpo_cli.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +82,8 @@ class Team:
             result = action()
         except UserError as error:
             fault = str(error)
+        except OSError as error:  # or the others would wait for a process that has ended
+            fault = first_line(error)
         first = next((one for one in self.exchange(fault) if one is not None), None)
         if first is None:
             return result

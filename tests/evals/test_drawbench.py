@@ -145,7 +145,7 @@ def test_errors_are_clustered_by_prompt():
 def test_the_difference_is_paired_picture_by_picture():
     one, two = [1.0, 2.0, 4.0, 5.0], [0.5, 2.0, 3.0, 5.0]
     scores = {"clip": s.Scores({"a": list(one), "b": list(two)})}
-    result = d.summarise(scores, PROMPTS, DRAWING, {"a": {}, "b": {}}, {})
+    result = d.summarise(scores, PROMPTS, DRAWING, {"a": {"image_size": 256}, "b": {"image_size": 256}}, {})
     difference = d.prompt_mean([x - y for x, y in zip(one, two, strict=True)], 2)
     assert result["difference"]["clip"] == difference
     assert difference["value"] == 0.375 and difference["error"] == pytest.approx(0.125)
@@ -192,6 +192,35 @@ def test_a_column_is_added_without_drawing_or_scoring_again(policies, tmp_path, 
     result = measure(policies[:1], tmp_path / "o", ["clip", "deqa"])
     assert Brightness.calls == 6
     assert list(result["columns"]) == ["clip", "deqa"]
+
+
+def test_a_column_alone_is_added_to_those_of_an_earlier_call(policies, tmp_path):
+    whole = measure(policies, tmp_path / "whole", ["clip", "deqa"])
+    measure(policies, tmp_path / "o", ["clip"])
+    added = measure(policies, tmp_path / "o", ["deqa"])
+    assert added == whole == read_json(tmp_path / "o" / "summary.json")
+
+
+def test_another_server_address_asks_for_no_score_again(policies, tmp_path, rewards):
+    measure(policies[:1], tmp_path / "o", ["deqa"], options={"deqa": {"url": "http://a:8000/v1"}})
+    Brightness.calls = 0
+    for options in ({"deqa": {"url": "http://b:8001/v1", "timeout": 9.0}}, {}):
+        measure(policies[:1], tmp_path / "o", ["deqa"], options=options)
+    assert Brightness.calls == 0
+
+
+def test_an_option_that_a_reward_has_not_is_refused_before_anything_is_drawn(policies, tmp_path):
+    with pytest.raises(UserError, match="reward deqa: no option 'foo'; it has url"):
+        measure(policies[:1], tmp_path / "o", ["clip", "deqa"], options={"deqa": {"foo": 1}})
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_is_measured_otherwise_than_in_table_4_is_told(policies, tmp_path, rewards):
+    options = {"clip": {"model": "another"}, "deqa": {"url": "http://a"}}
+    told = measure(policies[:1], tmp_path / "o", ["clip", "deqa"], options=options)
+    text = "\n".join(told["warnings"])
+    assert "clip with model=another; the paper's column has it as it comes" in text and "url" not in text
+    assert "pixels, the paper has 256" in text
 
 
 def test_scores_of_other_options_or_pictures_are_not_kept(policies, tmp_path, rewards):
@@ -244,7 +273,7 @@ def test_nothing_measured_is_an_error(policies, tmp_path, rewards):
 
 
 def test_a_few_missing_scores_are_left_out_and_many_leave_no_mean():
-    about = {"a": {}}
+    about = {"a": {"image_size": 256}}
     few = d.summarise({"clip": s.Scores({"a": [None] + [0.5] * 19}, missing="why")}, PROMPTS, DRAWING, about, {})
     assert few["policies"]["a"]["clip"]["value"] == 0.5 and few["policies"]["a"]["clip"]["missing"] == 1
     assert any("clip has no score for 1 of 20 pictures of a: why" in text for text in few["warnings"])

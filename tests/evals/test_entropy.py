@@ -191,6 +191,8 @@ def test_a_folder_with_other_things_or_other_entropy_is_left_alone(captioned, tm
     assert run(["entropy", "--n", "4"]) == 0
     assert run(["entropy", "--n", "6"]) == 0, "the same question again"
     capsys.readouterr()
+    assert run(["entropy", "--n", "4"]) == 2
+    assert "holds the entropy on 6 images, more than --n 4; choose another --out" in capsys.readouterr().err
     assert run(["entropy", "--prompts", "geneval", "--policy", captioned, "--n", "4"]) == 2
     assert "entropy holds the entropy on other images; choose another --out" in capsys.readouterr().err
     (tmp_path / "images").mkdir()

@@ -106,9 +106,9 @@ def test_wordnet_ids_are_numbered_by_their_place_among_the_thousand_even_where_s
          "ILSVRC2012_val_00000003.JPEG 999\n"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("above", [0, 3])
+@pytest.mark.parametrize("above", [0, 4])
 def test_a_flat_folder_takes_its_labels_from_a_list_in_it_or_above(tmp_path, name, text, above):
-    folder = tmp_path.joinpath(*["ILSVRC", "Data", "val"][:above])
+    folder = tmp_path.joinpath(*["ILSVRC", "Data", "CLS-LOC", "val"][:above])
     flat(folder)
     (tmp_path / name).write_text(text)
     assert class_ids(folder, thousand_classes()) == [0, 1, 999]
@@ -242,7 +242,7 @@ def test_interrupted_tokenising_goes_on(tmp_path, monkeypatch):
 def test_several_processes_share_the_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(codes, "CHUNK", 4)
     vq, images = tiny_policy().tokenizer, coded(class_folders(tmp_path / "data"), tmp_path / "cache")
-    second = SimpleNamespace(index=1, count=2, together=lambda action: action())
+    second = SimpleNamespace(index=1, count=2, together=lambda action: action(), from_lead=lambda action: action())
     codes.tokenise(images, vq, second)
     assert [images.load(chunk) is None for chunk in images.chunks] == [True, False, True]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from argrpo_cli import files
 from argrpo_cli.cli.app import run
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals import feature_store, imagenet_reference
@@ -245,11 +246,26 @@ class TestReferences:
         stub.batches.clear()
         evaluate(policy, reference, tmp_path / "two")
         assert sum(stub.batches) == N
-        kept = next(tmp_path.glob("imagenet-reference-*"))
+        kept = next((files.user_cache() / "references").iterdir())
         kept.write_bytes(kept.read_bytes()[:1000])
         stub.batches.clear()
         evaluate(policy, reference, tmp_path / "three")
         assert sum(stub.batches) == N + 12, "a damaged one is made again"
+
+    def test_a_cache_that_cannot_be_written_stops_nothing(self, stub, policy, reference, tmp_path, monkeypatch):
+        kept = evaluate(policy, reference, tmp_path / "one")
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        again = evaluate(policy, reference, tmp_path / "two")
+        first, second = (next(iter(one["policies"].values())) for one in (kept, again))
+        for key, one in first.items():
+            assert second[key]["value"] == pytest.approx(one["value"], rel=1e-6)
+
+    def test_a_reference_at_another_path_is_the_same(self, stub, policy, reference, tmp_path, monkeypatch):
+        first = evaluate(policy, reference, tmp_path / "out")
+        monkeypatch.chdir(tmp_path)
+        stub.batches.clear()
+        assert evaluate(policy, "reference", tmp_path / "out") == first and not stub.batches
 
     @pytest.mark.parametrize(
         ("arrays", "complaint"),
@@ -266,7 +282,7 @@ class TestReferences:
         assert not (tmp_path / "out").exists()
 
     def test_adms_is_fetched_once_and_whole(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         (tmp_path / "served.npz").write_bytes(b"x" * 3000)
         url = (tmp_path / "served.npz").as_uri()
         fetched = imagenet_reference.fetch_adm(url)
@@ -366,7 +382,7 @@ class TestCommandLine:
         assert "sFID" in captured.out and f"{N} images" in captured.out
         assert f"WARNING: {N} images; published figures are of 50,000" in captured.err
         assert run([*arguments, "--seed", "1", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
-        assert "holds an evaluation of something else (settings)" in capsys.readouterr().err
+        assert "holds an evaluation of something else (settings.seed)" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "complaint"),

@@ -113,15 +113,15 @@ def test_base_trained_difference_and_the_papers_two(write):
         ("base", "measured"),
         ("mine", "measured"),
         ("mine − base", "difference"),
-        ("LlamaGen (base), reported by the paper", "paper"),
-        ("AR-GRPO, reported by the paper", "paper"),
+        ("LlamaGen (base) (paper)", "paper"),
+        ("AR-GRPO (paper)", "paper"),
     ]
     rows = cells(one)
     assert rows["base"]["CLIP score"] == "0.200 ± 0.000"
     assert rows["mine"]["CLIP score"] == "0.350 ± 0.050"
     assert rows["mine − base"]["CLIP score"] == "+0.150 ± 0.050"
-    assert rows["AR-GRPO, reported by the paper"]["CLIP score"] == "0.274"
-    assert "images_per_prompt 2" in one.protocol and "sampling.cfg_scale 2" in one.protocol
+    assert rows["AR-GRPO (paper)"]["CLIP score"] == "0.274"
+    assert {"images_per_prompt: 2", "sampling.cfg_scale: 2"} <= set(one.protocol)
     assert any("not DrawBench's list" in text for text in one.warnings)
 
 
@@ -131,10 +131,10 @@ def test_imagenet(write):
     rows = cells(one)
     assert rows["mine"] == {"IS ↑": "211.67 ± 1.50", "FID ↓": "5.910 ± 0.050"}
     assert rows["c2i-b-256"]["FID ↓"] == "5.460"
-    assert rows["c2i-b-256, base, reported by the paper"] == {"IS ↑": "", "FID ↓": "5.460"}
-    assert "c2i-b-256, AR-GRPO, reported by the paper" in rows
+    assert rows["c2i-b-256, base (paper)"] == {"IS ↑": "", "FID ↓": "5.460"}
+    assert "c2i-b-256, AR-GRPO (paper)" in rows
     assert one.warnings == ["recall of so few images is biased"]
-    assert "images 50000" in one.protocol and "sha256" not in one.protocol
+    assert "images: 50000" in one.protocol and "sha256" not in "".join(one.protocol)
 
 
 def test_geneval_in_the_papers_order_of_categories(write):
@@ -143,8 +143,29 @@ def test_geneval_in_the_papers_order_of_categories(write):
     assert one.columns == ["position", "single object", "overall"]
     rows = cells(one)
     assert rows["mine"] == {"position": "0.750", "single object": "0.750 ± 0.010", "overall": "0.750 ± 0.010"}
-    assert rows["AR-GRPO, reported by the paper"] == {"position": "0.040", "single object": "0.791", "overall": "0.324"}
+    assert rows["AR-GRPO (paper)"] == {"position": "0.040", "single object": "0.791", "overall": "0.324"}
     assert any("of the 553 official prompts" in text for text in one.warnings)
+
+
+def test_differences_of_two_files_say_which(write):
+    first, second = write("a/s.json", drawbench()), write("b/s.json", drawbench(base=(0.1, 0.1, 0.1, 0.1)))
+    told = [name for name, _, kind in table_of(first, second).lines if kind == "difference"]
+    assert told == [f"mine − base ({first})", f"mine − base ({second})"]
+
+
+def test_geneval_of_finished_pictures(write):
+    """Which files they are is no conflict; that prompts are missing is told."""
+    results = []
+    for name, absent in (("ours", 543), ("theirs", 0)):
+        value = geneval()
+        value["scores"] = {name: value["scores"]["mine"]}
+        value["settings"] = {"images": {"count": 40, "files": name * 16}, "detector": {"weights": "abc"}}
+        results.append(write(f"{name}.json", {key: value[key] for key in ("scores", "totals", "settings")}
+                             | {"prompts_absent": absent}))  # fmt: skip
+    one = table_of(*results)
+    assert not any("not measured alike" in text for text in one.warnings)
+    assert any(text.startswith("543 of the 553 official prompts have no image") for text in one.warnings)
+    assert "detector.weights: abc" in one.protocol
 
 
 def test_nano_with_real_scenes_and_without_the_papers_rows(write):
@@ -160,7 +181,7 @@ def test_entropy_has_a_row_per_checkpoint(write):
     rows = cells(one)
     assert rows["step 20"] == {"conditional": "2.500 ± 0.050", "guided": "2.500 ± 0.050"}
     assert rows["step 20, change from step 0"]["guided"] == "-0.500 ± 0.010"
-    assert "split val" in one.protocol
+    assert "split: val" in one.protocol
 
 
 def test_a_folder_is_searched_and_other_files_are_passed_over(write, tmp_path):
@@ -182,7 +203,7 @@ def test_files_of_one_benchmark_share_a_table(write):
     one = table_of(first, second)
     names = [name for name, _, _ in one.lines]
     assert names[:5] == ["base", "mine", "other", "mine − base", "other − base"]
-    assert names[5:] == ["LlamaGen (base), reported by the paper", "AR-GRPO, reported by the paper"]
+    assert names[5:] == ["LlamaGen (base) (paper)", "AR-GRPO (paper)"]
     assert not any("not measured alike" in text for text in one.warnings)
 
 
@@ -196,7 +217,7 @@ def test_rows_that_were_measured_in_another_way_are_flagged(write):
         in "\n".join(flagged)
     )
     assert any(": sampling.seed is 0 for" in text for text in flagged)
-    assert "cfg_scale" not in one.protocol and "temperature 1" in one.protocol
+    assert "cfg_scale" not in "".join(one.protocol) and "sampling.temperature: 1" in one.protocol
     counts = table_of(write("c/s.json", imagenet()), write("e/s.json", imagenet(n=5000, reference="val.npz")))
     flagged = "\n".join(text for text in counts.warnings if "not measured alike" in text)
     assert "images is 50000 for" in flagged and "reference.file is VIRTUAL" in flagged
@@ -211,7 +232,7 @@ def test_files_of_some_columns_each_make_one_row_of_the_papers_numbers(write):
         parts.append(write(f"{name}/summary.json", result))
     one = table_of(*parts)
     reported = [(name, texts) for name, texts, kind in one.lines if kind == "paper"]
-    assert [name.split(",")[0] for name, _ in reported] == ["LlamaGen (base)", "AR-GRPO"]
+    assert [name for name, _ in reported] == ["LlamaGen (base) (paper)", "AR-GRPO (paper)"]
     assert all(re.fullmatch(r"0\.\d{3}", text) for _, texts in reported for text in texts) and len(one.columns) == 2
 
 
@@ -231,8 +252,8 @@ def test_what_imagenet_writes_of_a_policy_and_of_a_folder_shares_a_table(tmp_pat
     assert f"not measured alike: sampling.cfg_scale is 2 for {first}; 4 for {second}" in conflicts
     told = {text.split(":")[1].split()[0] for text in conflicts}
     assert told <= {"sampling.cfg_scale", "images", "images_per_class"}, "what a policy is, is no conflict"
-    assert "reference.sha256" in one.protocol and "sampling.temperature 1" in one.protocol
-    assert f"of {second} alone: sampling.cfg_interval -1" in one.protocol
+    assert "reference.sha256: " in "".join(one.protocol) and "sampling.temperature: 1" in one.protocol
+    assert f"of {second} alone: sampling.cfg_interval: -1" in one.protocol
 
 
 @pytest.mark.parametrize(
@@ -306,7 +327,7 @@ def test_the_command_writes_the_page_that_the_suffix_asks_for(write, tmp_path, c
         assert run(["eval", "report", path, "--out", str(tmp_path / name)]) == 0
         assert (tmp_path / name).read_text().startswith(start)
     told = capfd.readouterr().out
-    assert "1 table in" in told and "not DrawBench's list" in told
+    assert "1 table in" in told and "with 2 notes" in told
     assert run(["eval", "report", path, "--out", str(tmp_path / "r.pdf")]) == 2
     assert "give the page a name that ends in .md or .html" in capfd.readouterr().err
     assert not (tmp_path / "r.pdf").exists()

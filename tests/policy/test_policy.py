@@ -23,6 +23,7 @@ from argrpo_cli.policy.published import class_names
 from argrpo_cli.policy.vq import VQConfig, VQModel, to_uint8
 from argrpo_cli.rewards import load_rewards
 from tests.formula import formula_weights
+from tests.grpo.tiny import tiny_caption_policy
 
 CLASSES = ["dog", "umbrella", "hot dog"]
 
@@ -414,3 +415,14 @@ def test_a_bundled_policy_without_weights_says_how_to_train_them(monkeypatch, tm
     monkeypatch.setattr("argrpo_cli.policy.policy.WEIGHTS", tmp_path)
     with pytest.raises(UserError, match=r"the weights of nano-t2i are not in this version; `.*--only nano-t2i"):
         load_policy("nano-t2i")
+
+
+def test_the_fingerprint_knows_what_no_weight_shows(tmp_path):
+    """Where a text encoder's padding stands, for instance: the same weights draw other pictures."""
+    policy = tiny_caption_policy()
+    first = policy.fingerprint()
+    policy.text_encoder.right_padded = True
+    second = policy.fingerprint()
+    policy.model.config.rope_theta = 500.0
+    assert len({first, second, policy.fingerprint()}) == 3
+    assert first == tiny_caption_policy().fingerprint()

@@ -26,18 +26,19 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.evals import paper_numbers
 from argrpo_cli.evals.drawbench_images import Drawing, draw
 from argrpo_cli.evals.drawbench_prompts import PromptList
-from argrpo_cli.evals.drawbench_scores import TABLE_4, Scores, column_of, score_reward
+from argrpo_cli.evals.drawbench_scores import TABLE_4, Scores, choices, column_of, score_reward
 from argrpo_cli.evals.folders import check_claim, claim, policy_folders
-from argrpo_cli.files import write_json
+from argrpo_cli.files import read_json, write_json
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.processes import join_team
-from argrpo_cli.rewards import check_reward
+from argrpo_cli.rewards import REWARDS, check_options, check_reward
 from argrpo_cli.score_items import Said, find_items
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SUMMARY = "summary.json"
+PAPER_SIZE = 256  # pixels, of LlamaGen-XL in table 4
 MOST_MISSING = 0.05  # share of pictures without a score from which a mean would be one of other prompts
 LIBRARIES = ("torch", "transformers", "open_clip_torch", "pyiqa")  # that the rewards compute with
 
@@ -78,6 +79,8 @@ def run_drawbench(
         check_reward(reward)
         if rewards.count(reward) > 1:
             raise UserError(f"--columns names {reward!r} twice")
+        if reward in REWARDS:
+            check_options(reward, (options or {}).get(reward, {}))
     drawing.check(len(prompts.prompts))
     team = join_team(device)
     team.lead(lambda: check_claim(out))
@@ -96,14 +99,34 @@ def run_drawbench(
     known = {reward: one for part in team.exchange(own_scores) for reward, one in part.items()}
     result = summarise({reward: known[reward] for reward in rewards}, prompts, drawing, about, options or {})
 
-    def finish() -> None:
-        write_json(out / SUMMARY, result)
+    def finish() -> dict[str, Any]:
+        whole = _with_earlier(result, out / SUMMARY)
         if all(value["value"] is None for own in result["policies"].values() for value in own.values()):
             why = "; ".join(text for text in result["warnings"] if " has no score for " in text)
             raise UserError(f"nothing could be measured: {why}; the pictures are kept in {out}")
+        write_json(out / SUMMARY, whole)
+        return whole
 
-    team.lead(finish)
-    return result if team.first else None
+    return team.lead(finish)
+
+
+def _with_earlier(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The result, and before its columns those that an earlier call measured of the same pictures."""
+    held = read_json(path) if path.is_file() else {}
+    protocol = held.get("protocol", {})
+    same = ("prompts", "images_per_prompt", "sampling", "policies", "versions")
+    if any(protocol.get(key) != result["protocol"][key] for key in same):
+        return result
+    whole = {**result, "columns": {**held["columns"], **result["columns"]}}
+    if "difference" in result:
+        whole["difference"] = {**held["difference"], **result["difference"]}
+    for key in ("policies", "paper"):
+        whole[key] = {row: {**held[key][row], **cells} for row, cells in result[key].items()}
+    rewards = {**protocol["rewards"], **result["protocol"]["rewards"]}
+    whole["protocol"] = {**result["protocol"], "rewards": rewards}
+    asked = tuple(f"{reward} " for reward in result["columns"])
+    kept = [text for text in held["warnings"] if not text.startswith(asked) and text not in result["warnings"]]
+    return {**whole, "warnings": [*result["warnings"], *kept]}
 
 
 def _load(policies: Mapping[str, str], prompts: PromptList, dtype: str, device: str) -> dict[str, Policy]:
@@ -146,7 +169,8 @@ def summarise(
     Args:
         about: policy to its path, hash of weights and image size.
     """
-    warnings = [text for text in (prompts.remark(), *_departures(drawing)) if text]
+    sizes = [one["image_size"] for one in about.values()]
+    warnings = [text for text in (prompts.remark(), *_departures(drawing, sizes, options)) if text]
     names = list(about)
     policies: dict[str, dict[str, Any]] = {name: {} for name in names}
     difference: dict[str, Any] = {}
@@ -155,7 +179,7 @@ def summarise(
         for name in names:
             values = own.values[name]
             missing = sum(value is None for value in values)
-            if own.fault or missing:
+            if missing:
                 why = own.fault or own.missing or "it said no more"
                 warnings.append(f"{reward} has no score for {missing} of {len(values)} pictures of {name}: {why}")
             enough = missing == 0 or (not own.fault and missing <= MOST_MISSING * len(values))
@@ -165,6 +189,11 @@ def summarise(
             pairs = zip(*usable.values(), strict=True)
             paired = [None if None in pair else pair[0] - pair[1] for pair in pairs]
             difference[reward] = prompt_mean(paired, drawing.per_prompt)
+            both = sum(one is not None for one in paired)
+            if 0 < both < len(paired):
+                warnings.append(
+                    f"{reward} of the difference: of the {both} of {len(paired)} pairs that have both scores"
+                )
     result: dict[str, Any] = {"benchmark": "drawbench", "policies": policies}
     if difference:
         result["difference"] = difference
@@ -227,15 +256,25 @@ def _scaled(values: Sequence[float | None], reward: str) -> list[float | None]:
     return [None if value is None else value / divisor for value in values]
 
 
-def _departures(drawing: Drawing) -> list[str]:
-    """Where the drawing is not the paper's."""
+def _departures(drawing: Drawing, sizes: Sequence[int], options: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where drawing and scoring are not the paper's."""
     paper = Drawing()
     told = {"per_prompt": "images per prompt", "cfg_scale": "guidance", "temperature": "temperature"}
-    return [
+    found = [
         f"{label} {getattr(drawing, key):g}, the paper has {getattr(paper, key):g}"
         for key, label in told.items()
         if getattr(drawing, key) != getattr(paper, key)
     ]
+    found += [
+        f"pictures of {size} pixels, the paper has {PAPER_SIZE}" for size in dict.fromkeys(sizes) if size != PAPER_SIZE
+    ]
+    found += [
+        f"{reward} with {key}={value}; the paper's column has it as it comes"
+        for reward, own in options.items()
+        if reward in TABLE_4
+        for key, value in choices(own).items()
+    ]
+    return found
 
 
 def _versions() -> dict[str, str]:

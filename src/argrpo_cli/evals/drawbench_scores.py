@@ -11,12 +11,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from argrpo_cli import __version__
 from argrpo_cli.errors import UserError, first_line
 from argrpo_cli.files import cannot_write, make_dir
 from argrpo_cli.policy.loading import fingerprint
@@ -43,6 +45,9 @@ TABLE_4 = {
     "pickscore": Column("PickScore", 26.0, "logit / 26"),
     "unified-reward": Column("UnifiedReward", 5.0, "score / 5, images at 512 pixels"),
 }
+
+LIBRARIES = {"builtins", "torch", "transformers", "tokenizers", "open_clip", "httpx", "httpx2", "PIL", "numpy"}
+OPERATIONAL = ("url", "timeout", "concurrency", "attempts", "backoff")  # options of a reward that change no score
 
 
 def column_of(reward: str) -> Column:
@@ -78,7 +83,13 @@ def score_reward(
 
     A reward that cannot be loaded, or fails on the way, gives a `fault` and no error.
     """
-    question = {"reward": reward, "options": dict(options), "files": _stamps(options), "code": _code(reward)}
+    question = {
+        "reward": reward,
+        "options": choices(options),
+        "files": _stamps(options),
+        "code": _code(reward),
+        "argrpo": __version__,
+    }
     journals = {name: Journal(folders[name] / f"{reward.replace(':', '-')}.jsonl", question) for name in pictures}
     scores = Scores()
     try:
@@ -99,18 +110,31 @@ def score_reward(
     return scores
 
 
+def choices(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a reward's options those that may change a score."""
+    return {key: value for key, value in options.items() if key not in OPERATIONAL}
+
+
 def reward_fingerprint(rewards: Mapping[str, Reward]) -> str | None:
     """A hash of the networks of rewards, theirs or of their parts; None where they have none."""
-    modules: list[nn.Module] = []
-    for reward in rewards.values():
-        own = list(vars(reward).values())
-        parts = [value for one in own if type(one).__module__.startswith("argrpo_cli") for value in _attributes(one)]
-        modules += [value for value in [*own, *parts] if isinstance(value, nn.Module)]
+    modules = _networks(list(rewards.values()), set())
     return fingerprint(modules) if modules else None
 
 
-def _attributes(value: object) -> list[object]:
-    return [] if isinstance(value, nn.Module) else list(getattr(value, "__dict__", {}).values())
+def _networks(value: object, seen: set[int]) -> list[nn.Module]:
+    """The networks in an object of ours or of the user's, in its parts, and in lists and dictionaries of them."""
+    if id(value) in seen:
+        return []
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        return [value]
+    if isinstance(value, list | tuple | dict):
+        parts = list(value.values()) if isinstance(value, dict) else list(value)
+    elif type(value).__module__.split(".")[0] in LIBRARIES or isinstance(value, type | ModuleType):
+        parts = []
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    return [network for part in parts for network in _networks(part, seen)]
 
 
 def _score_policy(
@@ -145,12 +169,14 @@ class Journal:
             self._known = {(row["file"], row["stamp"]): row["score"] for row in rows[1:] if "score" in row}
 
     def begin(self, weights: str | None) -> None:
-        """Go on with these weights; scores by others are dropped."""
+        """Go on with these weights; scores of another question or by others are laid aside, in one file."""
         if self._continues and self.weights != weights:
             self._continues, self._known = False, {}
         self.weights = weights
         try:
             make_dir(self.path.parent)
+            if not self._continues and self.path.is_file():
+                os.replace(self.path, self.path.with_name(f"{self.path.name}.old"))
             self._file = open(self.path, "a" if self._continues else "w", encoding="utf-8")  # noqa: SIM115
             # A line that was cut off ends here.
             self._file.write("\n" if self._continues else json.dumps({**self.question, "weights": weights}) + "\n")

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from argrpo_cli import __version__
@@ -33,7 +31,7 @@ from argrpo_cli.evals.entropy_material import (
     gather,
     open_pictures,
 )
-from argrpo_cli.files import atomic_path, read_json
+from argrpo_cli.files import load_tensors, read_json, save_tensors
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.entropy import token_entropy
 from argrpo_cli.policy.policy import checkpoint_folders, find_policy
@@ -177,8 +175,7 @@ def _measure_all(
             for index in mine:
                 parts[index] = _measure_chunk(policy, material.chunks[index], manner, advance)
                 if paths[index] is not None:
-                    with atomic_path(paths[index]) as temporary:
-                        save_file(parts[index], temporary)
+                    save_tensors(paths[index], parts[index])
 
     team.together(work)
     for index in set(missing) - set(mine):
@@ -246,10 +243,7 @@ def _error(values: Tensor) -> float:
 
 def _kept(path: Path | None, images: int, positions: int) -> Tally | None:
     """A tally of the journal; None where there is none, or a damaged file."""
-    try:
-        found = load_file(path) if path is not None and path.is_file() else {}
-    except (OSError, SafetensorError):
-        return None  # measured again, and the file replaced
+    found = (None if path is None else load_tensors(path)) or {}
     shapes = {"per_image": (2, images), "sums": (2, positions), "squares": (2, positions)}
     fits = found.keys() == shapes.keys() and all(found[key].shape == shape for key, shape in shapes.items())
     return found if fits else None

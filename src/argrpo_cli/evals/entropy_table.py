@@ -31,6 +31,9 @@ def claim(out: Path, question: Question) -> None:
     asked = (question.split, question.prompts, question.data)
     if rows and tuple(rows[0].get(key) for key in ("split", "asked", "data")) != asked:
         raise UserError(f"{out} holds the entropy on other images; choose another --out")
+    if rows and question.limit is not None and question.limit < rows[0]["images"]:
+        more = f"the entropy on {rows[0]['images']} images, more than --n {question.limit}"
+        raise UserError(f"{out} holds {more}; choose another --out")
 
 
 def write_results(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:

@@ -18,12 +18,12 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from argrpo_cli.errors import UserError
 from argrpo_cli.evals.image_sets import ImageSet
 from argrpo_cli.evals.inception import CLASSES, POOL_WIDTH, SPATIAL_WIDTH, Inception
-from argrpo_cli.files import atomic_path
+from argrpo_cli.files import save_tensors
 from argrpo_cli.processes import Team
 from argrpo_cli.progress import progress
 
@@ -69,8 +69,7 @@ class FeatureStore:
     def write(self, span: Span, batches: Sequence[dict[str, Tensor]]) -> None:
         """Write a shard, atomically."""
         whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-        with atomic_path(self.path(span)) as temporary:
-            save_file(whole, temporary)
+        save_tensors(self.path(span), whole)
 
     def shards(self, key: str) -> Iterator[Tensor]:
         """One kind of features, shard by shard: float32 [n, D], or the images' hashes, int64 [n]."""
@@ -110,7 +109,7 @@ def extract(source: Source, inception: Inception, store: FeatureStore, team: Tea
     Raises:
         UserError: an image that cannot be read or drawn, a folder that cannot be written.
     """
-    mine = team.together(store.missing)[team.index :: team.count]
+    mine = team.from_lead(store.missing)[team.index :: team.count]
 
     def compute() -> None:
         with ExitStack() as stack:
@@ -134,6 +133,14 @@ def extract(source: Source, inception: Inception, store: FeatureStore, team: Tea
                 store.write((start, end), parts)
 
     team.together(compute)
+    team.lead(lambda: _all_there(store))
+
+
+def _all_there(store: FeatureStore) -> None:
+    if missing := store.missing():
+        raise UserError(
+            f"{store.path(missing[0])} is not there, though another process wrote it; give an --out that all share"
+        )
 
 
 def image_hashes(images: Tensor) -> Tensor:

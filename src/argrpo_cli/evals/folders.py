@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,24 @@ def claim(out: Path, identity: dict[str, Any], batch_size: int) -> int:
     """
     check_claim(out)
     path = out / SETTINGS
-    if not path.is_file():
+    if not path.is_file() or not any(one.name[0] != "." and one != path for one in out.iterdir()):  # nothing came of it
         make_dir(out)
         write_json(path, {**identity, "batch_size": batch_size})
         return batch_size
     held = read_json(path)
-    other = [key for key in identity if held.get(key) != identity[key]]
-    if other or not isinstance(held.get("batch_size"), int):
+    kept = held.get("batch_size")
+    other = _differing(held, identity) + ([] if isinstance(kept, int) else ["batch_size"])
+    if other:
         raise UserError(f"{out} holds an evaluation of something else ({', '.join(other)}); choose another --out")
-    return held["batch_size"]
+    return kept
+
+
+def _differing(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Keys of `asked` that `held` has otherwise, nested ones with dots."""
+    found = []
+    for key, value in asked.items():
+        if isinstance(value, Mapping) and isinstance(held.get(key), Mapping):
+            found += [f"{key}.{inner}" for inner in _differing(held[key], value)]
+        elif held.get(key) != value:
+            found.append(key)
+    return found

@@ -50,7 +50,7 @@ def draw_pictures(
     conditions = dict(zip(prompts, policy.conditions([prompt.text for prompt in prompts]), strict=True))
     places = {prompt: place for place, prompt in enumerate(prompts)}
     batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
-    missing = team.together(lambda: [[one for one in batch if not (folder / one.file).is_file()] for batch in batches])
+    missing = team.from_lead(lambda: [[one for one in batch if not (folder / one.file).is_file()] for batch in batches])
     mine = [pair for pair in zip(batches, missing, strict=True) if pair[1]][team.index :: team.count]
 
     def work() -> None:

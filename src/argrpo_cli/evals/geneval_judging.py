@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from argrpo_cli.errors import UserError
 from argrpo_cli.evals.geneval_detectors import Judge
 from argrpo_cli.evals.geneval_folders import Picture, official_row
 from argrpo_cli.files import make_dir, read_jsonl, write_jsonl
@@ -39,11 +40,11 @@ def judge_pictures(
         UserError: a picture that is missing or damaged, files that cannot be read or written.
     """
     wanted = [picture.file for picture in pictures]
-    rows = team.together(lambda: _finished(out / RESULTS, wanted))
+    rows = team.from_lead(lambda: _finished(out / RESULTS, wanted))
     if rows is not None:
         return rows
     batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
-    known = team.together(lambda: _judged(out / JOURNAL))
+    known = team.from_lead(lambda: _judged(out / JOURNAL))
     left = [number for number, batch in enumerate(batches) if any(one.file not in known for one in batch)]
 
     def work() -> None:
@@ -61,7 +62,9 @@ def judge_pictures(
                     advance(len(batches[number]))
 
     team.together(work)
-    known = team.together(lambda: _judged(out / JOURNAL))
+    known = team.from_lead(lambda: _judged(out / JOURNAL))
+    if gone := next((file for file in wanted if file not in known), None):
+        raise UserError(f"{out} has no verdict on {gone}, though a process wrote it; give an --out that all share")
     rows = [known[file]["row"] for file in wanted]
 
     def finish() -> None:

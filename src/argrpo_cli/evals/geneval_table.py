@@ -76,5 +76,6 @@ def _caption(result: dict[str, Any], beside: bool) -> str:
 
 
 def _cell(score: dict[str, Any], signed: bool = False) -> str:
-    error = "" if score["error"] is None else f" ± {100 * score['error']:.1f}"
+    certain = not score["error"]  # nothing, or everything, was right: an error of zero would claim too much
+    error = "" if certain else f" ± {100 * score['error']:.1f}"
     return f"{100 * score['mean']:{'+' if signed else ''}.1f}{error} %"

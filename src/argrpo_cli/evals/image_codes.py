@@ -20,12 +20,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from argrpo_cli.errors import UserError
-from argrpo_cli.files import atomic_path, reason
+from argrpo_cli.files import load_tensors, reason, save_tensors, user_cache
 from argrpo_cli.policy.vq import VQModel, from_uint8
 from argrpo_cli.processes import Team
 from argrpo_cli.progress import progress
@@ -86,18 +84,14 @@ class CodedImages:
 
     def load(self, chunk: int) -> Tensor | None:
         """Kept codes int64 [B, T] of a chunk; None where there are none, or a damaged file."""
-        path = self.path(chunk)
-        try:
-            codes = load_file(path).get(CODES) if path.is_file() else None
-        except (OSError, SafetensorError):
-            return None  # made again, and the file replaced
+        codes = (load_tensors(self.path(chunk)) or {}).get(CODES)
         fits = codes is not None and codes.shape == (len(self.names(chunk)), self.tokens)
         return codes.long() if fits else None
 
 
 def default_cache() -> Path:
-    """`argrpo/codes` in the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argrpo" / "codes"
+    """Where codes are kept unless told otherwise."""
+    return user_cache() / "codes"
 
 
 def tokenise(images: CodedImages, vq: VQModel, team: Team) -> int:
@@ -109,7 +103,7 @@ def tokenise(images: CodedImages, vq: VQModel, team: Team) -> int:
     Raises:
         UserError: a picture that cannot be read, or a cache that cannot be written.
     """
-    missing = team.together(lambda: [chunk for chunk in images.chunks if images.load(chunk) is None])
+    missing = team.from_lead(lambda: [chunk for chunk in images.chunks if images.load(chunk) is None])
     mine = missing[team.index :: team.count]
     team.together(lambda: _encode_chunks(images, vq, mine, team.index == 0))
     return sum(len(images.names(chunk)) for chunk in missing)
@@ -122,23 +116,26 @@ def _encode_chunks(images: CodedImages, vq: VQModel, chunks: Sequence[int], show
     dtype = torch.int16 if vq.config.codebook_size <= 2**15 else torch.int32
     pool = ThreadPoolExecutor(READERS)
 
-    def start(chunk: int) -> list[Future[np.ndarray]]:
-        return [pool.submit(read_cropped, images.folder / name, images.size) for name in images.names(chunk)]
+    def start(chunk: int) -> tuple[Path, list[Future[np.ndarray]]]:
+        path = images.path(chunk)  # of the pictures as they are before they are read
+        return path, [pool.submit(read_cropped, images.folder / name, images.size) for name in images.names(chunk)]
 
     try:
         with progress(f"tokenising at {images.size} px", total) if shown else nullcontext(_nothing) as advance:
             reading = start(chunks[0])
             for place, chunk in enumerate(chunks):
-                path, current = images.path(chunk), reading
-                reading = start(chunks[place + 1]) if place + 1 < len(chunks) else []  # read while these are encoded
+                path, current = reading
+                if place + 1 < len(chunks):
+                    reading = start(chunks[place + 1])  # read while these are encoded
                 codes = []
                 at_once = max(1, ENCODE_PIXELS // images.size**2)
                 for first in range(0, len(current), at_once):
                     pixels = np.stack([future.result() for future in current[first : first + at_once]])
                     codes.append(encode(vq, torch.from_numpy(pixels)))
                     advance(len(pixels))
-                with atomic_path(path) as temporary:
-                    save_file({CODES: torch.cat(codes).to(dtype).contiguous()}, temporary)
+                if images.path(chunk) != path:
+                    raise UserError(f"pictures in {images.folder} changed while they were read; give the command again")
+                save_tensors(path, {CODES: torch.cat(codes).to(dtype)})
     finally:
         pool.shutdown(cancel_futures=True)
 

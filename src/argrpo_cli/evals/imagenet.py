@@ -10,7 +10,7 @@ goes on where it stopped and ends with the same figures:
     summary.json                        figures, warnings, protocol
 
 Several processes (`torchrun -m argrpo_cli eval imagenet ...`) share the work. What was computed of the reference stays
-beside the folder.
+in the user's cache.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from argrpo_cli.evals.imagenet_sources import (
 from argrpo_cli.evals.inception import Inception, load_inception
 from argrpo_cli.evals.nano_sets import class_groups
 from argrpo_cli.evals.paper_numbers import TABLE_2_ALL
-from argrpo_cli.files import read_json, write_json
+from argrpo_cli.files import read_json, user_cache, write_json
 from argrpo_cli.processes import Team, join_team
 
 SUMMARY = "summary.json"
@@ -97,19 +97,19 @@ def run_imagenet(
     sources = team.together(lambda: open_sources(policies, images, out, settings, keep_images, team.device))
     found = _open_reference(reference, team)
     network = team.together(lambda: load_inception(inception, team.device))
-    identity = _identity(sources, settings, found, network, keep_images)
-    batch_size = team.from_lead(lambda: claim(out, identity, batch_size))
+    identity = team.from_lead(lambda: _identity(sources, settings, found, network, keep_images))
+    batch_size = team.from_lead(lambda: claim(out, _without_paths(identity), batch_size))
     stores = {name: FeatureStore(out / name / "features", one.count, batch_size) for name, one in sources.items()}
     store = None if found.images is None else FeatureStore(out / "reference", found.images.count, batch_size)
     early = _early_warnings(sources, settings, found, identity)
-    finished = team.together((out / SUMMARY).is_file)
+    finished = team.from_lead((out / SUMMARY).is_file)
     if team.index == 0:
         for text in read_json(out / SUMMARY)["warnings"] if finished else early:
             warn(text)
     ready = None
     if not finished or statistics is not None:
-        cache = f"imagenet-reference-{found.sha256[:12]}-{network.fingerprint[:8]}.safetensors"
-        ready = prepare_reference(found, network, store, out.resolve().parent / cache, team)
+        cache = f"{found.sha256[:24]}-{network.fingerprint}.safetensors"
+        ready = prepare_reference(found, network, store, user_cache() / "references" / cache, team)
     if statistics is not None:
         team.lead(lambda: save_statistics(statistics, ready.pool.statistics, ready.spatial.statistics))
     if not finished:
@@ -154,7 +154,7 @@ def save_reference_statistics(
 
 def _open_reference(given: str, team: Team) -> ReferenceFile:
     if given == ADM_NAME:
-        team.lead(lambda: fetch_adm() and None)
+        team.lead(fetch_adm)
     return team.together(lambda: open_reference(given))
 
 
@@ -177,6 +177,12 @@ def _identity(
                 own[name]["sampling"] = recorded
     reference = found.protocol()
     return {"measured": own, "settings": drawn, "reference": reference, "inception": network.fingerprint}
+
+
+def _without_paths(identity: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for an evaluation to go on: contents, wherever they lie."""
+    measured = {name: {**own, "path": None} for name, own in identity["measured"].items()}
+    return {**identity, "measured": measured, "reference": {**identity["reference"], "name": None}}
 
 
 def _early_warnings(

@@ -17,9 +17,6 @@ from typing import Any
 from urllib.error import URLError
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from argrpo_cli.errors import UserError, first_line
@@ -28,7 +25,7 @@ from argrpo_cli.evals.fidelity import NEIGHBOURS, Statistics
 from argrpo_cli.evals.frechet import Gaussian, gaussian
 from argrpo_cli.evals.image_sets import DAMAGED, IMAGES, STATISTICS, ImageSet, load_statistics, open_images
 from argrpo_cli.evals.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
-from argrpo_cli.files import atomic_path
+from argrpo_cli.files import atomic_path, load_tensors, save_tensors, user_cache
 from argrpo_cli.processes import Team
 from argrpo_cli.progress import progress
 
@@ -136,23 +133,27 @@ def prepare_reference(
         store: where the features of its images go; None for saved statistics.
         cache: what has been computed is kept there.
     """
-    team.lead(lambda: _drop_damaged(cache))
-    if cache is not None and team.together(cache.is_file):
-        return _read_cache(cache) if team.index == 0 else None
+    if cache is not None and team.from_lead(lambda: _read_cache(cache) is not None):
+        return team.lead(lambda: _read_cache(cache))
     if store is not None:
         extract(found.images, inception, store, team, "Inception on the reference")
-    if team.index:
-        return None
-    if found.stored is not None:
-        pool, spatial = (Gaussian.of(one) for one in found.stored)
-    else:
-        pool, spatial = (gaussian(store.shards(key), store.count) for key in (POOL, SPATIAL))
-    features, hashes = (None, None) if store is None else (store.read(POOL), store.read(HASHES))
-    reference = Reference(pool, spatial, features, hashes)
-    if cache is None:
-        return reference
-    _write_cache(reference, cache)
-    return _read_cache(cache)  # as every later call does: sums may round by how numbers lie in memory
+
+    def finish() -> Reference:
+        if found.stored is not None:
+            pool, spatial = (Gaussian.of(one) for one in found.stored)
+        else:
+            pool, spatial = (gaussian(store.shards(key), store.count) for key in (POOL, SPATIAL))
+        features, hashes = (None, None) if store is None else (store.read(POOL), store.read(HASHES))
+        reference = Reference(pool, spatial, features, hashes)
+        if cache is None:
+            return reference
+        try:
+            _write_cache(reference, cache)
+        except UserError:  # a home that cannot be written to: the next evaluation computes it again
+            return reference
+        return _read_cache(cache)  # as every later call does: sums may round by how numbers lie in memory
+
+    return team.lead(finish)
 
 
 def _write_cache(reference: Reference, cache: Path) -> None:
@@ -160,33 +161,26 @@ def _write_cache(reference: Reference, cache: Path) -> None:
     content = dict(zip(CACHED, (pool.mean, pool.root, spatial.mean, spatial.root), strict=True))
     if reference.pool_features is not None:
         content |= {"features": reference.pool_features, "hashes": reference.hashes}
-    with atomic_path(cache) as temporary:
-        save_file({key: value.contiguous() for key, value in content.items()}, temporary)
+    save_tensors(cache, content)
 
 
-def _read_cache(cache: Path) -> Reference:
-    held = load_file(cache)
+def _read_cache(cache: Path) -> Reference | None:
+    """None where there is none, or a damaged one."""
+    held = load_tensors(cache)
+    if held is None or not held.keys() >= set(CACHED):
+        return None
     pool_mean, pool_root, spatial_mean, spatial_root = (held[key] for key in CACHED)
     parts = Gaussian(pool_mean, pool_root), Gaussian(spatial_mean, spatial_root)
     return Reference(*parts, held.get("features"), held.get("hashes"))
 
 
-def _drop_damaged(cache: Path | None) -> None:
-    """Take away a cached reference that cannot be read."""
-    if cache is not None and cache.is_file():
-        try:
-            _read_cache(cache)
-        except (OSError, SafetensorError, KeyError):
-            cache.unlink()
-
-
 def fetch_adm(url: str = ADM_URL) -> Path:
-    """ADM's reference batch (2 GB) in torch's cache, fetched if it is not there.
+    """ADM's reference batch (2 GB) in the user's cache, fetched if it is not there.
 
     Raises:
         UserError: no connection, or fewer bytes than announced.
     """
-    target = Path(torch.hub.get_dir()) / "argrpo" / url.rpartition("/")[2]
+    target = user_cache() / url.rpartition("/")[2]
     if target.is_file():
         return target
     mend = f"download {url} and give the file with --reference"

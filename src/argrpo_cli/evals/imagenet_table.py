@@ -24,7 +24,8 @@ def table(result: dict[str, Any]) -> Table:
     names, paper = list(result["policies"])[::-1], result.get("paper")
     out = Table(
         title=f"{counts} images{how}; ± standard error",
-        caption=f"reference: {protocol['reference']['name']}; what the errors are of: protocol in summary.json",
+        caption=f"reference: {protocol['reference']['name']}; the protocol in summary.json says what the errors are of",
+        min_width=70,  # or the title is broken over four lines
     )
     out.add_column("measure")
     for name in [*names, *(["difference"] if "difference" in result else [])]:

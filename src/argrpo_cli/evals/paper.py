@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from argrpo_cli.captions import read_captions
 from argrpo_cli.errors import UserError
@@ -26,7 +26,7 @@ from argrpo_cli.evals.entropy import measure as measure_entropy
 from argrpo_cli.evals.geneval import GenEvalSettings, run_geneval
 from argrpo_cli.evals.nano import Sampling, open_bench, open_nano_policy
 from argrpo_cli.evals.paper_page import Results, draw_figures, page
-from argrpo_cli.files import atomic_path, make_dir, read_json, read_jsonl, write_json, write_text
+from argrpo_cli.files import make_dir, read_json, read_jsonl, save_tensors, write_json, write_text
 from argrpo_cli.grpo import run_training
 from argrpo_cli.nano.detector import load_detector
 from argrpo_cli.nano.judge import load_judge
@@ -99,8 +99,7 @@ class Workplace:
         if not path.is_file():
             sampling = Sampling(self.images, cfg_scale, seed=SEED)
             values = open_bench().policy_values(open_nano_policy(policy), sampling, policy)
-            with atomic_path(path) as temporary:
-                save_file({key: value.contiguous() for key, value in values.items()}, temporary)
+            save_tensors(path, values)
         return load_file(path)
 
     def geneval(self, policy: str) -> list[tuple[Any, float]]:

@@ -149,7 +149,7 @@ def _benchmark(value: Mapping[str, Any], source: str) -> Result:
         TITLES.get(value["benchmark"], value["benchmark"]),
         {key: headings.get(key, FIDELITY.get(key, key)) for key in measures},
         rows,
-        _difference(rows, value.get("difference")),
+        _difference(rows, value.get("difference"), source),
         paper,
         [str(text) for text in value.get("warnings", [])],
     )
@@ -158,7 +158,7 @@ def _benchmark(value: Mapping[str, Any], source: str) -> Result:
 def _geneval(value: Mapping[str, Any], source: str) -> list[Result]:
     """A table for each set of prompts, in the paper's order of the categories."""
     settings = {key: part for key, part in value["settings"].items() if key != "policies"}
-    protocol = _flat(settings, {"versions": value.get("versions", {})})
+    protocol = _flat(settings, {"versions": value.get("versions", {})}, skip={"files"})
     departures = [f"not as in the paper: {text}" for text in value.get("differs_from_paper", [])]
     results = []
     for part in next(iter(value["scores"].values())):
@@ -170,9 +170,11 @@ def _geneval(value: Mapping[str, Any], source: str) -> list[Result]:
             for name, numbers in paper_numbers.TABLE_3.items()
         ]
         warnings = list(departures)
+        if absent := value.get("prompts_absent"):
+            warnings.append(f"{absent} of the 553 official prompts have no image: `overall` is not the paper's")
         if part not in OFFICIAL_SETS:
             warnings.append(f"the paper's rows are of the 553 official prompts, those above of the set {part}")
-        difference = _difference(rows, value.get("difference", {}).get(part))
+        difference = _difference(rows, value.get("difference", {}).get(part), source)
         results.append(Result(f"GenEval (table 3), {part}", labels, rows, difference, paper, warnings))
     return results
 
@@ -187,7 +189,7 @@ def _nano(value: Mapping[str, Any], source: str) -> Result:
     ordered = [key for key in [*LABELS, *value["reward_weights"]] if key in keys]  # as the command prints them
     real = Row("real scenes", _cells(value["real"]))
     labels = {key: LABELS.get(key, key) for key in ordered}
-    return Result(TITLES["nano"], labels, [*rows, real], _difference(rows, value.get("difference")))
+    return Result(TITLES["nano"], labels, [*rows, real], _difference(rows, value.get("difference"), source))
 
 
 def _entropy(table: Sequence[Mapping[str, Any]], source: str) -> Result:
@@ -196,12 +198,14 @@ def _entropy(table: Sequence[Mapping[str, Any]], source: str) -> Result:
     changes: dict[str, Row] = {}
     for line in table:
         name, mode = str(line["policy"]), str(line["mode"])
-        known = ("split", "asked", "data", "cfg_scale", "temperature", "images", "seed")
+        known = ("split", "asked", "data", "labels", "preprocessing", "cfg_scale", "temperature", "images", "seed")
         protocol = _flat({key: line[key] for key in known if line.get(key) is not None})
         row = rows.setdefault(name, Row(name, {}, protocol, source))
         row.cells[mode] = (line["mean"], line["standard_error"])
         if "change" in line:
-            change = changes.setdefault(name, Row(f"{name}, change from {line.get('against', table[0]['policy'])}", {}))
+            change = changes.setdefault(
+                name, Row(f"{name}, change from {line.get('against', table[0]['policy'])}", {}, {}, source)
+            )
             change.cells[mode] = (line["change"], line["change_error"])
     modes = dict.fromkeys(mode for row in rows.values() for mode in row.cells)
     return Result(
@@ -212,10 +216,10 @@ def _entropy(table: Sequence[Mapping[str, Any]], source: str) -> Result:
     )
 
 
-def _difference(rows: Sequence[Row], difference: Mapping[str, Any] | None) -> list[Row]:
+def _difference(rows: Sequence[Row], difference: Mapping[str, Any] | None, source: str) -> list[Row]:
     if not difference:
         return []
-    return [Row(f"{rows[-1].name} − {rows[0].name}", _cells(difference))]
+    return [Row(f"{rows[-1].name} − {rows[0].name}", _cells(difference), {}, source)]
 
 
 def _cells(measures: Mapping[str, Any]) -> dict[str, Value]:

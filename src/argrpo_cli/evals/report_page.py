@@ -15,6 +15,7 @@ from argrpo_cli.evals.report import Result, Row, Value
 from argrpo_cli.evals.tables import markdown_table
 from argrpo_cli.files import write_text
 
+CONFLICT = "not measured alike"
 MEASURED, DIFFERENCE, PAPER = "measured", "difference", "paper"
 HASH = re.compile(r"[0-9a-f]{64}")
 HEADING = "Measured beside the AR-GRPO paper"
@@ -28,13 +29,15 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
        max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 div.table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; }
+th, td { padding: 0.3rem 0.4rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: bottom; }
+td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 tr.difference td { font-weight: 600; }
-tr.paper td, p.protocol { color: var(--dim); }
+tr.paper td, .protocol { color: var(--dim); }
 tr.paper td { font-style: italic; }
-p.protocol { font-size: 0.85rem; }
-li { color: var(--warn); }
+.protocol { font-size: 0.85rem; }
+ul.notes li { color: var(--warn); }
+@media print { div.table { overflow: visible; } }
 """
 
 
@@ -44,14 +47,14 @@ class Section:
 
     Attributes:
         lines: name of a row, the texts of its cells, and MEASURED, DIFFERENCE or PAPER.
-        protocol: what all its measured rows share, in words.
+        protocol: what all its measured rows share, and what some alone tell, a line each.
         warnings: what to know before rows are compared.
     """
 
     title: str
     columns: list[str]
     lines: list[tuple[str, list[str], str]]
-    protocol: str
+    protocol: list[str]
     warnings: list[str]
 
 
@@ -79,7 +82,7 @@ def section(results: Sequence[Result]) -> Section:
     lines = [(row.name, [_cell(row.cells.get(key)) for key in labels], MEASURED) for row in rows]
     lines += [(row.name, [_cell(row.cells.get(key), "+") for key in labels], DIFFERENCE) for row in differences]
     lines += [
-        (f"{row.name}, reported by the paper", [_cell(row.cells[key]) if key in row.cells else "" for key in labels],
+        (f"{row.name} (paper)", [_cell(row.cells[key]) if key in row.cells else "" for key in labels],
          PAPER)
         for row in paper
     ]  # fmt: skip
@@ -98,7 +101,9 @@ def markdown(sections: Sequence[Section]) -> str:
             rows.append((f"{mark}{_plain(name)}{mark}", cells))
         parts += [f"## {_plain(one.title)}", markdown_table([_plain(label) for label in one.columns], rows)]
         parts += ["\n".join(f"- **Note:** {_plain(text)}" for text in one.warnings)] if one.warnings else []
-        parts += [f"Protocol: {_plain(one.protocol)}"] if one.protocol else []
+        if one.protocol:
+            lines = [f"- {_plain(text)}" for text in one.protocol]
+            parts.append("\n".join(["<details><summary>Protocol</summary>", "", *lines, "", "</details>"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -115,9 +120,10 @@ def html_page(sections: Sequence[Section]) -> str:
         body += [f"<h2>{escape(one.title)}</h2>", '<div class="table"><table>', f"<thead><tr>{head}</tr></thead>"]
         body += ["<tbody>", *rows, "</tbody></table></div>"]
         if one.warnings:
-            body += ["<ul>", *(f"<li>{escape(text)}</li>" for text in one.warnings), "</ul>"]
+            body += ['<ul class="notes">', *(f"<li>{escape(text)}</li>" for text in one.warnings), "</ul>"]
         if one.protocol:
-            body.append(f'<p class="protocol">Protocol: {escape(one.protocol)}</p>')
+            lines = "".join(f"<li>{escape(text)}</li>" for text in one.protocol)
+            body.append(f'<details class="protocol"><summary>Protocol</summary><ul>{lines}</ul></details>')
     head = '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">'
     text = "\n".join(body)
     return (
@@ -149,7 +155,7 @@ def _merged(rows: Sequence[Row]) -> list[Row]:
     return list(merged.values())
 
 
-def _protocols(rows: Sequence[Row]) -> tuple[str, list[str]]:
+def _protocols(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """What the measured rows share, or some of them alone tell, and a line for each setting in which they differ."""
     measured = [row for row in rows if row.protocol]
     shared: dict[tuple[str, ...], list[str]] = {tuple(row.name for row in measured): []}
@@ -161,13 +167,12 @@ def _protocols(rows: Sequence[Row]) -> tuple[str, list[str]]:
                 names.setdefault(_said(row.protocol[key]), []).append(row.name)
         if len(names) == 1:
             value, having = next(iter(names.items()))
-            shared.setdefault(tuple(having), []).append(f"{key} {value}")
+            shared.setdefault(tuple(having), []).append(f"{key}: {value}")
         else:
             told = "; ".join(f"{value} for {', '.join(own)}" for value, own in names.items())
-            conflicts.append(f"not measured alike: {key} is {told}")
-    of_all, *of_some = (", ".join(texts) for texts in shared.values())
-    alone = [f"of {', '.join(names)} alone: {text}" for names, text in zip([*shared][1:], of_some, strict=True)]
-    return "; ".join(text for text in (of_all, *alone) if text), conflicts
+            conflicts.append(f"{CONFLICT}: {key} is {told}")
+    (_, of_all), *others = shared.items()
+    return [*of_all, *(f"of {', '.join(names)} alone: {text}" for names, texts in others for text in texts)], conflicts
 
 
 def _said(value: Any) -> str:

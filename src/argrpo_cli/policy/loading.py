@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -72,9 +73,11 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
         raise cannot_write(folder, error if isinstance(error, OSError) else OSError(str(error))) from error
 
 
-def fingerprint(modules: Iterable[nn.Module]) -> str:
-    """A hash over a thousand numbers of every weight: sixteen hexadecimal digits."""
+def fingerprint(modules: Iterable[nn.Module], settings: Mapping[str, Any] | None = None) -> str:
+    """A hash over a thousand numbers of every weight, and over plain `settings`: sixteen hexadecimal digits."""
     digest = hashlib.sha256()
+    if settings:
+        digest.update(json.dumps(settings, sort_keys=True).encode())
     for module in modules:
         for name, tensor in module.state_dict().items():
             flat = tensor.detach().flatten()

@@ -50,6 +50,10 @@ BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
 BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
 NAMED_PARTS = (*BUNDLED_PARTS, *TOKENIZERS, TEXT_ENCODER)  # which are not copied into every checkpoint
 DTYPES = ("float32", "bfloat16", "float16")
+# Of a model's configuration, what no weight's shape shows.
+NOT_IN_SHAPES = (
+    "num_attention_heads", "num_key_value_heads", "block_size", "cls_token_num", "rope_theta", "rms_norm_eps",
+)  # fmt: skip
 DECODE_PIXELS = 2**20  # decoded at a time; at 256 px with VQ-16 about half a gigabyte for each activation
 
 
@@ -158,9 +162,13 @@ class Policy:
         return torch.cat(images)
 
     def fingerprint(self) -> str:
-        """A hash that tells two checkpoints of one run apart; see `loading.fingerprint`."""
-        text = [] if self.text_encoder is None else [self.text_encoder.model]
-        return fingerprint([self.model, self.tokenizer, *text])
+        """A hash of the weights and of all else that decides what is drawn; see `loading.fingerprint`."""
+        settings: dict[str, Any] = {key: getattr(self.model.config, key) for key in NOT_IN_SHAPES}
+        modules: list[nn.Module] = [self.model, self.tokenizer]
+        if self.text_encoder is not None:
+            modules.append(self.text_encoder.model)
+            settings |= {"cleans": self.text_encoder.cleans, "right_padded": self.text_encoder.right_padded}
+        return fingerprint(modules, settings)
 
     def save(self, folder: str | Path) -> None:
         """Write a policy folder; files of the same name are replaced one by one, `policy.json` last.
