@@ -1,0 +1,186 @@
+"""Which scores and verdicts stand, and which are made again: DrawBench's scores, GenEval's judgements."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from argrpo_cli.errors import UserError
+from argrpo_cli.evals import drawbench, geneval
+from argrpo_cli.evals.drawbench_images import Drawing
+from argrpo_cli.evals.drawbench_prompts import PromptList
+from argrpo_cli.evals.drawbench_scores import Scores, score_reward
+from argrpo_cli.evals.geneval_detectors import Judge
+from argrpo_cli.evals.geneval_folders import planned
+from argrpo_cli.evals.geneval_judging import OFFICIAL_RESULTS, RESULTS, judge_pictures
+from argrpo_cli.files import read_jsonl
+from argrpo_cli.geneval.prompts import official_prompts
+from argrpo_cli.geneval.rules import OFFICIAL, Detection
+from argrpo_cli.nano.detector import NANO_THRESHOLDS
+from argrpo_cli.processes import ALONE
+from argrpo_cli.rewards.custom import Custom, find_function
+from argrpo_cli.score_items import Said, find_items
+
+COUNTING = next(prompt for prompt in official_prompts() if prompt.tag == "counting" and prompt.include[0].count == 2)
+
+
+def save_picture(path, value, side=8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((side, side, 3), value, np.uint8)).save(path, compress_level=0)
+
+
+# --- DrawBench ---
+
+
+def test_a_pair_with_a_missing_score_is_no_difference():
+    """One policy lacks the first picture and the other the last but one; 38 pairs of 20 prompts are left."""
+    one, two = [None] + [3.0] * 39, [1.0] * 37 + [1.5, None, 1.5]
+    prompts = PromptList("mine", tuple(f"prompt {number}" for number in range(20)))
+    told = drawbench.summarise({"clip": Scores({"a": one, "b": two})}, prompts, Drawing(2), {"a": {}, "b": {}}, {})
+    found = told["difference"]["clip"]
+    assert found == drawbench.prompt_mean([None, *[2.0] * 36, 1.5, None, 1.5], 2)
+    assert found["value"] == pytest.approx((36 * 2.0 + 2 * 1.5) / 38)
+    assert (found["images"], found["prompts"]) == (38, 20)
+    assert [told["policies"][name]["clip"]["missing"] for name in "ab"] == [1, 1]
+
+
+@pytest.fixture
+def own_reward(tmp_path, monkeypatch):
+    """Writes the module of a reward of one's own; as in a new process, it is read anew."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(body):
+        (tmp_path / "reward_kept.py").write_text(f"def reward(images, conditions, weights):\n    return {body}\n")
+        forget()
+
+    def forget():
+        sys.modules.pop("reward_kept", None)
+        find_function.cache_clear()
+        importlib.invalidate_caches()
+
+    yield write
+    forget()
+
+
+@pytest.fixture
+def score(tmp_path, monkeypatch):
+    """Scores two pictures by it, and tells the scores and how many it was asked for."""
+    asked, real = [], Custom.score
+    monkeypatch.setattr(Custom, "score", lambda self, *given: asked.extend(given[1]) or real(self, *given))
+    (tmp_path / "weights.txt").write_text("1.5")
+    for value in (10, 20):
+        save_picture(tmp_path / "images" / f"{value}.png", value)
+
+    def call():
+        asked.clear()
+        pictures = {"a": find_items([tmp_path / "images"], Said(prompt="a dog")).items}
+        options = {"weights": str(tmp_path / "weights.txt")}
+        found = score_reward("reward_kept:reward", pictures, {"a": tmp_path / "scores"}, options, 8, "cpu")
+        assert not found.fault
+        return found.values["a"], len(asked)
+
+    return call
+
+
+def test_scores_are_kept_until_a_file_that_an_option_names_changes(own_reward, score, tmp_path):
+    own_reward("images[:, 0, 0, 0] + float(open(weights).read())")
+    assert score() == ([11.5, 21.5], 2)
+    assert score() == ([11.5, 21.5], 0), "kept"
+    (tmp_path / "weights.txt").write_text("100.5")
+    assert score() == ([110.5, 120.5], 2)
+    (tmp_path / "weights.txt").write_text("200.5")
+    os.utime(tmp_path / "weights.txt", (1_000_000_000, 1_000_000_000))
+    assert score() == ([210.5, 220.5], 2), "of the same size, of another time"
+    assert score() == ([210.5, 220.5], 0)
+
+
+def test_scores_are_kept_until_the_source_of_a_reward_of_ones_own_changes(own_reward, score):
+    own_reward("images[:, 0, 0, 0] * 1.0")
+    assert score() == ([10.0, 20.0], 2)
+    own_reward("images[:, 0, 0, 0] * 1.0")
+    assert score() == ([10.0, 20.0], 0), "written again, and the same"
+    own_reward("images[:, 0, 0, 0] * -0.5")
+    assert score() == ([-5.0, -10.0], 2)
+
+
+# --- GenEval ---
+
+
+class Found:
+    """Two objects of what is asked for, and a third where a picture is bright; how surely, `scores` say."""
+
+    def __init__(self, thresholds=OFFICIAL, scores=(0.95, 0.93, 0.91)):
+        self.thresholds, self.scores = thresholds, scores
+
+    def observe(self, images, prompts):
+        return [
+            ({prompt.include[0].name: self.boxes(3 if image.float().mean() > 128 else 2)}, None)
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+
+    def boxes(self, count):
+        return [
+            Detection((8.0 * place, 1.0, 8.0 * place + 5, 6.5), self.scores[place], place) for place in range(count)
+        ]
+
+
+def judged(folder, observer):
+    """Rows of results.jsonl and of the official format, for a dark picture and a bright one of two objects."""
+    pictures = planned([COUNTING], 2, True)
+    for picture, value in zip(pictures, (10, 250), strict=True):
+        save_picture(folder / picture.file, value)
+    rows = judge_pictures(pictures, folder, folder / "out", Judge(observer, {}), 8, ALONE)
+    assert rows == read_jsonl(folder / "out" / RESULTS)
+    return rows, read_jsonl(folder / "out" / OFFICIAL_RESULTS)
+
+
+def test_objects_count_from_the_judges_own_threshold(tmp_path):
+    """For counting: above 0.4 in the nano world, above 0.9 officially."""
+    name = COUNTING.include[0].name
+    assert (NANO_THRESHOLDS.counting_threshold, OFFICIAL.counting_threshold) == (0.4, 0.9)
+    nano, _ = judged(tmp_path / "nano", Found(NANO_THRESHOLDS, (0.8, 0.6, 0.5)))
+    assert [row["correct"] for row in nano] == [True, False] and nano[1]["reason"] == f"expected {name}<3, found 3"
+    doubtful, _ = judged(tmp_path / "doubtful", Found(NANO_THRESHOLDS, (0.8, 0.6, 0.3)))
+    assert [row["correct"] for row in doubtful] == [True, True]
+    official, _ = judged(tmp_path / "official", Found(OFFICIAL, (0.8, 0.6, 0.5)))
+    assert [row["reason"] for row in official] == [f"expected {name}>=2, found 0"] * 2
+
+
+def test_official_results_have_the_boxes_that_counted(tmp_path):
+    name = COUNTING.include[0].name
+    _, rows = judged(tmp_path / "sure", Found())
+    two = [[0.0, 1.0, 5.0, 6.5, 0.95], [8.0, 1.0, 13.0, 6.5, 0.93]]
+    assert [json.loads(row["details"]) for row in rows] == [{name: two}, {name: [*two, [16.0, 1.0, 21.0, 6.5, 0.91]]}]
+    _, rows = judged(tmp_path / "unsure", Found(scores=(0.95, 0.6, 0.5)))
+    assert [json.loads(row["details"]) for row in rows] == [{name: two[:1]}] * 2
+
+
+def test_a_folder_whose_pictures_changed_does_not_get_its_old_verdicts(tmp_path, monkeypatch):
+    monkeypatch.setattr(geneval, "open_judge", lambda *given: Judge(Found(), {"name": "found"}))
+    folder, files = tmp_path / "pictures", [f"00000/samples/0000{number}.png" for number in range(2)]
+    for file in files:
+        save_picture(folder / file, 10)
+    (folder / "00000" / "metadata.jsonl").write_text(json.dumps({"prompt": COUNTING.text}))
+
+    def correct(out):
+        return geneval.judge_folder(folder, tmp_path / out, device="cpu")["totals"]["pictures"]["correct_images"]
+
+    assert correct("first") == 1.0 == correct("first")
+    status = (folder / files[0]).stat()
+    save_picture(folder / files[0], 250)
+    assert (folder / files[0]).stat().st_size == status.st_size, "as large as before"
+    os.utime(folder / files[0], ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    with pytest.raises(UserError, match=r"first holds an evaluation of something else \(images\)"):
+        correct("first")
+    assert correct("second") == 0.5
+    save_picture(folder / files[1], 250, side=24)
+    os.utime(folder / files[1], ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UserError, match=r"second holds an evaluation of something else \(images\)"):
+        correct("second")
+    assert correct("third") == 0.0
