@@ -42,7 +42,8 @@ def test_a_pair_with_a_missing_score_is_no_difference():
     """One policy lacks the first picture and the other the last but one; 38 pairs of 20 prompts are left."""
     one, two = [None] + [3.0] * 39, [1.0] * 37 + [1.5, None, 1.5]
     prompts = PromptList("mine", tuple(f"prompt {number}" for number in range(20)))
-    told = drawbench.summarise({"clip": Scores({"a": one, "b": two})}, prompts, Drawing(2), {"a": {}, "b": {}}, {})
+    about = {name: {"image_size": 256} for name in ("a", "b")}
+    told = drawbench.summarise({"clip": Scores({"a": one, "b": two})}, prompts, Drawing(2), about, {})
     found = told["difference"]["clip"]
     assert found == drawbench.prompt_mean([None, *[2.0] * 36, 1.5, None, 1.5], 2)
     assert found["value"] == pytest.approx((36 * 2.0 + 2 * 1.5) / 38)
@@ -176,11 +177,11 @@ def test_a_folder_whose_pictures_changed_does_not_get_its_old_verdicts(tmp_path,
     save_picture(folder / files[0], 250)
     assert (folder / files[0]).stat().st_size == status.st_size, "as large as before"
     os.utime(folder / files[0], ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
-    with pytest.raises(UserError, match=r"first holds an evaluation of something else \(images\)"):
+    with pytest.raises(UserError, match=r"first holds an evaluation of something else \(images.files\)"):
         correct("first")
     assert correct("second") == 0.5
     save_picture(folder / files[1], 250, side=24)
     os.utime(folder / files[1], ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(UserError, match=r"second holds an evaluation of something else \(images\)"):
+    with pytest.raises(UserError, match=r"second holds an evaluation of something else \(images.files\)"):
         correct("second")
     assert correct("third") == 0.0
