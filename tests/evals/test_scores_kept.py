@@ -179,8 +179,9 @@ def test_a_folder_whose_pictures_changed_does_not_get_its_old_verdicts(tmp_path,
     with pytest.raises(UserError, match=r"first holds an evaluation of something else \(images\)"):
         correct("first")
     assert correct("second") == 0.5
+    status = (folder / files[1]).stat()
     save_picture(folder / files[1], 250, side=24)
-    os.utime(folder / files[1], ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.utime(folder / files[1], ns=(status.st_atime_ns, status.st_mtime_ns))  # as by a tool that keeps times
     with pytest.raises(UserError, match=r"second holds an evaluation of something else \(images\)"):
         correct("second")
     assert correct("third") == 0.0
