@@ -15,7 +15,7 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.evals import drawbench, geneval
 from argrpo_cli.evals.drawbench_images import Drawing
 from argrpo_cli.evals.drawbench_prompts import PromptList
-from argrpo_cli.evals.drawbench_scores import Scores, score_reward
+from argrpo_cli.evals.drawbench_scores import Scores, _stamps, score_reward
 from argrpo_cli.evals.geneval_detectors import Judge
 from argrpo_cli.evals.geneval_folders import planned
 from argrpo_cli.evals.geneval_judging import OFFICIAL_RESULTS, RESULTS, judge_pictures
@@ -101,6 +101,15 @@ def test_scores_are_kept_until_a_file_that_an_option_names_changes(own_reward, s
     assert score() == ([210.5, 220.5], 0)
 
 
+def test_scores_are_kept_until_a_file_in_a_folder_that_an_option_names_changes(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("1")
+    stamps = [_stamps({"model": str(tmp_path / "model"), "size": 3})]
+    (tmp_path / "model" / "weights").write_text("22")
+    stamps.append(_stamps({"model": str(tmp_path / "model"), "size": 3}))
+    assert stamps[0] != stamps[1] and stamps[0].keys() == stamps[1].keys() == {str(tmp_path / "model" / "weights")}
+
+
 def test_scores_are_kept_until_the_source_of_a_reward_of_ones_own_changes(own_reward, score):
     own_reward("images[:, 0, 0, 0] * 1.0")
     assert score() == ([10.0, 20.0], 2)
@@ -162,6 +171,18 @@ def test_official_results_have_the_boxes_that_counted(tmp_path):
     assert [json.loads(row["details"]) for row in rows] == [{name: two[:1]}] * 2
 
 
+def test_a_folder_whose_prompts_changed_places_does_not_get_its_old_verdicts(tmp_path, monkeypatch):
+    monkeypatch.setattr(geneval, "open_judge", lambda *given: Judge(Found(), {"name": "found"}))
+    folder, asked = tmp_path / "pictures", [prompt.text for prompt in official_prompts()[:2]]
+    for number, place in enumerate((0, 1, 0)):
+        save_picture(folder / f"0000{number}/samples/00000.png", 10)
+        (folder / f"0000{number}" / "metadata.jsonl").write_text(json.dumps({"prompt": asked[place]}))
+    geneval.judge_folder(folder, tmp_path / "out", device="cpu")
+    (folder / "00002" / "metadata.jsonl").write_text(json.dumps({"prompt": asked[1]}))
+    with pytest.raises(UserError, match=r"out holds an evaluation of something else \(images.files\)"):
+        geneval.judge_folder(folder, tmp_path / "out", device="cpu")
+
+
 def test_a_folder_whose_pictures_changed_does_not_get_its_old_verdicts(tmp_path, monkeypatch):
     monkeypatch.setattr(geneval, "open_judge", lambda *given: Judge(Found(), {"name": "found"}))
     folder, files = tmp_path / "pictures", [f"00000/samples/0000{number}.png" for number in range(2)]
@@ -180,6 +201,7 @@ def test_a_folder_whose_pictures_changed_does_not_get_its_old_verdicts(tmp_path,
     with pytest.raises(UserError, match=r"first holds an evaluation of something else \(images.files\)"):
         correct("first")
     assert correct("second") == 0.5
+    status = (folder / files[1]).stat()
     save_picture(folder / files[1], 250, side=24)
     os.utime(folder / files[1], ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(UserError, match=r"second holds an evaluation of something else \(images.files\)"):

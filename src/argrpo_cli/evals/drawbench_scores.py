@@ -217,9 +217,12 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def _stamps(options: Mapping[str, Any]) -> dict[str, str]:
-    """Size and time of the files that options name."""
-    files = [value for value in options.values() if isinstance(value, str) and value and Path(value).is_file()]
-    return {file: f"{Path(file).stat().st_size} {Path(file).stat().st_mtime_ns}" for file in files}
+    """Size and time of the files that options name, and of those in folders that they name."""
+    named = [Path(value) for value in options.values() if isinstance(value, str) and value]
+    files = [
+        file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()
+    ]
+    return {str(file): f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files}
 
 
 def _code(reward: str) -> str | None:

@@ -172,7 +172,7 @@ def judge_folder(
     pictures = team.together(lambda: read_pictures(folder))
     judge = team.together(lambda: open_judge(detector, team.device, colors, detector_batch_size))
     prompts = list(dict.fromkeys(one.prompt for one in pictures))
-    listed = "".join(f"{one.file} {_stamp(folder / one.file)}\n" for one in pictures)
+    listed = "".join(f"{one.file} {one.prompt.text} {_stamp(folder / one.file)}\n" for one in pictures)
     identity = {
         "images": {"count": len(pictures), "files": hashlib.sha256(listed.encode()).hexdigest()},
         "prompts": hashlib.sha256(official_jsonl(prompts).encode()).hexdigest(),
