@@ -187,6 +187,6 @@ def test_the_page_tells_the_temperature_of_entropies(tmp_path):
         paths[-1].parent.mkdir()
         lines = [json.dumps(row | {"policy": name, "temperature": temperature}) for row in entropy()]
         paths[-1].write_text("\n".join(lines))
-    assert "temperature 0.7" in section(read_results(paths[1:])).protocol
+    assert "temperature: 0.7" in section(read_results(paths[1:])).protocol
     both = section(read_results(paths))
     assert "not measured alike: temperature is 1 for warm; 0.7 for cold" in both.warnings
