@@ -38,7 +38,9 @@ TopPOption = Annotated[
     typer.Option("--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens up to this probability; 1 keeps all."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="First seed.")]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time; changes only the speed.")]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Images at a time; by rounding it turns a few tokens.")
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the policy.")]
 BaselineOption = Annotated[

@@ -101,6 +101,8 @@ def measure(
     Raises:
         UserError: no such policy, split, folder or prompt set; a policy that the images do not fit.
     """
+    if temperature <= 0:
+        raise UserError(f"--temperature {temperature:g}: without noise there is no entropy; give more than 0")
     team = team or Team(0, 1, resolve_device("auto"))
     manner = Manner(cfg_scale, temperature, batch_size)
     team.together(lambda: _find_all(subjects))

@@ -18,6 +18,7 @@ written as it comes, so that an interrupted evaluation goes on where it stopped;
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -190,12 +191,15 @@ def judge_folder(
         "versions": judge.versions,
         "prompts_absent": absent(pictures),
     }
+    counts = Counter(one.prompt for one in pictures)
+    if other := sorted({count for count in counts.values() if count != PAPER["per_prompt"]}):
+        result["differs_from_paper"] = [f"{' or '.join(map(str, other))} images of some prompts (paper 4)"]
     team.lead(lambda: _finish(result, {name: rows}, prompts, folder, out, judge))
     return result if team.index == 0 else None
 
 
 def _check(settings: GenEvalSettings) -> None:
-    if settings.per_prompt < 1 or settings.sets is not None:
+    if settings.per_prompt < 1 or settings.sets is not None:  # else the most depends on the policies, see `_by_world`
         _check_count(settings)
     if not 0 <= settings.seed < MOST_SEEDS:
         raise UserError(f"--seed {settings.seed}: give 0 to {MOST_SEEDS - 1}")

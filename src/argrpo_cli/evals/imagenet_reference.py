@@ -70,6 +70,7 @@ class ReferenceFile:
             "images": self.images.count if self.images else 0,
             "image_size": list(self.images.size) if self.images else None,
             "statistics": "stored in the file" if self.stored else "of its images",
+            "adm": "of its shape" if self.is_adm else "no",  # the published file has no hash to hold it against
         }
 
 

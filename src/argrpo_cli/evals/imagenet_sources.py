@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from argrpo_cli.errors import UserError
 from argrpo_cli.evals.feature_store import Span
 from argrpo_cli.evals.fidelity import NEIGHBOURS
+from argrpo_cli.evals.folders import policy_folders
 from argrpo_cli.evals.image_sets import ImageSet, open_images
 from argrpo_cli.evals.imagenet_warnings import IMAGES, SAMPLING
 from argrpo_cli.files import read_json, save_png
@@ -119,19 +119,14 @@ def open_sources(
     Raises:
         UserError: nothing there, a policy of captions, the same policy twice, too few images.
     """
-    given = [str(path) for path in policies] if images is None else [Path(images).resolve().stem]
-    if not 1 <= len(given) <= 2:
-        raise UserError(f"{len(given)} policies; give one, or one and a baseline")
-    names = [re.sub(r"[^A-Za-z0-9._-]+", "-", path).strip("-.") or "images" for path in given]
-    if len(set(names)) < len(names):
-        raise UserError(f"{given[0]} and {given[1]} are the same policy; give another baseline")
+    names = policy_folders(policies if images is None else [Path(images).resolve().stem])
     if images is not None:
         found = open_images(images)
         if found.count < LEAST:
             raise UserError(f"{images} holds {found.count} images; the measures and their errors need {LEAST}")
         return {names[0]: found}
     opened = {}
-    for name, path in zip(names, given, strict=True):
+    for name, path in zip(names, policies, strict=True):
         policy = load_policy(path, device, settings.dtype)
         if policy.text_encoder is not None:
             raise UserError(

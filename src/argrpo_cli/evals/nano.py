@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from argrpo_cli import __version__
 from argrpo_cli.conditions import Condition, class_prompt
 from argrpo_cli.devices import resolve_device
 from argrpo_cli.errors import UserError
@@ -182,7 +183,8 @@ def evaluate(
     Returns:
         A dictionary of plain numbers, ready for JSON: `policies` {name: {measure: {mean, error}}}, `difference`
         {measure: {mean, error}} (first minus second; for two), `real` (what real scenes score), `within_class_std`
-        {reward: number} of each reward and the total, of the last policy (the baseline), `tokenizer` and `settings`.
+        {reward: number} of each reward and the total, of the last policy (the baseline), `tokenizer`, `settings`,
+        `weights` {name: hash} and `versions`.
 
     Raises:
         UserError: no such policy, a policy of another world, too few samples, a seed that reaches training's.
@@ -201,6 +203,8 @@ def evaluate(
         "reward_weights": bench.weights,
         "tokenizer": measure_tokenizer(bench.judge.tokenizer, bench.judge.reference_tokens, sampling.seed),
         "settings": asdict(sampling),
+        "weights": {name: policy.fingerprint() for name, policy in loaded.items()},
+        "versions": {"argrpo": __version__, "torch": torch.__version__},
     }
     if len(names) == 2:
         first = measured[names[0]]

@@ -183,7 +183,9 @@ def _nano(value: Mapping[str, Any], source: str) -> Result:
     from argrpo_cli.evals.nano_table import LABELS
 
     measured = value["policies"] if "policies" in value else value["images"]
-    protocol = _flat(value["settings"], {"reward_weights": value["reward_weights"]})
+    protocol = _flat(
+        value["settings"], {"reward_weights": value["reward_weights"], "versions": value.get("versions", {})}
+    )
     rows = [Row(name, _cells(own), protocol, source) for name, own in reversed(measured.items())]
     keys = dict.fromkeys(key for row in rows for key in row.cells)
     ordered = [key for key in [*LABELS, *value["reward_weights"]] if key in keys]  # as the command prints them

@@ -92,4 +92,5 @@ def geneval(
     if result is None:  # the first of several processes tells
         return
     Console().print(table(result))
-    print(f"images, verdicts, prompts.jsonl, summary.json and the failures as a picture (failures.png) in {out}")
+    failed = " and the failures as a picture (failures.png)" if (out / "failures.png").is_file() else ""
+    print(f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")

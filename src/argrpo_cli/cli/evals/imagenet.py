@@ -52,12 +52,14 @@ def imagenet(
     dtype: DtypeOption = Dtype.float32,
     resize: Annotated[
         int | None,
-        typer.Option("--resize", help="Pixels a side before Inception.  [default: 256 for larger images]"),
+        typer.Option(
+            "--resize", help="Pixels a side of a policy's images before Inception.  [default: 256 for larger ones]"
+        ),
     ] = None,
     inception: Annotated[
         Path | None, typer.Option("--inception", help="Inception's weights as a file.  [default: fetched]")
     ] = None,
-    keep_images: Annotated[bool, typer.Option("--keep-images", help="Keep the pictures that are drawn.")] = False,
+    keep_images: Annotated[bool, typer.Option("--keep-images", help="Keep the pictures that a policy draws.")] = False,
     keep_features: Annotated[bool, typer.Option("--keep-features", help="Keep Inception's features.")] = False,
     statistics: Annotated[
         Path | None,
