@@ -186,6 +186,11 @@ def test_bad_input_is_one_line_and_writes_nothing(captioned, tmp_path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "one.txt"]
 
 
+def test_without_noise_there_is_no_entropy(tmp_path, capsys):
+    assert run(["entropy", "--temperature", "0", "--out", str(tmp_path / "out")]) == 2
+    assert "--temperature 0: without noise there is no entropy" in capsys.readouterr().err
+
+
 def test_a_folder_with_other_things_or_other_entropy_is_left_alone(captioned, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(["entropy", "--n", "4"]) == 0

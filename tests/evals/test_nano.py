@@ -40,6 +40,7 @@ def test_every_measure_has_a_mean_and_an_error(results):
     for value in alone["policies"]["nano-c2i"].values():
         assert math.isfinite(value["mean"]) and value["error"] >= 0
     assert "difference" not in alone and set(pair["difference"]) == PER_POLICY
+    assert alone["weights"] == {"nano-c2i": load_policy("nano-c2i").fingerprint()} and "torch" in alone["versions"]
 
 
 def test_a_policy_does_not_differ_from_itself(results):
