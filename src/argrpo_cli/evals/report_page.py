@@ -30,8 +30,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 div.table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.4rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: bottom; }
-td { white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 9rem; }
 tr.difference td { font-weight: 600; }
 tr.paper td, .protocol { color: var(--dim); }
 tr.paper td { font-style: italic; }
@@ -114,7 +113,7 @@ def html_page(sections: Sequence[Section]) -> str:
     for one in sections:
         head = "".join(f"<th>{escape(label)}</th>" for label in ["", *one.columns])
         rows = [
-            f'<tr class="{kind}">' + "".join(f"<td>{escape(text)}</td>" for text in [name, *cells]) + "</tr>"
+            f'<tr class="{kind}">' + "".join(f"<td>{_cell_html(text)}</td>" for text in [name, *cells]) + "</tr>"
             for name, cells, kind in one.lines
         ]
         body += [f"<h2>{escape(one.title)}</h2>", '<div class="table"><table>', f"<thead><tr>{head}</tr></thead>"]
@@ -130,6 +129,11 @@ def html_page(sections: Sequence[Section]) -> str:
         f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n<title>{escape(HEADING)}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n{text}\n</body>\n</html>\n"
     )
+
+
+def _cell_html(text: str) -> str:
+    """A narrow page breaks a cell before its error, and nowhere else."""
+    return html.escape(text).replace("± ", "±&nbsp;")
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:
