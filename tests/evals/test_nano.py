@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,9 +134,9 @@ def test_the_difference_is_trained_minus_base_in_units_of_the_base(monkeypatch):
         "trained": {"match": noise + 5, "precision": noise > -1, "nano-clip": 3 * noise + 1, nano.TOTAL: 6 * noise + 4},
     }
     known = {name: {key: v.float() for key, v in values.items()} for name, values in known.items()}
-    monkeypatch.setattr(nano, "open_nano_policy", lambda path, device: path)
+    monkeypatch.setattr(nano, "open_nano_policy", lambda path, device: SimpleNamespace(fingerprint=lambda: path))
     monkeypatch.setattr(nano.Bench, "real_values", lambda bench, with_classes=True: {"match": torch.ones(2)})
-    monkeypatch.setattr(nano.Bench, "policy_values", lambda bench, policy, *rest: known[policy])
+    monkeypatch.setattr(nano.Bench, "policy_values", lambda bench, policy, *rest: known[policy.fingerprint()])
     monkeypatch.setattr(nano, "measure_tokenizer", lambda *rest: {"psnr": 1.0, "codebook_used": 1.0, "note": ""})
     result = nano.evaluate(["trained", "base"], nano.Sampling(N), device="cpu", weights={"nano-clip": 2.0})
     for key, of_base in known["base"].items():

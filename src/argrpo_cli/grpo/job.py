@@ -251,6 +251,7 @@ class Job:
         self.request.training = True
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            self.team.exchange(None)  # at its end each looks into the folder that the first one removes below
         except KeyboardInterrupt:  # a second signal: the user does not want to wait for the end of the step
             self.display.stop()
             self._interrupted(self._saved_step())
