@@ -178,7 +178,7 @@ def test_a_folder_whose_prompts_changed_places_does_not_get_its_old_verdicts(tmp
         save_picture(folder / f"0000{number}/samples/00000.png", 10)
         (folder / f"0000{number}" / "metadata.jsonl").write_text(json.dumps({"prompt": asked[place]}))
     result = geneval.judge_folder(folder, tmp_path / "out", device="cpu")
-    assert result["differs_from_paper"] == ["1 or 2 images of some prompts (paper 4)"]
+    assert result["differs_from_paper"] == ["images per prompt 1 or 2 (paper 4)"]
     (folder / "00002" / "metadata.jsonl").write_text(json.dumps({"prompt": asked[1]}))
     with pytest.raises(UserError, match=r"out holds an evaluation of something else \(images.files\)"):
         geneval.judge_folder(folder, tmp_path / "out", device="cpu")

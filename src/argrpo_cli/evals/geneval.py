@@ -193,7 +193,7 @@ def judge_folder(
     }
     counts = Counter(one.prompt for one in pictures)
     if other := sorted({count for count in counts.values() if count != PAPER["per_prompt"]}):
-        result["differs_from_paper"] = [f"{' or '.join(map(str, other))} images of some prompts (paper 4)"]
+        result["differs_from_paper"] = [f"images per prompt {' or '.join(map(str, other))} (paper 4)"]
     team.lead(lambda: _finish(result, {name: rows}, prompts, folder, out, judge))
     return result if team.index == 0 else None
 
