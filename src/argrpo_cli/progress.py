@@ -6,6 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argrpo_cli.processes import Team
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -36,3 +40,13 @@ def progress(label: str, total: int, unit: str = "images") -> Iterator[Callable[
             print(f"{label}: {done}/{total} {unit}, {rate:.1f}/s", file=sys.stderr, flush=True)
 
     yield advance
+
+
+@contextmanager
+def shared_progress(team: Team, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """As `progress`, of the first process's share of a team's job; nothing in the others, or of a share of nothing."""
+    if not (team.first and total):
+        yield lambda count: None
+        return
+    with progress(label if team.count == 1 else f"{label}, one of {team.count} processes", total) as advance:
+        yield advance

@@ -14,8 +14,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ from argrpo_cli.files import (
     write_jsonl,
 )
 from argrpo_cli.images import read_image
-from argrpo_cli.progress import progress
+from argrpo_cli.progress import shared_progress
 
 if TYPE_CHECKING:
     from argrpo_cli.policy import Policy
@@ -126,11 +125,8 @@ def run_sampling(
     mine = [pair for pair in zip(batches, missing, strict=True) if pair[1]][team.index :: team.count]
 
     def draw() -> None:
-        with ExitStack() as stack:
-            advance: Callable[[int], None] = lambda count: None  # noqa: E731
-            if show_progress and team.index == 0 and mine:
-                label = "sampling" if team.count == 1 else f"sampling, one of {team.count} processes"
-                advance = stack.enter_context(progress(label, sum(len(wanted) for _, wanted in mine)))
+        share = sum(len(wanted) for _, wanted in mine) if show_progress else 0
+        with shared_progress(team, "sampling", share) as advance:
             for batch, wanted in mine:
                 _draw(policy, settings, batch, wanted, out)
                 advance(len(wanted))

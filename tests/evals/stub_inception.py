@@ -17,7 +17,7 @@ POOL_WIDTH, SPATIAL_WIDTH, CLASSES = 64, 48, 20
 class StubInception:
     """Fixed random projections of the pixels, which depend on the batch by rounding as a real network's do."""
 
-    device, fingerprint, library = "cpu", "stubstubstubstub", "stub 1"
+    device, fingerprint, package = "cpu", "stubstubstubstub", "stub 1"
 
     def __init__(self) -> None:
         self.batches: list[int] = []  # how many images each had

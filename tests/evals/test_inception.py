@@ -52,7 +52,7 @@ def test_other_weights_have_another_fingerprint(weights, tmp_path):
     other = save_random_inception(tmp_path / "other.pth", seed=1)
     first, again, third = load_inception(weights), load_inception(weights), load_inception(other)
     assert first.fingerprint == again.fingerprint != third.fingerprint
-    assert first.library.startswith("torch-fidelity ")
+    assert first.package.startswith("torch-fidelity ")
 
 
 def test_files_that_are_no_weights_of_inception_are_refused(tmp_path):

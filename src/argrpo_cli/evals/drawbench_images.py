@@ -6,8 +6,7 @@ bytes do not depend on interruptions. metadata.jsonl is written last: its presen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from argrpo_cli.errors import UserError
 from argrpo_cli.files import make_dir, save_png, write_jsonl
 from argrpo_cli.policy import Policy
 from argrpo_cli.processes import ALONE, Team
-from argrpo_cli.progress import progress
+from argrpo_cli.progress import shared_progress
 from argrpo_cli.sampling_job import METADATA, file_name
 
 # Away from the seeds of training and the other benchmarks. Prompts share no seed: with five seeds in all, what these
@@ -76,11 +75,7 @@ def draw(
     mine = unfinished[team.index :: team.count]
 
     def work() -> None:
-        with ExitStack() as stack:
-            advance: Callable[[int], None] = lambda count: None  # noqa: E731
-            if team.first and mine:
-                whose = "" if team.count == 1 else f", one of {team.count} processes"
-                advance = stack.enter_context(progress(f"drawing {name}{whose}", sum(map(len, mine))))
+        with shared_progress(team, f"drawing {name}", sum(map(len, mine))) as advance:
             for batch in mine:
                 _draw_batch(policy, [conditions[i // drawing.per_prompt] for i in batch], drawing, batch, files, folder)
                 advance(len(batch))

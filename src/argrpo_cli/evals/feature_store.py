@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -25,7 +25,7 @@ from argrpo_cli.evals.image_sets import ImageSet
 from argrpo_cli.evals.inception import CLASSES, POOL_WIDTH, SPATIAL_WIDTH, Inception
 from argrpo_cli.files import save_tensors
 from argrpo_cli.processes import Team
-from argrpo_cli.progress import progress
+from argrpo_cli.progress import shared_progress
 
 LEAST_SHARD = 256  # images
 POOL, SPATIAL, PROBABILITIES, HASHES = "pool", "spatial", "probabilities", "hashes"
@@ -112,16 +112,12 @@ def extract(source: Source, inception: Inception, store: FeatureStore, team: Tea
     mine = team.from_lead(store.missing)[team.index :: team.count]
 
     def compute() -> None:
-        with ExitStack() as stack:
-            advance: Callable[[int], None] = lambda count: None  # noqa: E731
-            if team.index == 0 and mine:
-                whose = "" if team.count == 1 else f", one of {team.count} processes"
-                advance = stack.enter_context(progress(label + whose, sum(end - start for start, end in mine)))
-            batches = source.batches(store.batch_size, mine)
-            if isinstance(source, ImageSet) or torch.device(inception.device).type != "cuda":
-                # A policy on a GPU records CUDA graphs, during which no other thread may ask for memory.
-                batches = ahead(batches, inception.device)
-            stack.enter_context(closing(batches))
+        batches = source.batches(store.batch_size, mine)
+        if isinstance(source, ImageSet) or torch.device(inception.device).type != "cuda":
+            # A policy on a GPU records CUDA graphs, during which no other thread may ask for memory.
+            batches = ahead(batches, inception.device)
+        total = sum(end - start for start, end in mine)
+        with shared_progress(team, label, total) as advance, closing(batches):
             for start, end in mine:
                 parts = []
                 for _ in range(start, end, store.batch_size):

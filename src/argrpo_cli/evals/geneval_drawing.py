@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from argrpo_cli.files import save_png
 from argrpo_cli.nano import scenes
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.processes import Team
-from argrpo_cli.progress import progress
+from argrpo_cli.progress import shared_progress
 
 if TYPE_CHECKING:
     from argrpo_cli.evals.geneval import GenEvalSettings
@@ -54,11 +53,7 @@ def draw_pictures(
     mine = [pair for pair in zip(batches, missing, strict=True) if pair[1]][team.index :: team.count]
 
     def work() -> None:
-        with ExitStack() as stack:
-            advance = None
-            if mine and team.index == 0:
-                label = f"drawing {name}" + (f", one of {team.count} processes" if team.count > 1 else "")
-                advance = stack.enter_context(progress(label, sum(len(wanted) for _, wanted in mine)))
+        with shared_progress(team, f"drawing {name}", sum(len(wanted) for _, wanted in mine)) as advance:
             for batch, wanted in mine:
                 tokens = policy.sample(
                     [conditions[one.prompt] for one in batch],
@@ -72,7 +67,6 @@ def draw_pictures(
                 for one, picture in zip(batch, policy.decode(tokens).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                     if one in wanted:
                         save_png(folder / one.file, Image.fromarray(picture))
-                if advance is not None:
-                    advance(len(wanted))
+                advance(len(wanted))
 
     team.together(work)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from argrpo_cli.geneval.grammar import Prompt
 from argrpo_cli.geneval.rules import ClassifyColor, Detection, Detections, judge_image
 from argrpo_cli.images import read_image
 from argrpo_cli.processes import Team
-from argrpo_cli.progress import progress
+from argrpo_cli.progress import shared_progress
 
 RESULTS, OFFICIAL_RESULTS, JOURNAL = "results.jsonl", "results.official.jsonl", ".judging"
 
@@ -49,17 +48,12 @@ def judge_pictures(
 
     def work() -> None:
         mine = left[team.index :: team.count]
-        with ExitStack() as stack:
-            advance = None
-            if mine and team.index == 0:
-                label = f"judging {out.name}" + (f", one of {team.count} processes" if team.count > 1 else "")
-                advance = stack.enter_context(progress(label, sum(len(batches[number]) for number in mine)))
+        with shared_progress(team, f"judging {out.name}", sum(len(batches[number]) for number in mine)) as advance:
             for number in mine:
                 write_jsonl(
                     make_dir(out / JOURNAL) / f"{number:06d}.jsonl", _judge_batch(batches[number], folder, judge)
                 )
-                if advance is not None:
-                    advance(len(batches[number]))
+                advance(len(batches[number]))
 
     team.together(work)
     known = team.from_lead(lambda: _judged(out / JOURNAL))

@@ -263,8 +263,8 @@ def _protocol(
         "measured": sets,
         "settings": identity["settings"],
         "reference": found.protocol(),
-        "inception": {"weights": network.fingerprint, "library": network.library, "resize": "TensorFlow 1, to 299"},
+        "inception": {"weights": network.fingerprint, "package": network.package, "resize": "TensorFlow 1, to 299"},
         "neighbours": NEIGHBOURS,
         "errors": ERRORS,
-        "versions": {"argrpo": __version__, "torch": torch.__version__, "torch-fidelity": network.library.split()[-1]},
+        "versions": {"argrpo": __version__, "torch": torch.__version__, "torch-fidelity": network.package.split()[-1]},
     }

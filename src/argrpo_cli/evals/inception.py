@@ -46,12 +46,12 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Inception:
-    """The network on a device; `fingerprint` tells its weights from others, `library` is what it comes from."""
+    """The network on a device; `fingerprint` tells its weights from others, `package` is what it comes from."""
 
     network: nn.Module
     device: str
     fingerprint: str
-    library: str
+    package: str
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Features:
@@ -101,10 +101,10 @@ def load_inception(weights: str | Path | None = None, device: str = "cpu") -> In
     except RuntimeError as error:
         source = weights if weights is not None else f"the cached file of {port.URL_INCEPTION_V3}"
         raise UserError(f"weights do not fit Inception: {source} ({first_line(error)})") from error
-    library = f"torch-fidelity {torch_fidelity.__version__}"
+    package = f"torch-fidelity {torch_fidelity.__version__}"
     held = fingerprint([network])
     fuse(network)
-    return Inception(network.to(device), device, held, library)
+    return Inception(network.to(device), device, held, package)
 
 
 def fuse(network: FeatureExtractorInceptionV3) -> None:
