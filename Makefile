@@ -58,14 +58,14 @@ lint: install
 	$(BIN)/ruff format --check .
 
 bench: install
-	$(BIN)/python -m argrpo_cli.bench
-	$(BIN)/python -m argrpo_cli.bench_sampler
-	$(BIN)/python -m argrpo_cli.bench_rewards
-	$(BIN)/python -m argrpo_cli.bench_train
-	$(BIN)/python -m argrpo_cli.bench_eval
+	$(BIN)/python -m argrpo_cli.bench.nano
+	$(BIN)/python -m argrpo_cli.bench.sampler
+	$(BIN)/python -m argrpo_cli.bench.rewards
+	$(BIN)/python -m argrpo_cli.bench.train
+	$(BIN)/python -m argrpo_cli.bench.eval
 
 nano: install
-	$(BIN)/python -m argrpo_cli.nano.build --install
+	$(BIN)/python -m argrpo_cli.nano.make.build --install
 
 paper-nano: install
-	$(BIN)/python -m argrpo_cli.evals.paper
+	$(BIN)/python -m argrpo_cli.paper.nano

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from argrpo_cli.nano import train_t2i
-from argrpo_cli.nano.held_out import load_held_out
+from argrpo_cli.nano.make import train_t2i
+from argrpo_cli.nano.make.held_out import load_held_out
 from argrpo_cli.policy import Policy
 
 

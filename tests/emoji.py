@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.nano import scenes
+from argrpo_cli.system.errors import UserError
 
 
 def font_missing() -> bool:

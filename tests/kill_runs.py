@@ -32,9 +32,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from argrpo_cli.grpo import run_training
 from argrpo_cli.recipe import Recipe
-from tests.grpo.tiny import FakeRewards, save_tiny_policy, tiny_recipe
+from argrpo_cli.training import run_training
+from tests.training.tiny import FakeRewards, save_tiny_policy, tiny_recipe
 
 STEPS, FEW_STEPS = 20, 4  # the few are for --every-write
 TIMES = ("seconds_", "images_per_second", "step_time")  # how the names of measured times begin

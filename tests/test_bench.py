@@ -6,8 +6,10 @@ import copy
 
 import torch
 
-from argrpo_cli import bench_eval, bench_sampler, bench_train
-from argrpo_cli.policy.config import SIZES
+from argrpo_cli.bench import eval as bench_eval
+from argrpo_cli.bench import sampler as bench_sampler
+from argrpo_cli.bench import train as bench_train
+from argrpo_cli.policy.llamagen.config import SIZES
 from tests.goldens import cases, golden_model, tensors
 
 

@@ -9,9 +9,9 @@ import os
 import pytest
 from PIL import Image
 
-from argrpo_cli import files
-from argrpo_cli.errors import UserError
-from argrpo_cli.files import atomic_path, make_dir, read_jsonl, save_png, write_json, write_jsonl, write_text
+from argrpo_cli.system import files
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import atomic_path, make_dir, read_jsonl, save_png, write_json, write_jsonl, write_text
 
 
 def test_parents_are_made_and_the_content_is_exact(tmp_path):

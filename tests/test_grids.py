@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from argrpo_cli.grids import before_after, image_grid
+from argrpo_cli.system.grids import before_after, image_grid
 
 
 def _flat(colours, size=16):

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from argrpo_cli.errors import UserError, did_you_mean
-from argrpo_cli.files import read_jsonl, read_text
+from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.files import read_jsonl, read_text
 
 CAPTION_SETS = ("nano", "geneval", "geneval-nano", "geneval-nano-extra")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.files import reason
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import reason
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OVERVIEWS = ("grid.png", "best_worst.png")  # of the other pictures, not some of them

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.files import read_jsonl
-from tests.grpo.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
+from argrpo_cli.system.files import read_jsonl
+from tests.training.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
 
 
 @pytest.fixture(scope="module")

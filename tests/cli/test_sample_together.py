@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.processes import join_team
-from tests.grpo.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
+from argrpo_cli.system.processes import join_team
 from tests.torchrun import torchrun
+from tests.training.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
 
 N, BATCH = 8, 5  # images per class; a batch crosses classes
 
@@ -59,7 +59,7 @@ def test_without_a_device_of_its_own_a_team_is_one_of_the_cpu(monkeypatch):
     """`--device auto` on a machine without a GPU: the two must know of each other."""
     chosen = []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("argrpo_cli.processes.resolve_device", lambda name: "cpu")
+    monkeypatch.setattr("argrpo_cli.system.processes.resolve_device", lambda name: "cpu")
     monkeypatch.setattr("accelerate.PartialState", lambda cpu, timeout: chosen.append(cpu) or State())
     assert join_team("auto").count == 2 and chosen == [True]
 
@@ -81,7 +81,7 @@ def test_a_fault_of_the_first_is_told_once_and_stops_both(policy, tmp_path):
 def test_a_killed_job_is_completed_to_the_same_bytes(policy, alone, tmp_path):
     out = tmp_path / "images"
     slow = (  # the real command, with time between two batches to be killed in
-        "import time, argrpo_cli.sampling_job as job; draw = job._draw\n"
+        "import time, argrpo_cli.sample as job; draw = job._draw\n"
         "def slowly(*a):\n    draw(*a); time.sleep(0.5)\n"
         "job._draw = slowly\n"
         "import sys; from argrpo_cli.cli.app import main; sys.argv = ['argrpo', *sys.argv[1:]]; main()"

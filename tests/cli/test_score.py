@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.errors import UserError
-from argrpo_cli.files import read_jsonl, write_jsonl
+from argrpo_cli.items import prompt_from_file_name
 from argrpo_cli.rewards import REWARDS, load_rewards
 from argrpo_cli.rewards.custom import find_function
-from argrpo_cli.score_items import prompt_from_file_name
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_jsonl, write_jsonl
 
 
 class Rewards:

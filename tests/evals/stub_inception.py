@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.evals import feature_store, imagenet, imagenet_reference
-from argrpo_cli.evals.inception import Features
+from argrpo_cli.networks.inception import Features
 
 POOL_WIDTH, SPATIAL_WIDTH, CLASSES = 64, 48, 20
 

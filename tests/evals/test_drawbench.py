@@ -12,19 +12,19 @@ from torch import nn
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.cli.evals import BENCHMARKS
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import drawbench as d
 from argrpo_cli.evals import drawbench_prompts as p
 from argrpo_cli.evals import drawbench_scores as s
 from argrpo_cli.evals.drawbench_images import Drawing
-from argrpo_cli.files import read_json, read_jsonl
 from argrpo_cli.images import read_image
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.rewards import RewardSet, load_rewards
-from argrpo_cli.scoring import score_images
+from argrpo_cli.score import score_images
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_json, read_jsonl
 from tests.captioned import save_captioned_policy
-from tests.grpo.tiny import tiny_caption_policy
 from tests.torchrun import torchrun
+from tests.training.tiny import tiny_caption_policy
 
 PROMPTS = p.PromptList("mine", ("a red dog", "a blue cat", "a dog"))
 DRAWING = Drawing(per_prompt=2)

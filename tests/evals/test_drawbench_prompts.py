@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import drawbench_prompts as p
+from argrpo_cli.system.errors import UserError
 
 AUTHORS = [
     {"id": f"draw_{i}", "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": ""}]}

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import entropy as e
-from argrpo_cli.files import read_jsonl, write_json
 from argrpo_cli.geneval.grammar import TAGS, parse_prompt
-from argrpo_cli.nano.held_out import load_held_out
+from argrpo_cli.nano.make.held_out import load_held_out
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.policy.entropy import token_entropy
+from argrpo_cli.policy.llamagen.entropy import token_entropy
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_jsonl, write_json
 from tests.captioned import save_captioned_policy
-from tests.grpo.tiny import CODES, TOKENS, tiny_caption_policy, tiny_policy
+from tests.training.tiny import CODES, TOKENS, tiny_caption_policy, tiny_policy
 
 
 def test_conditional_and_guided_entropy_of_captions_equal_the_definition():

@@ -14,8 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.conditions import class_prompt
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import entropy as e
 from argrpo_cli.evals import image_codes as codes
 from argrpo_cli.evals.entropy_material import Question
@@ -26,13 +24,15 @@ from argrpo_cli.evals.imagenet_folder import (
     imagenet_class,
     open_labelled,
 )
-from argrpo_cli.files import read_jsonl, write_jsonl
 from argrpo_cli.policy import Policy
-from argrpo_cli.policy.entropy import token_entropy
-from argrpo_cli.policy.vq import VQModel, from_uint8
-from argrpo_cli.processes import Team
+from argrpo_cli.policy.llamagen.entropy import token_entropy
+from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
+from argrpo_cli.shapes import class_prompt
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_jsonl, write_jsonl
+from argrpo_cli.system.processes import Team
 from tests.captioned import save_captioned_policy
-from tests.grpo.tiny import IMAGE_SIZE, TOKENS, tiny_policy
+from tests.training.tiny import IMAGE_SIZE, TOKENS, tiny_policy
 
 ALONE = Team(0, 1, "cpu")
 CLASSES = ("ant", "bee", "cat", "dog")

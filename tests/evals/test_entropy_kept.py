@@ -13,7 +13,6 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import entropy as e
 from argrpo_cli.evals import image_codes as codes
 from argrpo_cli.evals.entropy_figures import draw_bars, draw_curve
@@ -22,11 +21,12 @@ from argrpo_cli.evals.entropy_table import table
 from argrpo_cli.evals.imagenet_folder import open_labelled
 from argrpo_cli.evals.report import read_results
 from argrpo_cli.evals.report_page import section
-from argrpo_cli.files import write_jsonl
-from argrpo_cli.policy.vq import from_uint8
+from argrpo_cli.policy.llamagen.vq import from_uint8
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import write_jsonl
 from tests.evals.test_entropy_data import ALONE, class_folders, coded, flat, picture, policies  # noqa: F401
 from tests.evals.test_report import entropy
-from tests.grpo.tiny import IMAGE_SIZE, TOKENS, tiny_policy
+from tests.training.tiny import IMAGE_SIZE, TOKENS, tiny_policy
 
 # What is kept
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import fidelity
 from argrpo_cli.evals.fidelity import (
     Statistics,
@@ -20,6 +19,7 @@ from argrpo_cli.evals.fidelity import (
     shuffled,
     squared_radii,
 )
+from argrpo_cli.system.errors import UserError
 
 # Inputs, numbers of the published script ("official") and of an independent float64 computation ("exact").
 DATA = Path(__file__).parents[1] / "data" / "adm"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import frechet as module
 from argrpo_cli.evals.fidelity import Statistics, frechet_distance
 from argrpo_cli.evals.frechet import Gaussian, distance, distance_values, gaussian
+from argrpo_cli.system.errors import UserError
 
 WIDTH = 8
 

@@ -13,17 +13,17 @@ from PIL import Image
 from rich.console import Console
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import geneval as g
 from argrpo_cli.evals.geneval_scores import part_scores
 from argrpo_cli.evals.geneval_sheet import COLUMNS, PAD, SIDE, captions, failure_sheet
 from argrpo_cli.evals.geneval_table import table
-from argrpo_cli.files import read_jsonl
 from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_jsonl
 from tests.captioned import replayed, save_captioned_policy
-from tests.grpo.tiny import tiny_caption_policy
 from tests.torchrun import ROOT, torchrun
+from tests.training.tiny import tiny_caption_policy
 
 SMALL = g.GenEvalSettings(per_prompt=1, sets=("geneval-nano",))
 

@@ -12,11 +12,11 @@ from PIL import Image
 from transformers import Mask2FormerForUniversalSegmentation
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.geneval_detectors import open_judge
-from argrpo_cli.files import read_json, read_jsonl
 from argrpo_cli.geneval import clip_colors, mask2former, mmdet_weights
 from argrpo_cli.geneval.grammar import COLORS
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_json, read_jsonl
 from tests.geneval.test_clip_colors import clip  # noqa: F401
 from tests.geneval.test_mask2former import tiny_config
 from tests.geneval.test_mmdet_weights import tiny_network, tiny_state

@@ -13,13 +13,11 @@ from PIL import Image
 from rich.console import Console
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import geneval as g
 from argrpo_cli.evals import geneval_drawing
 from argrpo_cli.evals.geneval_detectors import Judge
 from argrpo_cli.evals.geneval_folders import read_pictures
 from argrpo_cli.evals.geneval_table import table
-from argrpo_cli.files import read_json, read_jsonl
 from argrpo_cli.geneval import prompts as prompt_sets
 from argrpo_cli.geneval.grammar import COLORS
 from argrpo_cli.geneval.mask2former import Objects
@@ -27,8 +25,10 @@ from argrpo_cli.geneval.observing import OfficialObserver
 from argrpo_cli.geneval.prompts import official_jsonl, official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL, Detection
 from argrpo_cli.policy import Policy
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_json, read_jsonl
 from tests.geneval import goldens
-from tests.grpo.tiny import tiny_caption_policy
+from tests.training.tiny import tiny_caption_policy
 
 FEW = official_prompts()[::12]
 LABEL = {

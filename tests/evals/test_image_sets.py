@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.fidelity import Statistics
 from argrpo_cli.evals.image_sets import load_statistics, open_images, save_statistics
+from argrpo_cli.system.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)  # 7 images, 6 high and 5 wide
 

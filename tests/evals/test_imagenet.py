@@ -14,18 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-from argrpo_cli import files
 from argrpo_cli.cli.app import run
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import feature_store, imagenet_reference
 from argrpo_cli.evals.feature_store import FeatureStore, ahead, extract
 from argrpo_cli.evals.imagenet import ImagenetSettings, run_imagenet, save_reference_statistics
 from argrpo_cli.evals.imagenet_sources import PolicySource
-from argrpo_cli.processes import Team
+from argrpo_cli.system import files
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.processes import Team
 from tests.evals.inception_weights import save_random_inception
 from tests.evals.stub_inception import POOL_WIDTH, StubInception, install
-from tests.grpo.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
 from tests.torchrun import ROOT, torchrun
+from tests.training.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
 
 N, BATCH = 22, 4
 

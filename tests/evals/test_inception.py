@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.evals import inception as module
-from argrpo_cli.evals.inception import load_inception
+from argrpo_cli.networks import inception as module
+from argrpo_cli.networks.inception import load_inception
+from argrpo_cli.system.errors import UserError
 from tests.evals.inception_weights import empty_inception, save_random_inception
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import fidelity, nano
 from argrpo_cli.evals.nano_table import table
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.entropy import token_entropy
+from argrpo_cli.policy.llamagen.entropy import token_entropy
+from argrpo_cli.system.errors import UserError
 
 N = 48
 PER_REWARD = {"nano-clip", "nano-quality", "nano-critic", "total_reward"}

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import nano
 from argrpo_cli.evals.nano_images import evaluate_images
 from argrpo_cli.evals.nano_table import table
 from argrpo_cli.nano.judge import load_judge
+from argrpo_cli.system.errors import UserError
 
 SHOWN = {"inception_score", "fid", "sfid", "precision", "recall"}
 LABEL_FREE = SHOWN | {"fid_corrected", "sfid_corrected"}

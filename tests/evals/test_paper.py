@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.evals import paper, paper_numbers, paper_page
 from argrpo_cli.geneval.prompts import prompt_set
+from argrpo_cli.paper import nano as paper
+from argrpo_cli.paper import numbers as paper_numbers
+from argrpo_cli.paper import page as paper_page
 from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import load_recipe
+from argrpo_cli.system.errors import UserError
 
 SPREAD = torch.linspace(-1e-3, 1e-3, 20)  # over twenty units a measure, so that there is an error
 EVERY = [prompt for name in ("geneval-nano-extra", "geneval-nano") for prompt in prompt_set(name)]

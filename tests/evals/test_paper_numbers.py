@@ -7,10 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from argrpo_cli.evals import paper_numbers as p
 from argrpo_cli.evals.geneval import GenEvalSettings
 from argrpo_cli.evals.report import read_results
 from argrpo_cli.evals.report_page import markdown, section
+from argrpo_cli.paper import numbers as p
 from tests.evals.test_report import geneval
 
 TABLES = yaml.safe_load((Path(__file__).parents[1] / "data" / "paper_tables.yaml").read_text())

@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 import pytest
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import drawbench as d
 from argrpo_cli.evals.drawbench_images import Drawing
 from argrpo_cli.evals.drawbench_prompts import PromptList
@@ -17,8 +16,9 @@ from argrpo_cli.evals.drawbench_scores import Scores
 from argrpo_cli.evals.imagenet import ImagenetSettings, run_imagenet
 from argrpo_cli.evals.report import read_results
 from argrpo_cli.evals.report_page import html_page, section, write_report
+from argrpo_cli.system.errors import UserError
 from tests.evals.stub_inception import StubInception, install
-from tests.grpo.tiny import save_tiny_policy
+from tests.training.tiny import save_tiny_policy
 
 DRAWING = Drawing(per_prompt=2)
 

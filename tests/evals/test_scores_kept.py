@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals import drawbench, geneval
 from argrpo_cli.evals.drawbench_images import Drawing
 from argrpo_cli.evals.drawbench_prompts import PromptList
@@ -19,13 +18,14 @@ from argrpo_cli.evals.drawbench_scores import Scores, _stamps, score_reward
 from argrpo_cli.evals.geneval_detectors import Judge
 from argrpo_cli.evals.geneval_folders import planned
 from argrpo_cli.evals.geneval_judging import OFFICIAL_RESULTS, RESULTS, judge_pictures
-from argrpo_cli.files import read_jsonl
 from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL, Detection
+from argrpo_cli.items import Said, find_items
 from argrpo_cli.nano.detector import NANO_THRESHOLDS
-from argrpo_cli.processes import ALONE
 from argrpo_cli.rewards.custom import Custom, find_function
-from argrpo_cli.score_items import Said, find_items
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_jsonl
+from argrpo_cli.system.processes import ALONE
 
 COUNTING = next(prompt for prompt in official_prompts() if prompt.tag == "counting" and prompt.include[0].count == 2)
 

@@ -13,14 +13,14 @@ from argrpo_cli.cli.app import run
 from argrpo_cli.evals import drawbench, geneval, geneval_drawing
 from argrpo_cli.evals.drawbench_scores import Scores
 from argrpo_cli.evals.geneval_detectors import Judge
-from argrpo_cli.files import read_jsonl
 from argrpo_cli.geneval import prompts as prompt_sets
 from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL
 from argrpo_cli.images import read_image
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.system.files import read_jsonl
 from tests.evals.stub_inception import StubInception, install
-from tests.grpo.tiny import CLASSES, IMAGE_SIZE, TOKENS, save_tiny_policy, tiny_caption_policy
+from tests.training.tiny import CLASSES, IMAGE_SIZE, TOKENS, save_tiny_policy, tiny_caption_policy
 
 SAMPLE = inspect.signature(Policy.sample)
 COMMON = ["--cfg-scale", "3.5", "--temperature", "0.7", "--seed", "4", "--dtype", "bfloat16", "--batch-size", "4"]

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.clip_colors import MODEL, PRETRAINED, ClipColors, load_color_clip
 from argrpo_cli.geneval.grammar import COLORS
-from argrpo_cli.rewards.clip_model import ClipModel, Preprocess, build_open_clip, open_clip_config
+from argrpo_cli.networks.clip import ClipModel, Preprocess, build_open_clip, open_clip_config
+from argrpo_cli.system.errors import UserError
 
 VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
 TOKENIZER = open_clip.SimpleTokenizer()

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval import mask2former
 from argrpo_cli.geneval.grammar import OBJECT_NAMES
 from argrpo_cli.geneval.mask2former import (
@@ -27,6 +26,7 @@ from argrpo_cli.geneval.mask2former import (
     resize_bytes,
     scaled_size,
 )
+from argrpo_cli.system.errors import UserError
 from tests.geneval.goldens import DATA
 from tests.geneval.mask2former_files import Widths, published_shapes
 

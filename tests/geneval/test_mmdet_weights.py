@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.mask2former import NOT_NEEDED, build_mask2former
 from argrpo_cli.geneval.mmdet_weights import COMPUTED, fill, from_mmdet, load_mmdet, merged_pixels
+from argrpo_cli.system.errors import UserError
 from tests.formula import formula_tensor, formula_weights
 from tests.geneval.goldens import DATA
 

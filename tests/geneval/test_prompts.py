@@ -9,7 +9,6 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval import prompts
 from argrpo_cli.geneval.grammar import (
     COLORS,
@@ -23,6 +22,7 @@ from argrpo_cli.geneval.grammar import (
     plural,
 )
 from argrpo_cli.nano import scenes
+from argrpo_cli.system.errors import UserError
 
 NANO_SETS = ("geneval-nano", "geneval-nano-extra")
 

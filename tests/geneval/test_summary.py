@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.summary import summarise, tag_scores
+from argrpo_cli.system.errors import UserError
 from tests.geneval import goldens
 
 DOGS = [prompt for prompt in official_prompts() if prompt.tag == "single_object"]

@@ -7,17 +7,17 @@ from collections import defaultdict
 import pytest
 import torch
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.grammar import TAGS, parse_prompt
 from argrpo_cli.geneval.rules import judge_image
 from argrpo_cli.nano import scenes
-from argrpo_cli.nano import train_detector as t
-from argrpo_cli.nano.corrupt import decode
 from argrpo_cli.nano.detector import NANO_THRESHOLDS, Found, by_class, color_of, decode_maps, load_detector
-from argrpo_cli.nano.held_out import load_held_out
 from argrpo_cli.nano.judge import load_judge
+from argrpo_cli.nano.make import train_detector as t
+from argrpo_cli.nano.make.corrupt import decode
+from argrpo_cli.nano.make.held_out import load_held_out
 from argrpo_cli.rewards import load_rewards
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 
 DOG = Found("dog", (4.0, 8.0, 40.0, 36.0), 1.0, {"red": 1.0})
 TWO_CATS = [Found("cat", (2.0, 2.0, 30.0, 30.0), 1.0, {}), Found("cat", (34.0, 32.0, 62.0, 62.0), 1.0, {})]

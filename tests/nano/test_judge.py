@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.nano import corrupt as c
 from argrpo_cli.nano import judge as j
 from argrpo_cli.nano import scenes
+from argrpo_cli.nano.make import corrupt as c
 from argrpo_cli.nano.matching import Match
+from argrpo_cli.system.errors import UserError
 from tests.nano.test_scenes import needs_font
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from argrpo_cli.nano.judge import load_judge
+from argrpo_cli.nano.make.study import augmented, rank_agreement
 from argrpo_cli.nano.recognition import diversity
-from argrpo_cli.nano.study import augmented, rank_agreement
 
 
 def test_probabilities_are_those_of_the_class_that_is_named():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from argrpo_cli.conditions import class_prompt
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.grammar import TAGS
 from argrpo_cli.nano import scenes
+from argrpo_cli.shapes import class_prompt
+from argrpo_cli.system.errors import UserError
 from tests.emoji import needs_font
 
 
@@ -117,8 +117,8 @@ def test_a_painted_object_takes_the_colour_of_its_word(color):
 
 
 def test_captions_use_only_words_that_nano_clip_knows():
-    from argrpo_cli.nano.train_clip import config
-    from argrpo_cli.rewards.nano_clip import WordTokenizer
+    from argrpo_cli.nano.make.train_clip import config
+    from argrpo_cli.nano.rewards.nano_clip import WordTokenizer
 
     known, rng = set(config()["words"]), np.random.default_rng(5)
     for _ in range(200):

@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from argrpo_cli.nano import WEIGHTS, training
+from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.nano.detector import load_detector
+from argrpo_cli.nano.make import training
+from argrpo_cli.nano.make.study import base_policy, load_tokenizer
+from argrpo_cli.nano.make.train_tokenizer import RunningCodebook
 from argrpo_cli.nano.recognition import load_recogniser
-from argrpo_cli.nano.study import base_policy, load_tokenizer
-from argrpo_cli.nano.train_tokenizer import RunningCodebook
+from argrpo_cli.nano.rewards.nano_clip import NanoClip
+from argrpo_cli.nano.rewards.nano_critic import NanoCritic
+from argrpo_cli.nano.rewards.nano_quality import NanoQuality
 from argrpo_cli.policy import load_policy
-from argrpo_cli.rewards.nano_clip import NanoClip
-from argrpo_cli.rewards.nano_critic import NanoCritic
-from argrpo_cli.rewards.nano_quality import NanoQuality
 from tests.emoji import needs_font
 
 SMALL = {
@@ -85,7 +86,7 @@ def test_the_codebook_follows_the_latents_and_dead_codes_begin_again():
 
 @needs_font
 def test_the_optimiser_leaves_the_codebook_alone(tmp_path, monkeypatch):
-    from argrpo_cli.nano import train_tokenizer
+    from argrpo_cli.nano.make import train_tokenizer
 
     for constant, value in SMALL["tokenizer"].items():
         monkeypatch.setattr(train_tokenizer, constant, value)

@@ -7,9 +7,9 @@ import argparse
 import pytest
 import torch
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.policy.checkpoints import from_published, read_checkpoint, to_published
-from argrpo_cli.policy.config import LlamaGenConfig
+from argrpo_cli.policy.llamagen.checkpoints import from_published, read_checkpoint, to_published
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig
+from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
 from tests.goldens import cases, golden_config, golden_model
 

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from argrpo_cli.policy.checkpoints import RENAMES
-from argrpo_cli.policy.config import SIZES, LlamaGenConfig, published_config
-from argrpo_cli.policy.modeling import (
+from argrpo_cli.policy.llamagen.checkpoints import RENAMES
+from argrpo_cli.policy.llamagen.config import SIZES, LlamaGenConfig, published_config
+from argrpo_cli.policy.llamagen.modeling import (
     LlamaGenForImageGeneration,
     LlamaGenModel,
     caption_attention_mask,

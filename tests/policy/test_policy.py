@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from argrpo_cli.conditions import Condition, class_prompt
-from argrpo_cli.errors import UserError
 from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.policy.checkpoints import from_published, to_published
-from argrpo_cli.policy.config import LlamaGenConfig
-from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
-from argrpo_cli.policy.published import class_names
-from argrpo_cli.policy.vq import VQConfig, VQModel, to_uint8
+from argrpo_cli.policy.llamagen.checkpoints import from_published, to_published
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig
+from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.published import class_names
+from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, to_uint8
 from argrpo_cli.rewards import load_rewards
+from argrpo_cli.shapes import Condition, class_prompt
+from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
-from tests.grpo.tiny import tiny_caption_policy
+from tests.training.tiny import tiny_caption_policy
 
 CLASSES = ["dog", "umbrella", "hot dog"]
 
@@ -212,7 +212,7 @@ def test_sampling_refuses_what_does_not_fit():
 def test_decoding_is_the_tokenizers_rounded_once_in_chunks(monkeypatch):
     policy = miniature()
     tokens = policy.sample(policy.conditions([0, 1, 2, 0, 1]), seeds=range(5))
-    monkeypatch.setattr("argrpo_cli.policy.policy.DECODE_PIXELS", 2 * 16 * 16)
+    monkeypatch.setattr("argrpo_cli.policy.llamagen.policy.DECODE_PIXELS", 2 * 16 * 16)
     images = policy.decode(tokens)
     assert images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8
     with torch.no_grad():
@@ -412,7 +412,7 @@ def test_the_bundled_caption_policy_draws_what_it_is_asked():
 
 
 def test_a_bundled_policy_without_weights_says_how_to_train_them(monkeypatch, tmp_path):
-    monkeypatch.setattr("argrpo_cli.policy.policy.WEIGHTS", tmp_path)
+    monkeypatch.setattr("argrpo_cli.policy.llamagen.policy.WEIGHTS", tmp_path)
     with pytest.raises(UserError, match=r"the weights of nano-t2i are not in this version; `.*--only nano-t2i"):
         load_policy("nano-t2i")
 

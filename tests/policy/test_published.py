@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.errors import UserError
-from argrpo_cli.policy import load_policy, published
-from argrpo_cli.policy.checkpoints import fit_state, to_published
-from argrpo_cli.policy.config import SIZES, published_config
-from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
-from argrpo_cli.policy.vq import VQConfig, VQModel
+from argrpo_cli.policy import load_policy
+from argrpo_cli.policy.llamagen import published
+from argrpo_cli.policy.llamagen.checkpoints import fit_state, to_published
+from argrpo_cli.policy.llamagen.config import SIZES, published_config
+from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
+from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
 
 DATA = Path(__file__).parents[1] / "data" / "policy"
@@ -262,7 +263,7 @@ def test_a_name_is_fetched_once_into_the_cache_of_the_hub(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "from argrpo_cli.policy.published import POLICIES, fetch; one = POLICIES['c2i-b-256']; "
+        "from argrpo_cli.policy.llamagen.published import POLICIES, fetch; one = POLICIES['c2i-b-256']; "
         "print(fetch(one.repo, one.file)); print(fetch(one.repo, one.file))"
     )
     endpoint = f"http://127.0.0.1:{server.server_address[1]}"

@@ -8,13 +8,13 @@ from functools import cache, partial
 import pytest
 import torch
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.policy import decoding, packing, sampling
-from argrpo_cli.policy.checkpoints import from_published, to_published
-from argrpo_cli.policy.config import LlamaGenConfig
-from argrpo_cli.policy.modeling import LlamaGenForImageGeneration, RMSNorm, attend_one, guide
-from argrpo_cli.policy.packing import packed_linears
-from argrpo_cli.policy.sampling import draw_tokens, filter_logits, image_uniforms, inverse_cdf, sample_tokens
+from argrpo_cli.policy.llamagen import decoding, packing, sampling
+from argrpo_cli.policy.llamagen.checkpoints import from_published, to_published
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig
+from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration, RMSNorm, attend_one, guide
+from argrpo_cli.policy.llamagen.packing import packed_linears
+from argrpo_cli.policy.llamagen.sampling import draw_tokens, filter_logits, image_uniforms, inverse_cdf, sample_tokens
+from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
 from tests.goldens import TOLERANCE, cases, golden_model, max_difference, tensors
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
-from argrpo_cli.policy import load_policy, text
-from tests.grpo.tiny import save_tiny_policy, tiny_caption_policy, tiny_text_encoder
+from argrpo_cli.policy import load_policy
+from argrpo_cli.policy.llamagen import text
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
+from tests.training.tiny import save_tiny_policy, tiny_caption_policy, tiny_text_encoder
 
 
 def test_features_are_left_padded_zero_in_the_padding_and_independent_of_the_batch():

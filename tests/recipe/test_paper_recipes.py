@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.policy.published import POLICIES
+from argrpo_cli.policy.llamagen.published import POLICIES
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.rewards import REWARDS
 from argrpo_cli.rewards.shaping import reward_weights

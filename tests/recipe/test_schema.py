@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.recipe import load_recipe
+from argrpo_cli.system.errors import UserError
 
 REFUSED = [
     ("grpo.bta=1", "unknown key 'grpo.bta'; the keys of grpo are", "did you mean 'beta'?"),

@@ -11,8 +11,9 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from argrpo_cli.rewards import clip_model, published
-from argrpo_cli.rewards.clip_model import build_open_clip
+from argrpo_cli.networks import clip as clip_model
+from argrpo_cli.networks.clip import build_open_clip
+from argrpo_cli.rewards import published
 
 DATA = Path(__file__).parents[1] / "data" / "hpsv2"
 WORDS = 49408  # of CLIP's tokenizer

@@ -10,9 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.rewards import clip_model
-from argrpo_cli.rewards.clip_model import (
+from argrpo_cli.networks import clip as clip_model
+from argrpo_cli.networks.clip import (
     ClipModel,
     TransformersClip,
     build_open_clip,
@@ -22,8 +21,9 @@ from argrpo_cli.rewards.clip_model import (
     tokenizer_of,
     uninitialized,
 )
-from argrpo_cli.rewards.clip_pixels import Preprocess, resize
+from argrpo_cli.networks.pixels import Preprocess, resize
 from argrpo_cli.rewards.published import published_file, read_state
+from argrpo_cli.system.errors import UserError
 from tests.rewards.clips import CONFIG, PIXELS, patch_fetch, random_clip, register, transformers_config
 
 

@@ -10,12 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
-from argrpo_cli.rewards import aesthetic, clip_model, pickscore
-from argrpo_cli.rewards.aesthetic import Aesthetic, AestheticHead
-from argrpo_cli.rewards.clip import Clip
-from argrpo_cli.rewards.clip_model import (
+from argrpo_cli.networks import clip as clip_model
+from argrpo_cli.networks.clip import (
     ClipModel,
     build_open_clip,
     load_state,
@@ -23,8 +19,13 @@ from argrpo_cli.rewards.clip_model import (
     tokenizer_of,
     transformers_tokenizer,
 )
-from argrpo_cli.rewards.clip_pixels import Preprocess
+from argrpo_cli.networks.pixels import Preprocess
+from argrpo_cli.rewards import aesthetic, pickscore
+from argrpo_cli.rewards.aesthetic import Aesthetic, AestheticHead
+from argrpo_cli.rewards.clip import Clip
 from argrpo_cli.rewards.pickscore import PickScore, build_pickscore
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 from tests.rewards.clips import CONFIG, patch_fetch, random_clip, register, to_transformers, transformers_config
 
 PROMPTS = ["a photo of a dog", "two red cars", "a photo of a dog", "very " * 100 + "long"]

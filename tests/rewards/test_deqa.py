@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.rewards.deqa import Deqa, build_request, data_url, expected_level, score_of
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 from tests.rewards.judge.fake_server import FakeServer
 
 LEVELS = ["excellent", "good", "fair", "poor", "bad"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.rules import OFFICIAL
 from argrpo_cli.nano.detector import NANO_THRESHOLDS
+from argrpo_cli.nano.rewards.nano_geneval import NanoGenEval
 from argrpo_cli.rewards.geneval import GenEval
-from argrpo_cli.rewards.nano_geneval import NanoGenEval
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 from tests.geneval import goldens
 
 CASES = [case for case in goldens.decisions() if "line" in case and "reward" in case["expected"]]

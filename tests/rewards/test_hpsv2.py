@@ -7,10 +7,10 @@ import open_clip
 import pytest
 import torch
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.rewards import hpsv2
 from argrpo_cli.rewards.hpsv2 import HPSv2, build_hpsv2, preprocess
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 from tests.rewards.clips import DATA, golden_clip, patch_fetch, register
 
 

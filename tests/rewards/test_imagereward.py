@@ -10,10 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
+from argrpo_cli.networks.pixels import Preprocess
 from argrpo_cli.rewards import imagereward
-from argrpo_cli.rewards.clip_pixels import Preprocess
 from argrpo_cli.rewards.imagereward import (
     TEXT,
     VISION,
@@ -22,6 +20,8 @@ from argrpo_cli.rewards.imagereward import (
     from_published,
     load_network,
 )
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
 
 KEYS = Path(__file__).parents[1] / "data" / "imagereward" / "keys.json"

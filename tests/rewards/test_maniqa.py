@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.rewards import maniqa
 from argrpo_cli.rewards.maniqa import CROP, Maniqa, enlarged, grid_corners, pooled, random_corners
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 
 DATA = Path(__file__).parents[1] / "data" / "maniqa"
 GOLDEN = json.loads((DATA / "maniqa.json").read_text())

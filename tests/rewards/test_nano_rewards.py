@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.grammar import parse_prompt
-from argrpo_cli.nano import corrupt as c
-from argrpo_cli.nano.held_out import load_held_out
 from argrpo_cli.nano.judge import load_judge
+from argrpo_cli.nano.make import corrupt as c
+from argrpo_cli.nano.make.held_out import load_held_out
+from argrpo_cli.nano.rewards.nano_clip import PAD, UNKNOWN, WordTokenizer
 from argrpo_cli.nano.scenes import CLASS_NAMES
+from argrpo_cli.networks.weights import load_weights, save_network
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.policy import class_prompt
+from argrpo_cli.policy.llamagen.policy import class_prompt
 from argrpo_cli.rewards import REWARDS, load_rewards
-from argrpo_cli.rewards.nano_clip import PAD, UNKNOWN, WordTokenizer
-from argrpo_cli.rewards.weights import load_weights, save_network
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 
 NAMES = ["nano-clip", "nano-quality", "nano-critic"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from argrpo_cli.hub import HubFile, is_cached
+from argrpo_cli.networks.clip import OPEN_CLIP_FILES, TRANSFORMERS_FILES, build_open_clip, open_clip_config
 from argrpo_cli.rewards import REWARDS, clip, imagereward, maniqa, pickscore
 from argrpo_cli.rewards import needs as needs_module
-from argrpo_cli.rewards.clip_model import OPEN_CLIP_FILES, TRANSFORMERS_FILES, build_open_clip, open_clip_config
 from argrpo_cli.rewards.hpsv2 import CHECKPOINTS, REPOSITORY, build_hpsv2
 from argrpo_cli.rewards.judge.rewards import MODEL
 from argrpo_cli.rewards.needs import Needs, needs_of
+from argrpo_cli.system.hub import HubFile, is_cached
 
 
 def places(name: str, **options: object) -> list[tuple[str, str]]:

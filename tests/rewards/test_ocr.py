@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.rewards.ocr import Ocr, comparable, edit_distance, quoted_texts, reading_order, text_similarity
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 
 
 def picture(texts, size=(256, 256), font=28):

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
-from argrpo_cli.grpo.objective import advantages
 from argrpo_cli.recipe.schema import RewardSection, RewardTerm
 from argrpo_cli.rewards import REWARDS, RewardSet, check_reward, load_reward, load_rewards
 from argrpo_cli.rewards.custom import Custom, find_function
 from argrpo_cli.rewards.shaping import quantize, reward_weights
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.training.objective import advantages
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "data" / "reward_shaping.json").read_text())
 NAN = float("nan")

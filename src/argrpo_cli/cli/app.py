@@ -18,7 +18,7 @@ from argrpo_cli.cli.evals import BENCHMARKS
 from argrpo_cli.cli.sample import sample
 from argrpo_cli.cli.score import score
 from argrpo_cli.cli.train import train
-from argrpo_cli.errors import UserError
+from argrpo_cli.system.errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from argrpo_cli.cli.options import BatchSizeOption, CfgScaleOption, DeviceOption, SeedOption, TemperatureOption
-from argrpo_cli.errors import UserError
+from argrpo_cli.system.errors import UserError
 
 
 def entropy(
@@ -59,7 +59,7 @@ def entropy(
 
     from argrpo_cli.evals.entropy import Question, Subject, measure, subjects_of_run
     from argrpo_cli.evals.entropy_table import JOURNAL, NUMBERS, claim, table, write_results
-    from argrpo_cli.processes import join_team
+    from argrpo_cli.system.processes import join_team
 
     if split is not None and prompts is not None:
         raise UserError("give --split or --prompts, not both")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from argrpo_cli.errors import UserError
+from argrpo_cli.system.errors import UserError
 
 
 class Dtype(StrEnum):

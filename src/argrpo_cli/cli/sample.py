@@ -86,7 +86,7 @@ def sample(
     The same command on an unfinished folder draws what is missing there. `torchrun --nproc_per_node=2 -m argrpo_cli
     sample --per-class 50 ...` splits the work over processes, `accelerate launch -m argrpo_cli sample ...` too.
     """
-    from argrpo_cli.sampling_job import SamplingSettings, run_sampling
+    from argrpo_cli.sample import SamplingSettings, run_sampling
 
     captions = list(prompt or ())
     if prompts is not None:

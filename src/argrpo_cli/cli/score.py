@@ -47,9 +47,9 @@ def score(
     Prompts come from the folder's metadata.jsonl, else from --prompt, --class or --prompts, else from the file names.
     The same command after an interruption keeps the scores that are there.
     """
-    from argrpo_cli.errors import UserError
-    from argrpo_cli.score_items import Said
-    from argrpo_cli.scoring import SHEET, score_images
+    from argrpo_cli.items import Said
+    from argrpo_cli.score import SHEET, score_images
+    from argrpo_cli.system.errors import UserError
 
     names = [name.strip() for name in rewards.split(",") if name.strip()]
     result = score_images(
@@ -88,7 +88,7 @@ def reward_options(settings: list[str], names: list[str], where: str = "--reward
     """
     import yaml
 
-    from argrpo_cli.errors import UserError, did_you_mean
+    from argrpo_cli.system.errors import UserError, did_you_mean
 
     options: dict[str, dict[str, object]] = {}
     for text in settings:

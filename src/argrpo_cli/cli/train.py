@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from argrpo_cli.errors import UserError
+from argrpo_cli.system.errors import UserError
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
@@ -93,7 +93,7 @@ def train(
         again = ["train", *what, *(f"--set={text}" for text in set_ or ())]
         return _together(again, loaded, None if resume else run_dir, processes, accelerate_config or "ddp")
 
-    from argrpo_cli.grpo.train import run_training
+    from argrpo_cli.training.train import run_training
 
     result = run_training(loaded, run_dir, resume=resume is not None)
     if int(os.environ.get("RANK", "0")):
@@ -113,9 +113,9 @@ def _together(arguments: list[str], recipe: Recipe, new: Path | None, processes:
     Args:
         new: the folder of a new run.
     """
-    from argrpo_cli.grpo.launch import check_processes, config_file, launch
-    from argrpo_cli.grpo.run import refuse_used
-    from argrpo_cli.grpo.shares import images_per_process
+    from argrpo_cli.runs.run import refuse_used
+    from argrpo_cli.training.launch import check_processes, config_file, launch
+    from argrpo_cli.training.shares import images_per_process
 
     config_file(config)
     cpu = check_processes(processes, recipe.policy.device, config)
@@ -138,9 +138,9 @@ def _dry_run(recipe: Recipe, processes: int) -> None:
     """The plan for people on standard error, the resolved recipe for a file on standard output."""
     from rich.console import Console
 
-    from argrpo_cli.grpo.plan import plan
-    from argrpo_cli.grpo.plan_view import show_plan
     from argrpo_cli.recipe import dump_recipe
+    from argrpo_cli.training.plan import plan
+    from argrpo_cli.training.plan_view import show_plan
 
     planned = plan(recipe, processes)
     show_plan(planned, Console(file=sys.stderr, highlight=False))

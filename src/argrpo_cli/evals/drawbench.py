@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from argrpo_cli import __version__
 from argrpo_cli.clusters import clustered_mean
-from argrpo_cli.errors import UserError
-from argrpo_cli.evals import paper_numbers
 from argrpo_cli.evals.drawbench_images import Drawing, draw
 from argrpo_cli.evals.drawbench_prompts import PromptList
 from argrpo_cli.evals.drawbench_scores import TABLE_4, Scores, choices, column_of, score_reward
 from argrpo_cli.evals.folders import check_claim, claim, policy_folders
-from argrpo_cli.files import read_json, write_json
+from argrpo_cli.items import Said, find_items
+from argrpo_cli.paper import numbers as paper_numbers
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.processes import join_team
 from argrpo_cli.rewards import REWARDS, check_options, check_reward
-from argrpo_cli.score_items import Said, find_items
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_json, write_json
+from argrpo_cli.system.processes import join_team
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.files import make_dir, save_png, write_jsonl
 from argrpo_cli.policy import Policy
-from argrpo_cli.processes import ALONE, Team
-from argrpo_cli.progress import shared_progress
-from argrpo_cli.sampling_job import METADATA, file_name
+from argrpo_cli.sample import METADATA, file_name
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import make_dir, save_png, write_jsonl
+from argrpo_cli.system.processes import ALONE, Team
+from argrpo_cli.system.progress import shared_progress
 
 # Away from the seeds of training and the other benchmarks. Prompts share no seed: with five seeds in all, what these
 # have in common would be part of every mean, and an error clustered by prompt would not see it.

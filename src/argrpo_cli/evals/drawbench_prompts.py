@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from argrpo_cli.captions import CAPTION_SETS, read_captions
-from argrpo_cli.errors import UserError, first_line
-from argrpo_cli.files import read_jsonl, read_text
+from argrpo_cli.system.errors import UserError, first_line
+from argrpo_cli.system.files import read_jsonl, read_text
 
 HUB = "sayakpaul/drawbench"
 FINGERPRINT = Path(__file__).with_name("drawbench_prompts.sha256")

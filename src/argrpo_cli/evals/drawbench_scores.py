@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from argrpo_cli import __version__
-from argrpo_cli.errors import UserError, first_line
-from argrpo_cli.files import cannot_write, make_dir
-from argrpo_cli.policy.loading import fingerprint
-from argrpo_cli.progress import progress
+from argrpo_cli.items import Item
+from argrpo_cli.networks.loading import fingerprint
 from argrpo_cli.rewards import REWARDS, Reward, RewardSet, load_rewards
-from argrpo_cli.score_items import Item
+from argrpo_cli.system.errors import UserError, first_line
+from argrpo_cli.system.files import cannot_write, make_dir
+from argrpo_cli.system.progress import progress
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 
 from argrpo_cli import __version__
-from argrpo_cli.devices import resolve_device
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.entropy_material import (
     Chunk,
     Manner,
@@ -31,13 +29,15 @@ from argrpo_cli.evals.entropy_material import (
     gather,
     open_pictures,
 )
-from argrpo_cli.files import load_tensors, read_json, save_tensors
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.policy.entropy import token_entropy
-from argrpo_cli.policy.policy import checkpoint_folders, find_policy
-from argrpo_cli.policy.published import is_published
-from argrpo_cli.processes import Team
-from argrpo_cli.progress import progress
+from argrpo_cli.policy.llamagen.entropy import token_entropy
+from argrpo_cli.policy.llamagen.policy import checkpoint_folders, find_policy
+from argrpo_cli.policy.llamagen.published import is_published
+from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import load_tensors, read_json, save_tensors
+from argrpo_cli.system.processes import Team
+from argrpo_cli.system.progress import progress
 
 MODES = ("conditional", "guided")
 NORMAL_95 = 1.959964  # half-width of a 95 % interval in standard errors

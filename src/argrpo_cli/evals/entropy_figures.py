@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.evals.entropy import MODES, NORMAL_95
-from argrpo_cli.files import atomic_path
+from argrpo_cli.system.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

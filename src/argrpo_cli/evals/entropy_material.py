@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from argrpo_cli.captions import read_captions
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.image_codes import CHUNK, PREPROCESSING, CodedImages, default_cache, tokenise
 from argrpo_cli.evals.imagenet_folder import LabelledImages, conditions_of, open_labelled
+from argrpo_cli.networks.loading import fingerprint
 from argrpo_cli.policy import Policy
-from argrpo_cli.policy.loading import fingerprint
-from argrpo_cli.processes import Team
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.processes import Team
 
 FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 200_000_000, 10_000, 10_000  # of samples of prompts; `eval` draws others
 
@@ -156,7 +156,7 @@ def _pictures(policy: Policy, pictures: LabelledImages, cache: Path | None, team
 def _scenes(policy: Policy, name: str, question: Question) -> Material:
     if policy.tokenizer_name != "nano-vq":
         raise UserError(f"--split val of {name} needs --data: a folder of ImageNet's validation pictures")
-    from argrpo_cli.nano.held_out import load_held_out
+    from argrpo_cli.nano.make.held_out import load_held_out
 
     task = "classes" if policy.text_encoder is None else "captions"
     tokens, conditions = (part[: question.limit] for part in load_held_out(task))

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.entropy import MODES, NORMAL_95, Question
 from argrpo_cli.evals.entropy_figures import draw_bars, draw_curve, has_bars
-from argrpo_cli.files import check_writable, make_dir, read_jsonl, write_jsonl
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import check_writable, make_dir, read_jsonl, write_jsonl
 
 NUMBERS, CURVE, BARS = "entropy.jsonl", "curve.png", "bars.png"
 JOURNAL = ".journal"  # what was measured, chunk by chunk

@@ -20,12 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.image_sets import ImageSet
-from argrpo_cli.evals.inception import CLASSES, POOL_WIDTH, SPATIAL_WIDTH, Inception
-from argrpo_cli.files import save_tensors
-from argrpo_cli.processes import Team
-from argrpo_cli.progress import shared_progress
+from argrpo_cli.networks.inception import CLASSES, POOL_WIDTH, SPATIAL_WIDTH, Inception
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import save_tensors
+from argrpo_cli.system.processes import Team
+from argrpo_cli.system.progress import shared_progress
 
 LEAST_SHARD = 256  # images
 POOL, SPATIAL, PROBABILITIES, HASHES = "pool", "spatial", "probabilities", "hashes"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from argrpo_cli.errors import UserError
+from argrpo_cli.system.errors import UserError
 
 NEIGHBOURS = 3
 SPLIT_SIZE = 5000

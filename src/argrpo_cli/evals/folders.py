@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.files import make_dir, read_json, write_json
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import make_dir, read_json, write_json
 
 SETTINGS = "settings.json"
 

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.folders import check_claim, claim, policy_folders
 from argrpo_cli.evals.geneval_detectors import MASK2FORMER, NANO, Judge, open_judge
 from argrpo_cli.evals.geneval_drawing import draw_pictures, draws_nano_world, open_captioned
@@ -32,11 +31,12 @@ from argrpo_cli.evals.geneval_folders import OFFICIAL_SET, absent, planned, read
 from argrpo_cli.evals.geneval_judging import judge_pictures
 from argrpo_cli.evals.geneval_scores import Rows, by_prompt, difference, part_scores, set_scores, totals
 from argrpo_cli.evals.geneval_sheet import failure_sheet
-from argrpo_cli.files import save_png, write_json, write_jsonl
 from argrpo_cli.geneval.grammar import Prompt
 from argrpo_cli.geneval.prompts import official_jsonl, prompt_set
 from argrpo_cli.policy import Policy
-from argrpo_cli.processes import join_team
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import save_png, write_json, write_jsonl
+from argrpo_cli.system.processes import join_team
 
 NANO_SETS, OFFICIAL_SETS = ("geneval-nano", "geneval-nano-extra"), (OFFICIAL_SET,)
 FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 400_000_000, 100_000, 10_000  # `eval nano` and `entropy` draw others

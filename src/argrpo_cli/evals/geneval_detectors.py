@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from argrpo_cli import __version__
-from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.geneval.observing import NanoObserver, Observer, OfficialObserver
-from argrpo_cli.policy.loading import fingerprint
+from argrpo_cli.networks.loading import fingerprint
 from argrpo_cli.rewards.geneval import load_observer
+from argrpo_cli.system.errors import UserError, did_you_mean
 
 NANO, MASK2FORMER = "nano", "mask2former"
 BENCHMARKS_OWN = "743b7d99"  # how the SHA-256 of the benchmark's file begins, as its name says

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.geneval_folders import Picture
-from argrpo_cli.files import save_png
 from argrpo_cli.nano import scenes
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.processes import Team
-from argrpo_cli.progress import shared_progress
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import save_png
+from argrpo_cli.system.processes import Team
+from argrpo_cli.system.progress import shared_progress
 
 if TYPE_CHECKING:
     from argrpo_cli.evals.geneval import GenEvalSettings

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.files import read_json, reason, write_text
 from argrpo_cli.geneval.grammar import Prompt, parse_prompt
 from argrpo_cli.geneval.prompts import official_prompts
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_json, reason, write_text
 
 METADATA, SAMPLES = "metadata.jsonl", "samples"
 SAMPLE = re.compile(r"(\d+)\.png")

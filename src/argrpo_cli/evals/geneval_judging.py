@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.geneval_detectors import Judge
 from argrpo_cli.evals.geneval_folders import Picture, official_row
-from argrpo_cli.files import make_dir, read_jsonl, write_jsonl
 from argrpo_cli.geneval.grammar import Prompt
 from argrpo_cli.geneval.rules import ClassifyColor, Detection, Detections, judge_image
 from argrpo_cli.images import read_image
-from argrpo_cli.processes import Team
-from argrpo_cli.progress import shared_progress
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import make_dir, read_jsonl, write_jsonl
+from argrpo_cli.system.processes import Team
+from argrpo_cli.system.progress import shared_progress
 
 RESULTS, OFFICIAL_RESULTS, JOURNAL = "results.jsonl", "results.official.jsonl", ".judging"
 

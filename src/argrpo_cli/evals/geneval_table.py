@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.evals.geneval_folders import OFFICIAL_SET
-from argrpo_cli.evals.paper_numbers import TABLE_3, TABLE_3_COLUMNS
+from argrpo_cli.paper.numbers import TABLE_3, TABLE_3_COLUMNS
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.files import load_tensors, reason, save_tensors, user_cache
-from argrpo_cli.policy.vq import VQModel, from_uint8
-from argrpo_cli.processes import Team
-from argrpo_cli.progress import progress
+from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import load_tensors, reason, save_tensors, user_cache
+from argrpo_cli.system.processes import Team
+from argrpo_cli.system.progress import progress
 
 if TYPE_CHECKING:
     from PIL import Image

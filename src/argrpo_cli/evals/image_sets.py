@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.fidelity import Statistics
-from argrpo_cli.files import atomic_path, reason
 from argrpo_cli.images import image_files, read_image
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import atomic_path, reason
 
 IMAGES = "arr_0"
 EXPECTED = f"expected {IMAGES}, uint8 images [N, H, W, 3]"

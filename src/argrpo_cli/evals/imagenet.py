@@ -46,11 +46,11 @@ from argrpo_cli.evals.imagenet_sources import (
     open_sources,
     recorded_sampling,
 )
-from argrpo_cli.evals.inception import Inception, load_inception
 from argrpo_cli.evals.nano_sets import class_groups
-from argrpo_cli.evals.paper_numbers import TABLE_2_ALL
-from argrpo_cli.files import read_json, user_cache, write_json
-from argrpo_cli.processes import Team, join_team
+from argrpo_cli.networks.inception import Inception, load_inception
+from argrpo_cli.paper.numbers import TABLE_2_ALL
+from argrpo_cli.system.files import read_json, user_cache, write_json
+from argrpo_cli.system.processes import Team, join_team
 
 SUMMARY = "summary.json"
 ERRORS = (

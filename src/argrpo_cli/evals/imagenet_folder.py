@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
-from argrpo_cli.files import read_jsonl, read_text, reason
 from argrpo_cli.images import SUFFIXES, image_files
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_jsonl, read_text, reason
 
 if TYPE_CHECKING:
     from argrpo_cli.policy import Policy

@@ -19,15 +19,15 @@ from urllib.error import URLError
 import numpy as np
 from torch import Tensor
 
-from argrpo_cli.errors import UserError, first_line
 from argrpo_cli.evals.feature_store import HASHES, POOL, SPATIAL, FeatureStore, extract
 from argrpo_cli.evals.fidelity import NEIGHBOURS, Statistics
 from argrpo_cli.evals.frechet import Gaussian, gaussian
 from argrpo_cli.evals.image_sets import DAMAGED, IMAGES, STATISTICS, ImageSet, load_statistics, open_images
-from argrpo_cli.evals.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
-from argrpo_cli.files import atomic_path, load_tensors, save_tensors, user_cache
-from argrpo_cli.processes import Team
-from argrpo_cli.progress import progress
+from argrpo_cli.networks.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
+from argrpo_cli.system.errors import UserError, first_line
+from argrpo_cli.system.files import atomic_path, load_tensors, save_tensors, user_cache
+from argrpo_cli.system.processes import Team
+from argrpo_cli.system.progress import progress
 
 ADM_NAME = "adm-256"
 ADM_URL = (

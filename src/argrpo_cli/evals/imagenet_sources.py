@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.feature_store import Span
 from argrpo_cli.evals.fidelity import NEIGHBOURS
 from argrpo_cli.evals.folders import policy_folders
 from argrpo_cli.evals.image_sets import ImageSet, open_images
 from argrpo_cli.evals.imagenet_warnings import IMAGES, SAMPLING
-from argrpo_cli.files import read_json, save_png
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.sampling_job import LARGEST, METADATA, NPZ, SETTINGS, file_name
+from argrpo_cli.sample import LARGEST, METADATA, NPZ, SETTINGS, file_name
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_json, save_png
 
 EVAL_SIZE = 256  # pixels a side, to which larger images of a policy are scaled, as LlamaGen does
 FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 2_000_000_000, 100_000, 10_000  # other commands draw others

@@ -31,19 +31,19 @@ import torch
 from torch import Tensor
 
 from argrpo_cli import __version__
-from argrpo_cli.conditions import Condition, class_prompt
-from argrpo_cli.devices import resolve_device
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.nano_sets import Values, class_groups, manifold_values, real_set_values, set_values
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import FITTED, Judge, load_judge
 from argrpo_cli.nano.recognition import diversity
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.policy.entropy import token_entropy
-from argrpo_cli.policy.vq import VQModel, from_uint8, to_uint8
-from argrpo_cli.progress import progress
+from argrpo_cli.policy.llamagen.entropy import token_entropy
+from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
 from argrpo_cli.rewards import RewardSet, check_reward, load_rewards
 from argrpo_cli.rewards.shaping import reward_weights
+from argrpo_cli.shapes import Condition, class_prompt
+from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.progress import progress
 
 FIRST_SEED = 1_000_000  # away from the seeds that training, its grids and users' first samples take
 SEED_STRIDE = 100_000

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from argrpo_cli.devices import resolve_device
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.fidelity import NEIGHBOURS
 from argrpo_cli.evals.image_sets import ImageSet, open_images
 from argrpo_cli.evals.nano import open_bench, summary
-from argrpo_cli.files import read_jsonl
 from argrpo_cli.nano import scenes
-from argrpo_cli.progress import progress
-from argrpo_cli.sampling_job import METADATA, SETTINGS
+from argrpo_cli.sample import METADATA, SETTINGS
+from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_jsonl
+from argrpo_cli.system.progress import progress
 
 
 def evaluate_images(

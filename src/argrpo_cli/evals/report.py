@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.evals import paper_numbers
-from argrpo_cli.files import read_json, read_jsonl
+from argrpo_cli.paper import numbers as paper_numbers
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_json, read_jsonl
 
 Value = tuple[float | None, float | None]  # and its standard error; None where there is none
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from argrpo_cli import __version__
-from argrpo_cli.errors import UserError
 from argrpo_cli.evals.report import Result, Row, Value
 from argrpo_cli.evals.tables import markdown_table
-from argrpo_cli.files import write_text
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import write_text
 
 CONFLICT = "not measured alike"
 MEASURED, DIFFERENCE, PAPER = "measured", "difference", "paper"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from argrpo_cli.geneval.colors import color_texts, pick_colors
 from argrpo_cli.geneval.grammar import COLORS
-from argrpo_cli.rewards.clip_model import ClipModel, load_open_clip
+from argrpo_cli.networks.clip import ClipModel, load_open_clip
 
 MODEL, PRETRAINED = "ViT-L-14-quickgelu", "openai"
 LOGIT_SCALE = 100.0

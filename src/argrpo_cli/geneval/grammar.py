@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from argrpo_cli.conditions import with_article
-from argrpo_cli.errors import UserError
+from argrpo_cli.shapes import with_article
+from argrpo_cli.system.errors import UserError
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.grammar import OBJECT_NAMES
 from argrpo_cli.geneval.rules import Detection
-from argrpo_cli.hub import fetch
-from argrpo_cli.policy.loading import load_pretrained
+from argrpo_cli.networks.loading import load_pretrained
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.hub import fetch
 
 REPO, FILES = "facebook/mask2former-swin-small-coco-instance", ("config.json", "model.safetensors")
 MMDET_FILES = (".pth", ".pt")

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.mask2former import NOT_NEEDED, build_mask2former
 from argrpo_cli.rewards.published import fit_state, read_state
+from argrpo_cli.system.errors import UserError
 
 SOURCE = "evaluation/download_models.sh of https://github.com/djghosh13/geneval"
 MERGED_PIXELS = (0, 2, 1, 3)  # transformers' order of the four pixels, in mmdet's numbers

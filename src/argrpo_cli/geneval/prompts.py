@@ -15,9 +15,9 @@ from functools import cache
 from itertools import permutations, product
 from pathlib import Path
 
-from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.geneval.grammar import COUNTS, RELATIONS, TAGS, Prompt, Requirement, compose, content
 from argrpo_cli.nano import scenes
+from argrpo_cli.system.errors import UserError, did_you_mean
 
 OFFICIAL_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"  # of evaluation_metadata.jsonl
 NANO_PROMPTS_PER_TAG = 40  # in geneval-nano and geneval-nano-extra together

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from argrpo_cli.clusters import clustered_mean
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.grammar import Prompt
+from argrpo_cli.system.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from argrpo_cli.geneval.rules import ClassifyColor, Detection, Thresholds
 from argrpo_cli.nano import WEIGHTS, scenes
-from argrpo_cli.rewards.weights import load_weights, read_config, to_unit
+from argrpo_cli.networks.weights import load_weights, read_config, to_unit
 
 STRIDE = 4
 LEAST_SCORE = 0.05  # what is less likely is not reported at all

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.nano import WEIGHTS, scenes
-from argrpo_cli.nano.corrupt import decode
+from argrpo_cli.nano.make.corrupt import decode
+from argrpo_cli.nano.make.study import load_tokenizer
 from argrpo_cli.nano.matching import Match, Matcher, Template, match_classes
 from argrpo_cli.nano.recognition import Recogniser, load_recogniser
-from argrpo_cli.nano.study import load_tokenizer
-from argrpo_cli.policy.vq import VQModel
+from argrpo_cli.policy.llamagen.vq import VQModel
+from argrpo_cli.system.errors import UserError
 
 TOKENS_FILE = "tokens.safetensors"
 LARGEST = scenes.SINGLE_SIZES[1]

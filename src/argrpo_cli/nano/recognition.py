@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argrpo_cli.policy.vq import from_uint8
+from argrpo_cli.policy.llamagen.vq import from_uint8
 
 SPATIAL_CHANNELS = 7
 
@@ -96,7 +96,7 @@ class Recogniser:
 
 def load_recogniser(folder: str | Path) -> Recogniser:
     """The bundled classifier from the judge's folder."""
-    from argrpo_cli.rewards.weights import load_weights, read_config
+    from argrpo_cli.networks.weights import load_weights, read_config
 
     return Recogniser(load_weights(RecognitionNet(**read_config(folder)["recogniser"]), folder))
 

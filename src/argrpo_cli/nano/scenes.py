@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.geneval.grammar import COUNTS, RELATIONS, TAGS, Prompt, Requirement, compose, plural
+from argrpo_cli.system.errors import UserError
 
 IMAGE_SIZE = 64
 CLASSES: dict[str, str] = {

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 from torch import nn
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.files import write_json
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import write_json
 
 if TYPE_CHECKING:
-    from argrpo_cli.policy.modeling import LlamaGenForImageGeneration
+    from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
 
 KEY = "adapter_of"  # of policy.json
 

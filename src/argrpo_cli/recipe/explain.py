@@ -8,8 +8,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from argrpo_cli.errors import did_you_mean
 from argrpo_cli.recipe.schema import Recipe
+from argrpo_cli.system.errors import did_you_mean
 
 # Keys that take values of several kinds, for which pydantic reports one fault per kind.
 UNIONS = {

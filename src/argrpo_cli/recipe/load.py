@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from argrpo_cli.errors import UserError, did_you_mean
-from argrpo_cli.files import read_text
 from argrpo_cli.recipe.explain import Layer, explain, shown
 from argrpo_cli.recipe.schema import Recipe
 from argrpo_cli.recipe.yaml12 import parse_yaml
+from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.files import read_text
 
 OWN_KEYS = ("name", "description", "out", "published")  # say which run this is, so `extends` does not hand them on
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from argrpo_cli.errors import UserError
+from argrpo_cli.system.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):

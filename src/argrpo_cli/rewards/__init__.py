@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_type_hints
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError, did_you_mean, first_line, out_of_memory
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError, did_you_mean, first_line, out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.rewards.clip_model import load_open_clip, load_state
+from argrpo_cli.networks.clip import load_open_clip, load_state
 from argrpo_cli.rewards.published import published_file
+from argrpo_cli.shapes import Condition
 
 # A copy of the published file, which lies in the repository above, under its name there. SHA-256 of the published one:
 # 21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0.

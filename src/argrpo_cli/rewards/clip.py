@@ -12,8 +12,8 @@ import open_clip
 import torch
 from torch import Tensor
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.rewards.clip_model import HUB_PREFIX, load_open_clip, load_transformers_clip
+from argrpo_cli.networks.clip import HUB_PREFIX, load_open_clip, load_transformers_clip
+from argrpo_cli.shapes import Condition
 
 
 class Clip:

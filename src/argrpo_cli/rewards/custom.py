@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError, out_of_memory
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError, out_of_memory
 
 GROUP = "argrpo.rewards"
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.rewards.judge.replies import UnusableReply
 from argrpo_cli.rewards.judge.server import JudgeServer, ServerReward
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 
 MODEL = "zhiyuanyou/DeQA-Score-Mix3"
 QUESTION = "How would you rate the quality of this image?"

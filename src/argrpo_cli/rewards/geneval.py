@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.geneval.grammar import Prompt, parse_prompt
 from argrpo_cli.geneval.observing import NanoObserver, Observer, OfficialObserver
 from argrpo_cli.geneval.rules import reward_score
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError, did_you_mean
 
 DETECTORS = ("mask2former", "nano")
 

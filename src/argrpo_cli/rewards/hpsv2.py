@@ -15,9 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError, did_you_mean
-from argrpo_cli.rewards.clip_model import (
+from argrpo_cli.networks.clip import (
     ClipModel,
     build_open_clip,
     check_dtype,
@@ -25,8 +23,10 @@ from argrpo_cli.rewards.clip_model import (
     tokenizer_of,
     uninitialized,
 )
-from argrpo_cli.rewards.clip_pixels import normalize
+from argrpo_cli.networks.pixels import normalize
 from argrpo_cli.rewards.published import published_file
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError, did_you_mean
 
 REPOSITORY = "xswu/HPSv2"
 CHECKPOINTS = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
-from argrpo_cli.files import read_text
-from argrpo_cli.rewards.clip_pixels import Preprocess
+from argrpo_cli.networks.pixels import Preprocess
 from argrpo_cli.rewards.published import fit_state, published_file, read_state
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_text
 
 REPO, FILE = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER_REPO, VOCABULARY = "google-bert/bert-base-uncased", "vocab.txt"

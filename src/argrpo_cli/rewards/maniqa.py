@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.rewards.published import fit_state, published_file, read_state
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 
 REPO, FILE = "chaofengc/IQA-PyTorch-Weights", "ckpt_koniq10k.pt"
 SCALE = 0.8  # of the KonIQ-10k weights; the class's own default is PIPAL's

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from argrpo_cli.errors import UserError, did_you_mean
-from argrpo_cli.hub import HubFile
+from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.hub import HubFile
 
 GB = 10**9
 CLIP_B32, CLIP_L14, CLIP_H14 = 151_277_313, 427_616_513, 986_109_441  # parameters, of open_clip's networks

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 
 # A single quote opens after, and closes before, anything but a letter or digit: don't, dogs and the 90s are left alone.
 QUOTED = re.compile(

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.rewards.clip_model import (
+from argrpo_cli.networks.clip import (
     TRANSFORMERS_FILES,
     TransformersClip,
     check_dtype,
     transformers_clip,
 )
 from argrpo_cli.rewards.published import published_file
+from argrpo_cli.shapes import Condition
 
 REPOSITORY = "yuvalkirstain/PickScore_v1"
 CONFIG = {

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.hub import fetch
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.hub import fetch
 
 
 def published_file(

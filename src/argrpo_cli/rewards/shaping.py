@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from argrpo_cli.errors import UserError
 from argrpo_cli.rewards import FAMILIES, REWARDS
+from argrpo_cli.system.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.rewards.judge import server as server_module
 from argrpo_cli.rewards.judge.exchange import MAX_RETRY_AFTER, retry_after
 from argrpo_cli.rewards.judge.rewards import JudgeFake, JudgeQuality, JudgeWeird
 from argrpo_cli.rewards.judge.server import pause
 from argrpo_cli.rewards.judge.unified_reward import MODEL as UNIFIED
 from argrpo_cli.rewards.judge.unified_reward import UnifiedReward
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 from tests.rewards.judge.fake_server import MODEL, FakeServer
 
 KEY = "sk-Very.Secret/0123456789"

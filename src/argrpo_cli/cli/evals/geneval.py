@@ -19,7 +19,7 @@ from argrpo_cli.cli.options import (
     TopKOption,
     TopPOption,
 )
-from argrpo_cli.errors import UserError
+from argrpo_cli.system.errors import UserError
 
 IMAGES = 4
 DRAWING = (  # what finished pictures have no use for

@@ -18,7 +18,7 @@ from argrpo_cli.cli.options import (
     TopKOption,
     TopPOption,
 )
-from argrpo_cli.errors import UserError
+from argrpo_cli.system.errors import UserError
 
 DRAWING = (  # what finished pictures have no use for
     "policy", "baseline", "n", "cfg_scale", "temperature", "top_k", "top_p", "seed", "dtype", "resize", "keep_images",
@@ -81,7 +81,7 @@ def imagenet(
         raise UserError("nothing to measure; give --policy, such as c2i-b-256, or --images")
     from rich.console import Console
 
-    from argrpo_cli.files import check_writable
+    from argrpo_cli.system.files import check_writable
 
     if statistics is not None and statistics.is_dir():
         raise UserError(f"cannot write {statistics}: it is a folder; give the name of a file")

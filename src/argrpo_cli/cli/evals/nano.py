@@ -15,7 +15,7 @@ from argrpo_cli.cli.options import (
     SeedOption,
     TemperatureOption,
 )
-from argrpo_cli.errors import UserError
+from argrpo_cli.system.errors import UserError
 
 SAMPLING = ("policy", "baseline", "n", "cfg_scale", "temperature", "seed")  # what finished pictures have no use for
 IMAGES = 2016
@@ -47,7 +47,7 @@ def nano(
     for name in SAMPLING if images is not None else ():
         if context.get_parameter_source(name).name != "DEFAULT":
             raise UserError(f"--images measures finished pictures; leave out --{name.replace('_', '-')}")
-    from argrpo_cli.files import check_writable, write_json
+    from argrpo_cli.system.files import check_writable, write_json
 
     if out is not None and out.is_dir():
         raise UserError(f"cannot write {out}: it is a folder; give the name of a file")

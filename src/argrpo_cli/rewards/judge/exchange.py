@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.files import reason
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import reason
 
 MAX_REPLY = 1 << 20  # bytes of a response's body
 MAX_CONNECT = 10.0  # seconds

@@ -16,11 +16,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from argrpo_cli.errors import UserError
-from argrpo_cli.hub import fetch
 from argrpo_cli.rewards.judge.prompts import FORCED_PREFIX
 from argrpo_cli.rewards.judge.replies import UnusableReply
 from argrpo_cli.rewards.judge.server import MAX_TOKENS, RESAMPLING, Answer
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.hub import fetch
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.rewards.judge.prompts import FAKE, QUALITY, WEIRD, Question
 from argrpo_cli.rewards.judge.replies import read_score
 from argrpo_cli.rewards.judge.server import JudgeServer, ServerReward
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError, did_you_mean
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 BACKENDS = ("local", "server")

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from argrpo_cli.errors import UserError, did_you_mean
 from argrpo_cli.rewards.judge.exchange import Exchanges, Fault, read_url, retry_after
 from argrpo_cli.rewards.judge.replies import UnusableReply
+from argrpo_cli.system.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from argrpo_cli.conditions import Condition
-from argrpo_cli.errors import UserError
 from argrpo_cli.rewards.judge.prompts import plain
 from argrpo_cli.rewards.judge.replies import read_final_score
 from argrpo_cli.rewards.judge.rewards import to_pil
 from argrpo_cli.rewards.judge.server import JudgeServer, ServerReward
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError
 
 MODEL = "CodeGoat24/UnifiedReward-7b-v1.5"
 SIZE = 512  # pixels

@@ -1,0 +1,1 @@
+"""Speed, as ratios against a named baseline: `python -m argrpo_cli.bench.nano NAME`."""

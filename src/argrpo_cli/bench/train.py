@@ -1,0 +1,187 @@
+"""Time and memory of a training step, by stage: `python -m argrpo_cli.bench.train [RECIPE]`.
+
+    python -m argrpo_cli.bench.train nano/c2i
+    python -m argrpo_cli.bench.train c2i_xl384 --micro-batch-sizes 4 8 16      (on a GPU)
+
+Policies that have to be fetched are replaced by random weights of their geometry, and so is their image tokenizer:
+time and memory do not depend on the values. The rewards of the recipe take no part; `argrpo_cli.bench.rewards` measures
+those. The reward here is the mean brightness, so that "reward" is the price of the way to it.
+
+Each way to train is one row: all weights as the recipe says, with recomputed activations, adapters (LoRA) alone, and
+all weights without a reference model (no KL term). Shares are of the first row's step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from argrpo_cli.bench.sampler import random_policy
+from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.llamagen.published import POLICIES
+from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
+from argrpo_cli.recipe import Recipe, load_recipe
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.training.grpo import build_trainer, quiet_libraries
+from argrpo_cli.training.rollout import Rollout, Stopwatch
+from argrpo_cli.training.scorer import BatchScorer
+
+STAGES = ("rollout", "reward", "update")
+LORA = {"rank": 16, "alpha": 32.0}
+
+
+class StageMeter(Stopwatch):
+    """A stopwatch that waits for the GPU, and keeps the most memory that each stage took there."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.cuda = device.startswith("cuda")
+        self.peak: dict[str, int] = defaultdict(int)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `name`; what comes after it, up to the next stage, is the update's memory."""
+        self.mark("update")
+        with super().measure(name):
+            yield
+            if self.cuda:
+                torch.cuda.synchronize()
+        self.mark(name)
+
+    def mark(self, name: str) -> None:
+        """The memory since the last mark belongs to `name`."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            self.peak[name] = max(self.peak[name], torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of every stage of every step."""
+
+    def __init__(self, meter: StageMeter) -> None:
+        self.meter, self.steps, self._start = meter, [], 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.meter.mark("update")
+        whole, times = time.perf_counter() - self._start, self.meter.take()
+        times["rollout"] += times.pop("text", 0.0)
+        self.steps.append(times | {"update": whole - sum(times.values()), "step": whole})
+
+
+class Brightness:
+    """The cheapest reward there is."""
+
+    names, family, tolerated = ("brightness",), {"brightness": "quality"}, frozenset[str]()
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        return {"brightness": images.float().mean((1, 2, 3))}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench.train", description=__doc__)
+    parser.add_argument("recipe", nargs="?", default="nano/c2i")
+    parser.add_argument("--steps", type=int, default=4, help="timed, after one that is not")
+    parser.add_argument("--micro-batch-sizes", type=int, nargs="*", help="instead of the recipe's")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+    device = resolve_device(options.device)
+    recipe = load_recipe(options.recipe)
+    sizes = options.micro_batch_sizes or [recipe.grpo.micro_batch_size or recipe.grpo.batch_size]
+    machine = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+    print(f"{platform.machine()}, {machine}, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as folder, quiet_libraries():
+        base = _base(recipe, Path(folder) / "base")
+        print(
+            f"{recipe.name}: {recipe.grpo.batch_size} images an update, {recipe.policy.dtype}, "
+            f"logprob {recipe.grpo.logprob}, median of {options.steps}"
+        )
+        print(
+            f"{'':38}{'rollout':>10}{'reward':>10}{'update':>10}{'step':>10}{'images/s':>10}{'share':>8}  peak memory"
+        )
+        first = None
+        for size in sizes:
+            for name, changed in _ways(recipe, base, size).items():
+                seconds, peak = measure_steps(changed, options.steps, device, Path(folder) / "trainer")
+                first = first or seconds["step"]
+                cells = "".join(f"{seconds[stage]:8.2f} s" for stage in (*STAGES, "step"))
+                memory = ", ".join(f"{stage} {peak[stage] / 2**30:.1f}" for stage in STAGES if stage in peak)
+                print(
+                    f"{name + f', {size} at a time':38}{cells}{recipe.grpo.batch_size / seconds['step']:10.1f}"
+                    f"{seconds['step'] / first:8.2f}  {memory + ' GiB' if memory else '-'}",
+                    flush=True,
+                )
+
+
+def _ways(recipe: Recipe, base: str, micro_batch_size: int) -> dict[str, Recipe]:
+    """The recipe as it is, and changed in one thing each."""
+    tree = recipe.model_dump()
+    tree["policy"] |= {"checkpoint": base, "trainable": "all", "lora": None}
+    tree["grpo"]["micro_batch_size"] = micro_batch_size
+    tree["rewards"]["terms"] = [{"name": "brightness"}]
+
+    def changed(section: str, **keys: Any) -> Recipe:
+        return Recipe.model_validate(tree | {section: tree[section] | keys})
+
+    return {
+        "all weights": Recipe.model_validate(tree),
+        "recomputed activations": changed("grpo", gradient_checkpointing=True),
+        "LoRA": changed("policy", lora=LORA),
+        "no reference model": changed("grpo", beta=0.0),
+    }
+
+
+def _base(recipe: Recipe, folder: Path) -> str:
+    """The policy of a recipe, or random weights of its geometry."""
+    name = recipe.policy.checkpoint
+    if name not in POLICIES:
+        return name
+    if not name.startswith("c2i"):
+        raise UserError(f"{name} needs its text encoder; measure a class-conditional recipe")
+    _, size, pixels = name.split("-")
+    policy = Policy(
+        random_policy(size.upper(), int(pixels), torch.float32, "cpu"),
+        VQModel(VQConfig()).eval(),
+        None,
+        [f"class {index}" for index in range(1000)],
+        int(pixels),
+        name,
+    )
+    policy.save(folder)
+    return str(folder)
+
+
+def measure_steps(recipe: Recipe, steps: int, device: str, scratch: Path) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds of each stage of `steps` updates after a first one, and the bytes each took at most on a GPU."""
+    recipe = recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update={"steps": steps + 1, "warmup_steps": 0})})
+    policy = load_policy(recipe.policy.checkpoint, device)
+    meter = StageMeter(device)
+    rollout = Rollout(recipe, policy.conditions(policy.class_names), policy, meter)
+    scorer = BatchScorer(Brightness(), {"brightness": 1.0}, recipe.grpo.group_size, meter)
+    times = StepTimes(meter)
+    trainer = build_trainer(recipe, policy, rollout, scorer, scratch, [times])
+    trainer.train()
+    timed = times.steps[1:]
+    return {name: statistics.median(step[name] for step in timed) for name in (*STAGES, "step")}, dict(meter.peak)
+
+
+if __name__ == "__main__":
+    main()

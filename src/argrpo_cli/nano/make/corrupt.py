@@ -1,0 +1,395 @@
+"""Scenes broken in the ways an image policy breaks them, with the damage known from the truth.
+
+A policy errs in tokens: one wrong token, a hole, a picture that starts as one dog and goes on as another. Half
+of the corruptions therefore work on tokens; the others bend, erase, repeat, blur or recolour pixels and are mostly
+tokenised again, so that what a network learns from them is the damage and not the trace of the tool.
+
+The damage of a picture is 1 - exp(-d / TAU), with d the root mean square colour error against the clean
+reconstruction, spread over the area of the object (all errors count, wherever they are). A picture joined from two
+clean scenes is measured against the nearer one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from argrpo_cli.geneval.grammar import TAGS
+from argrpo_cli.nano import scenes
+from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
+
+SMALL_SIZES = (22, 32)  # side of an object's box in pixels where there are several
+TAU = 0.2  # colour error (of 1) at which 63% of the quality is gone; an erased object has about 0.4
+CHUNK = 128
+
+
+Propose = Callable[[Tensor, Sequence[int | str]], Tensor]
+
+
+@dataclass(kw_only=True)
+class Pool:
+    """Clean scenes in pairs of siblings: rows 2i and 2i + 1 are the same objects in the same colours, placed
+    differently.
+
+    tokens int64 [N, T]; images uint8 [N, 3, H, W] (reconstructions of the tokens); coverage float32
+    [N, 1, H, W] (the objects' alpha); backgrounds float32 [N, 3] in [0, 1]; class_ids int64 [N], of the first object;
+    proposals int64 [N, T], if a policy gave some: for each place the token that it would have put there
+    after the true tokens before it.
+    """
+
+    tokens: Tensor
+    images: Tensor
+    coverage: Tensor
+    backgrounds: Tensor
+    class_ids: Tensor
+    proposals: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class Corrupted:
+    """Broken pictures and how broken they are.
+
+    images uint8 [B, 3, H, W]; damage float32 [B] in [0, 1] against the nearest clean scene; own, the same against
+    the scene that the row names (they differ where scenes of two classes were joined); nearest int64 [B], the row of
+    the nearest clean scene; kind, the corruption's name.
+    """
+
+    images: Tensor
+    damage: Tensor
+    own: Tensor
+    nearest: Tensor
+    kind: list[str]
+
+
+def _sibling(rng: np.random.Generator, scene: scenes.Scene) -> scenes.Scene:
+    """The same objects, colours and background, a little elsewhere, larger or smaller, sometimes mirrored."""
+    alone = len(scene.objects) == 1
+    reach, (low, high) = (10, scenes.SINGLE_SIZES) if alone else (4, SMALL_SIZES)
+    moved = []
+    for placed in scene.objects:
+        size = int(np.clip(placed.size + rng.integers(-reach, reach + 1), low, high))
+        x, y = (
+            int(np.clip(v + rng.integers(-reach, reach + 1), 0, scenes.IMAGE_SIZE - size)) for v in (placed.x, placed.y)
+        )
+        mirror = placed.mirror != (rng.uniform() < 0.4)
+        moved.append(scenes.Placed(placed.class_id, size, x, y, mirror, placed.hue, placed.color))
+    return scenes.Scene(tuple(moved), scene.background, scene.prompt, class_id=scene.class_id)
+
+
+def _coverage(scene: scenes.Scene) -> np.ndarray:
+    out = np.zeros((1, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE), dtype=np.float32)
+    for placed in scene.objects:
+        window = out[0, placed.y : placed.y + placed.size, placed.x : placed.x + placed.size]
+        np.maximum(window, scenes.object_pixels(placed)[1][..., 0], out=window)
+    return out
+
+
+@torch.inference_mode()
+def decode(vq: VQModel, tokens: Tensor) -> Tensor:
+    """Tokens [B, T] to uint8 [B, 3, H, W], in chunks."""
+    return torch.cat([to_uint8(vq.decode_tokens(chunk)) for chunk in tokens.split(CHUNK)])
+
+
+@torch.inference_mode()
+def encode(vq: VQModel, images: Tensor) -> Tensor:
+    """uint8 images to tokens int64 [B, T], in chunks."""
+    return torch.cat([vq.encode(from_uint8(chunk)) for chunk in images.split(CHUNK)])
+
+
+def make_pool(
+    vq: VQModel, rng: np.random.Generator, count: int, propose: Propose | None = None, task: str = "classes"
+) -> Pool:
+    """`count` (even) scenes in sibling pairs, classes (or categories of captions) in equal shares. Needs the
+    emoji font.
+
+    `propose` takes tokens and the class ids, or captions, of their scenes to a policy's proposals (`study.proposer`).
+    """
+    chosen: list[scenes.Scene] = []
+    for pair in range(count // 2):
+        if task == "classes":
+            first = scenes.class_scene(rng, pair % len(scenes.CLASS_NAMES))
+        else:
+            first = scenes.caption_scene(rng, TAGS[pair % len(TAGS)])
+        chosen += [first, _sibling(rng, first)]
+    raw = torch.from_numpy(np.stack([scenes.render(s) for s in chosen]).transpose(0, 3, 1, 2).copy())
+    tokens = encode(vq, raw)
+    asked = [scene.class_id if task == "classes" else scene.caption for scene in chosen]
+    class_ids = torch.tensor([s.objects[0].class_id for s in chosen])
+    return Pool(
+        tokens=tokens,
+        images=decode(vq, tokens),
+        coverage=torch.from_numpy(np.stack([_coverage(s) for s in chosen])),
+        backgrounds=torch.tensor([s.background for s in chosen]),
+        class_ids=class_ids,
+        proposals=propose(tokens, asked) if propose else None,
+    )
+
+
+def colour_error(images: Tensor, clean: Tensor, area: Tensor) -> Tensor:
+    """Root of the squared colour error (mean over channels, colours in [0, 1]), all pixels, per pixel of object."""
+    squared = ((images.float() - clean.float()) / 255).square().mean(1).flatten(1).sum(1)
+    return (squared / area.clamp(min=1)).sqrt()
+
+
+def damage_of(error: Tensor) -> Tensor:
+    """Colour error to damage in [0, 1)."""
+    return 1 - torch.exp(-error / TAU)
+
+
+# Corruptions of tokens: each returns new tokens [B, T] and the row whose scene the picture also resembles.
+
+
+def _object_tokens(pool: Pool, rows: Tensor) -> np.ndarray:
+    """How much of each token's cell the object covers, [B, h, w]."""
+    side = round(pool.tokens.shape[1] ** 0.5)
+    return F.adaptive_avg_pool2d(pool.coverage[rows], side)[:, 0].numpy()
+
+
+def _replace(pool: Pool, rows: Tensor, mask: np.ndarray, rng: np.random.Generator, codes: int) -> Tensor:
+    """Put wrong tokens where mask [B, T] is set: tokens of other scenes, a third of them any code at all."""
+    tokens = pool.tokens[rows]
+    other = rng.integers(len(pool), size=tokens.shape)
+    place = rng.integers(tokens.shape[1], size=tokens.shape)
+    wrong = pool.tokens[torch.from_numpy(other), torch.from_numpy(place)]
+    any_code = torch.from_numpy(rng.integers(codes, size=tokens.shape))
+    wrong = torch.where(torch.from_numpy(rng.uniform(size=tokens.shape) < 0.33), any_code, wrong)
+    return torch.where(torch.from_numpy(mask), wrong, tokens)
+
+
+def _scatter(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
+    """Single wrong tokens, up to 60% of them, on the object rather than beside it."""
+    weight = 0.25 + _object_tokens(pool, rows).reshape(len(rows), -1)
+    weight /= weight.mean(1, keepdims=True)
+    fraction = 0.01 + 0.59 * rng.uniform(size=(len(rows), 1)) ** 2
+    return _replace(pool, rows, rng.uniform(size=weight.shape) < fraction * weight, rng, codes), rows
+
+
+def _block(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
+    """A rectangle of wrong tokens."""
+    side = round(pool.tokens.shape[1] ** 0.5)
+    height, width = rng.integers(1, 5, size=(2, len(rows), 1))
+    top, left = (rng.integers(0, side - 1, size=(len(rows), 1)) for _ in range(2))
+    y, x = np.divmod(np.arange(side * side), side)
+    mask = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    return _replace(pool, rows, mask, rng, codes), rows
+
+
+def _shuffle(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
+    """Tokens change places with a neighbour."""
+    tokens = pool.tokens[rows]
+    side = round(tokens.shape[1] ** 0.5)
+    y, x = np.divmod(np.arange(side * side), side)
+    step = rng.integers(-1, 2, size=(2, *tokens.shape))
+    moved = rng.uniform(size=tokens.shape) < rng.uniform(0.03, 0.6, size=(len(rows), 1))
+    source = np.clip(y + step[0], 0, side - 1) * side + np.clip(x + step[1], 0, side - 1)
+    source = np.where(moved, source, np.arange(side * side))
+    return torch.gather(tokens, 1, torch.from_numpy(source)), rows
+
+
+def _join(pool: Pool, rows: Tensor, partners: Tensor, rng: np.random.Generator) -> Tensor:
+    """The partner's tokens from some place in raster order on (as a sampler drifts), or within a smooth blob."""
+    tokens, count = pool.tokens[rows], pool.tokens.shape[1]
+    side = round(count**0.5)
+    start = rng.integers(count // 5, count * 4 // 5, size=(len(rows), 1))
+    drift = np.arange(count) >= start
+    blob = _smooth(rng, len(rows), 1, 3, side)[:, 0].numpy().reshape(len(rows), -1)
+    blob = blob > np.quantile(blob, rng.uniform(0.3, 0.8))
+    mask = np.where(rng.uniform(size=(len(rows), 1)) < 0.6, drift, blob)
+    return torch.where(torch.from_numpy(mask), pool.tokens[partners], tokens)
+
+
+def _drift(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
+    """The picture goes on as its sibling: the same object in another place, size or direction."""
+    return _join(pool, rows, rows ^ 1, rng), rows ^ 1
+
+
+def _stray(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
+    """The picture goes on as a scene of any class."""
+    partners = torch.from_numpy(rng.integers(len(pool), size=len(rows)))
+    return _join(pool, rows, partners, rng), partners
+
+
+def _likely(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
+    """What a policy might have put: its proposals at some places, or along some stretch of the raster."""
+    tokens = pool.tokens[rows]
+    share = rng.uniform(0.1, 1, size=(len(rows), 1)) ** 1.5
+    scattered = rng.uniform(size=tokens.shape) < share
+    place = np.arange(tokens.shape[1]) - rng.integers(0, tokens.shape[1], size=(len(rows), 1))
+    stretch = (place >= 0) & (place < share * tokens.shape[1])
+    mask = np.where(rng.uniform(size=(len(rows), 1)) < 0.5, scattered, stretch)
+    return torch.where(torch.from_numpy(mask), pool.proposals[rows], tokens), rows
+
+
+# Corruptions of pixels: float images [B, 3, H, W] in [0, 1] to the same.
+
+
+def _smooth(rng: np.random.Generator, count: int, channels: int, cells: int, size: int = scenes.IMAGE_SIZE) -> Tensor:
+    """Smooth random fields [B, C, size, size] with standard normal nodes on a grid of cells x cells."""
+    nodes = torch.from_numpy(rng.standard_normal((count, channels, cells, cells), dtype=np.float32))
+    return F.interpolate(nodes, size=(size, size), mode="bicubic", align_corners=True)
+
+
+def _patch(coverage: Tensor, rng: np.random.Generator, low: float, high: float) -> Tensor:
+    """Soft smooth masks [B, 1, H, W] over a share between low and high of the object."""
+    field = _smooth(rng, len(coverage), 1, 5)
+    on_object = torch.where(coverage > 0.5, field, -torch.inf).flatten(1).sort(descending=True).values
+    share = torch.from_numpy(rng.uniform(low, high, size=len(coverage)).astype(np.float32))
+    rank = (share * (coverage > 0.5).flatten(1).sum(1)).long().clamp(max=on_object.shape[1] - 1)
+    level = on_object.gather(1, rank[:, None])[:, :, None, None]
+    return torch.sigmoid((field - level) * 12)
+
+
+def _column(rng: np.random.Generator, count: int, low: float, high: float) -> Tensor:
+    return torch.from_numpy(rng.uniform(low, high, size=(count, 1, 1, 1)).astype(np.float32))
+
+
+def _elastic(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
+    """Bent: a smooth displacement of up to a few pixels."""
+    shift = _smooth(rng, len(images), 2, int(rng.integers(3, 7))) * _column(rng, len(images), 0.5, 5)
+    base = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    grid = base + shift.permute(0, 2, 3, 1) * (2 / scenes.IMAGE_SIZE)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _missing(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
+    """Parts faded into the background, or gone."""
+    mask = _patch(coverage, rng, 0.03, 0.6) * _column(rng, len(images), 0.4, 1.2).clamp(max=1)
+    return images + mask * (backgrounds[:, :, None, None] - images)
+
+
+def _duplicate(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
+    """A part appears a second time elsewhere, or instead of what was there."""
+    angle, length = rng.uniform(0, 2 * np.pi, len(images)), rng.uniform(5, 22, len(images))
+    move = np.stack([np.cos(angle), np.sin(angle)], -1) * length[:, None] * 2 / scenes.IMAGE_SIZE
+    theta = torch.eye(2, 3).repeat(len(images), 1, 1)
+    theta[:, :, 2] = torch.from_numpy(move.astype(np.float32))
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return images + _patch(coverage, rng, 0.05, 0.5) * (moved - images)
+
+
+def _blur(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
+    """Out of focus, everywhere or in part."""
+    radius = int(rng.integers(2, 6))
+    line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / (radius / 2)).square())
+    line = (line / line.sum()).expand(3, 1, -1)
+    blurred = F.conv2d(F.pad(images, (radius,) * 4, mode="replicate"), line[:, :, None], groups=3)
+    blurred = F.conv2d(blurred, line[..., None], groups=3)
+    mask = _patch(coverage, rng, 0.2, 1.0).clamp(min=float(rng.uniform(0, 0.8)))
+    return images + mask * _column(rng, len(images), 0.4, 1) * (blurred - images)
+
+
+def _noise(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
+    """Grain and blotches."""
+    fine = torch.from_numpy(rng.standard_normal(tuple(images.shape), dtype=np.float32))
+    noise = fine * _column(rng, len(images), 0, 0.1) + _smooth(rng, len(images), 3, 16) * _column(
+        rng, len(images), 0, 0.2
+    )
+    return images + noise * _patch(coverage, rng, 0.2, 1.0)
+
+
+def _hue(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
+    """Parts in a wrong colour."""
+    degrees = rng.uniform(40, 180, len(images)) * rng.choice([-1, 1], len(images))
+    turn = torch.from_numpy(np.stack([scenes.hue_matrix(float(round(d))) for d in degrees]))
+    turned = torch.einsum("bij,bjhw->bihw", turn, images)
+    return images + _patch(coverage, rng, 0.1, 0.7) * coverage * (turned - images)
+
+
+TOKEN_KINDS: dict[str, Callable] = {
+    "scatter": _scatter,
+    "block": _block,
+    "shuffle": _shuffle,
+    "drift": _drift,
+    "stray": _stray,
+    "likely": _likely,
+}
+PIXEL_KINDS: dict[str, Callable] = {
+    "elastic": _elastic,
+    "missing": _missing,
+    "duplicate": _duplicate,
+    "blur": _blur,
+    "noise": _noise,
+    "hue": _hue,
+}
+# Shares of the mixture: what samples of the base policy show most (bent, joined, unfinished) has the most.
+MIXTURE = {
+    "scatter": 0.14,
+    "block": 0.08,
+    "shuffle": 0.06,
+    "drift": 0.24,
+    "stray": 0.08,
+    "elastic": 0.15,
+    "missing": 0.08,
+    "duplicate": 0.06,
+    "blur": 0.05,
+    "noise": 0.02,
+    "hue": 0.04,
+}
+# The same where a policy has made proposals: a quarter of them, at the cost of the other corruptions of tokens.
+MIXTURE_WITH_PROPOSALS = {
+    "likely": 0.25,
+    **MIXTURE,
+    "scatter": 0.10,
+    "block": 0.06,
+    "shuffle": 0.04,
+    "drift": 0.20,
+    "stray": 0.06,
+}
+# In scenes of captions objects come in any colour, so that one in another is not broken.
+MIXTURE_OF_CAPTIONS = {name: share for name, share in MIXTURE_WITH_PROPOSALS.items() if name != "hue"}
+RETOKENISED = 0.8  # share of the pixel corruptions that pass through the tokenizer
+
+
+@torch.inference_mode()
+def corrupt(
+    pool: Pool, rows: Tensor, vq: VQModel, rng: np.random.Generator, mixture: dict[str, float] | None = None
+) -> Corrupted:
+    """One corrupted picture for each row (int64 [B]) of the pool; `mixture` gives the shares of the kinds."""
+    mixture = mixture or (MIXTURE if pool.proposals is None else MIXTURE_WITH_PROPOSALS)
+    names = list(mixture)
+    shares = np.array([mixture[n] for n in names])
+    drawn = rng.choice(len(names), size=len(rows), p=shares / shares.sum())
+    tokens = pool.tokens[rows].clone()
+    partners = rows.clone()
+    pixels: dict[int, Tensor] = {}  # pictures that keep their pixels
+    for index, name in enumerate(names):
+        at = np.flatnonzero(drawn == index)
+        if len(at) == 0:
+            continue
+        mine = rows[at]
+        if name in TOKEN_KINDS:
+            tokens[at], partners[at] = TOKEN_KINDS[name](pool, mine, rng, vq.config.codebook_size)
+            continue
+        clean = pool.images[mine].float() / 255
+        bent = PIXEL_KINDS[name](clean, pool.coverage[mine], pool.backgrounds[mine], rng).clamp(0, 1)
+        bent = (bent * 255).round().to(torch.uint8)
+        kept = rng.uniform(size=len(at)) >= RETOKENISED
+        pixels.update({int(i): image for i, image in zip(at[kept], bent[kept], strict=True)})
+        if not kept.all():
+            tokens[at[~kept]] = encode(vq, bent[torch.from_numpy(~kept)])
+    images = torch.empty((len(rows), *pool.images.shape[1:]), dtype=torch.uint8)
+    decoded = torch.ones(len(rows), dtype=torch.bool)
+    for i, image in pixels.items():
+        images[i], decoded[i] = image, False
+    images[decoded] = decode(vq, tokens[decoded])
+    area = pool.coverage.flatten(1).sum(1)
+    own = colour_error(images, pool.images[rows], area[rows])
+    other = colour_error(images, pool.images[partners], area[partners])
+    related = pool.class_ids[partners] == pool.class_ids[rows]
+    nearest = torch.minimum(own, other)
+    return Corrupted(
+        images=images,
+        damage=damage_of(nearest),
+        nearest=torch.where(other < own, partners, rows),
+        own=damage_of(torch.where(related, nearest, own)),
+        kind=[names[i] for i in drawn],
+    )

@@ -1,0 +1,1 @@
+"""The nano world's rewards."""

@@ -1,0 +1,1 @@
+"""Networks that several parts share, and reading their weights safely."""

@@ -1,0 +1,1 @@
+"""The paper's numbers, and its tables in the nano world."""

@@ -1,0 +1,1 @@
+"""LlamaGen: the model, its tokenizer, sampling, and its published files."""

@@ -1,0 +1,379 @@
+"""A policy as a user meets it: a LlamaGen, its image tokenizer and what it is asked in, opened by name or path.
+
+A policy folder holds what `save_pretrained` writes (config.json, model.safetensors, ...) and `policy.json`, which for
+a class-conditional and a caption-conditional policy says
+
+    {"tokenizer": "nano-vq", "classes": ["airplane", ...], "image_size": 64, "base": "nano-c2i"}
+    {"tokenizer": "nano-vq", "text_encoder": "nano-t5", "image_size": 64, "base": "nano-t2i"}
+
+where the tokenizer and the text encoder are bundled ones, published ones or folders relative to this one. What is
+published (LlamaGen's and AR-GRPO's checkpoints) opens by name and file as well: `published.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from argrpo_cli.nano import WEIGHTS
+from argrpo_cli.networks.loading import fingerprint, load_pretrained, save_model
+from argrpo_cli.policy.adapters import KEY as ADAPTER_OF
+from argrpo_cli.policy.adapters import base_of, merge_adapter
+from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.published import (
+    POLICIES,
+    TEXT_ENCODER,
+    TOKENIZERS,
+    WEIGHT_FILES,
+    is_published,
+    open_published,
+    open_tokenizer,
+)
+from argrpo_cli.policy.llamagen.sampling import sample_tokens
+from argrpo_cli.policy.llamagen.text import SAME, TextEncoder, load_text_encoder, open_text_encoder
+from argrpo_cli.policy.llamagen.vq import VQModel, to_uint8
+from argrpo_cli.shapes import Condition, class_prompt
+from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.files import make_dir, read_json, write_json
+
+CARD = "policy.json"
+MANIFEST = "checksums.json"  # of a checkpoint, see grpo/manifest.py
+CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step_"  # of a run directory: checkpoints/step_000020
+BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
+BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
+NAMED_PARTS = (*BUNDLED_PARTS, *TOKENIZERS, TEXT_ENCODER)  # which are not copied into every checkpoint
+DTYPES = ("float32", "bfloat16", "float16")
+# Of a model's configuration, what no weight's shape shows.
+NOT_IN_SHAPES = (
+    "num_attention_heads", "num_key_value_heads", "block_size", "cls_token_num", "rope_theta", "rms_norm_eps",
+)  # fmt: skip
+DECODE_PIXELS = 2**20  # decoded at a time; at 256 px with VQ-16 about half a gigabyte for each activation
+
+
+@dataclass
+class Policy:
+    """What `load_policy` gives.
+
+    Attributes:
+        model: the LlamaGen, in evaluation mode.
+        tokenizer: image tokenizer, always float32 (token ids must not depend on the policy's dtype).
+        tokenizer_name: name of a bundled or published tokenizer, None if it came from a folder or file.
+        class_names: names of the class ids 0, 1, ...; empty for a caption-conditional policy.
+        image_size: pixels a side.
+        base: the policy this one descends from.
+        text_encoder: what reads the captions; None for a class-conditional policy.
+        text_encoder_name: name of a bundled or published text encoder, None if it came from a folder.
+    """
+
+    model: LlamaGenForImageGeneration
+    tokenizer: VQModel
+    tokenizer_name: str | None
+    class_names: list[str]
+    image_size: int
+    base: str
+    text_encoder: TextEncoder | None = None
+    text_encoder_name: str | None = None
+
+    def conditions(self, asked: Iterable[str | int]) -> list[Condition]:
+        """What the policy is asked to draw: class names or ids (numbers, also written as text), or captions.
+
+        Raises:
+            UserError: no such class, or a caption that the text encoder cannot read.
+        """
+        if self.text_encoder is not None:
+            prompts = [str(prompt) for prompt in asked]
+            self.text_encoder.check(prompts, self.model.config.cls_token_num)
+            return [Condition(prompt) for prompt in prompts]
+        ids = [self._class_id(given) for given in asked]
+        return [Condition(class_prompt(self.class_names[index]), index) for index in ids]
+
+    def embed(self, conditions: Sequence[Condition]) -> tuple[Tensor, Tensor | None]:
+        """What the model takes for these conditions, on its device.
+
+        Returns:
+            class ids int64 [B] and None; or caption features [B, P, caption_dim], left padded, and their mask [B, P].
+        """
+        device = self.model.device
+        if self.text_encoder is None:
+            return torch.tensor([self._known_id(one) for one in conditions], dtype=torch.long, device=device), None
+        config = self.model.config
+        features, mask = self.text_encoder.encode([one.prompt for one in conditions], config.cls_token_num)
+        return features.to(device), mask.to(device)
+
+    def sample(
+        self,
+        conditions: Sequence[Condition],
+        cfg_scale: float = 2.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        cfg_interval: int = -1,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Draw one image per condition; `sampling.sample_tokens` explains the arguments.
+
+        Returns:
+            Token ids int64 [B, T] on the model's device, in the order of the conditions.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size} is not positive")
+        if seeds is not None and len(seeds) != len(conditions):
+            raise UserError(f"{len(seeds)} seeds for {len(conditions)} conditions; give one each")
+        drawn = [torch.empty(0, self.model.config.block_size, dtype=torch.long, device=self.model.device)]
+        for start in range(0, len(conditions), batch_size):
+            part = slice(start, start + batch_size)
+            condition, mask = self.embed(conditions[part])
+            drawn.append(
+                sample_tokens(
+                    self.model,
+                    condition,
+                    condition_mask=mask,
+                    cfg_scale=cfg_scale,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    cfg_interval=cfg_interval,
+                    seeds=None if seeds is None else seeds[part],
+                )
+            )
+        return torch.cat(drawn)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
+        """Token ids int64 [B, T] to images uint8 [B, 3, size, size] on the same device, by default of `image_size`.
+
+        Another size is reached as in LlamaGen's sampler: bicubic, not antialiased, before the numbers become bytes.
+        """
+        at_once = max(1, DECODE_PIXELS // self.image_size**2)
+        images = []
+        for chunk in tokens.split(at_once):
+            pixels = self.tokenizer.decode_tokens(chunk)
+            if size is not None and size != self.image_size:
+                pixels = F.interpolate(pixels, (size, size), mode="bicubic")
+            images.append(to_uint8(pixels))
+        return torch.cat(images)
+
+    def fingerprint(self) -> str:
+        """A hash of the weights and of all else that decides what is drawn; see `loading.fingerprint`."""
+        settings: dict[str, Any] = {key: getattr(self.model.config, key) for key in NOT_IN_SHAPES}
+        modules: list[nn.Module] = [self.model, self.tokenizer]
+        if self.text_encoder is not None:
+            modules.append(self.text_encoder.model)
+            settings |= {"cleans": self.text_encoder.cleans, "right_padded": self.text_encoder.right_padded}
+        return fingerprint(modules, settings)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a policy folder; files of the same name are replaced one by one, `policy.json` last.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        folder = make_dir(folder)
+        save_model(self.model, folder)
+        self.save_card(folder)
+
+    def save_card(self, folder: str | Path) -> None:
+        """Add to a folder with the model's own files what makes it a policy folder."""
+        folder = Path(folder)
+        if self.tokenizer_name is None:
+            save_model(self.tokenizer, make_dir(folder / "tokenizer"))
+        asked: dict[str, Any] = {"classes": self.class_names}
+        if self.text_encoder is not None:
+            asked = {"text_encoder": self.text_encoder_name or "text_encoder"}
+            if self.text_encoder_name is None:
+                self.text_encoder.save(make_dir(folder / "text_encoder"))
+            if self.text_encoder.right_padded:
+                asked["right_padded"] = True
+        card = {"tokenizer": self.tokenizer_name or "tokenizer", **asked}
+        write_json(folder / CARD, {**card, "image_size": self.image_size, "base": self.base})
+
+    def _class_id(self, given: str | int) -> int:
+        names, count = self.class_names, len(self.class_names)
+        if isinstance(given, str):
+            # ImageNet lists synonyms, and some stand for two classes: "crane" is a bird and a machine.
+            exact = [index for index, name in enumerate(names) if name == given]
+            named = exact or [index for index, name in enumerate(names) if given in name.split(", ")]
+            if len(named) > 1:
+                raise UserError(f"{given!r} names the classes {' and '.join(map(str, named))}; give the id")
+            if named:
+                return named[0]
+        if isinstance(given, int) or given.strip().isdecimal():
+            if 0 <= int(given) < count:
+                return int(given)
+            raise UserError(f"no class {given}: this policy has the ids 0 to {count - 1}")
+        hint = did_you_mean(given, names)
+        if not hint and count <= 40:
+            hint = f"; the classes are {', '.join(names)}"
+        raise UserError(f"no class {given!r} among this policy's {count} classes{hint}")
+
+    def _known_id(self, condition: Condition) -> int:
+        if condition.class_id is None:
+            raise UserError(f"condition {condition.prompt!r} has no class id, and this policy draws classes")
+        return condition.class_id
+
+
+def load_policy(
+    name_or_path: str | Path, device: str = "cpu", dtype: str = "float32", text_device: str = SAME
+) -> Policy:
+    """Open a policy.
+
+    Args:
+        name_or_path: a bundled name ("nano-c2i"), a published one ("c2i-l-384"), a policy folder, a checkpoint folder
+            of a run (adapters are merged into their base), a run directory (its newest checkpoint, or its final policy
+            where there are none), a published checkpoint file, or an AR-GRPO folder.
+        device: a torch device, or "auto" for a GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16", for the model; the tokenizer stays in float32.
+        text_device: of the text encoder; "same", "offload" or the name of a device, see `TextEncoder.place`.
+
+    Raises:
+        UserError: nothing there, or something that is not a whole policy; in one line that names the path.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    device = resolve_device(device)
+    if is_published(name_or_path):
+        return open_published(name_or_path, device, dtype, text_device)
+    folder = find_policy(name_or_path)
+    if ADAPTER_OF in (plain := read_json(folder / CARD)):
+        policy = load_policy(base_of(folder, plain), device, "float32", text_device)
+        policy.model = merge_adapter(policy.model, folder).to(getattr(torch, dtype)).eval()
+        return policy
+    card = read_card(folder)
+    model = load_pretrained(LlamaGenForImageGeneration, folder, getattr(torch, dtype))
+    if card["tokenizer"] in TOKENIZERS:
+        tokenizer = open_tokenizer(card["tokenizer"])[1]
+    else:
+        tokenizer = load_pretrained(VQModel, part_of(folder, "image tokenizer", card["tokenizer"]), torch.float32)
+    text_encoder, encoder_name = None, card.get("text_encoder")
+    if model.config.condition == "caption" and encoder_name == TEXT_ENCODER:
+        text_encoder = open_text_encoder(TEXT_ENCODER, card.get("right_padded", False))
+    elif model.config.condition == "caption":
+        text_encoder = load_text_encoder(part_of(folder, "text encoder", encoder_name), getattr(torch, dtype))
+        text_encoder.right_padded = card.get("right_padded", False)
+    _check_fit(folder, model, tokenizer, text_encoder, card)
+    if text_encoder is not None:
+        text_encoder.place(device, text_device)
+    return Policy(
+        model=model.to(device),
+        tokenizer=tokenizer.to(device),
+        tokenizer_name=card["tokenizer"] if card["tokenizer"] in NAMED_PARTS else None,
+        class_names=card.get("classes", []),
+        image_size=card["image_size"],
+        base=card.get("base", str(name_or_path)),
+        text_encoder=text_encoder,
+        text_encoder_name=encoder_name if encoder_name in NAMED_PARTS else None,
+    )
+
+
+def find_policy(name_or_path: str | Path) -> Path:
+    """The policy folder behind a name, a policy folder or a run directory; UserError if there is none."""
+    if str(name_or_path) in BUNDLED_POLICIES:
+        if not (WEIGHTS / str(name_or_path)).is_dir():
+            train = f"python -m argrpo_cli.nano.make.build --only {name_or_path} --install"
+            raise UserError(f"the weights of {name_or_path} are not in this version; `{train}` trains them")
+        return WEIGHTS / str(name_or_path)
+    path = Path(name_or_path)
+    if not str(name_or_path).strip():
+        raise UserError("the name of the policy is empty; name one, such as nano-c2i")
+    if path.suffix in WEIGHT_FILES and not path.exists():
+        raise UserError(f"no checkpoint file {path}")
+    if not path.exists():
+        hint = did_you_mean(name_or_path, (*BUNDLED_POLICIES, *POLICIES))
+        names = f"the bundled policies are {', '.join(BUNDLED_POLICIES)}, the published ones {', '.join(POLICIES)}"
+        raise UserError(f"no policy {str(name_or_path)!r}: not a folder; {names}{hint}")
+    if (path / CARD).is_file():
+        return path
+    checkpoints = [folder for folder in checkpoint_folders(path).values() if (folder / CARD).is_file()]
+    whole = [folder for folder in checkpoints if _files_have_their_sizes(folder)]
+    if whole or checkpoints:
+        return (whole or checkpoints)[-1]
+    if (path / "policy" / CARD).is_file():
+        return path / "policy"
+    raise UserError(
+        f"{path} is no policy: it has no {CARD}, no {CHECKPOINTS}/{CHECKPOINT_PREFIX}* and no policy/ folder with one"
+    )
+
+
+def _files_have_their_sizes(checkpoint: Path) -> bool:
+    """Whether the files that a checkpoint lists are there in full; resuming a run compares their contents, too."""
+    if not (checkpoint / MANIFEST).is_file():
+        return True  # of an earlier version
+    try:
+        listed = read_json(checkpoint / MANIFEST)["files"]
+        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in listed.items())
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def checkpoint_folders(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run directory by step, oldest first."""
+    found = (run / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")
+    named = ((path.name.removeprefix(CHECKPOINT_PREFIX), path) for path in found)
+    return dict(sorted((int(step), path) for step, path in named if step.isdigit()))
+
+
+def choose_trainable(model: nn.Module, wanted: str | Sequence[str]) -> None:
+    """Freeze every parameter of `model` but the wanted ones: "all", or one or several parts of parameter names.
+
+    Raises:
+        UserError: a part that no parameter's name contains.
+    """
+    parts = [""] if wanted == "all" else [wanted] if isinstance(wanted, str) else list(wanted)
+    parameters = dict(model.named_parameters())
+    for part in parts:
+        if not any(part in name for name in parameters):
+            example = next((name for name in parameters if "layers." in name), next(iter(parameters)))
+            raise UserError(f"policy.trainable: no parameter's name contains {part!r}; names are like {example}")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(any(part in name for part in parts))
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The policy.json of a policy folder; UserError when it is missing, or lacks something."""
+    card = read_json(folder / CARD)
+    asked = ("text_encoder", str) if "text_encoder" in card else ("classes", list)
+    for key, kind in (("tokenizer", str), asked, ("image_size", int)):
+        if not isinstance(card.get(key), kind):
+            raise UserError(f"{folder / CARD}: {key!r} is {card.get(key)!r}, expected a {kind.__name__}")
+    return card
+
+
+def part_of(folder: Path, what: str, name: str | None) -> Path:
+    """The folder of a policy's image tokenizer or text encoder."""
+    if name is None:
+        raise UserError(f"{folder / CARD} names no {what}")
+    part = (WEIGHTS if name in BUNDLED_PARTS else folder) / name
+    if not part.is_dir():
+        raise UserError(f"the {what} of {folder} is missing: no folder {part}")
+    return part
+
+
+def _check_fit(
+    folder: Path,
+    model: LlamaGenForImageGeneration,
+    tokenizer: VQModel,
+    text_encoder: TextEncoder | None,
+    card: dict[str, Any],
+) -> None:
+    """The parts of a policy folder must belong together; a wrong tokenizer would only show as noise."""
+    config = model.config
+    tokens = (card["image_size"] // tokenizer.config.downsample) ** 2
+    pairs = [
+        ("codes in the tokenizer", tokenizer.config.codebook_size, "vocab_size", config.vocab_size),
+        ("tokens at this image size", tokens, "block_size", config.block_size),
+    ]
+    if text_encoder is None:
+        pairs.append(("class names", len(card.get("classes", [])), "num_classes", config.num_classes))
+    else:
+        pairs.append(("features in the text encoder", text_encoder.width, "caption_dim", config.caption_dim))
+    for what, count, field, expected in pairs:
+        if count != expected:
+            raise UserError(f"{folder}: {count} {what}, but the model's {field} is {expected}")

@@ -1,0 +1,162 @@
+"""Captions to the features a caption-conditional policy reads: a frozen T5 encoder, padded as LlamaGen was trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+from argrpo_cli.networks.loading import load_pretrained, quiet_transformers, save_model
+from argrpo_cli.policy.llamagen.caption_cleaning import published_caption
+from argrpo_cli.policy.llamagen.modeling import left_pad
+from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.files import cannot_write, read_json
+
+SAME, OFFLOAD = "same", "offload"  # beside names of devices: where a text encoder may live
+KEPT = 1024  # captions whose features are kept; those of FLAN-T5 XL take half a megabyte each
+
+
+class TextEncoder:
+    """A T5 encoder and its tokenizer.
+
+    Attributes:
+        model: the encoder, in evaluation mode and frozen; features have its `d_model` as width.
+        tokenizer: any transformers tokenizer with a padding and an end token.
+        words: for a tokenizer of whole words, all it knows; None for one that can spell anything.
+        cleans: captions go through the published cleaning first, as those did that LlamaGen was trained on.
+        right_padded: features stay where the encoder put them, padding and all, as AR-GRPO's code has it; LlamaGen's
+            are moved to the right end and their padding is zero.
+        device, offloaded: where it reads, and whether it lives elsewhere in between; see `place`.
+    """
+
+    def __init__(
+        self,
+        model: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cleans: bool = False,
+        right_padded: bool = False,
+    ) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.cleans, self.right_padded = cleans, right_padded
+        self.device, self.offloaded = model.device, False
+        self._features = lru_cache(maxsize=KEPT)(self._read)
+        whole_words = type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
+        special = set(tokenizer.all_special_tokens)
+        self.words = sorted(set(tokenizer.get_vocab()) - special) if whole_words else None
+
+    @property
+    def width(self) -> int:
+        """Width of the features."""
+        return self.model.config.d_model
+
+    def check(self, prompts: Sequence[str], length: int) -> None:
+        """Refuse empty prompts and, for a tokenizer of whole words, words that it does not know and prompts too long.
+
+        Prompts longer than `length` tokens are cut where the tokenizer can spell anything, as published.
+
+        Raises:
+            UserError: the first such prompt, in one line.
+        """
+        known = set(self.words or ())
+        for prompt in prompts:
+            if not prompt.strip():
+                raise UserError("an empty prompt: say what to draw")
+            if self.words is None:
+                continue
+            for word in re.findall(r"\w+|[^\w\s]+", prompt.lower()):
+                if word not in known:
+                    hint = did_you_mean(word, self.words) or f"; the words are {', '.join(self.words)}"
+                    raise UserError(f"the policy does not know the word {word!r} in the prompt {prompt!r}{hint}")
+            tokens = len(self.tokenizer(prompt).input_ids)
+            if tokens > length:
+                raise UserError(f"the prompt {prompt!r} has {tokens} tokens and the policy reads {length}: shorten it")
+
+    def place(self, device: str | torch.device, where: str = SAME) -> None:
+        """Put the encoder beside a policy on `device` (where = "same"), or on another device (its name).
+
+        With where = "offload" it stays in the CPU's memory and visits `device` only while it reads new captions.
+
+        Raises:
+            UserError: this machine has no such device.
+        """
+        self.offloaded = where == OFFLOAD
+        self.device = torch.device(device if where in (SAME, OFFLOAD) else resolve_device(where))
+        self.model.to("cpu" if self.offloaded else self.device)
+
+    def encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """Features of prompts, each distinct one encoded once; the latest `KEPT` are remembered from call to call.
+
+        As LlamaGen's: tokens padded or cut to `length`, padding left out of the encoder's attention, features of
+        padding zero, the valid rows moved to the right end (unless `right_padded`). Each prompt is read alone: in a
+        batch its features would depend, by rounding, on what else is asked for or was remembered, and an interrupted
+        job would not end in the same bytes.
+
+        Returns:
+            features [B, length, width] in the encoder's dtype and mask int64 [B, length], 1 on valid rows; on the CPU.
+        """
+        try:
+            cleaned = map(published_caption, prompts) if self.cleans else prompts
+            rows = [self._features(prompt, length, self.right_padded) for prompt in cleaned]
+        finally:
+            if self.offloaded:
+                self.model.to("cpu")
+        return torch.stack([features for features, _ in rows]), torch.stack([mask for _, mask in rows])
+
+    @torch.no_grad()  # not inference mode: a policy may be trained on what this returns
+    def _read(self, prompt: str, length: int, right_padded: bool) -> tuple[Tensor, Tensor]:
+        """Features [length, width] and mask [length] of a prompt, on the CPU."""
+        self.model.to(self.device)  # moves nothing unless the encoder is offloaded
+        batch = self.tokenizer(
+            [prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        mask = batch.attention_mask
+        features = self.model(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
+        if not right_padded:
+            features, mask = left_pad(features, mask)
+        return features[0].cpu(), mask[0].cpu()
+
+    def save(self, folder: Path) -> None:
+        """Write both parts into an existing folder; UserError when it cannot be written."""
+        save_model(self.model, folder)
+        try:
+            self.tokenizer.save_pretrained(folder)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+
+
+def open_text_encoder(name: str, right_padded: bool = False) -> TextEncoder:
+    """A published T5 encoder by its name on the hub, in bfloat16 as published, with the published caption cleaning.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        model = T5EncoderModel.from_pretrained(name, dtype=torch.bfloat16)
+    except (OSError, ValueError) as error:
+        mend = f"fetch it with `hf download {name} --include '*.json' '*.model' '*.safetensors'`"
+        raise UserError(f"cannot open the text encoder {name}: {str(error).splitlines()[0]}; {mend}") from error
+    return TextEncoder(model, tokenizer, cleans=True, right_padded=right_padded)
+
+
+def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextEncoder:
+    """From a local folder of `save_pretrained` files of both parts.
+
+    Raises:
+        UserError: files missing or damaged.
+    """
+    model = load_pretrained(T5EncoderModel, folder, dtype)
+    read_json(folder / "tokenizer.json")  # whose faults the library tells in its own words
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the text tokenizer of {folder}: {str(error).splitlines()[0]}") from error
+    return TextEncoder(model, tokenizer)

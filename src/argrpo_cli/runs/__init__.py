@@ -1,0 +1,1 @@
+"""A run directory: safe to interrupt, and readable."""

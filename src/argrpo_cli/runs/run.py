@@ -1,0 +1,306 @@
+"""The run directory: where everything of a training run lies, who may write to it, and how a run is taken up again.
+
+recipe.yaml          the resolved recipe
+run.json             where training started from, and whether it is finished
+metrics.jsonl        one line per update
+grids/               the same conditions and seeds every few updates
+before_after.png, curves.png, report.html
+tensorboard/         event files, with `logging.trackers` of others theirs
+checkpoints/step_000020/   a policy folder with the trainer's state beside it, and checksums.json
+checkpoints/damaged-step_000040/   one that was not whole when the run was taken up
+policy/              the trained policy, once the run is finished
+policy_ema/          the running mean of its weights, where the recipe keeps one
+base/                the policy that training started from, where it came from no policy folder
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from argrpo_cli.policy.llamagen.policy import CHECKPOINT_PREFIX, CHECKPOINTS, checkpoint_folders
+from argrpo_cli.recipe import dump_recipe
+from argrpo_cli.runs.disk import is_full
+from argrpo_cli.runs.folders import TEMPORARY, recover, remove_folder, set_aside, sync_folder
+from argrpo_cli.runs.manifest import find_damage
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import (
+    cannot_write,
+    make_dir,
+    read_json,
+    read_text,
+    reason,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    from argrpo_cli.recipe import Recipe
+
+
+DAMAGED = "damaged-"  # before the name of a checkpoint that is not whole
+LOCK = ".lock"
+
+
+class Interrupted(SystemExit):
+    """The run was stopped by a signal after its state was saved; `code` is what the process should exit with."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside a run directory, and the few things that must be read and written with care.
+
+    Attributes:
+        tell: shows one line to the user.
+        unwritten: lines of metrics.jsonl that found no room on the disk.
+    """
+
+    root: Path
+    tell: Callable[[str], None] = field(default=print, compare=False)
+    unwritten: list[bytes] = field(default_factory=list, compare=False)
+    _told: list[str] = field(default_factory=list, compare=False)
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def notes_file(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.root / CHECKPOINTS
+
+    @property
+    def partial_dir(self) -> Path:
+        """Where checkpoints are written before they are complete; nobody reads it."""
+        return self.checkpoints_dir / ".partial"
+
+    @property
+    def policy_dir(self) -> Path:
+        return self.root / "policy"
+
+    @property
+    def ema_dir(self) -> Path:
+        return self.root / "policy_ema"
+
+    @property
+    def base_dir(self) -> Path:
+        return self.root / "base"
+
+    def grid_file(self, step: int) -> Path:
+        return self.root / "grids" / f"step_{step:06d}.png"
+
+    def checkpoint_dir(self, step: int) -> Path:
+        return self.checkpoints_dir / f"{CHECKPOINT_PREFIX}{step:06d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return list(checkpoint_folders(self.root))
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        steps = self.checkpoint_steps()
+        return self.checkpoint_dir(steps[-1]) if steps else None
+
+    def newest_whole_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is as it was written; damaged newer ones are moved aside and told of."""
+        folders = checkpoint_folders(self.root)
+        for step, folder in reversed(folders.items()):
+            damage = find_damage(folder, step)
+            if damage is None:
+                return folder
+            aside = set_aside(folder, f"{DAMAGED}{folder.name}")
+            what = f"the checkpoint of step {step} is damaged: {damage}"
+            self.tell(f"{what}; moved to {aside} (it can be deleted), trying the one before")
+        if folders:
+            self.tell("no checkpoint is whole, so the run starts from the start")
+        return None
+
+    def keep_newest(self, count: int, always: Sequence[int] = ()) -> None:
+        """Remove all checkpoints but the `count` newest and those of the steps `always`."""
+        for step in self.checkpoint_steps()[:-count]:
+            if step not in always:
+                remove_folder(self.checkpoint_dir(step))
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl; a crash can cost the last line, never an earlier one.
+
+        Where the disk is full the line is kept, and written with a later one or by `sync_metrics`.
+        """
+        self.unwritten.append((json.dumps(record) + "\n").encode())
+        try:
+            self._write_lines()
+        except OSError as error:
+            if not is_full(error):
+                raise cannot_write(self.metrics_file, error) from error
+
+    def sync_metrics(self) -> None:
+        """Bring all lines so far to disk; before a checkpoint counts, or its records could be lost behind it.
+
+        Raises:
+            UserError: the disk is full or broken.
+        """
+        try:
+            self._write_lines()
+            with open(self.metrics_file, "ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self.metrics_file, error) from error
+
+    def _write_lines(self) -> None:
+        with open(self.metrics_file, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                for line in self.unwritten:
+                    if file.write(line) != len(line):  # the disk took a part and takes the rest with an error
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics_file))
+            except OSError:
+                os.truncate(self.metrics_file, end)  # no half line for the next one to run into
+                raise
+        self.unwritten.clear()
+
+    def spare(self, write: Callable[[], None]) -> None:
+        """Write what a run can do without, a picture for instance; a failure is told of, the first time."""
+        try:
+            write()
+        except (UserError, OSError) as error:
+            if not self._told:
+                self.tell(f"{error}; the run goes on without it, and without others of its kind")
+            self._told.append(str(error))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a half-written last one is left out."""
+        if not self.metrics_file.exists():
+            return []
+        records = []
+        for line in read_text(self.metrics_file).splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def forget_metrics_after(self, step: int) -> list[dict[str, Any]]:
+        """Drop the lines of updates after `step`, which a resumed run does again; returns what is left."""
+        kept = [record for record in self.metrics() if record["step"] <= step]
+        write_jsonl(self.metrics_file, kept)
+        return kept
+
+    def notes(self) -> dict[str, Any]:
+        """What the run must remember beyond its recipe, see `note`; empty for a new run."""
+        return read_json(self.notes_file) if self.notes_file.exists() else {}
+
+    def note(self, **changes: Any) -> None:
+        """Remember more.
+
+        `base_policy` is the folder that training started from, the reference model of the whole run, resumed or not;
+        `trained` are the names of the parameters that training may change, in the optimiser's order, or with adapters
+        those of the policy that they are put on;
+        `sharding` is how the optimiser's state is shared out over processes in the checkpoints;
+        `finished` says at which step and under which time limit the run came to its end;
+        `warnings` are what the guards found: {step, guard, text} each.
+        """
+        write_json(self.notes_file, self.notes() | changes)
+        _sync(self.root)
+
+
+@contextmanager
+def open_run(root: str | os.PathLike[str], recipe: Recipe, resume: bool) -> Iterator[RunDirectory]:
+    """Create a run directory, or take one up again, and hold it against other processes.
+
+    What an earlier process left half written when it died is cleared up.
+
+    Raises:
+        UserError: without resume, the folder holds something; with resume, it is no run; another process writes to it.
+    """
+    run = RunDirectory(Path(root))
+    if resume:
+        refuse_unused(run.root)
+    make_dir(run.root)
+    with _lock(run.root):
+        if not resume:
+            refuse_used(run.root)
+        for folder in (run.root, run.checkpoints_dir, run.root / "grids"):
+            recover(folder)
+        write_text(run.recipe_file, dump_recipe(recipe))
+        _sync(run.root)
+        _sync(run.root.absolute().parent)
+        yield run
+
+
+def refuse_used(root: Path) -> None:
+    """UserError when a new run cannot start in `root`, because something is there.
+
+    What a run leaves that died before its recipe was written does not count.
+    """
+    run = RunDirectory(root)
+    try:
+        names = [path.name for path in run.root.iterdir()] if run.root.exists() else []
+        begun = (TEMPORARY, f"-{run.recipe_file.name}")  # how the name of a half-written recipe starts and ends
+        used = any(name != LOCK and not (name.startswith(begun[0]) and name.endswith(begun[1])) for name in names)
+    except OSError as error:
+        raise UserError(f"cannot use {root} as a run directory: {reason(error)}") from error
+    if used and run.recipe_file.exists():
+        raise UserError(
+            f"{root} already holds a run; continue it with `argrpo train --resume {root}`, "
+            "or choose another folder with --out"
+        )
+    if used:
+        raise UserError(f"{root} is not empty and not a run; choose another folder with --out")
+
+
+def refuse_unused(root: Path) -> None:
+    """UserError when there is no run in `root` to be taken up."""
+    if not RunDirectory(root).recipe_file.is_file():
+        raise UserError(
+            f"{root} is not a run directory (it has no recipe.yaml), so there is nothing to resume; "
+            f"start with: argrpo train RECIPE --out {root}"
+        )
+
+
+def refuse_busy(root: Path) -> None:
+    """UserError when another process trains in `root`; a run that starts later finds out by itself, in `open_run`."""
+    with _lock(root):
+        pass
+
+
+@contextmanager
+def _lock(root: Path) -> Iterator[None]:
+    lock = FileLock(root / LOCK)  # released by the system when the process dies, however it dies
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another process is training in {root}; wait for it or choose another folder with --out"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"cannot lock {root / LOCK}: {why}; choose a folder on another file system with --out"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sync(folder: Path) -> None:
+    try:
+        sync_folder(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error

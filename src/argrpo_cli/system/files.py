@@ -1,0 +1,184 @@
+"""Writing files so that a reader never sees half of one, and reading small ones, with errors that help."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from argrpo_cli.system.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+
+def reason(error: OSError) -> str:
+    """The operating system's own words for an error, without the number and the path."""
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def cannot_write(path: str | os.PathLike[str], error: OSError) -> UserError:
+    """The error to raise when `path` could not be written."""
+    return UserError(f"cannot write {path}: {reason(error)}")
+
+
+def make_dir(path: str | os.PathLike[str]) -> Path:
+    """Create a folder and its parents; UserError when something is in the way."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {path}: {reason(error)}") from error
+    return path
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Find out before long work whether files can be written to a folder, there already or not; it is not created.
+
+    Raises:
+        UserError: they cannot.
+    """
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not there.is_dir():
+        what = "it" if there == folder else there
+        raise UserError(f"cannot write to {folder}: {what} is a file, not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`.
+
+    On any error the temporary file is removed and an older `path` stays as it was. OSError (disk full, no
+    permission, a file where a folder should be, ...) becomes UserError naming `path` and the reason.
+    The temporary name ends like `path`, so that writers which look at the suffix work.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder", str(path))
+        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=f"-{path.name}", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        open_to_all(temporary)  # mkstemp gives 0600
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
+    """Write one JSON value a line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read UTF-8 text; UserError naming the path when it is missing, unreadable or not text."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # Windows writes a mark at the start
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 text") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object; UserError naming the path when it is missing, unreadable or something else."""
+    try:
+        value = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read {path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line; UserError names the file and the line that is none."""
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: expected a JSON object, got {line.strip()[:40]!r}")
+        rows.append(row)
+    return rows
+
+
+def save_png(path: str | os.PathLike[str], image: Image.Image) -> None:
+    """Write a PIL image as PNG, atomically."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def user_cache() -> Path:
+    """`argrpo` in the user's cache directory; what lies there can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argrpo"
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Write a .safetensors file atomically."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        except SafetensorError as error:  # carries the system's reason in its text, a full disk for instance
+            raise UserError(f"cannot write {path}: {error}") from error
+
+
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
+    """The contents of a .safetensors file; None where there is none, or one that cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path) if Path(path).is_file() else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def open_to_all(path: str | os.PathLike[str]) -> None:
+    """Let everyone read a file whom the umask allows; some libraries make theirs for the owner alone."""
+    os.chmod(path, 0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """The process's umask; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,165 @@
+"""Several processes, on one machine or many, that share one job: who this one is, and doing things in step.
+
+Started by `accelerate launch` or `torchrun`, which say in the environment how many there are; alone otherwise.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Result = TypeVar("Result")
+
+LONGEST_JOB = timedelta(days=30)  # the first to finish waits for the last
+# Launchers end all processes once one has failed; the first must have had the time to say why.
+LAST_WORDS = 2.0  # seconds
+# What gloo and NCCL say in a process that waits for another which has ended.
+LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among its kind.
+
+    Attributes:
+        index: 0 for the one that reports and writes what there is one of.
+        count: how many processes there are.
+        device: what this one computes on.
+    """
+
+    index: int
+    count: int
+    device: str
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that reports and writes."""
+        return self.index == 0
+
+    def lead(self, action: Callable[[], Result]) -> Result | None:
+        """Let the first process act while the others wait; what `action` returned, None in the others.
+
+        Raises:
+            UserError: what `action` raised, in the first process; the others exit with code 2 without a word.
+        """
+        return self.together(action if self.first else lambda: None)
+
+    def from_lead(self, action: Callable[[], Result]) -> Result:
+        """As `lead`; what `action` returned, which must be plain data, is known to all afterwards."""
+        result = self.lead(action)
+        if self.count == 1:
+            return result
+        import torch.distributed as dist
+
+        box = [result]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Let every process act, wait for the slowest, and return what `action` returned here.
+
+        Raises:
+            UserError: in the first process, what `action` raised in the first of them that failed; the others exit
+                with code 2 without a word.
+        """
+        if self.count == 1:
+            return action()
+        result: Any = None
+        fault: str | None = None
+        try:
+            result = action()
+        except UserError as error:
+            fault = str(error)
+        except OSError as error:  # or the others would wait for a process that has ended
+            fault = first_line(error)
+        first = next((one for one in self.exchange(fault) if one is not None), None)
+        if first is None:
+            return result
+        self.fail(first)
+
+    def fail(self, message: str) -> NoReturn:
+        """End the job for a reason that all processes have found at the same point.
+
+        Raises:
+            UserError: `message`, in the first process; the others exit with code 2 without a word.
+        """
+        if not self.first:
+            time.sleep(LAST_WORDS)
+            raise SystemExit(2)
+        raise UserError(message)
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Within this context a process that is left by another exits with code 1 without a word, or it would bury
+        what the other one has said under a traceback of its own."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not any(words in str(error) for words in LEFT_ALONE):
+                raise
+            time.sleep(LAST_WORDS)
+            raise SystemExit(1) from error
+
+    def exchange(self, value: Result) -> list[Result]:
+        """What each process gave, in their order; plain data. All must call it."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes below each other, on the CPU; as many [N, ...] from each. All must call it."""
+        if self.count == 1:
+            return rows.cpu()
+        import torch
+        import torch.distributed as dist
+
+        own = rows.to(self.device).contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(parts, own)
+        return torch.cat(parts).cpu()
+
+
+ALONE = Team(0, 1, "cpu")  # what a part that can be used by itself has when nobody gives it a team
+
+
+def join_team(device: str = "auto", patience: timedelta = LONGEST_JOB) -> Team:
+    """The team of this process; a device without a number becomes this process's own.
+
+    Args:
+        patience: how long a process waits for the others before it takes them to be lost.
+
+    Raises:
+        UserError: no such device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return Team(0, 1, resolve_device(device))
+    from accelerate import PartialState
+
+    state = PartialState(cpu=resolve_device(device) == "cpu", timeout=patience)
+    atexit.register(_leave)
+    own = str(state.device) if device in ("auto", "cpu", state.device.type) else resolve_device(device)
+    return Team(state.process_index, state.num_processes, own)
+
+
+def _leave() -> None:
+    """End the connection before the interpreter does: its threads, still running then, can abort a finished process."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,172 @@
+"""What a run shows while it trains: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from argrpo_cli.runs.panels import STAGES
+
+RECENT = 10  # steps over which speed is averaged
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def number(value: float | None, pattern: str = ".4f") -> str:
+    """A number for people, a dash when there is none."""
+    return "-" if value is None else format(value, pattern)
+
+
+def silent_console() -> Console:
+    """For the processes that do not report."""
+    return Console(quiet=True, force_terminal=False)
+
+
+class RunDisplay:
+    """Shows the records of the updates as they come.
+
+    Args:
+        steps: of the whole run.
+        log_every: steps between plain lines; the live table shows every step.
+        time_limit: seconds of training after which the run stops, or None.
+        held_out: rewards that are measured and not optimised.
+        console: where to write; by default standard output.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        steps: int,
+        log_every: int,
+        time_limit: float | None = None,
+        held_out: Collection[str] = (),
+        console: Console | None = None,
+    ) -> None:
+        self.name, self.steps, self.log_every, self.time_limit = name, steps, log_every, time_limit
+        self.held_out = held_out
+        self.console = console or Console(highlight=False)
+        self.live: Live | None = None
+        self.first: dict[str, Any] | None = None
+        self.last: dict[str, Any] | None = None
+        self._ends: deque[tuple[int, float]] = deque(maxlen=RECENT + 1)
+
+    def note(self, line: str | Text) -> None:
+        """One line of text, above the table where there is one."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def start(self, step: int) -> None:
+        """Training starts after `step` updates."""
+        self._ends.append((step, time.monotonic()))
+        if self.console.is_terminal:
+            self.live = Live(self._picture(), console=self.console, refresh_per_second=4)
+            self.live.start()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Show the record of one update (a line of metrics.jsonl)."""
+        self.first = self.first or record
+        self.last = record
+        self._ends.append((record["step"], time.monotonic()))
+        if self.live is not None:
+            self.live.update(self._picture())
+        elif record["step"] % self.log_every == 0 or record["step"] in (1, self.steps):
+            self.note(self._line(record))
+
+    def stop(self) -> None:
+        """Training is over, for whatever reason; the last table stays on the screen."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def seconds_left(self) -> float | None:
+        """Time to the last step or to the time limit, by the speed of the last steps; None before the first."""
+        (first_step, first_time), (last_step, last_time) = self._ends[0], self._ends[-1]
+        if last_step == first_step or self.last is None:
+            return None
+        left = (self.steps - last_step) * (last_time - first_time) / (last_step - first_step)
+        if self.time_limit is not None:
+            left = min(left, max(0.0, self.time_limit - self.last["seconds_total"]))
+        return left
+
+    def _left(self) -> str:
+        seconds = self.seconds_left()
+        return "-" if seconds is None else duration(seconds)
+
+    def _line(self, record: dict[str, Any]) -> str:
+        rewards = ", ".join(f"{name} {number(value['mean'], '.3f')}" for name, value in record["rewards"].items())
+        left = self._left()
+        return (
+            f"step {record['step']}/{self.steps}  reward {number(record['reward'])} ({rewards})"
+            f"  std {number(record['within_group_std'], '.3f')}  kl {number(record['kl'])}"
+            f"  entropy {number(record['entropy'], '.3f')}  clip {_clip(record)}  ratio {number(record['ratio'])}"
+            f"  {number(record['images_per_second'], '.1f')} images/s  left {left}"
+        )
+
+    def _picture(self) -> Group:
+        """The table of the last step beside the first, under a bar."""
+        step = self.last["step"] if self.last else self._ends[-1][0]
+        speed = number(self.last["images_per_second"], ".1f") if self.last else "-"
+        head = Text.assemble(
+            (self.name, "bold"), f"  step {step}/{self.steps}  {speed} images/s  ",
+            f"{self._left()} left",
+        )  # fmt: skip
+        parts: list[Any] = [head, ProgressBar(total=self.steps, completed=step, width=60)]
+        if self.first is not None and self.last is not None:
+            parts.append(self._table(self.first, self.last))
+            if stages := _stages(self.last):
+                parts.append(Text(f"time: {stages}", style="dim"))
+        return Group(*parts)
+
+    def _table(self, first: dict[str, Any], last: dict[str, Any]) -> Table:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("")
+        table.add_column(f"step {first['step']}", justify="right", style="dim")
+        table.add_column(f"step {last['step']}", justify="right")
+        rows = [("reward, weighted total", number(first["reward"]), number(last["reward"]))]
+        for name, value in last["rewards"].items():
+            before = first["rewards"].get(name, {}).get("mean")
+            label = f"  {name}, held out" if name in self.held_out else f"  {name}"
+            rows.append((label, number(before), number(value["mean"])))
+        rows += [
+            ("std within groups", number(first["within_group_std"]), number(last["within_group_std"])),
+            ("groups without spread", *(_percent(one.get("groups_without_spread")) for one in (first, last))),
+            ("KL to the base policy", number(first["kl"], ".5f"), number(last["kl"], ".5f")),
+            ("entropy (nats)", number(first["entropy"]), number(last["entropy"])),
+            ("clipped tokens", _clip(first), _clip(last)),
+            ("ratio to the sampler", number(first["ratio"], ".6f"), number(last["ratio"], ".6f")),
+            ("gradient norm", *(number(one.get("grad_norm")) for one in (first, last))),
+        ]
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+
+def _clip(record: Mapping[str, Any]) -> str:
+    """Share of tokens whose ratio is clipped, low and high together."""
+    known = [share for share in (record["clip_low"], record["clip_high"]) if share is not None]
+    return f"{100 * sum(known):.2f}%" if known else "-"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def _stages(record: Mapping[str, Any]) -> str:
+    """Where the time of an update went, such as `rollout 42%, reward 7%, update 51%`."""
+    seconds = {stage: record.get(f"seconds_{stage}") or 0.0 for stage in STAGES}
+    total = sum(seconds.values())
+    return ", ".join(
+        f"{stage} {taken / total:.0%}" for stage, taken in seconds.items() if total and taken > 0.005 * total
+    )

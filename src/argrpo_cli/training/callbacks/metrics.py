@@ -1,0 +1,138 @@
+"""Turns what TRL logs and what we measure into one record per update: a line of metrics.jsonl, shown on the display."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from argrpo_cli.runs.panels import STAGES
+from argrpo_cli.system.processes import ALONE, Team
+from argrpo_cli.training.scorer import LEFT_OUT, WITHIN_GROUP_STD, WITHOUT_SPREAD, spread_of
+
+if TYPE_CHECKING:
+    from argrpo_cli.runs.run import RunDirectory
+    from argrpo_cli.training.callbacks.display import RunDisplay
+    from argrpo_cli.training.grpo import RatioMeter
+    from argrpo_cli.training.rollout import Stopwatch
+
+DIGITS = 6  # significant digits of a logged number
+NO_STAGE = 1e-3  # seconds; a stage that took less did nothing (class conditions have no text), so it has no speed
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes the record of each update.
+
+    Args:
+        names: of the rewards.
+        images: drawn per batch, for images per second.
+        seconds_before: training time of the run before it was resumed.
+        team: the processes of the run. The record is that of the whole batch, and the first process writes it; times
+            are the first one's.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        display: RunDisplay,
+        stopwatch: Stopwatch,
+        names: list[str],
+        images: int,
+        seconds_before: float,
+        team: Team = ALONE,
+    ) -> None:
+        self.run, self.display, self.stopwatch, self.names, self.images = run, display, stopwatch, names, images
+        self.team = team
+        self.seconds = seconds_before  # training time of the whole run, interruptions left out
+        self.ratio_meter: RatioMeter | None = None  # the trainer's, which is built after its callbacks
+        self.record: dict[str, Any] = {}  # of the latest update; callbacks after this one read it
+        self._last_step_end = self._step_start = self._step_seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last_step_end = time.monotonic()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step_start = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self._step_seconds = now - self._step_start
+        self.seconds += now - self._last_step_end  # with the grid and the checkpoint after the step before
+        self._last_step_end = now
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:  # the trainer's summary at its end
+            return
+        record = self.record = self._record(state.global_step, logs)
+        self.team.lead(lambda: self.run.append_metrics(record))
+        self.display.step(record)
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count these seconds, just gone by between two steps, as training time."""
+        self._last_step_end += seconds
+
+    def _record(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
+        times = self.stopwatch.take()
+        seconds = {stage: times.get(stage, 0.0) for stage in STAGES}
+        seconds["update"] = self._step_seconds - sum(seconds.values())  # what is left of the step
+        measured = self.ratio_meter.take(self.team) if self.ratio_meter is not None else None
+        mean_ratio, mean_deviation, deviation = measured or (None, None, None)
+        grad_norm = logs.get("grad_norm")
+        fields = {
+            "reward": logs.get("reward"),
+            "within_group_std": logs.get(WITHIN_GROUP_STD),
+            "rewards": {
+                name: {
+                    "mean": _number(logs.get(f"rewards/{name}/mean")),
+                    "std": _number(logs.get(f"rewards/{name}/std")),
+                    "within_group_std": _number(logs.get(spread_of(name))),
+                }
+                for name in self.names
+            },
+            "kl": logs.get("kl"),
+            "entropy": logs.get("entropy"),
+            "entropy_weight": logs.get("entropy_coef"),  # with an entropy bonus only
+            # Losses that clip in another way, or not at all, have neither; cispo clips above alone.
+            "clip_low": logs.get("clip_ratio/low_mean"),
+            "clip_high": logs.get("clip_ratio/high_mean", logs.get("cispo_clip_ratio")),
+            "ratio": mean_ratio,
+            "ratio_deviation_mean": mean_deviation,
+            "ratio_deviation": deviation,
+            # The trainer leaves a loss that is no number out of its sum, which would never get rid of it.
+            "loss": logs["loss"] if grad_norm is None or math.isfinite(grad_norm) else None,
+            "grad_norm": grad_norm,
+            "learning_rate": logs.get("learning_rate"),
+            "images_left_out": logs.get(LEFT_OUT),
+            "groups_without_spread": logs.get(WITHOUT_SPREAD),  # a share
+            # A step that reuses the images of the one before draws none.
+            "images_per_second": self.images / self._step_seconds if seconds["rollout"] else None,
+            **{
+                f"images_per_second_{stage}": self.images / taken if taken > NO_STAGE else None
+                for stage, taken in seconds.items()
+            },
+            **{f"seconds_{stage}": taken for stage, taken in seconds.items()},
+            "seconds_total": self.seconds,
+        }
+        return {"step": step} | {
+            name: value if isinstance(value, dict) else _number(value) for name, value in fields.items()
+        }
+
+
+def _number(value: float | None) -> float | None:
+    """A number as JSON has it: no NaN, and no more digits than mean anything."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{DIGITS}g}")

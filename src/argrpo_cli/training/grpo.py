@@ -1,0 +1,310 @@
+"""TRL's GRPOTrainer set up to compute the paper's objective on images (sections 3.2 and 3.4)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizer, PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from argrpo_cli.policy.adapters import check_targets, require_peft
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.processes import ALONE, Team
+from argrpo_cli.training.gathering import check_sharding
+from argrpo_cli.training.objective import ratio
+from argrpo_cli.training.prompts import prompt_dataset
+from argrpo_cli.training.rollout import Rollout
+from argrpo_cli.training.scorer import BatchScorer
+from argrpo_cli.training.shares import images_per_process
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from argrpo_cli.policy import Policy
+    from argrpo_cli.recipe import Recipe
+    from argrpo_cli.recipe.schema import LoraSection
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+CHECKPOINTING = {"use_reentrant": False}
+NOISY_LOGGERS = ("transformers", "trl", "accelerate", "datasets", "torch.distributed")
+
+
+class CodeTokenizer(PreTrainedTokenizer):
+    """The processing class TRL insists on: the "text" of an image is its codes as decimal numbers.
+
+    Nothing is ever tokenised with it, since rollouts return ids; TRL reads the padding and end ids (an id after the
+    codes, which no image contains) and turns ids into text for a table of completions that we do not use.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (transformers' own convention)
+
+    def __init__(self, codes: int) -> None:
+        self.codes = codes
+        super().__init__(pad_token="<end>", eos_token="<end>", padding_side="left")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.codes
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(code): code for code in range(self.codes)} | {"<end>": self.codes}
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return text.split()
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return int(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return str(index)
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> str | list[str]:
+        if len(token_ids) and isinstance(token_ids[0], Sequence):
+            return [self.decode(row) for row in token_ids]
+        return " ".join(map(str, token_ids))
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> tuple[str, ...]:
+        return ()  # nothing that a checkpoint would need
+
+
+@dataclass
+class RatioMeter:
+    """pi_theta / pi_sampler over the tokens of an update: 1 up to rounding when the update is on-policy.
+
+    TRL itself takes the sampler's log-probabilities to equal the trained ones when there is one update per batch, so
+    this is the only place where a sampler that draws from another distribution would show.
+    """
+
+    total: float = 0.0
+    deviation: float = 0.0
+    tokens: int = 0
+    largest_deviation: float = 0.0
+
+    def add(self, logp: Tensor, sampled_logp: Tensor) -> None:
+        """Count the tokens of logp and sampled_logp [B, T]; NaN marks those drawn from another distribution."""
+        r = ratio(logp, sampled_logp)
+        r = r[~r.isnan()]
+        if r.numel():
+            self.total += r.sum().item()
+            self.deviation += (r - 1).abs().sum().item()
+            self.tokens += r.numel()
+            self.largest_deviation = max(self.largest_deviation, (r - 1).abs().max().item())
+
+    def take(self, team: Team = ALONE) -> tuple[float, float, float] | None:
+        """Mean ratio, mean and largest |ratio - 1| since the last call, over all processes of the team.
+
+        None when nothing was counted.
+        """
+        own = [self.total, self.deviation, self.tokens, self.largest_deviation]
+        self.total, self.deviation, self.tokens, self.largest_deviation = 0.0, 0.0, 0, 0.0
+        counted = team.gather(torch.tensor([own], dtype=torch.float64))
+        total, deviation, tokens, _ = counted.sum(dim=0).tolist()
+        return (total / tokens, deviation / tokens, counted[:, 3].max().item()) if tokens else None
+
+
+class ImageGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer that also measures the ratio of trained to sampled probabilities. The objective is TRL's.
+
+    The way to the gradient: TRL replaces the model's forward by one with a fused head (backbone -> last_hidden_state ->
+    lm_head in tiles -> output.log_probs), so LlamaGenForImageGeneration.forward and its logits take no part. The
+    backbone's `guidance_scale` is what makes the log-probabilities guided.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ratio_meter = RatioMeter()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """TRL's loss of one micro-batch; its log-probabilities are compared with the sampler's on the way."""
+        passes: list[Tensor] = []
+        hook = model.register_forward_hook(lambda module, args, output: passes.append(output.log_probs.detach()))
+        try:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            hook.remove()
+        sampled = inputs["sampling_per_token_logps"]
+        self.ratio_meter.add(passes[0][:, -sampled.shape[1] :], sampled)
+        return loss
+
+
+def grpo_config(
+    recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence[float], device: str, processes: int = 1
+) -> GRPOConfig:
+    """TRL's settings for the recipe; whatever the paper fixes and TRL sets otherwise is said here.
+
+    Args:
+        output_dir: where the trainer writes its checkpoints.
+        tokens: T, tokens per image.
+        weights: of the rewards, in order.
+        device: "cpu" or the name of an accelerator.
+        processes: that share the images of an update.
+
+    Raises:
+        UserError: the images cannot be shared by so many.
+    """
+    grpo = recipe.grpo
+    share, micro = images_per_process(grpo, processes)
+    high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
+    return GRPOConfig(
+        output_dir=str(output_dir),
+        seed=recipe.seed,
+        # Generation: group_size images per condition, one rollout for updates_per_batch updates.
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=share // micro,
+        num_generations=grpo.group_size,
+        num_iterations=grpo.updates_per_batch,
+        max_completion_length=tokens,
+        temperature=recipe.sampling.temperature,
+        shuffle_dataset=False,  # prompts.py fixes the order
+        # Objective, eq. 3 to 6.
+        loss_type=grpo.loss,  # "grpo": mean over the tokens of an image, then over images
+        epsilon=grpo.epsilon,
+        epsilon_high=1 + high if grpo.loss == "cispo" else high,  # there TRL means the bound itself
+        beta=grpo.beta,
+        entropy_coef=grpo.entropy_weight,
+        use_adaptive_entropy=grpo.entropy_target is not None,
+        entropy_target=grpo.entropy_target or 0.0,
+        entropy_coef_delta=grpo.entropy_step,
+        entropy_coef_max=grpo.entropy_weight_max,
+        use_bias_correction_kl=False,  # TRL multiplies the KL estimate by the ratio; eq. 4 does not
+        importance_sampling_level=grpo.importance,
+        scale_rewards=grpo.scale_rewards,
+        multi_objective_aggregation="sum_then_normalize",
+        reward_weights=list(weights),
+        mask_truncated_completions=False,  # an image has no end token: every one counts
+        disable_dropout=True,
+        # Optimiser.
+        max_steps=grpo.steps,
+        optim="adamw_torch_fused",
+        learning_rate=grpo.learning_rate,
+        adam_beta1=grpo.betas[0],
+        adam_beta2=grpo.betas[1],
+        weight_decay=grpo.weight_decay,
+        max_grad_norm=grpo.max_grad_norm,
+        warmup_steps=grpo.warmup_steps,
+        lr_scheduler_type=SCHEDULES[grpo.schedule],
+        # Precision and speed. The weights stay in float32; bfloat16 is autocast around them.
+        bf16=recipe.policy.dtype == "bfloat16",
+        gradient_checkpointing=grpo.gradient_checkpointing,
+        gradient_checkpointing_kwargs=CHECKPOINTING if grpo.gradient_checkpointing else None,
+        ddp_find_unused_parameters=False,  # every pass uses all of them
+        use_cpu=device == "cpu",
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        # The run directory and the display are ours.
+        logging_steps=1,
+        logging_nan_inf_filter=True,  # the sum of losses would stay NaN for ever; guards look at the gradient
+        save_strategy="no",
+        report_to="none",
+        log_level_replica="error",  # of the processes that do not report
+        disable_tqdm=True,
+    )
+
+
+def lora_config(lora: LoraSection, model: nn.Module) -> LoraConfig:
+    """PEFT's settings for the recipe; new adapters change nothing, since B starts at zero.
+
+    Raises:
+        UserError: a target that is no linear layer of the model, or PEFT is missing.
+    """
+    require_peft()
+    from peft import LoraConfig
+
+    check_targets(model, lora.targets)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+    )
+
+
+def build_trainer(
+    recipe: Recipe,
+    policy: Policy,
+    rollout: Rollout,
+    scorer: BatchScorer,
+    output_dir: Path,
+    callbacks: Sequence[TrainerCallback],
+) -> ImageGRPOTrainer:
+    """The trainer of `policy.model`, in place; parameters that require no gradient stay as they are.
+
+    The reference model of the KL term is loaded again from the folder that the policy came from; with
+    `grpo.logprob: guided` both give guided log-probabilities. With `policy.lora` adapters are put into the layers of
+    `policy.model`, and the reference is that same model with its adapters switched off.
+
+    Raises:
+        UserError: several GPUs without a launcher, no folder for the reference model, or no layer of a LoRA target.
+    """
+    model = policy.model
+    grpo = recipe.grpo
+    base = getattr(model.config, "_name_or_path", "")
+    if rollout.team.count == 1 and model.device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible and one process takes one; train on all of them with "
+            f"--processes {torch.cuda.device_count()}, or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
+    if grpo.beta and recipe.policy.lora is None and not (base and Path(base).is_dir()):
+        raise UserError(
+            f"the KL term needs the base policy as a folder on disk, and {base or 'this policy'!r} is none; "
+            "save the policy first, or set grpo.beta=0"
+        )
+    # One row per group; an update sees batch_size / group_size of them, a batch may serve several updates.
+    batches = -(-grpo.steps // grpo.updates_per_batch)
+    groups = batches * (grpo.batch_size // grpo.group_size)
+    trainer = ImageGRPOTrainer(
+        model,
+        reward_funcs=scorer.functions(),
+        args=grpo_config(
+            recipe,
+            output_dir,
+            model.config.block_size,
+            list(scorer.weights.values()),
+            str(model.device.type),
+            rollout.team.count,
+        ),
+        train_dataset=prompt_dataset(rollout.conditions, groups, recipe.seed),
+        processing_class=CodeTokenizer(model.config.vocab_size),
+        rollout_func=rollout,
+        callbacks=list(callbacks),
+        peft_config=None if recipe.policy.lora is None else lora_config(recipe.policy.lora, model),
+    )
+    trainer.remove_callback(PrinterCallback)
+    check_sharding(trainer)
+    if grpo.logprob == "guided":
+        model.guidance_scale = recipe.sampling.cfg_scale
+        if trainer.ref_model is not None:
+            trainer.accelerator.unwrap_model(trainer.ref_model).guidance_scale = recipe.sampling.cfg_scale
+    return trainer
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the training libraries' own log lines and progress bars away from ours."""
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        transformers_logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

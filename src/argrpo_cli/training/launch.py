@@ -1,0 +1,127 @@
+"""`argrpo train --processes N`: accelerate's launcher, started from here, on the same command without that option.
+
+The launcher starts N processes of this command and tells them in the environment of each other. It takes signals for
+them; once one has failed, it ends the others. What went wrong is said by the process where it did.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from argrpo_cli.system.errors import UserError, did_you_mean
+
+CONFIGS = ("ddp", "fsdp2", "zero2", "zero3")  # accelerate/*.yaml
+# Seconds that processes get to finish their step and save when a signal comes, before the launcher kills them.
+TIME_TO_SAVE = 600
+
+
+def config_file(name: str) -> Path:
+    """The accelerate configuration of that name, one of `CONFIGS`, or the file of the user's own.
+
+    Raises:
+        UserError: neither.
+    """
+    if name in CONFIGS:
+        return Path(__file__).parent / "accelerate" / f"{name}.yaml"
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"--accelerate-config {name}: neither a file nor one of {', '.join(CONFIGS)}{did_you_mean(name, CONFIGS)}"
+        )
+    return path
+
+
+def check_processes(processes: int, device: str, config: str) -> bool:
+    """Whether this machine can run so many processes on the recipe's device; True for the CPU.
+
+    Raises:
+        UserError: it cannot.
+    """
+    import torch
+
+    from argrpo_cli.system.devices import resolve_device
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--processes {processes}: a launcher has started this process already; leave the option out")
+    if processes < 2:
+        raise UserError(f"--processes {processes}: several are 2 or more; leave the option out for one")
+    if ":" in device:
+        raise UserError(f"policy.device {device}: one GPU, and --processes {processes} takes one each; use auto")
+    if config.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"--accelerate-config {config} needs DeepSpeed: pip install deepspeed")
+    if resolve_device(device) == "cpu":
+        if config in CONFIGS and config != "ddp":
+            raise UserError(f"--accelerate-config {config}: for GPUs, and this run is on the CPU; use ddp")
+        return True
+    if processes > torch.cuda.device_count():
+        raise UserError(f"--processes {processes}: one GPU each, and this machine has {torch.cuda.device_count()}")
+    return False
+
+
+def launch(arguments: Sequence[str], processes: int, config: str, cpu: bool) -> int:
+    """Run `argrpo ARGUMENTS` as several processes and wait for them.
+
+    Args:
+        arguments: of the command that each of them runs.
+        config: see `config_file`.
+        cpu: compute on the CPU.
+
+    Returns:
+        The exit code: 0, that of the process that failed first, or 128 and the signal that ended them.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    own = ["--config_file", str(config_file(config)), "--num_processes", str(processes), "--main_process_port", "0"]
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TIME_TO_SAVE)}
+    if cpu:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    with _environment(environment), _silent():
+        try:
+            launch_command(launch_command_parser().parse_args([*own, "-m", "argrpo_cli", *arguments]))
+        except SignalException as stop:
+            return 128 + int(stop.sigval)
+        except ChildFailedError as failed:
+            rank, failure = failed.get_first_failure()
+            if failure.exitcode > 0:
+                return failure.exitcode
+            number = -failure.exitcode  # of a signal, and a process that it ended could not say so
+            why = "; it may have run out of memory" if number == signal.SIGKILL else ""
+            print(f"argrpo: error: process {rank} was ended by {signal.Signals(number).name}{why}", file=sys.stderr)
+            return 128 + number
+    return 0
+
+
+@contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the processes that are started within; what the user has set stays."""
+    added = {name: value for name, value in changes.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The launcher reports every end of a process as a failure of its own, after the process has said it better."""
+    before = logging.root.manager.disable
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        for number, handler in handlers.items():  # the launcher takes them and does not give them back
+            signal.signal(number, handler)
+        sys.stdout.flush()

@@ -1,0 +1,53 @@
+"""Fixtures of the GRPO tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.recipe import Recipe
+from argrpo_cli.rewards.shaping import reward_weights
+from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer, quiet_libraries
+from argrpo_cli.training.rollout import Rollout, Stopwatch
+from argrpo_cli.training.scorer import BatchScorer
+from tests.training.tiny import CLASSES, FakeRewards, count_of_3, paint, save_tiny_policy, tiny_recipe
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_policy(tmp_path_factory.mktemp("tiny") / "policy")
+
+
+@pytest.fixture
+def policy(policy_folder: Path) -> Policy:
+    return load_policy(policy_folder)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with quiet_libraries():
+        yield
+
+
+@pytest.fixture
+def new_trainer(policy: Policy, tmp_path: Path) -> Callable[..., ImageGRPOTrainer]:
+    """Builds the trainer that a run uses, without the run: painted images, and token 3 rewarded unless said otherwise.
+
+    Keyword arguments override keys of the recipe's grpo section (see `tiny_recipe`).
+    """
+
+    def build(rewards: FakeRewards | None = None, **grpo: Any) -> ImageGRPOTrainer:
+        rewards = rewards or FakeRewards(threes=count_of_3)
+        recipe: Recipe = tiny_recipe(rewards=rewards.names, **grpo)
+        policy.decode = paint
+        rollout = Rollout(recipe, policy.conditions(range(CLASSES)), policy)
+        scorer = BatchScorer(
+            rewards, reward_weights(recipe.rewards, rewards.family), recipe.grpo.group_size, Stopwatch()
+        )
+        return build_trainer(recipe, policy, rollout, scorer, tmp_path / "trainer", callbacks=[])
+
+    return build

@@ -1,0 +1,77 @@
+"""The record of an update: what TRL logs and what is measured, under our names."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from argrpo_cli.training.callbacks.metrics import MetricsCallback
+from argrpo_cli.training.rollout import Stopwatch
+from tests.training.test_trackers import metrics, train
+from tests.training.tiny import tiny_recipe
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], step: float, **logs: Any) -> dict[str, Any]:
+    """The record of one update of `step` seconds and 12 images, in which the stages took `seconds`."""
+    clock = iter([0.0, 0.0, step])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    stopwatch = Stopwatch()
+    stopwatch.seconds.update(seconds)
+    kept: list[dict[str, Any]] = []
+    run = SimpleNamespace(append_metrics=kept.append)
+    display = SimpleNamespace(step=lambda record: None)
+    callback = MetricsCallback(run, display, stopwatch, ["a"], images=12, seconds_before=5.0)
+    state = SimpleNamespace(global_step=1, is_world_process_zero=True)
+    for event in (callback.on_train_begin, callback.on_step_begin, callback.on_step_end):
+        event(None, state, None)
+    callback.on_log(None, state, None, logs={"loss": 0.0, **logs})
+    return kept[0]
+
+
+def test_stages_have_their_seconds_and_their_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = recorded(monkeypatch, {"text": 1e-5, "rollout": 2.0, "reward": 0.5}, step=6.5)
+    assert record["seconds_update"] == pytest.approx(4.0, abs=1e-4)
+    assert record["images_per_second"] == pytest.approx(12 / 6.5, rel=1e-5)
+    assert record["images_per_second_rollout"] == 6.0
+    assert record["images_per_second_reward"] == 24.0
+    assert record["images_per_second_update"] == pytest.approx(3.0, rel=1e-4)
+    assert record["images_per_second_text"] is None  # class conditions are not read
+    assert record["seconds_total"] == 11.5
+
+
+def test_an_update_without_images_of_its_own_has_no_drawing_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = recorded(monkeypatch, {}, step=3.0)
+    assert record["images_per_second"] is record["images_per_second_rollout"] is None
+    assert record["images_per_second_update"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("logs", "low", "high"),
+    [
+        ({"clip_ratio/low_mean": 0.1, "clip_ratio/high_mean": 0.2}, 0.1, 0.2),
+        ({"cispo_clip_ratio": 0.3}, None, 0.3),
+        ({}, None, None),  # sapo, vespo
+    ],
+)
+def test_clip_fractions_of_every_loss(
+    monkeypatch: pytest.MonkeyPatch, logs: dict[str, float], low: float | None, high: float | None
+) -> None:
+    record = recorded(monkeypatch, {}, step=1.0, **logs)
+    assert (record["clip_low"], record["clip_high"]) == (low, high)
+
+
+def test_the_weight_of_the_entropy_bonus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert recorded(monkeypatch, {}, step=1.0, entropy_coef=0.02)["entropy_weight"] == 0.02
+    assert recorded(monkeypatch, {}, step=1.0)["entropy_weight"] is None
+
+
+def test_the_total_reward_does_not_contain_held_out_ones(policy_folder: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(policy_folder, steps=2, weights={"bright": 2.0, "red": 0.0})
+    train(recipe, tmp_path / "run")
+    for record in metrics(tmp_path / "run"):
+        assert record["rewards"]["red"]["mean"] != 0
+        assert record["reward"] == pytest.approx(2 * record["rewards"]["bright"]["mean"], rel=1e-4)

@@ -1,0 +1,186 @@
+"""The plan of a run: what it adds up, what it checks, and what it says is missing."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from argrpo_cli.policy import load_policy
+from argrpo_cli.policy.llamagen.outline import count, outline_policy
+from argrpo_cli.policy.llamagen.published import POLICIES
+from argrpo_cli.recipe import load_recipe
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.training.plan import Plan, plan
+from argrpo_cli.training.plan_view import show_plan
+from tests.training.tiny import tiny_caption_policy
+
+
+def planned(recipe: str, *overrides: str, processes: int = 1) -> Plan:
+    return plan(load_recipe(recipe, overrides), processes)
+
+
+def shown(one: Plan) -> str:
+    console = Console(file=io.StringIO(), width=60)
+    show_plan(one, console)
+    return console.file.getvalue()
+
+
+def test_a_plan_says_all_of_a_run_in_words() -> None:
+    text = shown(planned("c2i_b256", processes=4))
+    for line in (
+        "table 2, after 100 updates: IS 193.61 -> 211.67, FID 5.46 -> 5.91, sFID 7.5 -> 8.58,",
+        "c2i-b-256: 110.9 M parameters, 256 pixels, 256 tokens an image",
+        "1000 classes, with guidance 2",
+        "64 images: 8 groups of 8",
+        "4 devices: 16 images (2 groups) each, 16 at a time in the training pass",
+        "100 updates, 6400 images in all",
+        "hpsv2-quantized  conditional  weight 1        steps of hpsv2",
+        "to fetch      FoundationVision/LlamaGen: c2i_B_256.pt",
+        "to fetch      xswu/HPSv2: HPS_v2.1_compressed.pt",
+    ):
+        assert line in text, line
+    assert not any(line != line.rstrip() for line in text.splitlines())  # and no line is broken
+
+
+def test_judges_are_counted_once_and_a_server_not_at_all() -> None:
+    local = planned("c2i_b256")
+    assert sum("Qwen" in part.name for part in local.memory) == 1
+    url = "{name: judge-fake, options: {backend: server, url: 'http://localhost:8000/v1'}}"
+    served = planned("c2i_b256", f"rewards.terms=[{{name: maniqa}}, {url}]")
+    assert not any("Qwen" in part.name for part in served.memory)
+    assert "Qwen/Qwen2.5-VL-3B-Instruct at http://localhost:8000/v1" in shown(served)
+
+
+def test_a_server_without_an_address_is_to_be_supplied() -> None:
+    (line,) = planned("c2i_b256", "rewards.terms=[{name: deqa}]").supply
+    assert line == "reward deqa: the option url, that of an OpenAI-compatible server that has the model"
+
+
+def test_a_machine_s_gpu_is_held_against_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        total_memory = 24 * 10**9
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    assert "GPU has 24.00 GB, which is less: lower grpo.micro_batch_size" in shown(planned("t2i_xl256"))
+    assert "GPU has 24.00 GB\n" in shown(planned("nano/c2i"))
+
+
+def test_missing_packages_are_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = {"pyiqa", "wandb", "peft"}
+    monkeypatch.setattr("argrpo_cli.training.plan.find_spec", lambda name: None if name in absent else object())
+    one = planned("c2i_b256", "logging.trackers=[wandb]", "policy.lora={rank: 4}")
+    assert set(one.packages) == absent
+    text = shown(one)
+    assert "pip install pyiqa wandb peft" in text
+    assert "this run cannot start here yet" in text
+
+
+def test_captions_that_are_not_there_are_to_be_supplied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert planned("t2i_xl256").supply == [
+        "captions.txt is missing: a file of captions, or name a data set (conditions.dataset)"
+    ]
+    Path("captions.txt").write_text("a dog\na cat\na dog\n")
+    one = planned("t2i_xl256")
+    assert one.supply == [] and one.asked == "2 captions of captions.txt"
+    streamed = planned("t2i_xl256", "conditions.dataset={name: owner/name, column: text}")
+    assert streamed.supply == []
+    assert streamed.asked == "captions in the column 'text' of the data set owner/name (train), as a stream"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("nano/c2i", "policy.checkpoint=nano-c3i", "no policy 'nano-c3i'"),
+        ("nano/c2i", "policy.trainable=[layers.9.]", r"policy\.trainable: .*'layers\.9\.'"),
+        ("nano/c2i", "conditions.classes=[unicorn]", "no class 'unicorn'"),
+        ("nano/c2i", "conditions.weights={unicorn: 2}", "no class 'unicorn'"),
+        ("nano/c2i", "rewards.terms=[{name: nano-clop}]", "'nano-clop' is unknown"),
+        ("nano/c2i", "rewards.terms=[{name: hpsv2, options: {versoin: '2.0'}}]", "no option 'versoin'.*'version'"),
+        ("nano/c2i", "rewards.terms=[{name: nano-clip, weight: 0}]", "every reward has weight 0"),
+        (
+            "nano/c2i",
+            "rewards.terms=[{name: geneval, options: {detector: nono}}]",
+            "detector 'nono' is unknown; there are mask2former, nano",
+        ),
+        ("nano/c2i", "rewards.terms=[{name: hpsv2, options: {version: '3.0'}}]", "version '3.0' is unknown"),
+        ("nano/t2i", "rewards.terms=[{name: ocr}, {name: nano-geneval}]", None),
+        ("nano/c2i", "conditions.dataset={name: x}", r"conditions\.dataset 'x'"),
+        ("nano/t2i", "conditions.source=classes", "draws captions"),
+        ("nano/t2i", "conditions.captions=[a photo of a unicorn]", "does not know the word 'unicorn'"),
+        ("nano/t2i", "conditions.captions=nanno", "no captions 'nanno'.*did you mean 'nano'"),
+        ("c2i_b256", "conditions.classes=[crane]", "names the classes 134 and 517"),
+        ("nano/c2i", "grpo.micro_batch_size=16", None),
+    ],
+)
+def test_what_can_be_checked_is_checked(recipe: str, override: str, message: str | None) -> None:
+    overrides = [override] + (["policy.trainable=all"] if "layers.9" not in override else [])
+    if message is None:
+        planned(recipe, *overrides)
+        return
+    with pytest.raises(UserError, match=message):
+        planned(recipe, *overrides)
+
+
+def test_images_that_cannot_be_shared_are_refused() -> None:
+    with pytest.raises(UserError, match="48 images cannot be shared by 5 processes"):
+        planned("nano/c2i", processes=5)
+    with pytest.raises(UserError, match="32 does not divide the 48 images"):
+        planned("c2i_b256", "grpo.batch_size=96", "grpo.micro_batch_size=32", processes=2)
+
+
+def test_adapters_need_layers_that_exist() -> None:
+    with pytest.raises(UserError, match=r"policy\.lora\.targets: no linear layer .q_proj.; there are wqkv"):
+        planned("c2i_b256", "policy.lora={targets: [q_proj]}")
+
+
+@pytest.mark.parametrize("name", ["nano-c2i", "nano-t2i"])
+def test_an_outline_has_the_shapes_of_the_policy(name: str) -> None:
+    outline, policy = outline_policy(name), load_policy(name)
+    shapes = {key: value.shape for key, value in policy.model.state_dict().items()}
+    assert {key: value.shape for key, value in outline.policy.model.state_dict().items()} == shapes
+    assert count(outline.policy.tokenizer) == count(policy.tokenizer)
+    assert outline.policy.class_names == policy.class_names and outline.files == ()
+    assert outline.draws == ("classes" if name == "nano-c2i" else "captions")
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "tokens"),
+    [("c2i-b-256", 111, 256), ("c2i-l-384", 343, 576), ("c2i-xl-384", 775, 576), ("t2i-xl-256", 778, 256)],
+)
+def test_published_policies_have_the_sizes_of_table_1(name: str, millions: int, tokens: int) -> None:
+    outline = outline_policy(name)
+    assert round(count(outline.policy.model) / 1e6) == millions
+    assert outline.config.block_size == tokens
+    assert outline.files[0][:2] == (POLICIES[name].repo, POLICIES[name].file)
+    assert outline.files[0].size == 4 * count(outline.policy.model)
+
+
+def test_every_published_policy_has_an_outline() -> None:
+    assert {name: outline_policy(name).policy.image_size for name in POLICIES} == {
+        name: entry.image_size for name, entry in POLICIES.items()
+    }
+
+
+def test_policy_folders_and_files_have_outlines_too(tmp_path: Path) -> None:
+    from argrpo_cli.policy.llamagen.checkpoints import to_published
+    from argrpo_cli.policy.llamagen.config import published_config
+    from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+
+    policy = tiny_caption_policy()
+    policy.save(tmp_path / "policy")
+    outline = outline_policy(tmp_path / "policy")
+    assert count(outline.policy.model) == count(policy.model)
+    assert outline.text_bytes == 4 * count(policy.text_encoder.model)
+    config: Any = published_config("B", 256)
+    config.num_hidden_layers = 1
+    torch.save({"model": to_published(LlamaGenForImageGeneration(config))}, tmp_path / "c2i_B_256.pt")
+    outline = outline_policy(tmp_path / "c2i_B_256.pt")
+    assert outline.config.num_hidden_layers == 1
+    assert [file.file for file in outline.files] == ["vq_ds16_c2i.pt"]

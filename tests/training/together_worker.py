@@ -1,0 +1,137 @@
+"""What test_together.py starts as several processes: whole runs, one after the other, since a start takes long.
+
+    torchrun --nproc_per_node=2 tests/training/together_worker.py FOLDER CASE ...
+
+How each case ended here is written to FOLDER/<process>.json: "" for well, or what was raised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.training import rollout, run_training
+
+if __name__ == "__main__":  # the folder tests is no package, and another distribution may have brought one
+    tests = sys.modules["tests"] = ModuleType("tests")
+    tests.__path__ = [str(Path(__file__).parents[1])]
+
+from tests.training.tiny import FakeRewards, brightness, redness, tiny_recipe
+
+PROCESS = int(os.environ.get("RANK", "0"))
+PLAIN = {"batch_size": 16, "group_size": 8, "steps": 5, "save_every": 2, "grid_every": 2}
+
+
+def plain(folder: Path, out: Path) -> None:
+    run_training(tiny_recipe(folder / "policy", **PLAIN), out, rewards=FakeRewards())
+
+
+def straddling(folder: Path, out: Path) -> None:
+    """One group on two processes, in micro-batches, two updates from a batch, and images without a score."""
+    recipe = tiny_recipe(
+        folder / "policy", batch_size=8, group_size=8, micro_batch_size=2, updates_per_batch=2, steps=4,
+        condition_dropout=0.2,
+    )  # fmt: skip
+
+    def some_missing(images: torch.Tensor) -> torch.Tensor:
+        return brightness(images).masked_fill(redness(images) > 0.005, torch.nan)
+
+    run_training(recipe, out, rewards=FakeRewards(bright=some_missing, red=redness))
+
+
+def captions(folder: Path, out: Path) -> None:
+    """Rows of a table of captions that each process has for itself, and guided log-probabilities."""
+    asked = {"source": "captions", "captions": ["a dog", "a red cat", "a blue dog", "a cat"]}
+    recipe = tiny_recipe(folder / "captions", conditions=asked, logprob="guided", micro_batch_size=2, steps=3)
+    out = folder / "run_of_captions"
+    run_training(recipe, out, rewards=FakeRewards())
+
+
+def stopped(folder: Path, out: Path) -> None:
+    """A signal reaches one process of the two."""
+    rewards = FakeRewards()
+    rewards.on_batch = lambda batch: os.kill(os.getpid(), signal.SIGTERM) if batch == 3 and PROCESS == 1 else None
+    run_training(tiny_recipe(folder / "policy", **PLAIN), out, rewards=rewards)
+
+
+def resumed(folder: Path, out: Path) -> None:
+    run_training(tiny_recipe(folder / "policy", **PLAIN), folder / "stopped", resume=True, rewards=FakeRewards())
+
+
+def failing(folder: Path, out: Path) -> None:
+    """A reward that one process cannot ask."""
+
+    def asked(batch: int) -> None:
+        if batch == 2 and PROCESS == 1:
+            raise UserError("the judge is out")
+
+    rewards = FakeRewards()
+    rewards.on_batch = asked
+    run_training(tiny_recipe(folder / "policy", **PLAIN), out, rewards=rewards)
+
+
+def refused(folder: Path, out: Path) -> None:
+    """A fault that the second process alone finds before training."""
+    name = "policy" if PROCESS == 0 else "nothing"
+    run_training(tiny_recipe(folder / name, **PLAIN), out, rewards=FakeRewards())
+
+
+def broken(folder: Path, out: Path) -> None:
+    """The sampler of one process finds weights that are not numbers."""
+    draw = rollout.sample_tokens
+
+    def complain(*args: Any, **options: Any) -> Any:
+        raise UserError("the logits are not numbers")
+
+    rollout.sample_tokens = complain if PROCESS == 1 else draw
+    try:
+        run_training(tiny_recipe(folder / "policy", **PLAIN), out, rewards=FakeRewards())
+    finally:
+        rollout.sample_tokens = draw
+
+
+CASES: dict[str, Callable[[Path, Path], None]] = {
+    one.__name__: one for one in (plain, straddling, captions, stopped, resumed, failing, refused, broken)
+}
+
+
+def accelerate_shards_on_cpus() -> None:
+    """accelerate turns FSDP on for GPUs only; torch has it on CPUs too, and this lets a test use it there."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    begin = PartialState.__init__
+
+    def begin_as_gpu(self: PartialState, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        if self.distributed_type is DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin_as_gpu
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        accelerate_shards_on_cpus()
+    ends = {}
+    for name in sys.argv[2:]:
+        try:
+            CASES[name](folder, folder / name)
+            ends[name] = ""
+        except (UserError, SystemExit) as error:
+            ends[name] = f"{type(error).__name__} {error}"
+    (folder / f"{PROCESS}.json").write_text(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main()
