@@ -1,8 +1,21 @@
-"""What an image is asked to show: the plain record that travels from the sampler to the rewards."""
+"""The plain records that travel through everything: what is asked for and how, an image, a number, a result.
+
+Nothing heavy is imported here: the command line checks what it was given before torch is loaded.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_json, write_json
+
+DTYPES = ("float32", "bfloat16", "float16")
+RESULT_FORMAT = 2  # of summary.json; files of the first one had a shape for each benchmark
 
 
 @dataclass(frozen=True)
@@ -21,3 +34,179 @@ def with_article(name: str) -> str:
 def class_prompt(name: str) -> str:
     """The text of a class condition, for rewards that read: `a photo of a dog`, `a photo of an orange`."""
     return f"a photo of {with_article(name)}"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that images are drawn from, and the number format it is computed in.
+
+    Attributes:
+        cfg_scale: s in l_u + s (l_c - l_u), 1 or more; 1 is no guidance.
+        temperature: the logits are divided by it; 0 takes the likeliest token.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens up to this probability; 1 keeps all.
+        cfg_interval: the last decoding step that is guided; -1 guides all.
+        dtype: one of `DTYPES`, of the policy.
+    """
+
+    cfg_scale: float = 2.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    cfg_interval: int = -1
+    dtype: str = "float32"
+
+    def check(self, prefix: str = "--") -> Sampling:
+        """These settings.
+
+        Args:
+            prefix: how a setting is called in a message: "--" for options, "sampling." for the keys of a recipe.
+
+        Raises:
+            UserError: a number out of range; it names the setting, the value and what is allowed.
+        """
+        allowed = {
+            "cfg_scale": (self.cfg_scale >= 1, "1 or more"),
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "cfg_interval": (self.cfg_interval >= -1, "-1 or more"),
+            "dtype": (self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+        }
+        for key, (good, words) in allowed.items():
+            value = getattr(self, key)
+            if not good or (isinstance(value, float) and not math.isfinite(value)):
+                name = key.replace("_", "-") if prefix == "--" else key
+                raise UserError(f"{prefix}{name} {_plain(value)}: must be {words}")
+        return self
+
+    def departures(self, paper: Sampling) -> list[str]:
+        """Where these settings differ from a paper's, in words; the number format is no such matter."""
+        return [
+            f"{one.name.replace('_', '-')} {_plain(getattr(self, one.name))} (paper {_plain(getattr(paper, one.name))})"
+            for one in fields(self)
+            if one.name != "dtype" and getattr(self, one.name) != getattr(paper, one.name)
+        ]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image to draw: what it shows, the seed of its noise (see `seeds.py`), and its file in a folder."""
+
+    condition: Condition
+    seed: int
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number, its standard error, and how many images it is of; None where it could not be measured."""
+
+    value: float | None
+    error: float | None = None
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("value", "error"):  # JSON has no NaN
+            given = getattr(self, name)
+            if given is not None and not math.isfinite(given):
+                object.__setattr__(self, name, None)
+
+    def text(self, digits: int = 3, percent: bool = False, sign: str = "") -> str:
+        """`0.123 ± 0.004`, or `12.3 ± 0.4 %`; an en dash where there is no value."""
+        if self.value is None:
+            return "–"
+        scale = 100 if percent else 1
+        error = "" if self.error is None else f" ± {scale * self.error:.{digits}f}"
+        return f"{scale * self.value:{sign}.{digits}f}{error}{' %' if percent else ''}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a number of a result is called and printed.
+
+    Attributes:
+        better: "higher", "lower" or "" where neither is better.
+        group: columns that belong together, such as a set of prompts.
+    """
+
+    label: str
+    unit: str = ""
+    better: str = ""
+    digits: int = 3
+    percent: bool = False
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What every evaluation, `score` and `entropy` find out; `summary.json` is this and nothing else.
+
+    Attributes:
+        benchmark: its name, as on the command line.
+        columns: what was measured, in the order to show it.
+        rows: policy (or set of images) to column to value; the first is what was asked for, a baseline comes second.
+        difference: column to the first row minus the second, with the error of pairs; empty for one row.
+        paper: row to column to the number that the paper reports.
+        protocol: all that a reader needs to repeat the numbers or to compare them.
+        departures: where that is not the paper's protocol.
+        warnings: what to know before believing the numbers.
+    """
+
+    benchmark: str
+    columns: Mapping[str, Column]
+    rows: Mapping[str, Mapping[str, Value]]
+    difference: Mapping[str, Value] = field(default_factory=dict)
+    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    departures: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, atomically."""
+        write_json(path, {"format": RESULT_FORMAT, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing, damaged, of an earlier version, or something else.
+        """
+        held = read_json(path)
+        if held.get("format") != RESULT_FORMAT:
+            known = "result of an earlier version" if {"scores", "policies", "rewards"} & held.keys() else "result"
+            what = "a " + known if known != "result" else "no result of argrpo"
+            raise UserError(f"{path} is {what}; measure again with this version, into another --out")
+        try:
+            return cls(
+                benchmark=_of(str, held["benchmark"]),
+                columns={_of(str, key): Column(**one) for key, one in held["columns"].items()},
+                rows={_of(str, row): _values(one) for row, one in held["rows"].items()},
+                difference=_values(held["difference"]),
+                paper={row: {key: float(number) for key, number in one.items()} for row, one in held["paper"].items()},
+                protocol=_of(dict, held["protocol"]),
+                departures=[_of(str, text) for text in held["departures"]],
+                warnings=[_of(str, text) for text in held["warnings"]],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise UserError(f"{path} is a damaged result ({type(error).__name__}: {error}); measure again") from error
+
+
+def _values(held: Mapping[str, Any]) -> dict[str, Value]:
+    values = {key: Value(**one) for key, one in held.items()}
+    for one in values.values():
+        for number in (one.value, one.error, one.count):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+                raise TypeError(f"{number!r} is no number")
+    return values
+
+
+def _of(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

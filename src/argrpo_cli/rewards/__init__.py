@@ -50,7 +50,8 @@ def _entry(
     module: str, class_name: str, family: str, low: float = -math.inf, high: float = math.inf, factor: float = 1.0
 ) -> Entry:
     reads_prompt = family == "conditional"
-    return Entry(f"argrpo_cli.rewards.{module}", class_name, family, None, low, high, None, factor, reads_prompt)
+    package = "argrpo_cli.nano.rewards" if module.startswith("nano_") else "argrpo_cli.rewards"
+    return Entry(f"{package}.{module}", class_name, family, None, low, high, None, factor, reads_prompt)
 
 
 _COSINE = (-1.001, 1.001)  # in half precision it passes 1 by a rounding

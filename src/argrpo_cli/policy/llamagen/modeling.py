@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +16,25 @@ from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.rope import apply_rope, rope_table
 
 KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a LlamaGen takes for B conditions.
+
+    Attributes:
+        condition: class ids int64 [B], or caption features [B, P, caption_dim].
+        mask: of captions, int64 [B, P], 1 on valid rows; None for classes.
+    """
+
+    condition: Tensor
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.condition)
+
+    def __getitem__(self, rows: slice | Tensor) -> Encoded:
+        return Encoded(self.condition[rows], None if self.mask is None else self.mask[rows])
 
 
 def caption_attention_mask(condition_mask: Tensor, length: int) -> Tensor:

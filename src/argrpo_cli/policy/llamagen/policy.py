@@ -25,7 +25,7 @@ from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.networks.loading import fingerprint, load_pretrained, save_model
 from argrpo_cli.policy.adapters import KEY as ADAPTER_OF
 from argrpo_cli.policy.adapters import base_of, merge_adapter
-from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.published import (
     POLICIES,
     TEXT_ENCODER,
@@ -37,8 +37,9 @@ from argrpo_cli.policy.llamagen.published import (
 )
 from argrpo_cli.policy.llamagen.sampling import sample_tokens
 from argrpo_cli.policy.llamagen.text import SAME, TextEncoder, load_text_encoder, open_text_encoder
-from argrpo_cli.policy.llamagen.vq import VQModel, to_uint8
-from argrpo_cli.shapes import Condition, class_prompt
+from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
+from argrpo_cli.policy.protocol import Card, Drawn
+from argrpo_cli.shapes import Condition, Sampling, class_prompt
 from argrpo_cli.system.devices import resolve_device
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import make_dir, read_json, write_json
@@ -80,6 +81,7 @@ class Policy:
     base: str
     text_encoder: TextEncoder | None = None
     text_encoder_name: str | None = None
+    name: str = ""
 
     def conditions(self, asked: Iterable[str | int]) -> list[Condition]:
         """What the policy is asked to draw: class names or ids (numbers, also written as text), or captions.
@@ -94,6 +96,74 @@ class Policy:
         ids = [self._class_id(given) for given in asked]
         return [Condition(class_prompt(self.class_names[index]), index) for index in ids]
 
+    @property
+    def card(self) -> Card:
+        """What can be said of it without its weights."""
+        config, encoder = self.model.config, self.text_encoder
+        return Card(
+            name=self.name,
+            family="llamagen",
+            reads="classes" if encoder is None else "captions",
+            names=tuple(self.class_names),
+            image_size=self.image_size,
+            tokens=config.block_size,
+            codes=config.vocab_size,
+            base=self.base,
+            words=None if encoder is None or encoder.words is None else tuple(encoder.words),
+        )
+
+    def encode(self, conditions: Sequence[Condition], dropped: Tensor | None = None) -> Encoded:
+        """See `protocol.Policy`: class ids, or left-padded caption features with their mask, on the model's device."""
+        device, config = self.model.device, self.model.config
+        if self.text_encoder is None:
+            mask = None
+            condition = torch.tensor([self._known_id(one) for one in conditions], dtype=torch.long, device=device)
+            null = torch.tensor(config.num_classes, device=device)
+        else:
+            prompts = [one.prompt for one in conditions]
+            condition, mask = (part.to(device) for part in self.text_encoder.encode(prompts, config.cls_token_num))
+            null = self.model.model.null_caption.to(condition.dtype)
+        if dropped is not None:
+            chosen = dropped.to(device).view(-1, *[1] * (condition.ndim - 1))
+            condition = torch.where(chosen, null, condition)
+        return Encoded(condition, mask)
+
+    def sample(
+        self,
+        encoded: Encoded,
+        sampling: Sampling | None = None,
+        *old: Any,
+        seeds: Sequence[int] | None = None,
+        model: nn.Module | None = None,
+        logp: str | None = None,
+        **older: Any,
+    ) -> Drawn:
+        """See `protocol.Policy`; `sampling.sample_tokens` is where it is done."""
+        if not isinstance(encoded, Encoded):
+            before = () if sampling is None else (sampling,)
+            given = {} if seeds is None else {"seeds": seeds}
+            return self._old_sample(encoded, *before, *old, **given, **older)
+        if old:
+            (seeds,) = old
+        drawn = sample_tokens(
+            self.model if model is None else model,
+            encoded.condition,
+            condition_mask=encoded.mask,
+            cfg_scale=sampling.cfg_scale,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            cfg_interval=sampling.cfg_interval,
+            seeds=seeds,
+            return_logprobs=logp,
+        )
+        return Drawn(drawn, None) if logp is None else Drawn(*drawn)
+
+    def tokenise(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
+        return self.tokenizer.encode(from_uint8(images.to(self.model.device)))
+
+    # --- transitional: removed when the last caller draws through draw.py
     def embed(self, conditions: Sequence[Condition]) -> tuple[Tensor, Tensor | None]:
         """What the model takes for these conditions, on its device.
 
@@ -107,7 +177,7 @@ class Policy:
         features, mask = self.text_encoder.encode([one.prompt for one in conditions], config.cls_token_num)
         return features.to(device), mask.to(device)
 
-    def sample(
+    def _old_sample(
         self,
         conditions: Sequence[Condition],
         cfg_scale: float = 2.0,

@@ -1,0 +1,72 @@
+"""Drawing images from a policy: the one loop of `sample`, every evaluation, a run's grids and the critic's training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from argrpo_cli.kept import Pictures, in_batches, kept
+from argrpo_cli.system.processes import ALONE, Team
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from argrpo_cli.policy.protocol import Policy, Scored
+    from argrpo_cli.shapes import Condition, Sampling, Shot
+
+
+def draw_batch(
+    policy: Policy, shots: Sequence[Shot], sampling: Sampling, size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [B, T] and images uint8 [B, 3, S, S] of shots, in one batch; `size` as in `Policy.decode`."""
+    encoded = policy.encode([shot.condition for shot in shots])
+    tokens = policy.sample(encoded, sampling, [shot.seed for shot in shots]).tokens
+    return tokens, policy.decode(tokens, size)
+
+
+def draw(
+    policy: Policy, shots: Sequence[Shot], sampling: Sampling, *, batch_size: int = 64, size: int | None = None
+) -> Iterator[tuple[Sequence[Shot], Tensor, Tensor]]:
+    """All shots, batch by batch: the shots, their tokens and their images as `draw_batch` gives them."""
+    for batch in in_batches(shots, batch_size):
+        yield batch, *draw_batch(policy, batch, sampling, size)
+
+
+def draw_into(
+    folder: Path,
+    policy: Policy,
+    shots: Sequence[Shot],
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    label: str,
+    team: Team = ALONE,
+    size: int | None = None,
+) -> int:
+    """Draw the pictures that the folder lacks, and wait for the team's others; how many were there before.
+
+    Raises:
+        UserError: a folder that cannot be written, or weights that give no numbers.
+    """
+    return kept(
+        shots,
+        lambda batch: draw_batch(policy, batch, sampling, size)[1],
+        Pictures(folder),
+        batch_size=batch_size,
+        label=label,
+        team=team,
+    )
+
+
+@torch.inference_mode()
+def score_tokens(policy: Policy, conditions: Sequence[Condition], tokens: Tensor, sampling: Sampling) -> Scored:
+    """Log-probabilities and entropies [B, T] of given tokens [B, T] under `sampling`'s guidance and temperature."""
+    # Transitional: policy.model(policy.encode(conditions), tokens, sampling, True) once the family's pass is there.
+    from argrpo_cli.policy.llamagen.entropy import token_entropy
+    from argrpo_cli.policy.protocol import Scored
+
+    scale = None if sampling.cfg_scale <= 1 else sampling.cfg_scale
+    return Scored(None, token_entropy(policy, tokens, conditions, scale, sampling.temperature))

@@ -1,0 +1,127 @@
+"""What every family of policies is to the rest of the house: a card, tensors for conditions, tokens, pictures.
+
+A family (LlamaGen is one, `policy/llamagen/`) is a module with a class of this shape and one line in `open.py`. Its
+conditions, its guidance, its log-probabilities and what comes before what are its own matter: nobody else looks into
+`Encoded`, counts positions or knows the name of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from argrpo_cli.shapes import Condition, Sampling
+
+
+@dataclass(frozen=True)
+class Card:
+    """What can be said of a policy without its weights.
+
+    Attributes:
+        name: what it was opened by.
+        family: "llamagen", ...
+        reads: "classes" or "captions".
+        names: of the class ids 0, 1, ...; empty for captions.
+        image_size: pixels a side.
+        tokens: T, of an image.
+        codes: V, that a token chooses from.
+        base: the policy this one descends from.
+        words: for captions, all the words it can read, None where it can spell anything.
+    """
+
+    name: str
+    family: str
+    reads: str
+    names: tuple[str, ...]
+    image_size: int
+    tokens: int
+    codes: int
+    base: str
+    words: tuple[str, ...] | None = None
+
+
+class Encoded(Protocol):
+    """A family's own tensors for B conditions; rows can be chosen, in any order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | Tensor) -> Self: ...
+
+
+class Drawn(NamedTuple):
+    """Tokens int64 [B, T] and, where asked for, their log-probabilities float32 [B, T]."""
+
+    tokens: Tensor
+    logp: Tensor | None
+
+
+class Scored(NamedTuple):
+    """Log-probabilities float32 [B, T] of given tokens and, where asked for, the entropies [B, T] in nats."""
+
+    logp: Tensor
+    entropy: Tensor | None
+
+
+class Policy(Protocol):
+    """A policy as `load_policy` gives it.
+
+    Attributes:
+        model: what is trained, sharded and saved. `model(encoded, tokens, sampling, entropy)` gives a `Scored` by one
+            teacher-forced pass: log-probabilities under `sampling`'s guidance and temperature (its filters are no part
+            of what is trained), differentiable with respect to the parameters.
+    """
+
+    card: Card
+    model: nn.Module
+
+    def conditions(self, asked: Iterable[str | int]) -> list[Condition]:
+        """What it is asked to draw: class names or ids, or captions; UserError for one that it cannot draw."""
+        ...
+
+    def encode(self, conditions: Sequence[Condition], dropped: Tensor | None = None) -> Encoded:
+        """The family's tensors for conditions; where `dropped` (bool [B]) is set, those of the null condition."""
+        ...
+
+    def sample(
+        self,
+        encoded: Encoded,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        model: nn.Module | None = None,
+        logp: str | None = None,
+    ) -> Drawn:
+        """Draw an image for each condition, in one batch.
+
+        Args:
+            seeds: of each image's noise; the same condition and seed give the same image in any batch, up to rounding.
+            model: draws in the place of `self.model`: the same network as a trainer has wrapped it.
+            logp: "guided" for log-probabilities under the very distribution that was sampled, "conditional" for those
+                of the unguided, unfiltered one at the same temperature.
+        """
+        ...
+
+    def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
+        """Tokens int64 [B, T] to images uint8 [B, 3, S, S], S = image_size, or `size`."""
+        ...
+
+    def tokenise(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
+        ...
+
+    def parts(self) -> dict[str, list[str]]:
+        """What `policy.trainable` ("trainable") and LoRA ("lora") may name."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the weights and of all else that decides what is drawn."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write a policy folder; UserError when it cannot be written."""
+        ...

@@ -1,0 +1,65 @@
+"""Which noise belongs to whom: the one table of seeds, so that no two commands draw the same images by accident.
+
+Every image has a seed of its own below 2^32 (torch's CPU generator looks at no more bits). A user's `--seed s` chooses
+a block of a command's own space; within it images are numbered. Training is apart: its seeds are hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from argrpo_cli.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class Space:
+    """Seeds first, first + 1, ...: blocks of `stride` images, `most` of them."""
+
+    first: int
+    stride: int
+    most: int
+
+
+SPACES = {
+    # `argrpo sample` takes the user's own numbers, from 0.
+    "nano": Space(1_000_000, 100_000, 490),
+    "critic": Space(50_000_000, 10_000_000, 2),  # what nano-critic learnt from, and what it was measured on
+    "entropy": Space(200_000_000, 10_000, 10_000),
+    "geneval": Space(400_000_000, 100_000, 10_000),
+    "drawbench": Space(1_500_000_000, 100_000, 5_000),
+    "imagenet": Space(2_000_000_000, 100_000, 10_000),
+}
+
+
+def check(space: str, seed: int, count: int, option: str = "--n", per: int = 1) -> None:
+    """Whether `count` images (`per` of each of count / per conditions) fit the block `seed` of a space.
+
+    Raises:
+        UserError: there is no such block, or the images are none or too many for it.
+    """
+    one = SPACES[space]
+    if not 0 <= seed < one.most:
+        raise UserError(f"--seed {seed}: give 0 to {one.most - 1}")
+    if not 0 < count <= one.stride:
+        conditions = max(1, count // per) if per > 1 else 1
+        each = f" of each of {conditions} prompts" if per > 1 else ""
+        raise UserError(f"{option} {per if per > 1 else count}: give 1 to {one.stride // conditions} images{each}")
+
+
+def of(space: str, seed: int, index: int) -> int:
+    """The seed of image `index` of the block that a user's `seed` chooses."""
+    one = SPACES[space]
+    return one.first + seed * one.stride + index
+
+
+def of_training(seed: int, step: int, index: int) -> int:
+    """The seed of image `index` of the batch drawn after `step` updates: the same whenever and wherever it is drawn."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # 63 bits; a CPU generator uses the low 32
+
+
+def is_dropped(seed: int, probability: float) -> bool:
+    """Whether the image with this seed loses its condition in training (condition dropout)."""
+    digest = hashlib.blake2b(f"drop/{seed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < probability
