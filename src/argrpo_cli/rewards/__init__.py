@@ -198,6 +198,15 @@ class RewardSet:
         self._why: dict[str, str] = {}  # of tolerated ones, why they failed
         self._most: dict[str, int] = {}  # images at a time, of rewards that ran out of memory
 
+    def identity(self, options: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+        """What decides the scores of each reward, plain data: as `identity`, with a hash of its networks as "weights".
+
+        Args:
+            options: those that the set was loaded with.
+        """
+        parts = {name: self.rewards[self.steps[name][0] if name in self.steps else name] for name in self.names}
+        return {name: _identity(name, options or {}, [parts[name]]) for name in self.names}
+
     def check(self, conditions: Sequence[Condition]) -> None:
         """Raise UserError for a condition that a reward cannot read, before anything is scored."""
         for reward in self.rewards.values():
@@ -311,6 +320,26 @@ def load_rewards(
     models, steps = networks_of(names, options)
     loaded = {name: load_reward(name, device, given) for name, given in models.items()}
     return RewardSet(loaded, device, steps)
+
+
+def identity(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+    """What decides the scores of each reward as far as it is known before anything is loaded, plain data.
+
+    Name to "options" (those that change a score), "files" (stamps of those that options name), "code" (a digest of a
+    function of one's own) and "argrpo" (the version). `RewardSet.identity` adds a hash of the networks.
+    """
+    return {name: _identity(name, options or {}) for name in names}
+
+
+def _identity(
+    name: str, options: Mapping[str, Mapping[str, Any]], parts: Sequence[object] | None = None
+) -> dict[str, Any]:
+    from argrpo_cli.rewards.base import identity_of
+    from argrpo_cli.rewards.custom import find_function
+
+    of = check_reward(name).steps_of  # options of a quantised reward may stand at its base
+    given = {**(options.get(of, {}) if of else {}), **options.get(name, {})}
+    return identity_of(given, None if name in REWARDS else find_function(name), parts)
 
 
 def networks_of(

@@ -12,7 +12,6 @@ of its own as an entry point of the group `argrpo.rewards`.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import math
@@ -22,12 +21,12 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from argrpo_cli.rewards import base
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, out_of_memory
 
@@ -63,12 +62,8 @@ def find_function(name: str) -> Callable[..., Any] | None:
 
 
 def source_digest(name: str) -> str:
-    """A hash of the file with the function behind `name`, "" where there is none: scores of other code are others."""
-    function = find_function(name)
-    try:
-        return hashlib.sha256(Path(inspect.getsourcefile(function)).read_bytes()).hexdigest()[:16]
-    except (TypeError, OSError):
-        return ""
+    """A hash of the file with the function behind `name`, "" where there is none."""
+    return base.source_digest(find_function(name))
 
 
 class Custom:
