@@ -32,8 +32,8 @@ SPACES = {
 }
 
 
-def check(space: str, seed: int, count: int, option: str = "--n", per: int = 1) -> None:
-    """Whether `count` images (`per` of each of count / per conditions) fit the block `seed` of a space.
+def check(space: str, seed: int, n: int, option: str = "--n", prompts: int | None = None) -> None:
+    """Whether n images, or n of each of some prompts, fit the block `seed` of a space.
 
     Raises:
         UserError: there is no such block, or the images are none or too many for it.
@@ -41,10 +41,10 @@ def check(space: str, seed: int, count: int, option: str = "--n", per: int = 1) 
     one = SPACES[space]
     if not 0 <= seed < one.most:
         raise UserError(f"--seed {seed}: give 0 to {one.most - 1}")
-    if not 0 < count <= one.stride:
-        conditions = max(1, count // per) if per > 1 else 1
-        each = f" of each of {conditions} prompts" if per > 1 else ""
-        raise UserError(f"{option} {per if per > 1 else count}: give 1 to {one.stride // conditions} images{each}")
+    most = one.stride // (prompts or 1)
+    if not 1 <= n <= most:
+        each = f" of each of {prompts} prompts" if prompts else ""
+        raise UserError(f"{option} {n}: give 1 to {most} images{each}")
 
 
 def of(space: str, seed: int, index: int) -> int:

@@ -1,0 +1,336 @@
+"""What a benchmark is, and the one function that runs it: open, claim, draw, measure, pair, tell.
+
+A prompt benchmark is a list of prompts and a judge of pictures; a set benchmark is features and a reference. Either is
+a class here of one file, whose defaults below are those of prompts. Two policies draw the same conditions with the same
+seeds. Everything lies in one folder, written as it comes, so that an interrupted evaluation goes on where it stopped;
+several processes share the work:
+
+    settings.json       what is measured; a folder is not used for two things
+    POLICY/...          the pictures, and what was found out of each
+    summary.json        the `Result`, last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from argrpo_cli import __version__, seeds
+from argrpo_cli.draw import draw_into
+from argrpo_cli.evals.statistics import Measure
+from argrpo_cli.kept import check_claim, claim
+from argrpo_cli.policy import load_policy
+from argrpo_cli.shapes import Column, Result, Sampling, Shot
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.processes import Team, join_team
+
+if TYPE_CHECKING:
+    from argrpo_cli.policy.protocol import Card, Policy
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A policy, or a set of finished pictures, that is measured.
+
+    Attributes:
+        name: of its row and folder.
+        path: what it was opened by.
+        folder: where all that is made of it goes.
+        pictures: where its pictures lie, or the file they are in.
+        shots: of the pictures, in order; empty where nothing says what finished ones show.
+        card: of a policy; None of finished pictures.
+        identity: plain data that tells it from others: a policy's hash of weights, the number and hash of pictures.
+    """
+
+    name: str
+    path: str
+    folder: Path
+    pictures: Path
+    shots: Sequence[Shot]
+    card: Card | None
+    identity: Mapping[str, Any]
+
+
+class Benchmark:
+    """What `run` asks of a benchmark.
+
+    Attributes:
+        name: as on the command line; `title` as people write it.
+        reads: "captions" or "classes" where only such policies can be asked, and `example` one of them.
+        sampling, n: the paper's protocol; `counted` is what n counts, in words.
+        final: a finished folder is not measured again, since what it was measured from is gone.
+        packages: beside torch, those whose versions belong to the protocol.
+    """
+
+    name = ""
+    title = ""
+    reads = ""
+    example = ""
+    sampling = Sampling()
+    n = 1
+    counted = "images per prompt"
+    final = False
+    packages: Sequence[str] = ()
+
+    # --- before anything is drawn
+
+    def prompts(self) -> Sequence[str]:
+        """The captions, each once, that policies are asked for."""
+        raise NotImplementedError
+
+    def check(self, card: Card) -> None:
+        """Refuse a policy that cannot be asked; UserError."""
+        if self.reads and card.reads != self.reads:
+            raise UserError(
+                f"{card.name} draws {card.reads}, and {self.title} asks with {self.reads}; "
+                f"give a policy such as {self.example}"
+            )
+
+    def open(self, cards: Sequence[Card], team: Team) -> None:
+        """Load what must be known before the first picture: prompts by the policies' world, a judge, a reference."""
+
+    def shots(self, policy: Policy, n: int, seed: int) -> list[Shot]:
+        """The images to draw, in order: n of each prompt, each with a seed of its own.
+
+        Raises:
+            UserError: n or the seed is out of range, or the policy cannot read a prompt.
+        """
+        prompts = list(self.prompts())
+        seeds.check(self.name, seed, n, prompts=len(prompts))
+        conditions = policy.conditions(prompts)
+        return [
+            Shot(conditions[i // n], seeds.of(self.name, seed, i), self.file(i // n, i % n))
+            for i in range(n * len(prompts))
+        ]
+
+    def file(self, prompt: int, sample: int) -> str:
+        """Name of the picture `sample` of a prompt."""
+        return f"{prompt:05d}-{sample}.png"
+
+    def finished(self, images: Path) -> list[Shot]:
+        """What finished pictures show and how their files are called (seed -1); UserError where they are no such."""
+        raise NotImplementedError
+
+    def about(self, images: Path, shots: Sequence[Shot]) -> dict[str, Any]:
+        """Plain data that changes when finished pictures, or what they show, do."""
+        listed = "".join(f"{shot.file} {shot.condition.prompt} {stamp(images / shot.file)}\n" for shot in shots)
+        return {"count": len(shots), "files": hashlib.sha256(listed.encode()).hexdigest()}
+
+    def identity(self) -> dict[str, Any]:
+        """Plain data that decides the numbers, beside policies, sampling, n and seed; no paths, no addresses."""
+        return {}
+
+    # --- the work
+
+    def folder_of_pictures(self, folder: Path) -> Path:
+        """Where in its own folder a policy's pictures lie."""
+        return folder / "images"
+
+    def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
+        """Draw what is to be measured; pictures here, features where nobody needs the pictures."""
+        draw_into(
+            subject.pictures,
+            policy,
+            subject.shots,
+            sampling,
+            batch_size=batch_size,
+            label=f"drawing {subject.name}",
+            team=team,
+        )
+
+    def measure(self, subject: Subject, batch_size: int, team: Team) -> dict[str, Measure]:
+        """Column to measure, of what lies in the folders, in every process. Policies are out of memory by now.
+
+        What is slow is made by `kept`, so that a second call takes it up.
+        """
+        raise NotImplementedError
+
+    # --- what is told
+
+    def columns(self) -> dict[str, Column]:
+        """The columns, in order; asked for when all is measured."""
+        raise NotImplementedError
+
+    def references(self) -> dict[str, dict[str, Measure]]:
+        """Rows beside the policies', such as what real pictures reach."""
+        return {}
+
+    def paper(self, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
+        """Row to column to the number that the paper reports."""
+        return {}
+
+    def protocol(self, subjects: Sequence[Subject]) -> dict[str, Any]:
+        """What a reader needs to repeat the numbers, beside what `run` notes itself."""
+        return {}
+
+    def departures(self, subjects: Sequence[Subject]) -> list[str]:
+        """Where that is not the paper's protocol, beside sampling and the number of images."""
+        return []
+
+    def warnings(self, subjects: Sequence[Subject]) -> list[str]:
+        """What to know before believing the numbers; known before the work."""
+        return []
+
+    def late_warnings(self, subjects: Sequence[Subject]) -> list[str]:
+        """The same, known only from the pictures themselves."""
+        return []
+
+    def finish(self, result: Result, subjects: Sequence[Subject], out: Path) -> Result:
+        """In the first process: write the files of one's own, and the result as it is to be saved."""
+        return result
+
+
+def run(
+    benchmark: Benchmark,
+    policies: Sequence[str],
+    out: Path,
+    *,
+    sampling: Sampling | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str = "auto",
+    text_device: str = "same",
+    images: Path | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Result | None:
+    """Draw and measure one policy, or two of which the second is the baseline; or measure finished `images`.
+
+    Args:
+        sampling, n: the benchmark's own by default.
+        batch_size: of drawing and measuring; an unfinished `out` goes on with its own.
+        warn: is told the warnings that are known before the work.
+
+    Returns:
+        What summary.json holds; None in all of several processes but the first.
+
+    Raises:
+        UserError: no such policy, one that cannot be asked, settings out of range, an `out` of something else.
+    """
+    sampling, n = (sampling or benchmark.sampling).check(), benchmark.n if n is None else n
+    policies = policies if images is None else [images.resolve().name]
+    names = policy_folders(policies)
+    team = join_team(device)
+    team.lead(lambda: check_claim(out))
+    loaded: dict[str, Policy] = {}
+
+    def load() -> list[Subject]:
+        if images is not None:
+            benchmark.open([], team)
+            return [_finished(benchmark, images, names[0], out)]
+        loaded.update((name, load_policy(path, team.device, sampling.dtype, text_device)) for name, path in paths)
+        cards = {name: replace(loaded[name].card, name=path) for name, path in paths}
+        for card in cards.values():
+            benchmark.check(card)
+        benchmark.open(list(cards.values()), team)
+        return [_drawn(benchmark, loaded[name], cards[name], out / name, n, seed) for name in names]
+
+    paths = list(zip(names, policies, strict=True))
+    subjects = team.together(load)
+    drawing = {benchmark.counted: n, "sampling": {**asdict(sampling), "seed": seed}} if images is None else {}
+    kind = "policies" if images is None else "images"
+    identity = {"benchmark": benchmark.name, **drawing, kind: [one.identity for one in subjects]}
+    batch_size = team.from_lead(lambda: claim(out, {**identity, **benchmark.identity()}, batch_size))
+    if benchmark.final and team.from_lead((out / SUMMARY).is_file):
+        return team.lead(lambda: Result.load(out / SUMMARY))
+    departures = benchmark.departures(subjects)
+    if drawing:
+        number = [] if n == benchmark.n else [f"{benchmark.counted} {n} (paper {benchmark.n})"]
+        departures = [*number, *sampling.departures(benchmark.sampling), *departures]
+    early = benchmark.warnings(subjects)
+    for text in early if team.first else ():
+        warn(text)
+    for subject in subjects if drawing else ():
+        benchmark.gather(loaded.pop(subject.name), subject, sampling, batch_size, team)
+    measured = {subject.name: benchmark.measure(subject, batch_size, team) for subject in subjects}
+
+    def finish() -> Result:
+        protocol = {
+            **drawing,
+            "measured": {one.name: {"path": one.path, **one.identity} for one in subjects},
+            **benchmark.protocol(subjects),
+            "versions": versions(benchmark.packages),
+        }
+        warnings = list(dict.fromkeys([*early, *benchmark.late_warnings(subjects)]))
+        result = tell(benchmark, subjects, measured, protocol, departures, warnings)
+        result = benchmark.finish(result, subjects, out)
+        result.save(out / SUMMARY)
+        return result
+
+    return team.lead(finish)
+
+
+def tell(
+    benchmark: Benchmark,
+    subjects: Sequence[Subject],
+    measured: Mapping[str, Mapping[str, Measure]],
+    protocol: Mapping[str, Any],
+    departures: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> Result:
+    """The result of what was measured: rows, the paired difference of two, the paper's rows."""
+    columns = benchmark.columns()
+    difference = {}
+    if len(measured) == 2:
+        first, second = measured.values()
+        difference = {key: first[key].minus(second[key]).summary() for key in columns if key in first and key in second}
+    rows = {**measured, **benchmark.references()}
+    return Result(
+        benchmark=benchmark.name,
+        columns=columns,
+        rows={name: {key: own[key].summary() for key in columns if key in own} for name, own in rows.items()},
+        difference=difference,
+        paper=benchmark.paper(subjects),
+        protocol=protocol,
+        departures=departures,
+        warnings=warnings,
+    )
+
+
+def _drawn(benchmark: Benchmark, policy: Policy, card: Card, folder: Path, n: int, seed: int) -> Subject:
+    identity = {"weights": policy.fingerprint(), "base": card.base, "image_size": card.image_size}
+    shots = benchmark.shots(policy, n, seed)
+    return Subject(folder.name, card.name, folder, benchmark.folder_of_pictures(folder), shots, card, identity)
+
+
+def _finished(benchmark: Benchmark, images: Path, name: str, out: Path) -> Subject:
+    shots = benchmark.finished(images)
+    return Subject(name, str(images), out / name, images, shots, None, benchmark.about(images, shots))
+
+
+def policy_folders(policies: Sequence[str]) -> list[str]:
+    """Folder names for one policy, or for one and a baseline.
+
+    Raises:
+        UserError: another number of them, or the same one twice.
+    """
+    if not 1 <= len(policies) <= 2:
+        raise UserError(f"{len(policies)} policies; give one, or one and a baseline")
+    names = [re.sub(r"[^A-Za-z0-9._-]+", "-", str(path)).strip("-.") or "policy" for path in policies]
+    if len(set(names)) < len(names):
+        raise UserError(f"{policies[0]} and {policies[1]} are the same policy; give another baseline")
+    return names
+
+
+def stamp(path: Path) -> str:
+    """Size and time of a file, which change when it does."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def versions(packages: Sequence[str] = ()) -> dict[str, str]:
+    """Of argrpo, torch and those of some packages that are installed."""
+    known = {"argrpo": __version__}
+    for name in ("torch", *packages):
+        try:
+            known[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return known

@@ -1,0 +1,82 @@
+"""A measured number with what its standard error comes from: units that vary by chance, in strata that are all there.
+
+An error says how far the number would be from this one with other images, and for prompts, other prompts. Two policies
+that drew the same prompts with the same seeds share their units, so the error of their difference is paired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from argrpo_cli.shapes import Value
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a set of images.
+
+    Attributes:
+        strata: float64 [U_s] each; error^2 = sum over strata of var(units, ddof 1) / U_s.
+        count: how many images it is of.
+        values: float64 [N] of each image, NaN where it has none; None where the number is of all images together.
+        clusters: int64 [N], which images belong together; None where each stands for itself.
+    """
+
+    value: float
+    strata: tuple[Tensor, ...] = ()
+    count: int = 0
+    values: Tensor | None = None
+    clusters: Tensor | None = None
+
+    @property
+    def error(self) -> float:
+        """The standard error, NaN where a stratum has a single unit or there is none."""
+        if not self.strata or any(len(units) < 2 for units in self.strata):
+            return math.nan
+        return math.sqrt(sum(units.var().item() / len(units) for units in self.strata))
+
+    def minus(self, other: Measure) -> Measure:
+        """This less the other, image by image where both have values, else unit by unit."""
+        if self.values is not None and other.values is not None:
+            return mean_of(self.values - other.values, self.clusters)
+        pairs = zip(self.strata, other.strata, strict=True)
+        return Measure(self.value - other.value, tuple(a - b for a, b in pairs), min(self.count, other.count))
+
+    def summary(self) -> Value:
+        """The number, its error and its count, as results have them."""
+        return Value(self.value, self.error, self.count)
+
+
+def mean_of(values: Tensor | Sequence[float], clusters: Tensor | Sequence[int] | None = None) -> Measure:
+    """The mean of a value for each image, NaN for one that has none; images of one cluster are not independent.
+
+    N values of G clusters with mean m have, with e_g the sum of (value - m) over cluster g,
+
+        error^2 = G / (G - 1) * sum_g e_g^2 / N^2
+
+    which is the standard error of the mean of the clusters' means when all have as many values; the units are
+    u_g = m + G / N * e_g. Without clusters each image is its own.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64)
+    clusters = torch.arange(len(values)) if clusters is None else torch.as_tensor(clusters)
+    there = ~values.isnan()
+    known, places = values[there], clusters[there].unique(return_inverse=True)[1]
+    count = len(known)
+    if not count:
+        return Measure(math.nan, (), 0, values, clusters)
+    mean = math.fsum(known.tolist()) / count
+    residuals = torch.zeros(int(places.max()) + 1, dtype=torch.float64).index_add_(0, places, known - mean)
+    units = mean + len(residuals) / count * residuals
+    return Measure(mean, (units,), count, values, clusters)
+
+
+def average(parts: Sequence[Measure]) -> Measure:
+    """The plain mean of numbers of disjoint images, such as those of categories."""
+    share = 1 / len(parts)
+    strata = tuple(units * share for part in parts for units in part.strata)
+    return Measure(sum(part.value for part in parts) * share, strata, sum(part.count for part in parts))

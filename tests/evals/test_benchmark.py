@@ -1,0 +1,131 @@
+"""A benchmark of one file, run by the one function that runs them all."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from argrpo_cli import seeds
+from argrpo_cli.evals import benchmark as b
+from argrpo_cli.evals.statistics import mean_of
+from argrpo_cli.images import read_image
+from argrpo_cli.kept import Rows, kept
+from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, Value
+from argrpo_cli.system.errors import UserError
+from tests.training.tiny import CLASSES, save_tiny_policy
+
+
+class Brightness(b.Benchmark):
+    """How bright the pictures of each class are."""
+
+    name, title, reads, example, n = "brightness", "Brightness", "classes", "nano-c2i", 2
+
+    def prompts(self):
+        return ["ant", "bee", "cat", "dog"]
+
+    def measure(self, subject, batch_size, team):
+        def look(batch):
+            return [read_image(subject.pictures / shot.file).mean() / 255 for shot in batch]
+
+        rows = Rows(subject.folder / "rows", self.name, lambda shot: shot.file)
+        kept(subject.shots, look, rows, batch_size=batch_size, label="looking", team=team)
+        clusters = [shot.condition.class_id for shot in subject.shots]
+        return {"bright": mean_of(rows.read(subject.shots), clusters)}
+
+    def columns(self):
+        return {"bright": Column("brightness", percent=True)}
+
+    def finished(self, images):
+        return [Shot(Condition("a photo", int(path.name[:5])), -1, path.name) for path in sorted(images.glob("*.png"))]
+
+
+seeds.SPACES["brightness"] = seeds.Space(3_000_000_000, 100, 10)
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policies")
+    return [str(save_tiny_policy(folder / name)) for name in ("one", "two")]
+
+
+def run(policies, out, **rest):
+    return b.run(Brightness(), policies, out, device="cpu", **rest)
+
+
+def test_it_draws_measures_pairs_and_tells(policies, tmp_path):
+    result = run(policies, tmp_path / "o", seed=1, batch_size=3)
+    assert Result.load(tmp_path / "o" / "summary.json") == result
+    first, second = result.rows
+    assert first.endswith("one") and second.endswith("two")
+    value = result.rows[first]["bright"]
+    assert value.count == 2 * CLASSES and 0 < value.value < 1 and value.error > 0
+    assert (result.difference["bright"].value, result.difference["bright"].error) == (0, 0), "the same weights"
+    assert result.protocol["sampling"]["seed"] == 1 and result.departures == []
+    assert len(list((tmp_path / "o" / first / "images").iterdir())) == 8
+
+
+def test_it_goes_on_where_it_stopped(policies, tmp_path, monkeypatch):
+    whole = run(policies[:1], tmp_path / "whole", batch_size=3)
+    draw, calls = b.draw_into, []
+
+    def stop(folder, policy, shots, *given, **rest):
+        calls.append(1)
+        draw(folder, policy, shots[:3], *given, **rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(b, "draw_into", stop)
+        run(policies[:1], tmp_path / "o", batch_size=3)
+    assert run(policies[:1], tmp_path / "o", batch_size=8) == whole, "with the batch size it was begun with"
+    with pytest.raises(UserError, match=r"holds an evaluation of something else \(sampling.seed\)"):
+        run(policies[:1], tmp_path / "o", seed=3)
+
+
+def test_finished_pictures_are_measured_alike(policies, tmp_path):
+    ours = run(policies[:1], tmp_path / "o")
+    (name,) = ours.rows
+    again = run([], tmp_path / "again", images=tmp_path / "o" / name / "images")
+    assert again.rows["images"] == ours.rows[name] and again.protocol["measured"]["images"]["count"] == 8
+
+
+def test_what_is_not_the_papers_is_told(policies, tmp_path):
+    result = run(policies[:1], tmp_path / "o", n=1, sampling=Sampling(cfg_scale=3.0))
+    assert result.departures == ["images per prompt 1 (paper 2)", "cfg-scale 3 (paper 2)"]
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ({"n": 26}, "--n 26: give 1 to 25 images of each of 4 prompts"),
+        ({"n": 0}, "--n 0: give 1 to 25 images"),
+        ({"seed": 10}, "--seed 10: give 0 to 9"),
+        ({"sampling": Sampling(top_p=0.0)}, "--top-p 0: must be above 0, at most 1"),
+    ],
+)
+def test_bad_input_writes_nothing(policies, tmp_path, rest, message):
+    with pytest.raises(UserError, match=message):
+        run(policies[:1], tmp_path / "o", **rest)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_policy_that_cannot_be_asked_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nano-t2i draws captions, and Brightness asks with classes; give .* nano-c2i"):
+        run(["nano-t2i"], tmp_path / "o")
+
+
+def test_spaces_of_seeds_are_apart():
+    spans = sorted((one.first, one.first + one.most * one.stride) for one in seeds.SPACES.values())
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    assert spans[-1][1] <= 2**32
+
+
+def test_a_mean_is_clustered_and_a_difference_paired():
+    mean = mean_of([1.0, 3.0, 3.0, 5.0], [0, 0, 1, 1])  # residuals of the clusters -2 and 2: error^2 = 2/1 * 8 / 16
+    assert (mean.value, mean.error, mean.count) == (3.0, 1.0, 4)
+    gaps = mean_of(torch.tensor([1.0, torch.nan, torch.nan, torch.nan, 2.0, 2.0]), [0, 0, 1, 1, 2, 2])
+    assert gaps.count == 3 and gaps.value == pytest.approx(5 / 3) and len(gaps.strata[0]) == 2
+    assert mean_of([torch.nan]).summary() == Value(None, None, 0)
+    pair = mean_of([1.0, 2.0, 4.0, 5.0], [0, 0, 1, 1]).minus(mean_of([0.5, 2.0, 3.0, 5.0], [0, 0, 1, 1]))
+    assert pair.value == 0.375 and pair.error == pytest.approx(0.125)
