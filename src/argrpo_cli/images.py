@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from argrpo_cli.kept import SETTINGS
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import reason
+from argrpo_cli.system.files import read_json, reason
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OVERVIEWS = ("grid.png", "best_worst.png")  # of the other pictures, not some of them
+
+
+METADATA = "metadata.jsonl"  # what each picture shows; `argrpo sample` writes it last
+SAMPLE = "sample"  # the "command" in settings.json of a folder that `argrpo sample` draws
+EARLIER_SETTINGS = "sampling.json"  # of such a folder before there was settings.json
+
+
+def recorded_sampling(folder: Path) -> dict[str, Any] | None:
+    """How `argrpo sample` drew the pictures of a folder; None for pictures of another origin.
+
+    Raises:
+        UserError: it has not drawn all of them.
+    """
+    path = next((folder / name for name in (SETTINGS, EARLIER_SETTINGS) if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    settings = read_json(path)
+    if path.name == SETTINGS and settings.get("command") != SAMPLE:
+        return None
+    if not (folder / METADATA).is_file():
+        raise UserError(f"{folder} is unfinished; give the same `argrpo sample` command again to complete it")
+    return settings
 
 
 def image_files(folder: Path) -> list[str]:

@@ -13,13 +13,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from argrpo_cli.images import image_files, read_image
+from argrpo_cli.images import METADATA, image_files, read_image, recorded_sampling
 from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, reason
 
-METADATA = "metadata.jsonl"
-UNFINISHED = "sampling.json"  # of `argrpo sample`, which writes the metadata last
 NO_PROMPT_WORDS = {
     "",
     "dsc",
@@ -137,8 +135,8 @@ def _folder(folder: Path, said: Said) -> Items:
         if said.anything:
             raise UserError(f"{folder / METADATA} says what the images show; leave out --prompt, --class and --prompts")
         return Items(_items_of_metadata(folder), folder)
-    if (folder / UNFINISHED).is_file() and not said.anything:
-        raise UserError(f"{folder} is unfinished; give the same `argrpo sample` command again to complete it")
+    if not said.anything:
+        recorded_sampling(folder)  # refuses an unfinished one
     return _said_to(Items([_file(name, folder / name) for name in image_files(folder)], folder), said)
 
 

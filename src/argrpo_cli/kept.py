@@ -263,11 +263,18 @@ def check_claim(out: Path) -> None:
         raise UserError(f"{out} is not empty; choose another --out")
 
 
-def claim(out: Path, identity: Mapping[str, Any], batch_size: int, what: str = "an evaluation") -> int:
+def claim(
+    out: Path,
+    identity: Mapping[str, Any],
+    batch_size: int,
+    what: str = "an evaluation of something else",
+    mend: str = "choose another --out",
+) -> int:
     """Use a new folder, or one that a call with the same `identity` left; the batch size to go on with.
 
     Args:
         identity: plain data that decides what comes out; written to settings.json with the batch size.
+        what, mend: for the message: what the folder holds, and what to do about it.
 
     Raises:
         UserError: the folder holds something else; the keys that differ are named.
@@ -283,7 +290,7 @@ def claim(out: Path, identity: Mapping[str, Any], batch_size: int, what: str = "
     begun = held.get("batch_size")
     other = _differing(held, identity) + ([] if isinstance(begun, int) else ["batch_size"])
     if other:
-        raise UserError(f"{out} holds {what} of something else ({', '.join(other)}); choose another --out")
+        raise UserError(f"{out} holds {what} ({', '.join(other)}); {mend}")
     return begun
 
 

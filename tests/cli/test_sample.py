@@ -34,7 +34,7 @@ def test_the_folder_holds_images_a_grid_and_metadata(sample, policy, tmp_path, c
     images = sample(out, "--class", "dog", "--class", "1", "--n", 3, "--seed", 7)
     assert sorted(images) == [f"{name}-0000{seed}.png" for name in ("001-bee", "003-dog") for seed in (7, 8, 9)]
     assert sorted(path.name for path in out.iterdir() if path.name not in images) == [
-        "grid.png", "metadata.jsonl", "sampling.json",
+        "grid.png", "metadata.jsonl", "settings.json",
     ]  # fmt: skip
     rows = read_jsonl(out / "metadata.jsonl")
     assert [row["file"] for row in rows[:3]] == ["003-dog-00007.png", "003-dog-00008.png", "003-dog-00009.png"]
@@ -100,6 +100,23 @@ def test_samples_of_other_settings_are_not_mixed_or_lost(sample, fails, policy, 
     line = fails("sample", "--policy", policy, "--out", out, "--n", 2, "--cfg-scale", 3)
     assert "holds samples of other settings (" in line and "--overwrite" in line
     assert {path.name: path.read_bytes() for path in out.glob("*-*.png")} == first
+
+
+def test_samples_of_an_earlier_version_are_told_and_can_be_replaced(sample, fails, policy, tmp_path):
+    out = tmp_path / "a"
+    sample(out, "--n", 2)
+    (out / "settings.json").rename(out / "sampling.json")
+    assert "holds samples of an earlier version" in fails("sample", "--policy", policy, "--out", out, "--n", 2)
+    assert len(sample(out, "--n", 1, "--overwrite")) == CLASSES
+    assert (out / "settings.json").exists() and not (out / "sampling.json").exists()
+
+
+def test_overwrite_leaves_an_evaluation_alone(fails, policy, tmp_path):
+    (tmp_path / "settings.json").write_text('{"prompts": "x", "batch_size": 4}')
+    (tmp_path / "summary.json").write_text("{}")
+    line = fails("sample", "--policy", policy, "--out", tmp_path, "--class", "dog", "--overwrite")
+    assert "holds samples of other settings (command, " in line
+    assert sorted(os.listdir(tmp_path)) == ["settings.json", "summary.json"]
 
 
 def test_overwrite_replaces_the_samples_and_nothing_else(sample, tmp_path):
@@ -168,7 +185,7 @@ def test_a_full_disk_is_one_line_and_the_rest_can_be_drawn_later(sample, fails, 
 def test_settings_are_written_before_and_metadata_after_the_images(sample, tmp_path):
     out = tmp_path / "a"
     sample(out, "--n", 1)
-    settings = json.loads((out / "sampling.json").read_text())
+    settings = json.loads((out / "settings.json").read_text())
     assert settings["n"] == 1 and settings["classes"] == [] and len(settings["weights"]) == 16
     times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert min(times, key=times.get) == "sampling.json" and max(times, key=times.get) == "metadata.jsonl"
+    assert min(times, key=times.get) == "settings.json" and max(times, key=times.get) == "metadata.jsonl"

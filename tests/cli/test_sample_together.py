@@ -81,9 +81,9 @@ def test_a_fault_of_the_first_is_told_once_and_stops_both(policy, tmp_path):
 def test_a_killed_job_is_completed_to_the_same_bytes(policy, alone, tmp_path):
     out = tmp_path / "images"
     slow = (  # the real command, with time between two batches to be killed in
-        "import time, argrpo_cli.sample as job; draw = job._draw\n"
-        "def slowly(*a):\n    draw(*a); time.sleep(0.5)\n"
-        "job._draw = slowly\n"
+        "import time, argrpo_cli.draw as job; draw = job.draw_batch\n"
+        "def slowly(*a):\n    time.sleep(0.5); return draw(*a)\n"
+        "job.draw_batch = slowly\n"
         "import sys; from argrpo_cli.cli.app import main; sys.argv = ['argrpo', *sys.argv[1:]]; main()"
     )
     job = subprocess.Popen([sys.executable, "-c", slow, *arguments(policy, out)], stderr=subprocess.DEVNULL)

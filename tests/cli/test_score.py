@@ -234,7 +234,7 @@ def test_an_empty_prompt_and_an_unfinished_folder_are_refused(folder, fails, tmp
     assert "--prompt is empty; say what the images should show" in fails(
         "score", folder, "--rewards", "bright", "--prompt", " "
     )
-    (folder / "sampling.json").write_text("{}")
+    (folder / "settings.json").write_text('{"command": "sample"}')
     (folder / "metadata.jsonl").unlink(missing_ok=True)
     assert "is unfinished; give the same `argrpo sample` command again" in fails("score", folder, "--rewards", "bright")
 

@@ -113,7 +113,7 @@ def test_metadata_that_does_not_fit_is_refused(change, message, folder):
 
 def test_an_unfinished_folder_of_samples_is_refused(folder):
     (folder / "metadata.jsonl").unlink()
-    (folder / "sampling.json").write_text("{}")
+    (folder / "settings.json").write_text('{"command": "sample"}')
     with pytest.raises(UserError, match="is unfinished"):
         evaluate_images(folder)
 

@@ -86,38 +86,26 @@ def sample(
     The same command on an unfinished folder draws what is missing there. `torchrun --nproc_per_node=2 -m argrpo_cli
     sample --per-class 50 ...` splits the work over processes, `accelerate launch -m argrpo_cli sample ...` too.
     """
-    from argrpo_cli.sample import SamplingSettings, run_sampling
+    from argrpo_cli.sample import Order, draw_samples
+    from argrpo_cli.shapes import Sampling
 
     captions = list(prompt or ())
     if prompts is not None:
         from argrpo_cli.captions import read_captions
 
         captions += read_captions(prompts)
-    settings = SamplingSettings(
+    order = Order(
         policy=policy if policy is not None else "nano-t2i" if captions else "nano-c2i",
         classes=tuple(class_ or ()),
         prompts=tuple(captions),
         n=n,
         seed=seed,
-        cfg_scale=cfg_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        cfg_interval=cfg_interval,
-        dtype=dtype.value,
+        sampling=Sampling(cfg_scale, temperature, top_k, top_p, cfg_interval, dtype.value),
         resize=resize,
     )
-    result = run_sampling(
-        settings,
-        out,
-        batch_size=batch_size,
-        device=device,
-        text_device=text_device,
-        npz=npz,
-        overwrite=overwrite,
-        show_progress=True,
+    samples = draw_samples(
+        order, out, batch_size=batch_size, device=device, text_device=text_device, npz=npz, overwrite=overwrite
     )
-    if not result.first:
-        return
-    kept = f" ({result.kept} were there already)" if result.kept else ""
-    print(f"{result.count} images{kept} in {out}, overview in {result.grid}")
+    if samples.first:
+        kept = f" ({samples.kept} were there already)" if samples.kept else ""
+        print(f"{samples.count} images{kept} in {out}, overview in {samples.grid}")

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from argrpo_cli.images import METADATA
 from argrpo_cli.policy import Policy
-from argrpo_cli.sample import METADATA, file_name
+from argrpo_cli.sample import file_name
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import make_dir, save_png, write_jsonl
 from argrpo_cli.system.processes import ALONE, Team

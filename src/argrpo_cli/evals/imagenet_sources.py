@@ -17,10 +17,11 @@ from argrpo_cli.evals.fidelity import NEIGHBOURS
 from argrpo_cli.evals.folders import policy_folders
 from argrpo_cli.evals.image_sets import ImageSet, open_images
 from argrpo_cli.evals.imagenet_warnings import IMAGES, SAMPLING
+from argrpo_cli.images import recorded_sampling as recorded_in
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.sample import LARGEST, METADATA, NPZ, SETTINGS, file_name
+from argrpo_cli.sample import LARGEST, NPZ, file_name
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_json, save_png
+from argrpo_cli.system.files import save_png
 
 EVAL_SIZE = 256  # pixels a side, to which larger images of a policy are scaled, as LlamaGen does
 FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 2_000_000_000, 100_000, 10_000  # other commands draw others
@@ -140,11 +141,7 @@ def open_sources(
 def recorded_sampling(images: ImageSet) -> dict[str, Any] | None:
     """How `argrpo sample` drew a folder, or the .npz in it; None for images of another origin."""
     folder = images.path if images.files else images.path.parent
-    if not (folder / SETTINGS).is_file() or (not images.files and images.path.name != NPZ):
-        return None
-    if not (folder / METADATA).is_file():
-        raise UserError(f"{folder} is unfinished; give the same `argrpo sample` command again to complete it")
-    return read_json(folder / SETTINGS)
+    return recorded_in(folder) if images.files or images.path.name == NPZ else None
 
 
 def keeps_order(source: PolicySource | ImageSet) -> bool:

@@ -14,8 +14,8 @@ import torch
 from argrpo_cli.evals.fidelity import NEIGHBOURS
 from argrpo_cli.evals.image_sets import ImageSet, open_images
 from argrpo_cli.evals.nano import open_bench, summary
+from argrpo_cli.images import METADATA, recorded_sampling
 from argrpo_cli.nano import scenes
-from argrpo_cli.sample import METADATA, SETTINGS
 from argrpo_cli.system.devices import resolve_device
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
@@ -61,8 +61,7 @@ def _class_ids(found: ImageSet) -> torch.Tensor | None:
     """The class of each picture by its folder's metadata.jsonl, int64 [N]; None when nothing tells."""
     metadata = found.path / METADATA
     if not metadata.is_file():
-        if (found.path / SETTINGS).is_file():
-            raise UserError(f"{found.path} is unfinished; give the same `argrpo sample` command again to complete it")
+        recorded_sampling(found.path)  # refuses an unfinished folder
         return None
     classes: dict[str, int | None] = {}
     for row in read_jsonl(metadata):
