@@ -1,24 +1,243 @@
-"""Finding image files and reading them as the uint8 arrays that rewards and metrics take."""
+"""Images of a folder, of an .npz or in single files, what each of them shows, and reading them as uint8 arrays.
+
+    images = open_images("images/")          # or an .npz with `arr_0`, uint8 [N, H, W, 3], as ADM's scripts write them
+    images.read(images.items[:64])           # uint8 [64, 3, H, W]
+    find_items([Path("images/")], Said())    # the same with prompts, for what looks at them
+
+Pictures of every kind become RGB: grey, transparent (laid on white), 16 bits, turned by EXIF. An .npz of any length is
+read image by image, never as a whole.
+"""
 
 from __future__ import annotations
 
+import re
+import threading
 import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from argrpo_cli.kept import SETTINGS
+from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_json, reason
+from argrpo_cli.system.files import read_json, read_jsonl, reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OVERVIEWS = ("grid.png", "best_worst.png")  # of the other pictures, not some of them
-
-
 METADATA = "metadata.jsonl"  # what each picture shows; `argrpo sample` writes it last
 SAMPLE = "sample"  # the "command" in settings.json of a folder that `argrpo sample` draws
 EARLIER_SETTINGS = "sampling.json"  # of such a folder before there was settings.json
+ARRAY = "arr_0"  # of an .npz
+EXPECTED = f"expected {ARRAY}, uint8 images [N, H, W, 3]"
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError)  # what an .npz raises that is cut
+READERS = 8  # threads that unpack pictures
+NO_PROMPT_WORDS = {
+    "",
+    "dsc",
+    "generated",
+    "image",
+    "images",
+    "img",
+    "output",
+    "photo",
+    "picture",
+    "sample",
+    "untitled",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image.
+
+    Attributes:
+        file: its name, within its folder; in an .npz its number.
+        stamp: changes when the image does.
+        read: gives it as uint8 [3, H, W]; UserError when it cannot be read.
+        condition: what it shows, None when nothing says so.
+        extra: what its metadata says beside that.
+    """
+
+    file: str
+    stamp: str
+    read: Callable[[], np.ndarray]
+    condition: Condition | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one place.
+
+    Attributes:
+        path: the folder, or the .npz file.
+        note: a remark on guessed prompts, or "".
+    """
+
+    path: Path
+    items: Sequence[Item]
+    note: str = ""
+
+    @property
+    def count(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def is_array(self) -> bool:
+        """Whether the images are those of an .npz, whose order means something."""
+        return self.path.is_file()
+
+    @property
+    def folder(self) -> Path:
+        """Where what is found out of the images goes by default."""
+        return self.path.with_name(f"{self.path.stem}-scores") if self.is_array else self.path
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the first image."""
+        return self.items[0].read().shape[1:]
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+        if self.is_array:
+            return f"{self.path}, image {index} (counted from 0)"
+        return str(self.path / self.items[index].file)
+
+    def batches(self, batch_size: int, spans: Sequence[tuple[int, int]] | None = None) -> Iterator[Tensor]:
+        """Transitional: the images in order, uint8 [B, 3, H, W]; batches end where a span does."""
+        for first, end in [(0, self.count)] if spans is None else spans:
+            for start in range(first, end, batch_size):
+                yield self.read(self.items[start : min(start + batch_size, end)])
+
+    def read(self, items: Sequence[Item]) -> Tensor:
+        """Some of the images, uint8 [B, 3, H, W].
+
+        Raises:
+            UserError: a damaged one, or one of another size than the first of the set.
+        """
+        import torch
+
+        with ThreadPoolExecutor(1 if self.is_array else READERS) as readers:
+            arrays = list(readers.map(lambda item: item.read(), items))
+        for item, array in zip(items, arrays, strict=True):
+            if array.shape[1:] != self.size:
+                first = f"{self.name(0)} is {self.size[1]}x{self.size[0]}"
+                other = f"{self.path / item.file} {array.shape[2]}x{array.shape[1]}"
+                raise UserError(f"the images of a set must have one size: {first}, {other}")
+        return torch.from_numpy(np.stack(arrays))
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the command line says the images show: one prompt for all, a class, or a file of captions."""
+
+    prompt: str | None = None
+    class_name: str | None = None
+    captions: Path | None = None
+
+    def check(self) -> None:
+        """UserError for two sources, or an empty one."""
+        given = [
+            (option, value)
+            for option, value in (("--prompt", self.prompt), ("--class", self.class_name), ("--prompts", self.captions))
+            if value is not None
+        ]
+        if len(given) > 1:
+            raise UserError(f"give {given[0][0]} or {given[1][0]}, not both")
+        for option, value in given:
+            if not str(value).strip():
+                raise UserError(f"{option} is empty; say what the images should show")
+
+    @property
+    def anything(self) -> bool:
+        return (self.prompt, self.class_name, self.captions) != (None, None, None)
+
+
+def open_images(path: str | Path) -> ImageSet:
+    """The images at `path`: a folder of pictures in the order of their names, or an .npz file. Nothing says what they
+    show; see `find_items` for that.
+
+    Raises:
+        UserError: nothing there, no images in it, or an .npz that holds something else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return ImageSet(path, [file_item(path, name) for name in image_files(path)])
+    if not path.exists():
+        raise UserError(f"no folder or .npz file {path}")
+    array, status = _Array(path), path.stat()
+    digits = max(5, len(str(len(array))))
+    stamp = f"{status.st_size} {status.st_mtime_ns}"
+    return ImageSet(path, [Item(f"{i:0{digits}d}", stamp, partial(array.read, i)) for i in range(len(array))])
+
+
+def find_items(sources: Sequence[Path], said: Said) -> ImageSet:
+    """The images of one folder, of one .npz, or of image files, with what they show.
+
+    Prompts: what the command line says, else metadata.jsonl of the folder (`file`, `prompt`, `class_id`), else file
+    names that are words (`golden_retriever-12.png`).
+
+    Raises:
+        UserError: something is not there or not readable, or two things say what the images show.
+    """
+    said.check()
+    first = sources[0]
+    if len(sources) == 1 and first.is_dir():
+        if (first / METADATA).is_file():
+            if said.anything:
+                raise UserError(
+                    f"{first / METADATA} says what the images show; leave out --prompt, --class and --prompts"
+                )
+            return ImageSet(first, _items_of_metadata(first))
+        if not said.anything:
+            recorded_sampling(first)  # refuses an unfinished one
+        return _with_conditions(open_images(first), said)
+    if len(sources) == 1 and first.suffix == ".npz":
+        if not first.is_file():
+            raise UserError(f"there is no file {first}")
+        return _with_conditions(open_images(first), said)
+    for path in sources:
+        if path.is_dir() or path.suffix == ".npz":
+            raise UserError(f"{path} is not an image file; give one folder, one .npz, or image files")
+        if not path.is_file():
+            raise UserError(
+                f"no folder {path}" if len(sources) == 1 and not path.suffix else f"there is no image {path}"
+            )
+    items = [replace(file_item(path.parent, path.name), file=str(path)) for path in sources]
+    return _with_conditions(ImageSet(first.parent, items), said)
+
+
+def image_files(folder: Path) -> list[str]:
+    """Names of the pictures in a folder, sorted, without overviews and hidden files; UserError when there are none."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
+    names = [name for name in names if name not in OVERVIEWS and not name.startswith(".")]
+    if not names:
+        raise UserError(f"no images in {folder} (looked for {', '.join(SUFFIXES)})")
+    return names
+
+
+def file_item(folder: Path, name: str, condition: Condition | None = None, **extra: Any) -> Item:
+    """The image `name` in a folder; UserError when it is not there."""
+    try:
+        status = (folder / name).stat()
+    except OSError as error:
+        raise UserError(f"cannot read the image {folder / name}: {reason(error)}") from error
+    return Item(name, f"{status.st_size} {status.st_mtime_ns}", partial(read_image, folder / name), condition, extra)
 
 
 def recorded_sampling(folder: Path) -> dict[str, Any] | None:
@@ -36,20 +255,6 @@ def recorded_sampling(folder: Path) -> dict[str, Any] | None:
     if not (folder / METADATA).is_file():
         raise UserError(f"{folder} is unfinished; give the same `argrpo sample` command again to complete it")
     return settings
-
-
-def image_files(folder: Path) -> list[str]:
-    """Names of the pictures in a folder, sorted, without overviews and hidden files; UserError when there are none."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
-    try:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
-    names = [name for name in names if name not in OVERVIEWS and not name.startswith(".")]
-    if not names:
-        raise UserError(f"no images in {folder} (looked for {', '.join(SUFFIXES)})")
-    return names
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -82,3 +287,124 @@ def read_image(path: Path) -> np.ndarray:
     except (SyntaxError, ValueError) as error:
         raise UserError(f"cannot read the image {path}: it is not an image, or a damaged one") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+class _Array:
+    """Images of an .npz read one by one, so that 50,000 need not fit memory; quickest in order.
+
+    Of several arrays those called `arr_0`, or else the first that are images.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._lock = path, threading.Lock()
+        try:
+            self._archive = zipfile.ZipFile(path)
+            names = self._archive.namelist()
+            keys = [name.removesuffix(".npy") for name in names]
+            for key in [ARRAY] if ARRAY in keys else [key for key in keys if f"{key}.npy" in names]:
+                stream, shape, in_columns, dtype = self._open(key)
+                if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3:
+                    break
+                if key == ARRAY:
+                    raise UserError(f"{path}: {key} is {dtype} {list(shape)}; {EXPECTED}")
+            else:
+                raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; {EXPECTED}")
+        except DAMAGED as error:
+            raise UserError(f"cannot read {path}: it is neither a folder nor an .npz file, or a damaged one") from error
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {reason(error)}") from error
+        if in_columns:
+            raise UserError(f"{path}: {key} is in Fortran order; save numpy.ascontiguousarray of it")
+        if 0 in shape:
+            raise UserError(f"{path}: {key} holds no images")
+        self.shape, self._stream, self._start = shape, stream, stream.tell()
+
+    def _open(self, key: str) -> tuple[zipfile.ZipExtFile, tuple[int, ...], bool, np.dtype]:
+        """The array from its first number on; its shape, whether in Fortran order, and its type."""
+        stream = self._archive.open(f"{key}.npy")
+        first = np.lib.format.read_magic(stream) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        return stream, *read(stream)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, index: int) -> np.ndarray:
+        """Image `index` as uint8 [3, H, W]."""
+        size = int(np.prod(self.shape[1:]))
+        try:
+            with self._lock:
+                if self._stream.tell() != self._start + index * size:  # zipfile checks no sum after a jump
+                    self._stream.seek(self._start + index * size)
+                pixels = np.frombuffer(self._stream.read(size), np.uint8).reshape(self.shape[1:])
+        except DAMAGED as error:
+            raise UserError(f"cannot read {self.path}: it is damaged or cut short") from error
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {reason(error)}") from error
+        return pixels.transpose(2, 0, 1).copy()
+
+
+def _items_of_metadata(folder: Path) -> list[Item]:
+    path = folder / METADATA
+    items = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        file, prompt, class_id = row.get("file"), row.get("prompt"), row.get("class_id")
+        if not isinstance(file, str) or not file:
+            raise UserError(f"{path}, image {number}: 'file' is missing")
+        if prompt is not None and not isinstance(prompt, str):
+            raise UserError(f"{path}, {file}: prompt = {prompt!r}: must be text")
+        if class_id is not None and (not isinstance(class_id, int) or isinstance(class_id, bool)):
+            raise UserError(f"{path}, {file}: class_id = {class_id!r}: must be a whole number")
+        if not (folder / file).is_file():
+            raise UserError(f"{path} lists {file}, which is not there")
+        extra = {key: row[key] for key in ("class_name", "seed", "policy") if key in row}
+        items.append(file_item(folder, file, Condition(prompt, class_id) if prompt is not None else None, **extra))
+    if not items:
+        raise UserError(f"{path} lists no images")
+    return items
+
+
+def _with_conditions(images: ImageSet, said: Said) -> ImageSet:
+    """The images with what the command line says of them, or else what their names say."""
+    if said.captions is not None:
+        return replace(images, items=_captioned(images.items, said.captions))
+    prompt = said.prompt if said.class_name is None else class_prompt(said.class_name)
+    if prompt is not None:
+        return replace(images, items=[replace(item, condition=Condition(prompt)) for item in images.items])
+    items, note = [], ""
+    for item in images.items:
+        text = prompt_from_file_name(Path(item.file).stem)
+        if text is not None:
+            note = note or f"prompts were read from the file names ({Path(item.file).name}: {text!r})"
+            item = replace(item, condition=Condition(text))
+        items.append(item)
+    return replace(images, items=items, note=note)
+
+
+def prompt_from_file_name(stem: str) -> str | None:
+    """What a file name says its image shows, or None when it is only a number or a camera's word.
+
+    `a_photo_of_two_cats_007`: `a photo of two cats`; `003-dog-00012`: `a photo of a dog`; `IMG_0012`: None.
+    """
+    words = re.sub(r"[_\-\s]+", " ", stem).strip()
+    words = re.sub(r"^(\d+ )+|( ?\(?\d+\)?)+$", "", words).strip()
+    if words.lower() in NO_PROMPT_WORDS or not any(character.isalpha() for character in words):
+        return None
+    return words if len(words.split()) >= 4 else class_prompt(words)
+
+
+def _captioned(items: Sequence[Item], path: Path) -> list[Item]:
+    """Captions of a .txt (one a line) or .jsonl (`prompt`) in the images' order; with `file`, by name."""
+    from argrpo_cli.captions import read_captions
+
+    captions = read_captions(str(path))
+    rows = read_jsonl(path) if path.suffix == ".jsonl" else []
+    if rows and all(isinstance(row.get("file"), str) for row in rows):
+        named = {row["file"]: row["prompt"] for row in rows}
+        lacking = next((item.file for item in items if item.file not in named), None)
+        if lacking is not None:
+            raise UserError(f"{path} has no caption for {lacking}")
+        captions = [named[item.file] for item in items]
+    if len(captions) != len(items):
+        raise UserError(f"{path} has {len(captions)} captions for {len(items)} images; give one for each, in order")
+    return [replace(item, condition=Condition(caption)) for item, caption in zip(items, captions, strict=True)]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.items import prompt_from_file_name
+from argrpo_cli.images import prompt_from_file_name
 from argrpo_cli.rewards import REWARDS, load_rewards
 from argrpo_cli.rewards.custom import find_function
 from argrpo_cli.system.errors import UserError
@@ -274,9 +274,9 @@ def test_image_files_and_an_npz_are_scored_like_a_folder(folder, fails):
         (f"0000{index}", {"bright": value, "words": 2}) for index, value in enumerate((7, 9, 8))
     ]
     np.savez(folder / "wrong.npz", pixels.astype(np.float32))
-    assert "arr_0.npy is float32 [3, 4, 6, 3]; expected uint8" in fails("score", folder / "wrong.npz")
+    assert "arr_0 is float32 [3, 4, 6, 3]; expected arr_0, uint8 images" in fails("score", folder / "wrong.npz")
     (folder / "cut.npz").write_bytes((folder / "set.npz").read_bytes()[:200])
-    assert "cut.npz: it is no .npz, or a damaged one" in fails("score", folder / "cut.npz")
+    assert "cut.npz: it is neither a folder nor an .npz file, or a damaged one" in fails("score", folder / "cut.npz")
     assert "give one folder, one .npz, or image files" in fails("score", folder, folder / "set.npz")
 
 

@@ -15,7 +15,9 @@ from argrpo_cli.evals.fidelity import (
     Statistics,
     frechet_distance,
     inception_score,
+    load_statistics,
     precision_recall,
+    save_statistics,
     shuffled,
     squared_radii,
 )
@@ -258,3 +260,55 @@ def test_features_of_different_widths_are_refused():
         precision_recall(noise(9, 2), noise(9, 3))
     with pytest.raises(UserError, match="different widths cannot be compared: 2 and 3"):
         frechet_distance(Statistics.of(noise(9, 2)), Statistics.of(noise(9, 3)))
+
+
+def statistics(width: int, seed: int) -> Statistics:
+    return Statistics.of(torch.randn(30, width, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_statistics_come_back_as_they_were_and_as_adm_names_them(tmp_path):
+    pool, spatial = statistics(5, 0), statistics(3, 1)
+    save_statistics(tmp_path / "reference", pool, spatial)  # the name as given, with or without .npz
+    assert [path.name for path in tmp_path.iterdir()] == ["reference"]
+    for saved, loaded in zip((pool, spatial), load_statistics(tmp_path / "reference"), strict=True):
+        assert torch.equal(saved.mean, loaded.mean) and torch.equal(saved.covariance, loaded.covariance)
+        assert loaded.mean.dtype == torch.float32 and loaded.covariance.dtype == torch.float64
+    with np.load(tmp_path / "reference") as held:
+        assert {key: held[key].shape for key in held.files} == {
+            "mu": (5,), "sigma": (5, 5), "mu_s": (3,), "sigma_s": (3, 3)
+        }  # fmt: skip
+
+
+def test_statistics_beside_images_are_found(tmp_path):
+    pool, spatial = statistics(5, 0), statistics(3, 1)
+    held = {"mu": pool.mean, "sigma": pool.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    held["arr_0"] = torch.zeros(7, 6, 5, 3, dtype=torch.uint8)
+    np.savez(tmp_path / "ref.npz", **{key: value.numpy() for key, value in held.items()})
+    assert torch.equal(load_statistics(tmp_path / "ref.npz")[1].mean, spatial.mean)
+
+
+def test_statistics_that_do_not_fit_are_refused(tmp_path):
+    path, good = (
+        tmp_path / "ref.npz",
+        {"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(3), "sigma_s": np.eye(3)},
+    )
+    for change, message in (
+        ({"sigma": np.eye(3)}, r"mu, sigma have the shapes \[2\], \[3, 3\]; expected \[D\], \[D, D\]"),
+        ({"sigma_s": np.full((3, 3), np.nan)}, "mu_s, sigma_s are not finite"),
+        ({"mu": np.array(["a", "b"])}, "not an .npz file of numbers"),
+        ({"mu": np.array([{}, {}], dtype=object)}, "not an .npz file of numbers"),
+    ):
+        np.savez(path, **{**good, **change})
+        with pytest.raises(UserError, match=message):
+            load_statistics(path)
+    np.savez(path, mu=good["mu"], sigma=good["sigma"])
+    with pytest.raises(UserError, match="holds mu, sigma; expected mu, sigma, mu_s, sigma_s"):
+        load_statistics(path)
+    np.save(tmp_path / "one.npy", np.eye(2))
+    with pytest.raises(UserError, match=r"not an \.npz file"):
+        load_statistics(tmp_path / "one.npy")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match="cannot read"):
+        load_statistics(path)
+    with pytest.raises(UserError, match="there is no file"):
+        load_statistics(tmp_path / "nowhere.npz")

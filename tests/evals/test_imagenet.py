@@ -362,15 +362,16 @@ class TestWarnings:
     def test_a_published_protocol_is_met_without_a_word(self):
         from argrpo_cli.evals import imagenet_warnings as check
         from argrpo_cli.evals.fidelity import Statistics
-        from argrpo_cli.evals.image_sets import ImageSet
         from argrpo_cli.evals.imagenet_reference import ReferenceFile
+        from argrpo_cli.images import ImageSet, Item
 
+        items = [Item("", "", lambda: np.zeros((3, 256, 256), np.uint8))] * 50_000
         stored = (Statistics(torch.zeros(1), torch.eye(1)),) * 2
-        adm = ReferenceFile("adm-256", ImageSet(Path("adm.npz"), 10_000, (256, 256)), stored, "0")
+        adm = ReferenceFile("adm-256", ImageSet(Path("adm.npz"), items[:10_000]), stored, "0")
         quiet = check.count_warnings(50_000, 1000) + check.size_warnings((256, 256), adm)
         quiet += check.sampling_warnings(vars(ImagenetSettings())) + check.reference_warnings(adm, False)
         assert quiet == []
-        validation = ReferenceFile("val", ImageSet(Path("val"), 50_000, (256, 256)), None, "0")
+        validation = ReferenceFile("val", ImageSet(Path("val"), items), None, "0")
         assert any("validation set" in text for text in check.reference_warnings(validation, False))
 
 

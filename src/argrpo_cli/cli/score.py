@@ -47,7 +47,7 @@ def score(
     Prompts come from the folder's metadata.jsonl, else from --prompt, --class or --prompts, else from the file names.
     The same command after an interruption keeps the scores that are there.
     """
-    from argrpo_cli.items import Said
+    from argrpo_cli.images import Said
     from argrpo_cli.score import SHEET, score_images
     from argrpo_cli.system.errors import UserError
 

@@ -26,7 +26,7 @@ from argrpo_cli.evals.drawbench_images import Drawing, draw
 from argrpo_cli.evals.drawbench_prompts import PromptList
 from argrpo_cli.evals.drawbench_scores import TABLE_4, Scores, choices, column_of, score_reward
 from argrpo_cli.evals.folders import check_claim, claim, policy_folders
-from argrpo_cli.items import Said, find_items
+from argrpo_cli.images import Said, find_items
 from argrpo_cli.paper import numbers as paper_numbers
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.rewards import REWARDS, check_options, check_reward

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from argrpo_cli import __version__
-from argrpo_cli.items import Item
+from argrpo_cli.images import Item
 from argrpo_cli.networks.loading import fingerprint
 from argrpo_cli.rewards import REWARDS, Reward, RewardSet, load_rewards
 from argrpo_cli.system.errors import UserError, first_line

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from argrpo_cli.evals.image_sets import ImageSet
+from argrpo_cli.images import ImageSet
 from argrpo_cli.networks.inception import CLASSES, POOL_WIDTH, SPATIAL_WIDTH, Inception
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import save_tensors
@@ -37,7 +37,7 @@ Item = TypeVar("Item")
 
 
 class Source(Protocol):
-    """Images by number: `image_sets.ImageSet`, or a policy that draws them."""
+    """Images by number: `images.ImageSet`, or a policy that draws them."""
 
     count: int
 

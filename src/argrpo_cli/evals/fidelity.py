@@ -8,12 +8,17 @@ appear, the first is the generated one. Features may lie on a CPU or a CUDA devi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from argrpo_cli.images import DAMAGED
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import atomic_path, reason
 
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # in a file: of the pool features and, _s, of the spatial ones
 NEIGHBOURS = 3
 SPLIT_SIZE = 5000
 BLOCK = 2048  # rows at a time: tiles of distances and what they are made of take some 300 MB at D = 2048
@@ -166,3 +171,37 @@ def check_features(features: Tensor, least: int, metric: str, name: str) -> None
     bad = torch.cat([~rows.isfinite().all(1) for rows in features.split(BLOCK)]).nonzero()
     if len(bad):
         raise UserError(f"the features of {name} image {bad[0].item()} (counted from 0) are not finite")
+
+
+def save_statistics(path: str | Path, pool: Statistics, spatial: Statistics) -> None:
+    """Write reference statistics as ADM's files have them, atomically."""
+    arrays = (pool.mean, pool.covariance, spatial.mean, spatial.covariance)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **{key: array.numpy() for key, array in zip(STATISTICS, arrays, strict=True)})
+
+
+def load_statistics(path: str | Path) -> tuple[Statistics, Statistics]:
+    """Reference statistics of the pool and the spatial features; other arrays in the file are left alone.
+
+    Raises:
+        UserError: no such file, or it lacks them, or they do not fit together or are not finite.
+    """
+    path = Path(path)
+    try:
+        with np.load(path) as held:
+            if not set(STATISTICS) <= set(held.files):
+                raise UserError(f"{path} holds {', '.join(held.files) or 'nothing'}; expected {', '.join(STATISTICS)}")
+            mu, sigma, mu_s, sigma_s = (torch.from_numpy(held[key]) for key in STATISTICS)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except (*DAMAGED, TypeError) as error:  # TypeError: a single array, or one of text
+        raise UserError(f"cannot read {path}: it is not an .npz file of numbers, or a damaged one") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
+    for name, mean, covariance in (("mu, sigma", mu, sigma), ("mu_s, sigma_s", mu_s, sigma_s)):
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            shapes = f"{list(mean.shape)}, {list(covariance.shape)}"
+            raise UserError(f"{path}: {name} have the shapes {shapes}; expected [D], [D, D]")
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise UserError(f"{path}: {name} are not finite")
+    return Statistics(mu.float(), sigma.double()), Statistics(mu_s.float(), sigma_s.double())

@@ -26,9 +26,8 @@ import torch
 from argrpo_cli import __version__
 from argrpo_cli.evals import imagenet_warnings as check
 from argrpo_cli.evals.feature_store import HASHES, FeatureStore, extract
-from argrpo_cli.evals.fidelity import NEIGHBOURS, SPLIT_SIZE
+from argrpo_cli.evals.fidelity import NEIGHBOURS, SPLIT_SIZE, save_statistics
 from argrpo_cli.evals.folders import check_claim, claim
-from argrpo_cli.evals.image_sets import ImageSet, save_statistics
 from argrpo_cli.evals.imagenet_measures import MEASURES, Measure, measure_set, sorted_by_class
 from argrpo_cli.evals.imagenet_reference import (
     ADM_NAME,
@@ -47,6 +46,7 @@ from argrpo_cli.evals.imagenet_sources import (
     recorded_sampling,
 )
 from argrpo_cli.evals.nano_sets import class_groups
+from argrpo_cli.images import ImageSet
 from argrpo_cli.networks.inception import Inception, load_inception
 from argrpo_cli.paper.numbers import TABLE_2_ALL
 from argrpo_cli.system.files import read_json, user_cache, write_json

@@ -20,9 +20,9 @@ import numpy as np
 from torch import Tensor
 
 from argrpo_cli.evals.feature_store import HASHES, POOL, SPATIAL, FeatureStore, extract
-from argrpo_cli.evals.fidelity import NEIGHBOURS, Statistics
+from argrpo_cli.evals.fidelity import NEIGHBOURS, STATISTICS, Statistics, load_statistics
 from argrpo_cli.evals.frechet import Gaussian, gaussian
-from argrpo_cli.evals.image_sets import DAMAGED, IMAGES, STATISTICS, ImageSet, load_statistics, open_images
+from argrpo_cli.images import ARRAY, DAMAGED, ImageSet, open_images
 from argrpo_cli.networks.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import atomic_path, load_tensors, save_tensors, user_cache
@@ -98,14 +98,14 @@ def open_reference(given: str) -> ReferenceFile:
                 keys = list(held.files)
         except (*DAMAGED, OSError, AttributeError, TypeError) as error:  # the last two: a single array
             raise UserError(f"cannot read {path}: it is neither a folder nor an .npz file, or a damaged one") from error
-        if IMAGES not in keys and not set(STATISTICS) <= set(keys):
-            expected = f"expected {IMAGES} (images), or {', '.join(STATISTICS)}, or both"
+        if ARRAY not in keys and not set(STATISTICS) <= set(keys):
+            expected = f"expected {ARRAY} (images), or {', '.join(STATISTICS)}, or both"
             raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; {expected}")
     stored = load_statistics(path) if set(STATISTICS) <= set(keys) else None
     for one, width, names in zip(stored or (), (POOL_WIDTH, SPATIAL_WIDTH), ("mu", "mu_s"), strict=False):
         if len(one.mean) != width:
             raise UserError(f"{path}: {names} has {len(one.mean)} numbers; Inception's features have {width}")
-    images = open_images(path) if IMAGES in keys or not path.is_file() else None
+    images = open_images(path) if ARRAY in keys or not path.is_file() else None
     if images is not None and images.count <= NEIGHBOURS:
         raise UserError(f"{path} holds {images.count} images; a reference needs at least {NEIGHBOURS + 1}")
     return ReferenceFile(given, images, stored, content_hash(path, images))
@@ -114,7 +114,7 @@ def open_reference(given: str) -> ReferenceFile:
 def content_hash(path: Path, images: ImageSet | None) -> str:
     """SHA-256 of a file, or of the names and bytes of a folder's pictures."""
     digest = hashlib.sha256()
-    for file in [path / name for name in images.files] if images is not None and images.files else [path]:
+    for file in [path / item.file for item in images.items] if images is not None and not images.is_array else [path]:
         if file != path:
             digest.update(file.name.encode() + b"\0")
         try:

@@ -15,8 +15,8 @@ from torch import Tensor
 from argrpo_cli.evals.feature_store import Span
 from argrpo_cli.evals.fidelity import NEIGHBOURS
 from argrpo_cli.evals.folders import policy_folders
-from argrpo_cli.evals.image_sets import ImageSet, open_images
 from argrpo_cli.evals.imagenet_warnings import IMAGES, SAMPLING
+from argrpo_cli.images import ImageSet, open_images
 from argrpo_cli.images import recorded_sampling as recorded_in
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.sample import LARGEST, NPZ, file_name
@@ -140,10 +140,10 @@ def open_sources(
 
 def recorded_sampling(images: ImageSet) -> dict[str, Any] | None:
     """How `argrpo sample` drew a folder, or the .npz in it; None for images of another origin."""
-    folder = images.path if images.files else images.path.parent
-    return recorded_in(folder) if images.files or images.path.name == NPZ else None
+    folder = images.path.parent if images.is_array else images.path
+    return None if images.is_array and images.path.name != NPZ else recorded_in(folder)
 
 
 def keeps_order(source: PolicySource | ImageSet) -> bool:
     """An .npz is measured as it comes, as by ADM's evaluator."""
-    return isinstance(source, ImageSet) and not source.files
+    return isinstance(source, ImageSet) and source.is_array

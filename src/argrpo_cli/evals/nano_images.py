@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from argrpo_cli.evals.fidelity import NEIGHBOURS
-from argrpo_cli.evals.image_sets import ImageSet, open_images
 from argrpo_cli.evals.nano import open_bench, summary
-from argrpo_cli.images import METADATA, recorded_sampling
+from argrpo_cli.images import METADATA, ImageSet, open_images, recorded_sampling
 from argrpo_cli.nano import scenes
 from argrpo_cli.system.devices import resolve_device
 from argrpo_cli.system.errors import UserError
@@ -63,6 +62,7 @@ def _class_ids(found: ImageSet) -> torch.Tensor | None:
     if not metadata.is_file():
         recorded_sampling(found.path)  # refuses an unfinished folder
         return None
+    files = [item.file for item in found.items]
     classes: dict[str, int | None] = {}
     for row in read_jsonl(metadata):
         class_id = row.get("class_id")
@@ -71,15 +71,15 @@ def _class_ids(found: ImageSet) -> torch.Tensor | None:
             allowed = f"0 to {len(scenes.CLASS_NAMES) - 1}"
             raise UserError(f"{metadata}, {row.get('file')}: class_id = {class_id!r}: nano classes are {allowed}")
         classes[str(row.get("file"))] = class_id
-    for file in found.files:
+    for file in files:
         if file not in classes:
             raise UserError(f"{found.path / file} is not in {metadata}")
     for file in classes:
         if not (found.path / file).is_file():
             raise UserError(f"{metadata} lists {file}, which is not there")
-    without = [file for file in found.files if classes[file] is None]
-    if len(without) == len(found.files):
+    without = [file for file in files if classes[file] is None]
+    if len(without) == len(files):
         return None
     if without:
         raise UserError(f"{metadata} gives no class_id for {without[0]}; give one for every picture, or for none")
-    return torch.tensor([classes[file] for file in found.files])
+    return torch.tensor([classes[file] for file in files])
