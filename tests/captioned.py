@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from argrpo_cli.nano.make import train_t2i
-from argrpo_cli.nano.make.held_out import load_held_out
+from argrpo_cli.nano.tokens import load_held_out
 from argrpo_cli.policy import Policy
 
 

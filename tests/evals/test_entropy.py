@@ -12,7 +12,7 @@ import torch
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import entropy as e
 from argrpo_cli.geneval.grammar import TAGS, parse_prompt
-from argrpo_cli.nano.make.held_out import load_held_out
+from argrpo_cli.nano.tokens import load_held_out
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.entropy import token_entropy
 from argrpo_cli.system.errors import UserError

@@ -18,10 +18,10 @@ from argrpo_cli.evals.drawbench_scores import Scores, _stamps, score_reward
 from argrpo_cli.evals.geneval_detectors import Judge
 from argrpo_cli.evals.geneval_folders import planned
 from argrpo_cli.evals.geneval_judging import OFFICIAL_RESULTS, RESULTS, judge_pictures
+from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS
 from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL, Detection
 from argrpo_cli.images import Said, find_items
-from argrpo_cli.nano.detector import NANO_THRESHOLDS
 from argrpo_cli.rewards.custom import Custom, find_function
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl

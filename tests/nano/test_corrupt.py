@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.make import corrupt as c
 from argrpo_cli.nano.make.study import proposer
 from argrpo_cli.nano.scenes import IMAGE_SIZE
+from argrpo_cli.system.files import WEIGHTS
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from argrpo_cli.geneval.grammar import TAGS, parse_prompt
+from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS, Found, by_class, color_of, decode_maps, load_detector
 from argrpo_cli.geneval.rules import judge_image
 from argrpo_cli.nano import scenes
-from argrpo_cli.nano.detector import NANO_THRESHOLDS, Found, by_class, color_of, decode_maps, load_detector
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.make import train_detector as t
-from argrpo_cli.nano.make.corrupt import decode
-from argrpo_cli.nano.make.held_out import load_held_out
+from argrpo_cli.nano.tokens import decode, load_held_out
 from argrpo_cli.rewards import load_rewards
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError

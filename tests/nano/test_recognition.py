@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from argrpo_cli.nano.judge import load_judge
+from argrpo_cli.nano.judge import diversity, load_judge
 from argrpo_cli.nano.make.study import augmented, rank_agreement
-from argrpo_cli.nano.recognition import diversity
 
 
 def test_probabilities_are_those_of_the_class_that_is_named():

@@ -9,16 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from argrpo_cli.nano import WEIGHTS
-from argrpo_cli.nano.detector import load_detector
+from argrpo_cli.geneval.nano_detector import load_detector
+from argrpo_cli.nano.judge import load_recogniser
 from argrpo_cli.nano.make import training
-from argrpo_cli.nano.make.study import base_policy, load_tokenizer
+from argrpo_cli.nano.make.study import base_policy
 from argrpo_cli.nano.make.train_tokenizer import RunningCodebook
-from argrpo_cli.nano.recognition import load_recogniser
 from argrpo_cli.nano.rewards.nano_clip import NanoClip
 from argrpo_cli.nano.rewards.nano_critic import NanoCritic
 from argrpo_cli.nano.rewards.nano_quality import NanoQuality
+from argrpo_cli.nano.tokens import load_tokenizer
 from argrpo_cli.policy import load_policy
+from argrpo_cli.system.files import WEIGHTS
 from tests.emoji import needs_font
 
 SMALL = {

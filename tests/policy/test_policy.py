@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.checkpoints import from_published, to_published
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
@@ -22,6 +21,7 @@ from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, to_uint8
 from argrpo_cli.rewards import load_rewards
 from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import WEIGHTS
 from tests.formula import formula_weights
 from tests.training.tiny import tiny_caption_policy
 

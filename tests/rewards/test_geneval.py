@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS
 from argrpo_cli.geneval.rules import OFFICIAL
-from argrpo_cli.nano.detector import NANO_THRESHOLDS
 from argrpo_cli.nano.rewards.nano_geneval import NanoGenEval
 from argrpo_cli.rewards.geneval import GenEval
 from argrpo_cli.shapes import Condition

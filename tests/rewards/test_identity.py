@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.rewards import identity, load_rewards
 from argrpo_cli.rewards.custom import find_function
+from argrpo_cli.system.files import WEIGHTS
 
 
 def test_what_changes_no_score_is_left_out():

@@ -156,7 +156,7 @@ def _pictures(policy: Policy, pictures: LabelledImages, cache: Path | None, team
 def _scenes(policy: Policy, name: str, question: Question) -> Material:
     if policy.tokenizer_name != "nano-vq":
         raise UserError(f"--split val of {name} needs --data: a folder of ImageNet's validation pictures")
-    from argrpo_cli.nano.make.held_out import load_held_out
+    from argrpo_cli.nano.tokens import load_held_out
 
     task = "classes" if policy.text_encoder is None else "captions"
     tokens, conditions = (part[: question.limit] for part in load_held_out(task))

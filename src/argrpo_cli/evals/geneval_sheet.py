@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS
 from argrpo_cli.geneval.rules import Thresholds
 from argrpo_cli.images import read_image
-from argrpo_cli.nano.detector import NANO_THRESHOLDS
 
 COLUMNS, SIDE, PAD, LINES, CHARACTERS = 5, 224, 8, 6, 36
 INK, PAPER = (30, 30, 30), (255, 255, 255)

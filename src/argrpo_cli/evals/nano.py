@@ -33,8 +33,7 @@ from torch import Tensor
 from argrpo_cli import __version__
 from argrpo_cli.evals.nano_sets import Values, class_groups, manifold_values, real_set_values, set_values
 from argrpo_cli.nano import scenes
-from argrpo_cli.nano.judge import FITTED, Judge, load_judge
-from argrpo_cli.nano.recognition import diversity
+from argrpo_cli.nano.judge import FITTED, Judge, diversity, load_judge
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.entropy import token_entropy
 from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8

@@ -31,6 +31,13 @@ remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigera
 teddy bear, hair drier, toothbrush
 """
 OBJECT_NAMES = tuple(" ".join(_OBJECTS.split()).split(", "))
+# Those that the nano world draws, in the order of its class ids.
+_NANO_OBJECTS = """
+bicycle, car, airplane, bus, train, boat, traffic light, bird, cat, dog, horse, sheep, elephant, zebra, giraffe,
+backpack, umbrella, banana, apple, pizza, donut, cake, clock, teddy bear
+"""
+NANO_OBJECTS = tuple(" ".join(_NANO_OBJECTS.split()).split(", "))
+NANO_COLORS = COLORS[:8]  # distinct on 64 pixels; black and white would vanish into outlines and highlights
 
 
 def plural(name: str) -> str:

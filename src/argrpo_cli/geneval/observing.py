@@ -20,7 +20,6 @@ from argrpo_cli.geneval.rules import OFFICIAL, ClassifyColor, Detection, Detecti
 if TYPE_CHECKING:
     from argrpo_cli.geneval.clip_colors import ClipColors
     from argrpo_cli.geneval.mask2former import Mask2Former
-    from argrpo_cli.nano.detector import Detector
 
 
 class Observer(Protocol):
@@ -60,20 +59,3 @@ class OfficialObserver:
             return classify
 
         return [(detections, classifier(place)) for place, detections in enumerate(found)]
-
-
-class NanoObserver:
-    """The detector of the nano world, which names colours itself."""
-
-    def __init__(self, detector: Detector):
-        from argrpo_cli.nano.detector import NANO_THRESHOLDS
-
-        self.detector, self.thresholds = detector, NANO_THRESHOLDS
-
-    def observe(self, images: Tensor, prompts: Sequence[Prompt]) -> list[tuple[Detections, ClassifyColor]]:
-        """uint8 [B, 3, H, W], seen at 64x64, and B prompts."""
-        from argrpo_cli.nano.detector import by_class, color_of
-
-        if len(prompts) != len(images):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        return [(by_class(objects), color_of(objects)) for objects in self.detector.detect(images)]

@@ -15,8 +15,17 @@ from functools import cache
 from itertools import permutations, product
 from pathlib import Path
 
-from argrpo_cli.geneval.grammar import COUNTS, RELATIONS, TAGS, Prompt, Requirement, compose, content
-from argrpo_cli.nano import scenes
+from argrpo_cli.geneval.grammar import (
+    COUNTS,
+    NANO_COLORS,
+    NANO_OBJECTS,
+    RELATIONS,
+    TAGS,
+    Prompt,
+    Requirement,
+    compose,
+    content,
+)
 from argrpo_cli.system.errors import UserError, did_you_mean
 
 OFFICIAL_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"  # of evaluation_metadata.jsonl
@@ -43,7 +52,7 @@ def nano_prompts() -> tuple[Prompt, ...]:
     """The official prompts, under their official indices, whose objects and colours the nano world has."""
 
     def known(part: Requirement) -> bool:
-        return part.name in scenes.CLASS_NAMES and (part.color is None or part.color in scenes.COLORS)
+        return part.name in NANO_OBJECTS and (part.color is None or part.color in NANO_COLORS)
 
     return tuple(prompt for prompt in official_prompts() if all(known(part) for part in prompt.include))
 
@@ -111,7 +120,7 @@ def _requirements(tag: str, fact: str) -> tuple[Requirement, ...]:
 
 def _nano_compositions(tag: str) -> Iterator[Prompt]:
     """Everything that a category can ask of the nano world."""
-    names, colors = scenes.CLASS_NAMES, tuple(scenes.COLORS)
+    names, colors = NANO_OBJECTS, NANO_COLORS
     includes: Iterable[tuple[Requirement, ...]]
     if tag == "single_object":
         includes = ((Requirement(name),) for name in names)

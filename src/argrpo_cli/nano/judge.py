@@ -1,7 +1,9 @@
 """The independent judge of the nano world, used for evaluation only: no reward looks at what it looks at.
 
 First a question of truth: how well does a sample match a rendering of its class (`matching.py`)? Beside it recognition
-by a classifier of its own (`recognition.py`), whose features also serve to compare whole sets of pictures.
+by a classifier of its own, whose features also serve to compare whole sets of pictures; it is built unlike the reward
+networks (dense blocks with batch normalisation, raw renderings beside reconstructions in its training), so that it does
+not share their blind spots more than it must.
 
 The tokenizer blurs small objects more than large ones, so clean scenes match the better the larger they are. A policy
 that merely draws larger would gain; `expected_db` says what real scenes of a class and size reach, to be subtracted.
@@ -14,6 +16,7 @@ B_s a pixel is I_s = p + (1 - a) B_s, hence I_s - B_s = p - a B_s, a least-squar
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,19 +24,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from argrpo_cli.nano import WEIGHTS, scenes
-from argrpo_cli.nano.make.corrupt import decode
-from argrpo_cli.nano.make.study import load_tokenizer
+from argrpo_cli.nano import scenes
 from argrpo_cli.nano.matching import Match, Matcher, Template, match_classes
-from argrpo_cli.nano.recognition import Recogniser, load_recogniser
-from argrpo_cli.policy.llamagen.vq import VQModel
+from argrpo_cli.nano.tokens import TOKENS_FILE, decode, load_tokenizer
+from argrpo_cli.networks.weights import load_weights, read_config
+from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import WEIGHTS
 
-TOKENS_FILE = "tokens.safetensors"
 LARGEST = scenes.SINGLE_SIZES[1]
 CENTRE = sum(scenes.SINGLE_SIZES) / 2
+SPATIAL_CHANNELS = 7
 FITTED = 480  # reference scenes behind `expected_db`: 20 of each class for a fit of one number a class and two more
 
 
@@ -65,6 +68,92 @@ def solve_template(images: Tensor) -> Template:
     alpha = ((alpha - 0.06) / 0.88).clamp(0, 1)[None]
     colour = rise_mean + alpha * background_mean
     return Template(colour.clamp(min=0).minimum(alpha), alpha)
+
+
+class DenseLayer(nn.Module):
+    """Adds `growth` channels computed from all the channels before (Huang et al. 2017)."""
+
+    def __init__(self, width: int, growth: int):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(width), nn.Conv2d(width, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(F.relu(self.norm(x)))], dim=1)
+
+
+class RecognitionNet(nn.Module):
+    """64x64 pixels to class logits by way of features [B, 128]."""
+
+    def __init__(self, classes: int = 24, growth: int = 20, layers: Sequence[int] = (2, 3, 3), features: int = 128):
+        super().__init__()
+        width = 32
+        body: list[nn.Module] = [nn.Conv2d(3, width, 5, stride=2, padding=2, bias=False)]
+        self.middle = 0
+        for index, count in enumerate(layers):
+            for _ in range(count):
+                body.append(DenseLayer(width, growth))
+                width += growth
+            half = width // 2
+            body += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, half, 1, bias=False), nn.AvgPool2d(2)]
+            width = half
+            if index == 1:
+                self.middle = len(body)  # behind the second transition
+        self.body = nn.Sequential(*body, nn.BatchNorm2d(width), nn.ReLU())
+        self.project = nn.Linear(width * 16, features)  # 4x4 cells: parts keep their places
+        self.classify = nn.Linear(features, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x [B, 3, 64, 64] in [-1, 1] to [B, 128]."""
+        return self.project(self.body(x).flatten(1))
+
+    def spatial(self, x: Tensor) -> Tensor:
+        """x [B, 3, 64, 64] in [-1, 1] to [B, 112]: where things are, halfway through the network, for sFID.
+
+        As ADM takes the first 7 channels of a map in the middle of Inception, these are the first 7 behind the second
+        transition (8x8 cells, no class decided yet), averaged to 4x4 cells: 112 numbers, few enough for the covariance
+        of about a thousand images.
+        """
+        return F.avg_pool2d(self.body[: self.middle](x)[:, :SPATIAL_CHANNELS], 2).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(F.relu(self.features(x)))
+
+
+class Recogniser:
+    """A trained RecognitionNet for uint8 images."""
+
+    def __init__(self, network: RecognitionNet):
+        self.network = network.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def features(self, images: Tensor, batch_size: int = 100) -> Tensor:
+        """uint8 [B, 3, 64, 64] to float32 [B, 128]."""
+        return torch.cat([self.network.features(from_uint8(chunk)) for chunk in images.split(batch_size)])
+
+    @torch.inference_mode()
+    def classes(self, features: Tensor) -> Tensor:
+        """Features to the most likely class id, int64 [B]."""
+        return self.network.classify(F.relu(features)).argmax(-1)
+
+    @torch.inference_mode()
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Features to the probability of each class, float32 [B, classes]."""
+        return self.network.classify(F.relu(features)).softmax(-1)
+
+    @torch.inference_mode()
+    def spatial_features(self, images: Tensor, batch_size: int = 100) -> Tensor:
+        """uint8 [B, 3, 64, 64] to float32 [B, 112]."""
+        return torch.cat([self.network.spatial(from_uint8(chunk)) for chunk in images.split(batch_size)])
+
+
+def load_recogniser(folder: str | Path) -> Recogniser:
+    """The bundled classifier from the judge's folder."""
+    return Recogniser(load_weights(RecognitionNet(**read_config(folder)["recogniser"]), folder))
+
+
+def diversity(features: Tensor, class_ids: Tensor) -> Tensor:
+    """Mean distance between the features of two pictures of one class, one value for each class in ascending order."""
+    return torch.stack([F.pdist(features[class_ids == one]).mean() for one in class_ids.unique()])
 
 
 @dataclass

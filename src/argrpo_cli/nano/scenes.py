@@ -15,48 +15,34 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from argrpo_cli.geneval.grammar import COUNTS, RELATIONS, TAGS, Prompt, Requirement, compose, plural
+from argrpo_cli.geneval.grammar import (
+    COUNTS,
+    NANO_COLORS,
+    NANO_OBJECTS,
+    RELATIONS,
+    TAGS,
+    Prompt,
+    Requirement,
+    compose,
+    plural,
+)
 from argrpo_cli.system.errors import UserError
 
 IMAGE_SIZE = 64
-CLASSES: dict[str, str] = {
-    "bicycle": "🚲",
-    "car": "🚗",
-    "airplane": "✈️",
-    "bus": "🚌",
-    "train": "🚂",
-    "boat": "⛵",
-    "traffic light": "🚦",
-    "bird": "🐦",
-    "cat": "🐈",
-    "dog": "🐕",
-    "horse": "🐎",
-    "sheep": "🐑",
-    "elephant": "🐘",
-    "zebra": "🦓",
-    "giraffe": "🦒",
-    "backpack": "🎒",
-    "umbrella": "☂️",
-    "banana": "🍌",
-    "apple": "🍎",
-    "pizza": "🍕",
-    "donut": "🍩",
-    "cake": "🍰",
-    "clock": "⏰",
-    "teddy bear": "🧸",
-}
-CLASS_NAMES = tuple(CLASSES)
-# GenEval's colour words that stay distinct on 64 pixels (black and white would vanish into outlines and highlights).
-COLORS: dict[str, tuple[float, float, float]] = {
-    "red": (0.86, 0.12, 0.12),
-    "orange": (0.96, 0.52, 0.08),
-    "yellow": (0.96, 0.84, 0.10),
-    "green": (0.14, 0.62, 0.22),
-    "blue": (0.12, 0.34, 0.88),
-    "purple": (0.52, 0.18, 0.70),
-    "pink": (0.98, 0.50, 0.72),
-    "brown": (0.48, 0.29, 0.13),
-}
+CLASS_NAMES = NANO_OBJECTS
+# Of the classes; two are pairs of code points.
+EMOJI = [*"🚲🚗", "✈️", *"🚌🚂⛵🚦🐦🐈🐕🐎🐑🐘🦓🦒🎒", "☂️", *"🍌🍎🍕🍩🍰⏰🧸"]
+PAINT = (
+    (0.86, 0.12, 0.12),
+    (0.96, 0.52, 0.08),
+    (0.96, 0.84, 0.10),
+    (0.14, 0.62, 0.22),
+    (0.12, 0.34, 0.88),
+    (0.52, 0.18, 0.70),
+    (0.98, 0.50, 0.72),
+    (0.48, 0.29, 0.13),
+)  # RGB of the colour words
+COLORS = dict(zip(NANO_COLORS, PAINT, strict=True))
 MOST_OBJECTS = 4  # of a class in a scene of the category counting, which begins at one
 SINGLE_SIZES = (40, 60)  # side of a lone object's box in pixels, inclusive
 HUE_RANGE = 18.0  # degrees either way; more would turn apples into plums
@@ -123,7 +109,7 @@ def _sprites() -> list[Image.Image]:
     """One square RGBA picture per class, cropped to what is drawn."""
     font = ImageFont.truetype(str(find_font()), 109)  # the only size of this bitmap font
     sprites = []
-    for emoji in CLASSES.values():
+    for emoji in EMOJI:
         canvas = Image.new("RGBA", (200, 180))
         ImageDraw.Draw(canvas).text((16, 16), emoji, font=font, embedded_color=True)
         drawn = canvas.crop(canvas.getbbox())

@@ -24,7 +24,7 @@ from argrpo_cli.evals.entropy import Question, Subject, subjects_of_run
 from argrpo_cli.evals.entropy import measure as measure_entropy
 from argrpo_cli.evals.geneval import GenEvalSettings, run_geneval
 from argrpo_cli.evals.nano import Sampling, open_bench, open_nano_policy
-from argrpo_cli.nano.detector import load_detector
+from argrpo_cli.geneval.nano_detector import load_detector
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.networks.loading import fingerprint
 from argrpo_cli.paper.page import Results, draw_figures, page

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from argrpo_cli.captions import SHARED
 from argrpo_cli.evals.nano_sets import CORRECTED
 from argrpo_cli.evals.tables import markdown_table
 from argrpo_cli.geneval.summary import tag_scores
-from argrpo_cli.nano.captions import SHARED
 from argrpo_cli.paper import numbers as published
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.system.files import atomic_path

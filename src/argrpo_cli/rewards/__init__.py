@@ -128,7 +128,7 @@ def load_reward(name: str, device: str = "cpu", options: Mapping[str, Any] | Non
         return Custom(name, find_function(name), options)
     reward = check_options(name, options)
     if entry.weights is not None:
-        from argrpo_cli.nano import WEIGHTS
+        from argrpo_cli.system.files import WEIGHTS
 
         return reward(WEIGHTS / entry.weights, device)
     return reward(device=device, **options)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.geneval.grammar import Prompt, parse_prompt
-from argrpo_cli.geneval.observing import NanoObserver, Observer, OfficialObserver
+from argrpo_cli.geneval.nano_detector import NanoObserver, load_detector
+from argrpo_cli.geneval.observing import Observer, OfficialObserver
 from argrpo_cli.geneval.rules import reward_score
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.files import WEIGHTS
 
 DETECTORS = ("mask2former", "nano")
 
@@ -79,9 +81,6 @@ def load_observer(
 ) -> Observer:
     """What looks at the images, by the detector's name; UserError as `GenEval` says."""
     if detector == "nano":
-        from argrpo_cli.nano import WEIGHTS
-        from argrpo_cli.nano.detector import load_detector
-
         if clip_weights is not None:
             raise UserError(f"geneval: clip_weights = {clip_weights}: the detector nano has no CLIP; leave it out")
         return NanoObserver(load_detector(WEIGHTS / "nano-detector" if weights is None else weights, device))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+WEIGHTS = Path(__file__).parents[1] / "nano" / "weights"  # the networks that come with the package, a folder each
+
 
 def reason(error: OSError) -> str:
     """The operating system's own words for an error, without the number and the path."""

@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import WEIGHTS
 
 ORDER = {
     "nano-vq": "argrpo_cli.nano.make.train_tokenizer",

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from argrpo_cli.geneval.grammar import TAGS
 from argrpo_cli.nano import scenes
-from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
+from argrpo_cli.nano.tokens import decode, encode
+from argrpo_cli.policy.llamagen.vq import VQModel
 
 SMALL_SIZES = (22, 32)  # side of an object's box in pixels where there are several
 TAU = 0.2  # colour error (of 1) at which 63% of the quality is gone; an erased object has about 0.4
-CHUNK = 128
 
 
 Propose = Callable[[Tensor, Sequence[int | str]], Tensor]
@@ -90,18 +90,6 @@ def _coverage(scene: scenes.Scene) -> np.ndarray:
         window = out[0, placed.y : placed.y + placed.size, placed.x : placed.x + placed.size]
         np.maximum(window, scenes.object_pixels(placed)[1][..., 0], out=window)
     return out
-
-
-@torch.inference_mode()
-def decode(vq: VQModel, tokens: Tensor) -> Tensor:
-    """Tokens [B, T] to uint8 [B, 3, H, W], in chunks."""
-    return torch.cat([to_uint8(vq.decode_tokens(chunk)) for chunk in tokens.split(CHUNK)])
-
-
-@torch.inference_mode()
-def encode(vq: VQModel, images: Tensor) -> Tensor:
-    """uint8 images to tokens int64 [B, T], in chunks."""
-    return torch.cat([vq.encode(from_uint8(chunk)) for chunk in images.split(CHUNK)])
 
 
 def make_pool(

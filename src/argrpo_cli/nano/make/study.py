@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from argrpo_cli.nano.make.corrupt import MIXTURE_OF_CAPTIONS, Corrupted, Pool, Propose, corrupt, make_pool
-from argrpo_cli.networks.loading import load_pretrained
+from argrpo_cli.nano.tokens import load_tokenizer
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.modeling import teacher_forced
 from argrpo_cli.policy.llamagen.text import load_text_encoder
@@ -26,11 +26,6 @@ class Study:
     pool: Pool
     rows: Tensor
     broken: Corrupted
-
-
-def load_tokenizer(folder: str | Path) -> VQModel:
-    """nano-vq in float32, evaluation mode."""
-    return load_pretrained(VQModel, Path(folder), torch.float32).eval().requires_grad_(False)
 
 
 def base_policy(folder: str | Path) -> Policy:

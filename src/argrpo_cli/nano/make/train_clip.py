@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argrpo_cli.nano import WEIGHTS, scenes
-from argrpo_cli.nano.make.corrupt import decode, encode
-from argrpo_cli.nano.make.study import Study, augmented, load_tokenizer, make_study, rank_agreement
+from argrpo_cli.nano import scenes
+from argrpo_cli.nano.make.study import Study, augmented, make_study, rank_agreement
 from argrpo_cli.nano.make.training import decay_groups, fit
 from argrpo_cli.nano.rewards.nano_clip import WordTokenizer, build_clip
+from argrpo_cli.nano.tokens import decode, encode, load_tokenizer
 from argrpo_cli.networks.weights import save_network, to_unit
 from argrpo_cli.shapes import class_prompt
+from argrpo_cli.system.files import WEIGHTS
 
 SCENES, BROKEN_PER_SCENE, CAPTION_SCENES, UNSEEN = 3600, 2, 2400, 240
 BATCH, CAPTIONED = 40, 24  # pairs of a class scene and its broken version; scenes of the text task

@@ -19,14 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from argrpo_cli.geneval.grammar import TAGS
-from argrpo_cli.nano import WEIGHTS, scenes
-from argrpo_cli.nano.make.study import augmented, base_policy, load_tokenizer, make_study, proposer
+from argrpo_cli.nano import scenes
+from argrpo_cli.nano.make.study import augmented, base_policy, make_study, proposer
 from argrpo_cli.nano.make.training import fit
 from argrpo_cli.nano.rewards.nano_critic import CriticNet, soft_limit
 from argrpo_cli.nano.rewards.nano_quality import NanoQuality
 from argrpo_cli.nano.scenes import CLASS_NAMES
+from argrpo_cli.nano.tokens import load_tokenizer
 from argrpo_cli.networks.weights import save_network, to_unit
 from argrpo_cli.policy import Policy
+from argrpo_cli.system.files import WEIGHTS
 
 CONFIG = {"widths": [32, 48, 80], "blocks": [1, 2, 2], "dropout": 0.3}
 SCENES, SAMPLES, UNSEEN = 3600, 2880, 288

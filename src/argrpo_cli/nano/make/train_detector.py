@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argrpo_cli.nano import WEIGHTS, scenes
-from argrpo_cli.nano.detector import NANO_THRESHOLDS, STRIDE, Detector, DetectorNet, Found
-from argrpo_cli.nano.make.corrupt import decode, encode
-from argrpo_cli.nano.make.study import load_tokenizer
+from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS, STRIDE, Detector, DetectorNet, Found
+from argrpo_cli.nano import scenes
 from argrpo_cli.nano.make.training import decay_groups, fit
+from argrpo_cli.nano.tokens import decode, encode, load_tokenizer
 from argrpo_cli.networks.weights import save_network
 from argrpo_cli.policy.llamagen.vq import from_uint8
+from argrpo_cli.system.files import WEIGHTS
 
 GEOMETRY = {"width": 80, "dilations": [1, 2, 4, 1]}
 SCENES, UNSEEN = 9000, 600

@@ -17,15 +17,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from argrpo_cli.nano import WEIGHTS, scenes
-from argrpo_cli.nano.judge import TOKENS_FILE, canonical_layout, canonical_scene
-from argrpo_cli.nano.make.corrupt import decode, encode
-from argrpo_cli.nano.make.study import augmented, load_tokenizer
+from argrpo_cli.nano import scenes
+from argrpo_cli.nano.judge import RecognitionNet, canonical_layout, canonical_scene
+from argrpo_cli.nano.make.study import augmented
 from argrpo_cli.nano.make.training import fit
-from argrpo_cli.nano.recognition import RecognitionNet
+from argrpo_cli.nano.tokens import TOKENS_FILE, decode, encode, load_tokenizer
 from argrpo_cli.networks.weights import save_network, to_unit
 from argrpo_cli.policy.llamagen.vq import VQModel
-from argrpo_cli.system.files import atomic_path
+from argrpo_cli.system.files import WEIGHTS, atomic_path
 
 CONFIG = {"recogniser": {"classes": len(scenes.CLASS_NAMES), "growth": 20, "layers": [2, 3, 3], "features": 128}}
 BATCH = 64

@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argrpo_cli.nano import WEIGHTS
-from argrpo_cli.nano.make.study import load_tokenizer
 from argrpo_cli.nano.make.training import decay_groups, fit, save_half
 from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, class_batch
+from argrpo_cli.nano.tokens import load_tokenizer
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration, teacher_forced
 from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
-from argrpo_cli.system.files import write_json
+from argrpo_cli.system.files import WEIGHTS, write_json
 
 GEOMETRY = {"hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6}
 BATCH = 32

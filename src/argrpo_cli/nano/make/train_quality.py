@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.nano.make.corrupt import damage_of
-from argrpo_cli.nano.make.study import Study, augmented, load_tokenizer, make_study, proposer, rank_agreement
+from argrpo_cli.nano.make.study import Study, augmented, make_study, proposer, rank_agreement
 from argrpo_cli.nano.make.training import fit
 from argrpo_cli.nano.rewards.nano_quality import NanoQuality, QualityNet
 from argrpo_cli.nano.scenes import CLASS_NAMES
+from argrpo_cli.nano.tokens import load_tokenizer
 from argrpo_cli.networks.weights import save_network, to_unit
+from argrpo_cli.system.files import WEIGHTS
 
 CONFIG = {"widths": [32, 48, 80], "blocks": [1, 2, 2], "classes": len(CLASS_NAMES)}
 BATCH = 64

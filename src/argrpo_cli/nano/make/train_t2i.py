@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from argrpo_cli.nano import WEIGHTS, scenes
-from argrpo_cli.nano.make.study import load_tokenizer
+from argrpo_cli.nano import scenes
 from argrpo_cli.nano.make.training import decay_groups, fit, save_half
+from argrpo_cli.nano.tokens import load_tokenizer
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration, left_pad, teacher_forced
 from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
-from argrpo_cli.system.files import write_json
+from argrpo_cli.system.files import WEIGHTS, write_json
 
 GEOMETRY = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 8}
 TEXT_GEOMETRY = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from argrpo_cli.nano import WEIGHTS
+from argrpo_cli.system.files import WEIGHTS
 
 TASKS = ("classes", "captions")
 

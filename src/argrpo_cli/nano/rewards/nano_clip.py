@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.networks.weights import load_weights, read_config, to_unit
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.files import WEIGHTS
 
 PAD, UNKNOWN = 0, 1
 SAME_WORDS = {"sheeps": "sheep"}  # GenEval's mechanical plural

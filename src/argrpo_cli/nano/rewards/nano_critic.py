@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.nano.rewards.convnet import Body, pooled
 from argrpo_cli.networks.weights import load_weights, read_config, to_unit
 from argrpo_cli.shapes import Condition
+from argrpo_cli.system.files import WEIGHTS
 
 LIMIT = 5.0
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from argrpo_cli.nano import WEIGHTS
 from argrpo_cli.networks.loading import fingerprint, load_pretrained, save_model
 from argrpo_cli.policy.adapters import KEY as ADAPTER_OF
 from argrpo_cli.policy.adapters import base_of, merge_adapter
@@ -42,7 +41,7 @@ from argrpo_cli.policy.protocol import Card, Drawn
 from argrpo_cli.shapes import Condition, Sampling, class_prompt
 from argrpo_cli.system.devices import resolve_device
 from argrpo_cli.system.errors import UserError, did_you_mean
-from argrpo_cli.system.files import make_dir, read_json, write_json
+from argrpo_cli.system.files import WEIGHTS, make_dir, read_json, write_json
 
 CARD = "policy.json"
 MANIFEST = "checksums.json"  # of a checkpoint, see grpo/manifest.py

@@ -2,7 +2,7 @@
 
 A centre-point detector (Zhou et al. 2019): for each cell of a 16x16 grid the probability that it is the centre of an
 object of each class, the distances from it to the sides of the box, and the colour. It was trained on rendered scenes
-(`train_detector.py`) and knows nothing of any policy.
+(`nano/make/judges.py`) and knows nothing of any policy.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argrpo_cli.geneval.rules import ClassifyColor, Detection, Thresholds
-from argrpo_cli.nano import WEIGHTS, scenes
+from argrpo_cli.geneval.grammar import NANO_COLORS, NANO_OBJECTS, Prompt
+from argrpo_cli.geneval.rules import ClassifyColor, Detection, Detections, Thresholds
 from argrpo_cli.networks.weights import load_weights, read_config, to_unit
+from argrpo_cli.system.files import WEIGHTS
 
 STRIDE = 4
 LEAST_SCORE = 0.05  # what is less likely is not reported at all
@@ -99,7 +100,7 @@ def decode_maps(centres: Tensor, sides: Tensor, colors: Tensor) -> list[list[Fou
     score = centres.sigmoid()
     peak = score == F.max_pool2d(score, 3, stride=1, padding=1)
     colors = colors.softmax(1)
-    names, color_names = scenes.CLASS_NAMES, list(scenes.COLORS)
+    names, color_names = NANO_OBJECTS, NANO_COLORS
     result = []
     for index in range(len(score)):
         scores, at = torch.where(peak[index], score[index], 0.0).flatten().topk(MOST)
@@ -134,3 +135,16 @@ def color_of(objects: Sequence[Found]) -> ClassifyColor:
 def load_detector(folder: str | Path = WEIGHTS / "nano-detector", device: str = "cpu") -> Detector:
     """The bundled detector; UserError when its files are missing."""
     return Detector(load_weights(DetectorNet(**read_config(folder)), folder), device)
+
+
+class NanoObserver:
+    """The detector of the nano world, which names colours itself."""
+
+    def __init__(self, detector: Detector):
+        self.detector, self.thresholds = detector, NANO_THRESHOLDS
+
+    def observe(self, images: Tensor, prompts: Sequence[Prompt]) -> list[tuple[Detections, ClassifyColor]]:
+        """uint8 [B, 3, H, W], seen at 64x64, and B prompts."""
+        if len(prompts) != len(images):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        return [(by_class(objects), color_of(objects)) for objects in self.detector.detect(images)]
