@@ -75,7 +75,9 @@ class Sampling:
         }
         for key, (good, words) in allowed.items():
             value = getattr(self, key)
-            if not good or (isinstance(value, float) and not math.isfinite(value)):
+            if isinstance(value, float) and not math.isfinite(value):
+                good, words = False, "a number, not infinite"
+            if not good:
                 name = key.replace("_", "-") if prefix == "--" else key
                 raise UserError(f"{prefix}{name} {_plain(value)}: must be {words}")
         return self

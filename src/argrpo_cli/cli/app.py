@@ -51,8 +51,8 @@ def _benchmark(context: typer.Context) -> None:
         raise UserError(f"eval needs a BENCHMARK: {', '.join(BENCHMARKS)}")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(f"argrpo {__version__}")
         raise typer.Exit()
 

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from argrpo_cli.cli.options import BatchSizeOption, CfgScaleOption, DeviceOption, SeedOption, TemperatureOption
+from argrpo_cli.cli.options import Drawing, draws
 from argrpo_cli.system.errors import UserError
 
 
+@draws(without=("top_k", "top_p", "cfg_interval", "dtype", "text_device"))
 def entropy(
     policy: Annotated[
         list[str] | None,
@@ -47,12 +48,9 @@ def entropy(
         int | None,
         typer.Option("--n", help="At most so many images; with --data of every class equally many.  [default: all]"),
     ] = None,
-    cfg_scale: CfgScaleOption = 2.0,
-    temperature: TemperatureOption = 1.0,
-    seed: SeedOption = 0,
-    batch_size: BatchSizeOption = 64,
-    device: DeviceOption = "auto",
     out: Annotated[Path, typer.Option("--out", help="Folder for entropy.jsonl and the pictures.")] = Path("entropy"),
+    *,
+    drawing: Drawing,
 ) -> None:
     """Measure the entropy of policies in nats per token, conditional and guided, and by position."""
     from rich.console import Console
@@ -75,10 +73,19 @@ def entropy(
     if len(set(names)) < len(names):
         raise UserError(f"--policy names {next(name for name in names if names.count(name) > 1)} twice")
     folder = None if data is None else str(data)
-    question = Question(None if prompts is not None else split or "val", prompts, n, seed, folder)
-    team = join_team(device)
+    question = Question(None if prompts is not None else split or "val", prompts, n, drawing.seed, folder)
+    team = join_team(drawing.device)
     team.lead(lambda: claim(out, question))
-    rows = measure(chosen, question, cfg_scale, temperature, batch_size, team, out / JOURNAL, cache)
+    rows = measure(
+        chosen,
+        question,
+        drawing.sampling.cfg_scale,
+        drawing.sampling.temperature,
+        drawing.batch_size,
+        team,
+        out / JOURNAL,
+        cache,
+    )
 
     def report() -> None:
         pictures = write_results(rows, out)

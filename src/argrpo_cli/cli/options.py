@@ -1,48 +1,140 @@
-"""The options that mean the same in every command."""
+"""What commands share: the options of drawing, lists of names, options of rewards."""
 
 from __future__ import annotations
 
-import math
-from enum import StrEnum
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
 
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.shapes import DTYPES, Sampling
+from argrpo_cli.system.errors import UserError, did_you_mean
 
-
-class Dtype(StrEnum):
-    """Number formats a policy can be run in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-def _finite(param: typer.CallbackParam, value: float) -> float:
-    if not math.isfinite(value):
-        raise UserError(f"{param.opts[0]} {value:g}: must be a number, not infinite")
-    return value
-
-
-CfgScaleOption = Annotated[
-    float,
-    typer.Option("--cfg-scale", min=1.0, callback=_finite, help="Classifier-free guidance scale; 1 is no guidance."),
-]
-TemperatureOption = Annotated[
-    float, typer.Option("--temperature", min=0.0, callback=_finite, help="Softmax temperature.")
-]
-TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Keep the k likeliest tokens; 0 keeps all.")]
-TopPOption = Annotated[
-    float,
-    typer.Option("--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens up to this probability; 1 keeps all."),
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="First seed.")]
 BatchSizeOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="Images at a time; by rounding it turns a few tokens.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the policy.")]
 BaselineOption = Annotated[
     str | None, typer.Option("--baseline", help="A second policy, drawn with the same seeds, to compare with.")
 ]
+# What finished pictures have no use for, and a policy that draws them has.
+OF_A_POLICY = (
+    "policy", "baseline", "n", "cfg_scale", "temperature", "top_k", "top_p", "cfg_interval", "seed", "dtype",
+    "text_device", "resize", "keep_images",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What the shared options of a command that draws say."""
+
+    sampling: Sampling
+    seed: int
+    batch_size: int
+    device: str
+    text_device: str
+
+
+def _drawing(
+    cfg_scale: Annotated[
+        float, typer.Option("--cfg-scale", help="Classifier-free guidance scale, 1 or more; 1 is no guidance.")
+    ] = 2.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Softmax temperature; 0 takes the likeliest token.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Keep the likeliest tokens up to this probability; 1 keeps all.")
+    ] = 1.0,
+    cfg_interval: Annotated[
+        int, typer.Option("--cfg-interval", help="Guide decoding steps 0 to this one only, as LlamaGen; -1: all.")
+    ] = -1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise: another seed, other images.")] = 0,
+    batch_size: BatchSizeOption = 64,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="|".join(DTYPES), help="Number format of the policy.")
+    ] = DTYPES[0],
+    text_device: Annotated[
+        str,
+        typer.Option(
+            "--text-device",
+            metavar="same|offload|DEVICE",
+            help="Of the text encoder: beside the policy, there only while it reads captions, or elsewhere.",
+        ),
+    ] = "same",
+) -> Drawing:
+    sampling = Sampling(cfg_scale, temperature, top_k, top_p, cfg_interval, dtype).check()
+    return Drawing(sampling, seed, batch_size, device, text_device)
+
+
+SHARED = inspect.signature(_drawing, eval_str=True).parameters
+
+
+def draws(without: Iterable[str] = (), **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command all options of drawing in the place of its last parameter, `drawing`.
+
+    Args:
+        without: names of those that it has no use for.
+        defaults: of its own.
+    """
+    names = [name for name in SHARED if name not in without]
+    shared = [SHARED[name].replace(default=defaults.get(name, SHARED[name].default)) for name in names]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        *own, _ = inspect.signature(command, eval_str=True).parameters.values()
+
+        @functools.wraps(command)
+        def parsed(**options: Any) -> None:
+            drawing = _drawing(**{name: options.pop(name) for name in names})
+            command(**options, drawing=drawing)
+
+        parsed.__signature__ = inspect.Signature([*own, *shared])
+        return parsed
+
+    return decorate
+
+
+def given(context: typer.Context, names: Iterable[str]) -> list[str]:
+    """Those of a command's options that were given, and not left at their defaults."""
+    return [name for name in names if name in context.params and context.get_parameter_source(name).name != "DEFAULT"]
+
+
+def refuse_drawing(context: typer.Context) -> None:
+    """UserError where --images are measured and an option says how a policy draws some."""
+    for name in given(context, OF_A_POLICY):
+        raise UserError(f"--images measures finished pictures; leave out --{name.replace('_', '-')}")
+
+
+def names_in(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def reward_options(settings: list[str], names: list[str], where: str = "--rewards") -> dict[str, dict[str, object]]:
+    """`hpsv2.version=2.0` and the like as options of each reward; values are read as YAML.
+
+    Args:
+        where: the option that names the rewards.
+
+    Raises:
+        UserError: another form, a reward that is not among the names.
+    """
+    import yaml
+
+    options: dict[str, dict[str, object]] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        name, dot, option = key.rpartition(".")
+        if not (equals and dot and name and option):
+            raise UserError(f"--set {text}: expected REWARD.KEY=VALUE, such as hpsv2.version=2.0")
+        if name not in names:
+            raise UserError(f"--set {text}: {name!r} is not among {where} {','.join(names)}{did_you_mean(name, names)}")
+        try:
+            options.setdefault(name, {})[option] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {text}: {value!r} is not a value in YAML") from error
+    return options

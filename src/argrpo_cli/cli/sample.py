@@ -7,18 +7,10 @@ from typing import Annotated
 
 import typer
 
-from argrpo_cli.cli.options import (
-    BatchSizeOption,
-    CfgScaleOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-)
+from argrpo_cli.cli.options import Drawing, draws
 
 
+@draws()
 def sample(
     out: Annotated[Path, typer.Option("--out", help="Output folder, new or empty.")],
     policy: Annotated[
@@ -48,30 +40,10 @@ def sample(
             help="Captions of a set (nano, geneval-nano, geneval-nano-extra, geneval) or of a .txt or .jsonl file.",
         ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", "--per-class", min=1, help="Images per class or prompt.")] = 8,
-    seed: Annotated[
+    n: Annotated[
         int,
-        typer.Option("--seed", min=0, help="Seed of the first image of each; the next take seed + 1, ..."),
-    ] = 0,
-    cfg_scale: CfgScaleOption = 2.0,
-    temperature: TemperatureOption = 1.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    cfg_interval: Annotated[
-        int,
-        typer.Option("--cfg-interval", min=-1, help="Guide decoding steps 0 to this one only, as LlamaGen; -1: all."),
-    ] = -1,
-    batch_size: BatchSizeOption = 64,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = Dtype.float32,
-    text_device: Annotated[
-        str,
-        typer.Option(
-            "--text-device",
-            metavar="same|offload|DEVICE",
-            help="Of the text encoder: beside the policy, there only while it reads captions, or elsewhere.",
-        ),
-    ] = "same",
+        typer.Option("--n", "--per-class", min=1, help="Images per class or prompt: of --seed, the next one, ..."),
+    ] = 8,
     npz: Annotated[
         bool, typer.Option("--npz", help="Also write samples.npz (arr_0, uint8 [N, H, W, 3]) for FID tools.")
     ] = False,
@@ -80,31 +52,35 @@ def sample(
         typer.Option("--resize", min=1, help="Pixels a side to scale images to, as 384 to 256 for ImageNet's metrics."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the samples in --out.")] = False,
+    *,
+    drawing: Drawing,
 ) -> None:
     """Draw images from a policy: PNGs, a grid and metadata.jsonl.
 
     The same command on an unfinished folder draws what is missing there. `torchrun --nproc_per_node=2 -m argrpo_cli
     sample --per-class 50 ...` splits the work over processes, `accelerate launch -m argrpo_cli sample ...` too.
     """
+    from argrpo_cli.captions import read_captions
     from argrpo_cli.sample import Order, draw_samples
-    from argrpo_cli.shapes import Sampling
 
-    captions = list(prompt or ())
-    if prompts is not None:
-        from argrpo_cli.captions import read_captions
-
-        captions += read_captions(prompts)
+    captions = [*(prompt or ()), *(read_captions(prompts) if prompts is not None else ())]
     order = Order(
         policy=policy if policy is not None else "nano-t2i" if captions else "nano-c2i",
         classes=tuple(class_ or ()),
         prompts=tuple(captions),
         n=n,
-        seed=seed,
-        sampling=Sampling(cfg_scale, temperature, top_k, top_p, cfg_interval, dtype.value),
+        seed=drawing.seed,
+        sampling=drawing.sampling,
         resize=resize,
     )
     samples = draw_samples(
-        order, out, batch_size=batch_size, device=device, text_device=text_device, npz=npz, overwrite=overwrite
+        order,
+        out,
+        batch_size=drawing.batch_size,
+        device=drawing.device,
+        text_device=drawing.text_device,
+        npz=npz,
+        overwrite=overwrite,
     )
     if samples.first:
         kept = f" ({samples.kept} were there already)" if samples.kept else ""

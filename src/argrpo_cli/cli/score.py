@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from argrpo_cli.cli.options import BatchSizeOption, DeviceOption
+from argrpo_cli.cli.options import BatchSizeOption, DeviceOption, names_in, reward_options
+from argrpo_cli.system.errors import UserError
 
 
 def score(
@@ -49,9 +50,8 @@ def score(
     """
     from argrpo_cli.images import Said
     from argrpo_cli.score import SHEET, score_images
-    from argrpo_cli.system.errors import UserError
 
-    names = [name.strip() for name in rewards.split(",") if name.strip()]
+    names = names_in(rewards)
     result = score_images(
         images,
         names,
@@ -75,34 +75,6 @@ def score(
         why = result.summary["rewards"][none[0]].get("last_error", "it gave none")
         raise UserError(f"{none[0]} scored none of the {result.summary['images']} images: {why}")
     print(f"scores{kept} in {result.folder}, best and worst in {result.folder / SHEET}")
-
-
-def reward_options(settings: list[str], names: list[str], where: str = "--rewards") -> dict[str, dict[str, object]]:
-    """`hpsv2.version=2.0` and the like as options of each reward; values are read as YAML.
-
-    Args:
-        where: the option that names the rewards.
-
-    Raises:
-        UserError: another form, a reward that is not among the names.
-    """
-    import yaml
-
-    from argrpo_cli.system.errors import UserError, did_you_mean
-
-    options: dict[str, dict[str, object]] = {}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        name, dot, option = key.rpartition(".")
-        if not (equals and dot and name and option):
-            raise UserError(f"--set {text}: expected REWARD.KEY=VALUE, such as hpsv2.version=2.0")
-        if name not in names:
-            raise UserError(f"--set {text}: {name!r} is not among {where} {','.join(names)}{did_you_mean(name, names)}")
-        try:
-            options.setdefault(name, {})[option] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {text}: {value!r} is not a value in YAML") from error
-    return options
 
 
 def _print_table(summary: dict[str, object]) -> None:

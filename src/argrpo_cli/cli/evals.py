@@ -1,0 +1,313 @@
+"""`argrpo eval`: the benchmarks, and the page of their results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from argrpo_cli.cli.options import (
+    OF_A_POLICY,
+    BaselineOption,
+    Drawing,
+    draws,
+    given,
+    names_in,
+    refuse_drawing,
+    reward_options,
+)
+from argrpo_cli.system.errors import UserError
+
+CaptionPolicyOption = Annotated[
+    str, typer.Option("--policy", help="A policy of captions: a name, a run directory, a checkpoint folder.")
+]
+ImagesOption = Annotated[
+    Path | None,
+    typer.Option("--images", help="Measure these pictures instead of a policy: a folder, or an .npz with arr_0."),
+]
+NANO_IMAGES = 2016
+DRAWBENCH_COLUMNS = "clip,hpsv2,aesthetic,deqa,imagereward,pickscore,unified-reward"
+
+
+@draws(without=("top_k", "top_p", "cfg_interval", "dtype", "text_device"))
+def nano(
+    context: typer.Context,
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", help="A policy: a name, a run directory, a checkpoint folder.  [default: nano-c2i]"),
+    ] = None,
+    baseline: BaselineOption = None,
+    n: Annotated[int | None, typer.Option("--n", help=f"Images per policy.  [default: {NANO_IMAGES}]")] = None,
+    images: ImagesOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="A file for the numbers, as JSON.")] = None,
+    *,
+    drawing: Drawing,
+) -> None:
+    """Single objects of the nano world: rendering match, fidelity, diversity and rewards.
+
+    Of a policy, alone or against a baseline with the same seeds, or of a set of finished pictures.
+    """
+    if images is not None:
+        refuse_drawing(context)
+    _check_file(out)
+    from rich.console import Console
+
+    from argrpo_cli.evals.nano_table import table
+    from argrpo_cli.system.files import write_json
+
+    if images is not None:
+        from argrpo_cli.evals.nano_images import evaluate_images
+
+        result = evaluate_images(images, batch_size=drawing.batch_size, device=drawing.device)
+    else:
+        from argrpo_cli.evals.nano import Sampling, evaluate
+
+        sampling = drawing.sampling
+        drawn = Sampling(NANO_IMAGES if n is None else n, sampling.cfg_scale, sampling.temperature, drawing.seed)
+        result = evaluate(_both(policy or "nano-c2i", baseline), drawn, drawing.batch_size, drawing.device)
+    Console().print(table(result))
+    if out is not None:
+        write_json(out, result)
+        print(f"the numbers are in {out}")
+
+
+@draws(without=("cfg_interval",))
+def geneval(
+    context: typer.Context,
+    policy: CaptionPolicyOption = "nano-t2i",
+    baseline: BaselineOption = None,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", help="Measure these pictures instead: a folder as the benchmark's scripts write it."),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "--per-prompt", help="Images per prompt.")] = 4,
+    detector: Annotated[
+        str | None,
+        typer.Option(
+            "--detector",
+            metavar="nano|mask2former|FILE|FOLDER",
+            help="Who judges: by name, the benchmark's own .pth file, or a folder of transformers' Mask2Former.  "
+            "[default: nano for a policy of the nano world, else mask2former]",
+        ),
+    ] = None,
+    colors: Annotated[
+        Path | None,
+        typer.Option("--colors", help="A local file of OpenAI's CLIP ViT-L/14 in open_clip's layout, for colours."),
+    ] = None,
+    detector_batch_size: Annotated[
+        int, typer.Option("--detector-batch-size", min=1, help="Images in Mask2Former at a time.")
+    ] = 8,
+    out: Annotated[Path, typer.Option("--out", help="Folder for images, verdicts and numbers.")] = Path("geneval"),
+    *,
+    drawing: Drawing,
+) -> None:
+    """GenEval: objects, counts, colours and positions that a caption names.
+
+    The nano prompts for a policy of the nano world, else the benchmark's 553. Interrupted, the same command goes on
+    where it stopped.
+    """
+    if images is not None:
+        refuse_drawing(context)
+    from rich.console import Console
+
+    from argrpo_cli.evals.geneval import MASK2FORMER, GenEvalSettings, judge_folder, run_geneval
+    from argrpo_cli.evals.geneval_table import table
+
+    judge = {"colors": colors, "detector_batch_size": detector_batch_size}
+    shared = (drawing.batch_size, drawing.device)
+    if images is not None:
+        result = judge_folder(images, out, *shared, detector=detector or MASK2FORMER, **judge)
+    else:
+        one = drawing.sampling
+        settings = GenEvalSettings(
+            n, one.cfg_scale, one.temperature, drawing.seed, None, one.top_k, one.top_p, one.dtype
+        )
+        policies, text_device = _both(policy, baseline), drawing.text_device
+        result = run_geneval(policies, out, settings, *shared, detector=detector, text_device=text_device, **judge)
+    if result is None:  # the first of several processes tells
+        return
+    Console().print(table(result))
+    failed = " and the failures as a picture (failures.png)" if (out / "failures.png").is_file() else ""
+    print(f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
+
+
+@draws(without=("cfg_interval", "text_device"))
+def imagenet(
+    context: typer.Context,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="A policy of classes: a name, a run directory, a checkpoint folder.")
+    ] = None,
+    baseline: BaselineOption = None,
+    images: ImagesOption = None,
+    reference: Annotated[
+        str,
+        typer.Option(
+            "--reference",
+            metavar="adm-256|PATH",
+            help="ADM's batch (fetched, 2 GB), a folder of pictures, an .npz of images or of statistics, or both.",
+        ),
+    ] = "adm-256",
+    n: Annotated[int, typer.Option("--n", "--total", help="Images per policy.")] = 50_000,
+    resize: Annotated[
+        int | None,
+        typer.Option(
+            "--resize", help="Pixels a side of a policy's images before Inception.  [default: 256 for larger ones]"
+        ),
+    ] = None,
+    inception: Annotated[
+        Path | None, typer.Option("--inception", help="Inception's weights as a file.  [default: fetched]")
+    ] = None,
+    keep_images: Annotated[bool, typer.Option("--keep-images", help="Keep the pictures that a policy draws.")] = False,
+    keep_features: Annotated[bool, typer.Option("--keep-features", help="Keep Inception's features.")] = False,
+    statistics: Annotated[
+        Path | None,
+        typer.Option("--save-statistics", help="A file for the reference's statistics, as ADM's files have them."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the numbers, and what is kept.")] = Path("imagenet"),
+    *,
+    drawing: Drawing,
+) -> None:
+    """ImageNet's measures: IS, FID, sFID, precision and recall as ADM's evaluator computes them.
+
+    Of a policy, alone or against a baseline with the same seeds, or of finished pictures. Interrupted, the same command
+    goes on where it stopped; `torchrun --nproc_per_node=2 -m argrpo_cli eval imagenet ...` splits the work.
+    """
+    if images is not None:
+        refuse_drawing(context)
+    if policy is None and images is None and (statistics is None or given(context, OF_A_POLICY)):
+        raise UserError("nothing to measure; give --policy, such as c2i-b-256, or --images")
+    _check_file(statistics)
+    from rich.console import Console
+
+    if policy is None and images is None:
+        from argrpo_cli.evals.imagenet import save_reference_statistics
+
+        if save_reference_statistics(reference, statistics, inception, drawing.batch_size, drawing.device):
+            print(f"the statistics of {reference} are in {statistics}")
+        return
+    from argrpo_cli.evals.imagenet import ImagenetSettings, run_imagenet
+    from argrpo_cli.evals.imagenet_table import table
+
+    complaints, one = Console(stderr=True), drawing.sampling
+    result = run_imagenet(
+        _both(policy, baseline) if policy is not None else [],
+        images,
+        out,
+        ImagenetSettings(n, one.cfg_scale, one.temperature, one.top_k, one.top_p, drawing.seed, one.dtype, resize),
+        reference=reference,
+        inception=inception,
+        batch_size=drawing.batch_size,
+        device=drawing.device,
+        keep_images=keep_images,
+        keep_features=keep_features,
+        statistics=statistics,
+        warn=lambda text: complaints.print(
+            f"WARNING: {text}", style="bold yellow", markup=False, highlight=False, soft_wrap=True
+        ),
+    )
+    if result is None:
+        return
+    Console().print(table(result))
+    print(f"figures, warnings and protocol are in {out / 'summary.json'}")
+
+
+@draws(without=("top_k", "top_p", "cfg_interval", "text_device"), batch_size=32)
+def drawbench(
+    policy: CaptionPolicyOption = "t2i-xl-256",
+    baseline: BaselineOption = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            "--prompts",
+            metavar="FILE|NAME",
+            help="A .txt, .jsonl, .csv, .tsv or .json file, a data set of the hub, or bundled captions such as nano.",
+        ),
+    ] = "sayakpaul/drawbench",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many prompts, for a trial.")] = None,
+    columns: Annotated[
+        str, typer.Option("--columns", help="Names of rewards with commas between them.")
+    ] = DRAWBENCH_COLUMNS,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="REWARD.KEY=VALUE", help="An option of a reward, such as deqa.url=http://...; repeatable."
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "--per-prompt", help="Images per prompt.")] = 5,
+    out: Annotated[Path, typer.Option("--out", help="Folder for images, scores and numbers.")] = Path("drawbench"),
+    *,
+    drawing: Drawing,
+) -> None:
+    """DrawBench: reward models over 200 prompts with five images each, beside table 4 of the paper.
+
+    Interrupted, the same command goes on where it stopped; other --columns of the same images go to the same --out.
+    """
+    from rich.console import Console
+
+    from argrpo_cli.evals.drawbench import run_drawbench, table
+    from argrpo_cli.evals.drawbench_images import Drawing as Settings
+    from argrpo_cli.evals.drawbench_prompts import read_prompts
+
+    names, one = names_in(columns), drawing.sampling
+    result = run_drawbench(
+        _both(policy, baseline),
+        read_prompts(prompts, limit),
+        out,
+        names,
+        Settings(n, one.cfg_scale, one.temperature, drawing.seed, one.dtype),
+        reward_options(settings or [], names, "--columns"),
+        drawing.batch_size,
+        drawing.device,
+    )
+    if result is None:  # the first of several processes tells
+        return
+    Console().print(table(result))
+    for warning in result["warnings"]:
+        print(f"WARNING: {warning}")
+    print(f"images, scores and summary.json in {out}")
+
+
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULTS...",
+            help="What eval nano --out wrote, summary.json of eval imagenet, geneval and drawbench, entropy.jsonl, or "
+            "folders of such files.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The page: a name that ends in .md or .html.")] = Path("report.md"),
+) -> None:
+    """Result files as one page: base, trained, difference, and the paper's numbers below."""
+    from argrpo_cli.evals.report import read_results
+    from argrpo_cli.evals.report_page import CONFLICT, write_report
+
+    sections = write_report(read_results(results), out)
+    notes = 0
+    for section in sections:
+        notes += len(section.warnings)
+        for warning in section.warnings:
+            if warning.startswith(CONFLICT):
+                print(f"{section.title}: {warning}")
+    remarks = f", with {notes} {'note' if notes == 1 else 'notes'}" if notes else ""
+    print(f"{len(sections)} {'table' if len(sections) == 1 else 'tables'} in {out}{remarks}")
+
+
+BENCHMARKS = {"nano": nano, "geneval": geneval, "imagenet": imagenet, "drawbench": drawbench, "report": report}
+
+
+def _both(policy: str, baseline: str | None) -> list[str]:
+    return [policy] if baseline is None else [policy, baseline]
+
+
+def _check_file(path: Path | None) -> None:
+    """UserError where a file that a command is to write, if any, cannot be written."""
+    if path is None:
+        return
+    from argrpo_cli.system.files import check_writable
+
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+    check_writable(path.parent)
