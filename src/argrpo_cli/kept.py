@@ -162,17 +162,26 @@ class Rows:
     Args:
         identity: what decides the rows, plain data; rows of another identity lie beside them and are left alone.
         key: what an item is known by, plain data; it changes when the item does.
+        complete: whether a row is all that can be; others are kept, and made again.
     """
 
-    def __init__(self, folder: Path, identity: Any, key: Callable[[Any], Any]):
+    def __init__(
+        self,
+        folder: Path,
+        identity: Any,
+        key: Callable[[Any], Any],
+        complete: Callable[[Any], bool] = lambda row: True,
+    ):
         self.folder = folder / digest(identity)
         self.key = lambda item: json.dumps(key(item), ensure_ascii=False)
+        self.complete = complete
         self._known: dict[str, Any] = {}
         self._files: set[str] = set()
 
     def missing(self, batch: Sequence[Any]) -> list[int]:
         self._refresh()
-        return [place for place, item in enumerate(batch) if self.key(item) not in self._known]
+        rows = [self._known.get(self.key(item)) for item in batch]
+        return [place for place, row in enumerate(rows) if row is None or not self.complete(row)]
 
     def write(self, batch: Sequence[Any], made: Sequence[Any]) -> None:
         """Keep a row for each item; None for one that has none yet."""
@@ -190,12 +199,14 @@ class Rows:
     def remove(self) -> None:
         """Take the files away, and the folders that are empty then."""
         _remove(self.folder, "*.jsonl")
+        _remove_empty(self.folder.parent)
 
     def _refresh(self) -> None:
         for path in sorted(self.folder.glob("*.jsonl")):
             if path.name not in self._files and not path.name.startswith("."):
                 self._files.add(path.name)
-                self._known |= {line["key"]: line["row"] for line in read_jsonl(path)}
+                rows = {line["key"]: line["row"] for line in read_jsonl(path)}
+                self._known |= {key: row for key, row in rows.items() if key not in self._known or self.complete(row)}
 
 
 class Tensors:
@@ -243,6 +254,10 @@ def digest(value: Any) -> str:
 def _remove(folder: Path, pattern: str) -> None:
     for path in [*folder.glob(pattern), *folder.glob(f".tmp-{pattern}")]:  # the last are of a killed process
         path.unlink(missing_ok=True)
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -5,33 +5,22 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import math
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from argrpo_cli.images import Item, Said, find_items
-from argrpo_cli.shapes import Condition
+from argrpo_cli.kept import Rows, in_batches, kept
+from argrpo_cli.shapes import Column, Condition, Result, Value
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import (
-    cannot_write,
-    check_writable,
-    make_dir,
-    save_png,
-    write_json,
-    write_jsonl,
-    write_text,
-)
-from argrpo_cli.system.progress import progress
+from argrpo_cli.system.files import check_writable, make_dir, save_png, write_jsonl, write_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,17 +28,17 @@ if TYPE_CHECKING:
     from argrpo_cli.rewards import RewardSet
 
 SCORES, TABLE, SUMMARY, SHEET = "scores.jsonl", "scores.csv", "summary.json", "best_worst.png"
-PARTIAL = "scores.partial.jsonl"  # of a job that has not ended
+PARTIAL = "scores.partial"  # of a job that has not ended, or has no score for some images
 SHEET_COLUMNS, THUMBNAIL = 8, 128
 READERS = 8  # threads that decode images
-MOST_NUMBERS = 2**28  # bytes of images at a time, however many
+MOST_BYTES = 2**28  # of images at a time, however many
 
 
 @dataclass(frozen=True)
-class ScoringResult:
-    """The summary as written, the folder it is in, how many images had been scored before, and a remark (or "")."""
+class Scored:
+    """The result as written, the folder it is in, how many images had been scored before, and a remark (or "")."""
 
-    summary: dict[str, Any]
+    result: Result
     folder: Path
     kept: int
     note: str
@@ -64,14 +53,14 @@ def score_images(
     out: Path | None = None,
     batch_size: int = 64,
     device: str = "auto",
-    show_progress: bool = False,
-) -> ScoringResult:
+) -> Scored:
     """Score images; scores.jsonl, scores.csv, summary.json and best_worst.png go to `out`.
 
-    Scores are raw, in each reward's own unit. Scores of an interrupted call with the same rewards and images are kept.
+    Scores are raw, in each reward's own unit. Scores of an interrupted call with the same rewards and images are kept,
+    and images that lack one are asked again.
 
     Args:
-        sources: a folder, an .npz, or image files; see `score_items.find_items`.
+        sources: a folder, an .npz, or image files; see `images.find_items`.
         said: what the images should show, where nothing beside them says it.
         options: name of a reward to options of its own.
         out: by default the folder of the images, or one beside the .npz.
@@ -85,8 +74,8 @@ def score_images(
     for name in rewards:
         if rewards.count(name) > 1:
             raise UserError(f"--rewards names {name!r} twice")
-    found = find_items(sources, said or Said())
-    items, target = found.items, out or found.folder
+    images = find_items(sources, said or Said())
+    items, target = images.items, out or images.folder
     check_writable(target)
     from argrpo_cli.rewards import load_rewards
     from argrpo_cli.system.devices import resolve_device
@@ -94,30 +83,47 @@ def score_images(
     reward_set = load_rewards(list(rewards), resolve_device(device), options)
     _check_conditions(reward_set, items)
     with _alone_in(target):
-        journal = _Journal(target, _identity(rewards, options or {}))
-        kept = sum(journal.scores(item) is not None for item in items)
-        try:
-            with progress("scoring", len(items)) if show_progress else nullcontext(lambda count: None) as advance:
-                _score(reward_set, items, journal, batch_size, advance)
-        finally:
-            journal.close()
-        columns = {name: [journal.scores(item)[name] for item in items] for name in rewards}
-        summary = _summary(str(sources[0] if len(sources) == 1 else found.folder), reward_set, columns)
-        rows = [_row(item, {name: columns[name][index] for name in rewards}) for index, item in enumerate(items)]
+        store = Rows(
+            target / PARTIAL, reward_set.identity(options), _key, complete=lambda row: None not in row.values()
+        )
+        before = score_items(reward_set, items, store, batch_size)
+        scores = store.read(items)
+        columns = {name: [row[name] for row in scores] for name in rewards}
+        result = _result(str(sources[0] if len(sources) == 1 else images.folder), reward_set, columns)
+        rows = [_row(item, row) for item, row in zip(items, scores, strict=True)]
         write_jsonl(make_dir(target) / SCORES, rows)
         write_text(target / TABLE, _csv(rows, list(rewards)))
         save_png(target / SHEET, best_and_worst(items, columns))
-        write_json(target / SUMMARY, summary)
-        if all(None not in column for column in columns.values()):
-            journal.remove()  # otherwise the same call asks again for what is missing
+        result.save(target / SUMMARY)
+        if not result.warnings:
+            store.remove()  # otherwise the same call asks again for what is missing
     uses_prompt = any(reward_set.entries[name].reads_prompt for name in rewards)
-    return ScoringResult(summary, target, kept, found.note if uses_prompt else "")
+    return Scored(result, target, before, images.note if uses_prompt else "")
+
+
+def score_items(reward_set: RewardSet, items: Sequence[Item], store: Rows, batch_size: int) -> int:
+    """Score what the store has no complete row for, {reward: score or None} of each image; how many it had before."""
+    import torch
+
+    def make(batch: Sequence[Item]) -> list[dict[str, float | None]]:
+        rows: list[dict[str, float | None]] = []
+        for run, pixels in _runs(batch):
+            conditions = [item.condition or Condition("") for item in run]
+            scores = reward_set.score(torch.from_numpy(pixels), conditions, batch_size=batch_size)
+            table = zip(*(scores[name].tolist() for name in reward_set.names), strict=True)
+            values = ([None if math.isnan(score) else score for score in row] for row in table)
+            rows += [dict(zip(reward_set.names, row, strict=True)) for row in values]
+        return rows
+
+    return kept(items, make, store, batch_size=batch_size, label="scoring", whole=False)
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keep a second `argrpo score` of this machine from writing to a folder; UserError when one does already."""
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    from filelock import FileLock, Timeout
+
     lock = FileLock(Path(tempfile.gettempdir()) / f"argrpo-score-{digest}.lock")  # the folder need not be there yet
     try:
         with lock.acquire(timeout=0):
@@ -126,14 +132,37 @@ def _alone_in(folder: Path) -> Iterator[None]:
         raise UserError(f"another `argrpo score` writes to {folder}; wait for it, or choose another --out") from error
 
 
-def _summary(source: str, reward_set: RewardSet, columns: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
-    """What summary.json holds: for each reward its statistics and, where scores are missing, why the latest is."""
-    rewards = {}
+def _result(source: str, reward_set: RewardSet, columns: Mapping[str, Sequence[float | None]]) -> Result:
+    """What summary.json holds: each reward's mean, and its range and what is missing of it in the protocol."""
+    values, rewards, warnings = {}, {}, []
     for name, column in columns.items():
-        rewards[name] = {"family": reward_set.family[name], **_statistics(column)}
-        if name in reward_set.last_error:
-            rewards[name]["last_error"] = reward_set.last_error[name]
-    return {"images": len(next(iter(columns.values()))), "folder": source, "rewards": rewards}
+        scores = [score for score in column if score is not None]
+        values[name] = _mean(scores)
+        rewards[name] = {"family": reward_set.family[name]}
+        rewards[name] |= {"min": min(scores, default=None), "max": max(scores, default=None)}
+        if missing := len(column) - len(scores):
+            why = reward_set.last_error.get(name, "it said no more")
+            rewards[name] |= {"missing": missing, "last_error": why}
+            warnings.append(f"{name} has no score for {missing} images (the latest: {why})")
+    return Result(
+        benchmark="score",
+        columns={
+            name: Column(name, better="higher", digits=4, group=family) for name, family in reward_set.family.items()
+        },
+        rows={source: values},
+        protocol={"images": len(next(iter(columns.values()))), "rewards": rewards},
+        warnings=warnings,
+    )
+
+
+def _mean(scores: Sequence[float]) -> Value:
+    """The mean with its standard error, which a single image has not."""
+    count = len(scores)
+    if not count:
+        return Value(None, count=0)
+    mean = math.fsum(scores) / count
+    variance = math.fsum((score - mean) ** 2 for score in scores) / (count - 1) if count > 1 else math.nan
+    return Value(mean, math.sqrt(variance / count), count)
 
 
 def best_and_worst(items: Sequence[Item], columns: Mapping[str, Sequence[float | None]]) -> Image.Image:
@@ -163,77 +192,6 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
     return np.asarray(square).transpose(2, 0, 1)
 
 
-class _Journal:
-    """Scores on disk while a job runs: one line for each image, after a first line that says which job it is."""
-
-    def __init__(self, folder: Path, identity: dict[str, Any]):
-        self.path, self.identity = folder / PARTIAL, json.loads(json.dumps(identity))
-        self._known: dict[str, dict[str, float | None]] = {}
-        self._file: io.TextIOWrapper | None = None
-        lines = self.path.read_text("utf-8", "replace").splitlines() if self.path.is_file() else []
-        rows = [row for row in map(_parsed, lines) if row is not None]
-        self.continues = bool(rows) and rows[0] == self.identity
-        if self.continues:
-            whole = (row for row in rows[1:] if "key" in row and None not in row["scores"].values())
-            self._known = {row["key"]: row["scores"] for row in whole}
-
-    def scores(self, item: Item) -> dict[str, float | None] | None:
-        """What is known of an image, None where it must be scored."""
-        return self._known.get(self._key(item))
-
-    def add(self, items: Sequence[Item], columns: Mapping[str, Sequence[float | None]]) -> None:
-        """Note the scores of some images, on disk when this returns."""
-        try:
-            if self._file is None:
-                make_dir(self.path.parent)
-                self._file = open(self.path, "a" if self.continues else "w", encoding="utf-8")  # noqa: SIM115
-                # A line that was cut off ends here.
-                self._file.write("\n" if self.continues else json.dumps(self.identity) + "\n")
-            for index, item in enumerate(items):
-                scores = {name: column[index] for name, column in columns.items()}
-                self._known[self._key(item)] = scores
-                self._file.write(json.dumps({"key": self._key(item), "scores": scores}) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-    @staticmethod
-    def _key(item: Item) -> str:
-        said = [item.condition.prompt, item.condition.class_id] if item.condition else None
-        return json.dumps([item.file, item.stamp, said])
-
-
-def _identity(rewards: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What decides the scores of an image: the rewards, their options, files these name, and code of one's own."""
-    from argrpo_cli.rewards import REWARDS
-    from argrpo_cli.rewards.custom import source_digest
-
-    files = {}
-    for value in (value for given in options.values() for value in given.values()):
-        if isinstance(value, str) and value and Path(value).is_file():
-            status = Path(value).stat()
-            files[value] = f"{status.st_size} {status.st_mtime_ns}"
-    own = {name: source_digest(name) for name in rewards if ":" in name and name not in REWARDS}
-    return {"rewards": list(rewards), "options": options, "files": files, "code": own}
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
-
-
 def _check_conditions(reward_set: RewardSet, items: Sequence[Item]) -> None:
     without = next((item for item in items if item.condition is None), None)
     if without is not None:
@@ -245,40 +203,25 @@ def _check_conditions(reward_set: RewardSet, items: Sequence[Item]) -> None:
     reward_set.check([item.condition for item in items if item.condition is not None])
 
 
-def _score(
-    reward_set: RewardSet, items: Sequence[Item], journal: _Journal, batch_size: int, advance: Callable[[int], None]
-) -> None:
-    """Score what the journal does not know; images are read batch by batch."""
-    import torch
-
-    left = [item for item in items if journal.scores(item) is None]
-    advance(len(items) - len(left))
-    for batch, pixels in _batches(left, batch_size):
-        conditions = [item.condition or Condition("") for item in batch]
-        scores = reward_set.score(torch.from_numpy(pixels), conditions, batch_size=batch_size)
-        told = {name: [None if math.isnan(x) else x for x in scores[name].tolist()] for name in reward_set.names}
-        journal.add(batch, told)
-        advance(len(batch))
-
-
-def _batches(items: Sequence[Item], batch_size: int) -> Iterator[tuple[list[Item], np.ndarray]]:
-    """Runs of images of one size, at most `batch_size` long, as uint8 [B, 3, H, W]."""
-    batch: list[Item] = []
+def _runs(items: Sequence[Item]) -> Iterator[tuple[list[Item], np.ndarray]]:
+    """Runs of images of one size, of at most `MOST_BYTES`, as uint8 [B, 3, H, W]."""
+    run: list[Item] = []
     pixels: list[np.ndarray] = []
     with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(items), READERS):
-            part = items[start : start + READERS]
+        for part in in_batches(items, READERS):
             one_by_one = len({item.stamp for item in part}) < len(part)  # of one file, which is read in order
             images = [item.read() for item in part] if one_by_one else pool.map(lambda item: item.read(), part)
             for item, image in zip(part, images, strict=True):
-                full = len(batch) == batch_size or (len(batch) + 1) * image.size > MOST_NUMBERS
-                if batch and (full or image.shape != pixels[0].shape):
-                    yield batch, np.stack(pixels)
-                    batch, pixels = [], []
-                batch.append(item)
+                if run and (image.shape != pixels[0].shape or (len(run) + 1) * image.size > MOST_BYTES):
+                    yield run, np.stack(pixels)
+                    run, pixels = [], []
+                run.append(item)
                 pixels.append(image)
-    if batch:
-        yield batch, np.stack(pixels)
+    yield run, np.stack(pixels)
+
+
+def _key(item: Item) -> list[Any]:
+    return [item.file, item.stamp, item.condition and [item.condition.prompt, item.condition.class_id]]
 
 
 def _row(item: Item, scores: dict[str, float | None]) -> dict[str, Any]:
@@ -293,21 +236,3 @@ def _csv(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     for row in rows:
         writer.writerow([row["file"], row.get("prompt"), row.get("class_id"), *(row["scores"][name] for name in names)])
     return text.getvalue()
-
-
-def _statistics(scores: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean, its standard error (None for a single image), minimum and maximum, and how many are missing if any are."""
-    values = [score for score in scores if score is not None]
-    missing = {"missing": len(scores) - len(values)} if len(values) < len(scores) else {}
-    if not values:
-        return {"mean": None, "standard_error": None, "min": None, "max": None, **missing}
-    count = len(values)
-    mean = math.fsum(values) / count
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1) if count > 1 else None
-    return {
-        "mean": mean,
-        "standard_error": math.sqrt(variance / count) if variance is not None else None,
-        "min": min(values),
-        "max": max(values),
-        **missing,
-    }

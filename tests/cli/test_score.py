@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -16,6 +15,7 @@ from argrpo_cli.cli.app import run
 from argrpo_cli.images import prompt_from_file_name
 from argrpo_cli.rewards import REWARDS, load_rewards
 from argrpo_cli.rewards.custom import find_function
+from argrpo_cli.shapes import Result, Value
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, write_jsonl
 
@@ -31,6 +31,9 @@ class Rewards:
 
     def check(self, conditions):
         """They judge any condition."""
+
+    def identity(self, options=None):
+        return {name: dict((options or {}).get(name, {})) for name in self.names}
 
     def score(self, images, conditions, batch_size=64):
         assert images.dtype == torch.uint8 and images.shape[1] == 3
@@ -71,12 +74,12 @@ def test_scores_and_their_statistics(folder, capsys):
     rows = read_jsonl(folder / "scores.jsonl")
     assert [row["file"] for row in rows] == ["dog-0.png", "dog-1.png", "dog-2.png"]
     assert [row["scores"]["bright"] for row in rows] == [10, 20, 60]
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["images"] == 3
+    result = Result.load(folder / "summary.json")
     error = math.sqrt((400 + 100 + 900) / 2 / 3)
-    assert summary["rewards"]["bright"] == {
-        "family": "quality", "mean": 30, "standard_error": pytest.approx(error), "min": 10, "max": 60,
-    }  # fmt: skip
+    value = result.rows[str(folder)]["bright"]
+    assert (value.value, value.error, value.count) == (30, pytest.approx(error), 3)
+    assert (result.benchmark, result.columns["bright"].group) == ("score", "quality")
+    assert result.protocol == {"images": 3, "rewards": {"bright": {"family": "quality", "min": 10, "max": 60}}}
     out = capsys.readouterr().out
     for text in ("bright", "30.0000", f"{error:.4f}", "10.0000", "60.0000", str(folder / "scores.jsonl")[:20]):
         assert text in out
@@ -85,8 +88,7 @@ def test_scores_and_their_statistics(folder, capsys):
 def test_one_image_has_no_standard_error(tmp_path, capsys):
     _save(tmp_path / "a.png", 5)
     assert run(["score", str(tmp_path), "--rewards", "bright"]) == 0
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["rewards"]["bright"]["standard_error"] is None
+    assert Result.load(tmp_path / "summary.json").rows[str(tmp_path)]["bright"] == Value(5, None, 1)
 
 
 def test_metadata_says_what_is_scored_and_what_it_shows(folder):
@@ -146,7 +148,7 @@ def test_images_of_any_kind_and_size_are_scored_as_rgb_in_batches(tmp_path, rewa
     _save(tmp_path / "grid.png", 99)
     assert run(["score", str(tmp_path), "--rewards", "bright", "--batch-size", "3"]) == 0
     assert [row["scores"]["bright"] for row in read_jsonl(tmp_path / "scores.jsonl")] == [10, 20, 30, 255]
-    assert rewards[0].batches == [(2, 3, 4, 4), (2, 3, 6, 6)]
+    assert rewards[0].batches == [(2, 3, 4, 4), (1, 3, 6, 6), (1, 3, 6, 6)]
 
 
 def test_the_scores_can_go_elsewhere(folder, tmp_path):
@@ -314,17 +316,18 @@ def test_the_table_and_the_sheet(folder):
 
 def test_missing_scores_are_told_and_left_out_of_the_statistics(folder, rewards, capsys, monkeypatch):
     def score(self, images, conditions, batch_size=64):
-        self.last_error = {"bright": "the server said 500"}
+        self.last_error = {"bright": "no answer"}
         return {"bright": torch.tensor([1.0, float("nan"), 3.0])}
 
     monkeypatch.setattr(Rewards, "score", score)
     assert run(["score", str(folder), "--rewards", "bright"]) == 0
     assert [row["scores"]["bright"] for row in read_jsonl(folder / "scores.jsonl")] == [1, None, 3]
-    told = json.loads((folder / "summary.json").read_text())["rewards"]["bright"]
-    assert (told["mean"], told["missing"], told["last_error"]) == (2, 1, "the server said 500")
-    assert (folder / "scores.partial.jsonl").exists(), "the same call asks again for what is missing"
-    out = " ".join(capsys.readouterr().out.split())
-    assert "bright has no score for 1 images (the latest: the server said 500)" in out
+    result = Result.load(folder / "summary.json")
+    warning = "bright has no score for 1 images (the latest: no answer)"
+    row = result.protocol["rewards"]["bright"]
+    assert (result.rows[str(folder)]["bright"].value, row["missing"], row["last_error"]) == (2, 1, "no answer")
+    assert (folder / "scores.partial").exists(), "the same call asks again for what is missing"
+    assert result.warnings == [warning] and warning in " ".join(capsys.readouterr().out.split())
 
 
 # --- interruption ---
@@ -342,14 +345,12 @@ def test_an_interrupted_job_keeps_its_scores(folder, rewards, monkeypatch, fails
     monkeypatch.setattr(Rewards, "score", stops)
     assert "the judge is gone" in fails(*arguments)
     assert _no_scores(folder)
-    with open(folder / "scores.partial.jsonl", "a") as partial:
-        partial.write('{"key": "[\\"dog-2')  # cut off by the power
     monkeypatch.setattr(Rewards, "score", score)
     assert run(arguments) == 0
     assert len(rewards[-1].batches) == 1, "only the one that was missing"
     assert "(2 were scored before)" in " ".join(capsys.readouterr().out.split())
     assert [row["scores"]["bright"] for row in read_jsonl(folder / "scores.jsonl")] == [10, 20, 60]
-    assert not (folder / "scores.partial.jsonl").exists()
+    assert not (folder / "scores.partial").exists()
 
 
 @pytest.mark.parametrize("change", ["rewards", "picture", "prompt", "options"])
@@ -390,7 +391,7 @@ def test_what_is_missing_is_asked_for_again(folder, rewards, monkeypatch):
     )
     for missing in (1, 0):
         assert run(["score", str(folder), "--rewards", "bright"]) == 0
-        assert (folder / "scores.partial.jsonl").exists() == bool(missing)
+        assert (folder / "scores.partial").exists() == bool(missing)
     assert [row["scores"]["bright"] for row in read_jsonl(folder / "scores.jsonl")] == [1, 2, 3]
 
 

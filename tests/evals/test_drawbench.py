@@ -306,7 +306,7 @@ def test_argrpo_score_reads_the_pictures(policies, tmp_path):
     result = measure(policies[:1], tmp_path / "o", ["clip"])
     (name,) = result["policies"]
     scored = score_images([tmp_path / "o" / name / "images"], ["nano-clip"], out=tmp_path / "s", device="cpu")
-    assert scored.summary["images"] == 6
+    assert scored.result.protocol["images"] == 6
     assert [row["prompt"] for row in read_jsonl(tmp_path / "s" / "scores.jsonl")][::2] == list(PROMPTS.prompts)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from argrpo_cli.cli.options import BatchSizeOption, DeviceOption, names_in, reward_options
 from argrpo_cli.system.errors import UserError
+
+if TYPE_CHECKING:
+    from argrpo_cli.shapes import Result
 
 
 def score(
@@ -52,7 +55,7 @@ def score(
     from argrpo_cli.score import SHEET, score_images
 
     names = names_in(rewards)
-    result = score_images(
+    scored = score_images(
         images,
         names,
         said=Said(prompt, class_, prompts),
@@ -60,36 +63,29 @@ def score(
         out=out,
         batch_size=batch_size,
         device=device,
-        show_progress=True,
     )
-    _print_table(result.summary)
-    for name, row in result.summary["rewards"].items():
-        if row.get("missing"):
-            told = row.get("last_error", "it said no more")
-            print(f"{name} has no score for {row['missing']} images (the latest: {told})")
-    if result.note:
-        print(result.note)
-    kept = f" ({result.kept} were scored before)" if result.kept else ""
-    none = [name for name, row in result.summary["rewards"].items() if row["mean"] is None]
-    if none:
-        why = result.summary["rewards"][none[0]].get("last_error", "it gave none")
-        raise UserError(f"{none[0]} scored none of the {result.summary['images']} images: {why}")
-    print(f"scores{kept} in {result.folder}, best and worst in {result.folder / SHEET}")
+    _print_table(scored.result)
+    for remark in (*scored.result.warnings, scored.note):
+        if remark:
+            print(remark)
+    for name, row in scored.result.protocol["rewards"].items():
+        if row["min"] is None:
+            count = scored.result.protocol["images"]
+            raise UserError(f"{name} scored none of the {count} images: {row['last_error']}")
+    kept = f" ({scored.kept} were scored before)" if scored.kept else ""
+    print(f"scores{kept} in {scored.folder}, best and worst in {scored.folder / SHEET}")
 
 
-def _print_table(summary: dict[str, object]) -> None:
+def _print_table(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{summary['images']} images, raw scores")
-    table.add_column("reward")
-    table.add_column("family")
+    table = Table("reward", "family", title=f"{result.protocol['images']} images, raw scores")
     for heading in ("mean", "std. error", "min", "max"):
         table.add_column(heading, justify="right")
-    for name, row in summary["rewards"].items():
-        if row["mean"] is None:
-            table.add_row(name, row["family"], *["–"] * 4)
-            continue
-        error = "–" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
-        table.add_row(name, row["family"], f"{row['mean']:.4f}", error, f"{row['min']:.4f}", f"{row['max']:.4f}")
+    (values,) = result.rows.values()
+    for name, value in values.items():
+        row = result.protocol["rewards"][name]
+        numbers = (value.value, value.error, row["min"], row["max"])
+        table.add_row(name, row["family"], *("–" if one is None else f"{one:.4f}" for one in numbers))
     Console().print(table)
