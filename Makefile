@@ -58,11 +58,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 bench: install
-	$(BIN)/python -m argrpo_cli.bench.nano
-	$(BIN)/python -m argrpo_cli.bench.sampler
-	$(BIN)/python -m argrpo_cli.bench.rewards
-	$(BIN)/python -m argrpo_cli.bench.train
-	$(BIN)/python -m argrpo_cli.bench.eval
+	@for name in nano sampler rewards train eval; do $(BIN)/python -m argrpo_cli.bench $$name || exit; done
 
 nano: install
 	$(BIN)/python -m argrpo_cli.nano.make.build --install

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from argrpo_cli.bench import eval as bench_eval
 from argrpo_cli.bench import sampler as bench_sampler
 from argrpo_cli.bench import train as bench_train
+from argrpo_cli.bench.__main__ import main
 from argrpo_cli.policy.llamagen.config import SIZES
+from argrpo_cli.system.errors import UserError
 from tests.goldens import cases, golden_model, tensors
 
 
@@ -31,9 +34,14 @@ def test_the_reference_draws_the_published_tokens():
 
 def test_the_table_has_the_reference_the_ratio_and_the_floor(monkeypatch, capsys):
     monkeypatch.setitem(SIZES, "B", SIZES["B"] | {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1})
-    bench_sampler.main(["--batch-size", "1", "--dtypes", "float32", "--device", "cpu"])
+    main(["sampler", "--batch-size", "1", "--dtypes", "float32", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "reference" in printed and "floor" in printed and "float32" in printed and "MiB" in printed
+
+
+def test_a_benchmark_that_is_none_is_told():
+    with pytest.raises(UserError, match=r"no benchmark 'smapler'; there are nano, .*did you mean 'sampler'"):
+        main(["smapler"])
 
 
 def test_a_training_step_is_measured_in_every_way(tmp_path, capsys):

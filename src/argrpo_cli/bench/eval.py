@@ -1,4 +1,4 @@
-"""What `argrpo eval imagenet` costs, stage by stage, and against torch-fidelity: `python -m argrpo_cli.bench.eval`.
+"""What `argrpo eval imagenet` costs, stage by stage, and against torch-fidelity: `python -m argrpo_cli.bench eval`.
 
 - time and memory of precision and recall on random features. The full size (50,000 against 10,000) takes minutes on a
   few cores, so by default two smaller ones tell the exponent; `--full` measures it;
@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from argrpo_cli.bench.nano import measure
+from argrpo_cli.bench import machine, measure
 from argrpo_cli.evals.fidelity import precision_recall
 from argrpo_cli.networks.inception import POOL_WIDTH, load_inception
 from argrpo_cli.policy import load_policy
@@ -44,7 +43,7 @@ TOLERANCE = 1e-4  # relative, of IS and FID
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench.eval", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench eval", description=__doc__)
     parser.add_argument(
         "--images", type=int, help=f"pictures in the comparison  [default: {IMAGES_CPU}, on a GPU {IMAGES_GPU}]"
     )
@@ -57,8 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = resolve_device(options.device)
     images = options.images or (IMAGES_GPU if device.startswith("cuda") else IMAGES_CPU)
-    threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
-    print(f"{platform.machine()}, {device}, {threads}, torch {torch.__version__}", flush=True)
+    print(machine(device), flush=True)
     manifolds([FULL_SIZE] if options.full else SMALL_SIZES, device)  # first, for its peak of memory
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -213,7 +211,3 @@ def _peak_memory() -> int:
     """Of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-if __name__ == "__main__":
-    main()

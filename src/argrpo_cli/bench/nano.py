@@ -1,4 +1,4 @@
-"""Speed of the nano policy on this machine: `python -m argrpo_cli.bench.nano` (or `make bench`).
+"""Speed of the nano policy on this machine: `python -m argrpo_cli.bench nano`.
 
 Prints images per second of sampling with and without the key-value cache, measured in turns in one process so
 that their ratio means something on a busy machine, and where the time of a sampled image goes.
@@ -7,13 +7,10 @@ that their ratio means something on a busy machine, and where the time of a samp
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 
+from argrpo_cli.bench import machine, measure
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.sampling import image_uniforms, inverse_cdf, sample_tokens
 from argrpo_cli.system.devices import resolve_device
@@ -21,7 +18,7 @@ from argrpo_cli.system.devices import resolve_device
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench.nano", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench nano", description=__doc__)
     parser.add_argument("--policy", default="nano-c2i")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--cfg-scale", type=float, default=2.0)
@@ -46,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     times = measure({"cached": cached, "uncached": uncached, "decode": lambda: policy.decode(tokens)}, options.repeats)
 
     batch, whole = options.batch_size, times["cached"] + times["decode"]
-    print(f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(machine(device))
     print(f"{options.policy}, batch {batch}, cfg {options.cfg_scale:g}, median of {options.repeats}")
     print(f"tokens with the cache       {batch / times['cached']:8.1f} images/s")
     print(f"tokens without the cache    {batch / times['uncached']:8.1f} images/s")
@@ -80,26 +77,3 @@ def sample_without_cache(policy: Policy, class_ids: torch.Tensor, cfg_scale: flo
     finally:
         model.guidance_scale = before
     return tokens[:, 1:]
-
-
-def measure(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each job; they take turns, so that a slow moment of the machine hits all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(repeats):
-        for name, job in jobs.items():
-            _wait_for_device()
-            start = time.perf_counter()
-            job()
-            _wait_for_device()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _wait_for_device() -> None:
-    """Kernels run behind Python's back on a GPU; time is taken when they are done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Rewards on batches against one image at a time, as the published code scores: `python -m argrpo_cli.bench.rewards`.
+"""Rewards on batches against one image at a time, as the published code scores: `python -m argrpo_cli.bench rewards`.
 
 The same networks in the same run, in turns. By default the bundled nano rewards; with `--full` CLIP ViT-B/32, HPSv2's
 ViT-H-14 and MANIQA at their real size with random weights, written to a temporary folder and opened as published ones.
@@ -7,7 +7,6 @@ ViT-H-14 and MANIQA at their real size with random weights, written to a tempora
 from __future__ import annotations
 
 import argparse
-import platform
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argrpo_cli.bench.nano import measure
+from argrpo_cli.bench import machine, measure
 from argrpo_cli.rewards import RewardSet, load_rewards
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.devices import resolve_device
@@ -28,7 +27,7 @@ FULL = ("clip", "hpsv2", "maniqa")
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print a line for each reward and one for all."""
-    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench.rewards", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench rewards", description=__doc__)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
@@ -40,8 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     size = 256 if options.full else 64
     images = torch.randint(0, 256, (options.images, 3, size, size), dtype=torch.uint8)
     conditions = [Condition("a photo of a dog") for _ in range(options.images)]
-    threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
-    print(f"{platform.machine()}, {device}, {threads}, torch {torch.__version__}")
+    print(machine(device))
     print(f"{options.images} images of {size} px, median of {options.repeats}")
     print(f"{'':16}{'one by one':>12}{'batched':>12}{'ratio':>9}")
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +79,3 @@ def random_weights(name: str, folder: Path) -> dict[str, Any]:
         build = partial(build_open_clip, {**open_clip.get_model_config("ViT-B-32-quickgelu")})
     torch.save(build().state_dict(), folder / f"{name}.pt")
     return {"weights": str(folder / f"{name}.pt")}
-
-
-if __name__ == "__main__":
-    main()

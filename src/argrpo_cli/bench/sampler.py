@@ -1,4 +1,4 @@
-"""The sampler at a published size against LlamaGen's own algorithm: `python -m argrpo_cli.bench.sampler`.
+"""The sampler at a published size against LlamaGen's own algorithm: `python -m argrpo_cli.bench sampler`.
 
 Random weights of a published geometry; time and memory do not depend on the values. These are timed in turns in one
 process:
@@ -16,10 +16,8 @@ are the floor's time by argrpo's.
 from __future__ import annotations
 
 import argparse
-import platform
 import resource
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -29,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from argrpo_cli.bench.nano import measure
+from argrpo_cli.bench import machine, measure
 from argrpo_cli.policy.llamagen.config import SIZES, published_config
 from argrpo_cli.policy.llamagen.modeling import Attention, KeyValue, LlamaGenForImageGeneration, RMSNorm
 from argrpo_cli.policy.llamagen.packing import packed_linears
@@ -40,7 +38,7 @@ from argrpo_cli.system.devices import resolve_device
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print a table for every precision."""
-    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench.sampler", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench sampler", description=__doc__)
     parser.add_argument("--size", default="B", choices=list(SIZES))
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -53,8 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = resolve_device(options.device)
     config = published_config(options.size, options.image_size)
     tokens = options.batch_size * config.block_size
-    threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
-    print(f"{platform.machine()}, {threads}, torch {torch.__version__}")
+    print(machine(device))
     print(
         f"LlamaGen-{options.size}, {options.image_size} px ({config.block_size} tokens), {options.batch_size} images, "
         f"cfg {options.cfg_scale:g}, median of {options.repeats}"
@@ -203,9 +200,3 @@ def explain_memory(model: LlamaGenForImageGeneration, batch: int, cfg_scale: flo
         peak, what = torch.cuda.max_memory_allocated() / mib, "allocated, the reference included"
     packed = f" (and a packed copy of {linear:,.0f} MiB)" if device == "cpu" else ""
     print(f"{'':10}weights {weights:,.0f} MiB{packed}, cache {cache:,.0f} MiB, peak {peak:,.0f} MiB {what}")
-
-
-if __name__ == "__main__":
-    started = time.perf_counter()
-    main()
-    print(f"measured in {time.perf_counter() - started:.0f} s")

@@ -1,10 +1,10 @@
-"""Time and memory of a training step, by stage: `python -m argrpo_cli.bench.train [RECIPE]`.
+"""Time and memory of a training step, by stage: `python -m argrpo_cli.bench train [RECIPE]`.
 
-    python -m argrpo_cli.bench.train nano/c2i
-    python -m argrpo_cli.bench.train c2i_xl384 --micro-batch-sizes 4 8 16      (on a GPU)
+    python -m argrpo_cli.bench train nano/c2i
+    python -m argrpo_cli.bench train c2i_xl384 --micro-batch-sizes 4 8 16      (on a GPU)
 
 Policies that have to be fetched are replaced by random weights of their geometry, and so is their image tokenizer:
-time and memory do not depend on the values. The rewards of the recipe take no part; `argrpo_cli.bench.rewards` measures
+time and memory do not depend on the values. The rewards of the recipe take no part; `argrpo_cli.bench rewards` measures
 those. The reward here is the mean brightness, so that "reward" is the price of the way to it.
 
 Each way to train is one row: all weights as the recipe says, with recomputed activations, adapters (LoRA) alone, and
@@ -14,7 +14,6 @@ all weights without a reference model (no KL term). Shares are of the first row'
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from argrpo_cli.bench import machine
 from argrpo_cli.bench.sampler import random_policy
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.published import POLICIES
@@ -97,7 +97,7 @@ class Brightness:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench train", description=__doc__)
     parser.add_argument("recipe", nargs="?", default="nano/c2i")
     parser.add_argument("--steps", type=int, default=4, help="timed, after one that is not")
     parser.add_argument("--micro-batch-sizes", type=int, nargs="*", help="instead of the recipe's")
@@ -106,8 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = resolve_device(options.device)
     recipe = load_recipe(options.recipe)
     sizes = options.micro_batch_sizes or [recipe.grpo.micro_batch_size or recipe.grpo.batch_size]
-    machine = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
-    print(f"{platform.machine()}, {machine}, torch {torch.__version__}")
+    print(machine(device))
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         base = _base(recipe, Path(folder) / "base")
         print(
@@ -181,7 +180,3 @@ def measure_steps(recipe: Recipe, steps: int, device: str, scratch: Path) -> tup
     trainer.train()
     timed = times.steps[1:]
     return {name: statistics.median(step[name] for step in timed) for name in (*STAGES, "step")}, dict(meter.peak)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,32 @@
+"""Speed on this machine: `python -m argrpo_cli.bench NAME [OPTIONS]`; `NAME --help` says what is measured."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+
+from argrpo_cli.system.errors import UserError, did_you_mean
+
+NAMES = ("nano", "sampler", "rewards", "train", "eval")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the benchmark that the first argument names with the others; UserError when it is none."""
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\nNAME is one of {', '.join(NAMES)}.")
+        return
+    if name not in NAMES:
+        raise UserError(f"no benchmark {name!r}; there are {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
+    start = time.perf_counter()
+    importlib.import_module(f"argrpo_cli.bench.{name}").main(arguments[1:])
+    print(f"measured in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"argrpo_cli.bench: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
