@@ -12,22 +12,22 @@ from torch import nn
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.cli.evals import BENCHMARKS
+from argrpo_cli.evals import benchmark as b
 from argrpo_cli.evals import drawbench as d
-from argrpo_cli.evals import drawbench_prompts as p
-from argrpo_cli.evals import drawbench_scores as s
-from argrpo_cli.evals.drawbench_images import Drawing
+from argrpo_cli.evals.statistics import mean_of
+from argrpo_cli.evals.tables import table
 from argrpo_cli.images import read_image
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.rewards import RewardSet, load_rewards
 from argrpo_cli.score import score_images
+from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, read_jsonl
 from tests.captioned import save_captioned_policy
 from tests.torchrun import torchrun
 from tests.training.tiny import tiny_caption_policy
 
-PROMPTS = p.PromptList("mine", ("a red dog", "a blue cat", "a dog"))
-DRAWING = Drawing(per_prompt=2)
+PROMPTS = d.PromptList("mine", ("a red dog", "a blue cat", "a dog"))
 DIVISORS = {"clip": 1, "deqa": 5, "pickscore": 26}
 
 
@@ -77,7 +77,7 @@ def rewards(monkeypatch):
             return load_rewards(names, device, options)
         return RewardSet({name: kinds[name]() for name in names}, device)
 
-    monkeypatch.setattr(s, "load_rewards", load)
+    monkeypatch.setattr(d, "load_rewards", load)
     monkeypatch.setattr(Brightness, "calls", 0)
     return kinds
 
@@ -92,61 +92,64 @@ def policies(tmp_path_factory):
     return [str(folder / "one"), str(folder / "two")]
 
 
-def measure(policies, out, rewards=tuple(DIVISORS), prompts=PROMPTS, drawing=DRAWING, **rest):
-    return d.run_drawbench(policies, prompts, out, rewards, drawing, device="cpu", **rest)
+def measure(policies, out, rewards=tuple(DIVISORS), options=None, n=2, **rest):
+    return b.run(d.DrawBench(PROMPTS, rewards, options), policies, out, device="cpu", n=n, **rest)
+
+
+def row_of(result):
+    ((name, own),) = result.rows.items()
+    return name, own
+
+
+def means(scores, per_prompt=2):
+    """Policy to the mean of its scores, so many in a row being of one prompt."""
+    return {
+        name: scores.mean(name, [place // per_prompt for place in range(len(values))])
+        for name, values in scores.values.items()
+    }
 
 
 def test_columns_come_in_the_units_of_table_4(policies, tmp_path):
     result = measure(policies[:1], tmp_path / "o")
-    ((name, own),) = result["policies"].items()
+    name, own = row_of(result)
     rows = read_jsonl(tmp_path / "o" / name / "images" / "metadata.jsonl")
     bright = [read_image(tmp_path / "o" / name / "images" / row["file"]).mean() / 255 for row in rows]
     mean = sum(bright) / 6
-    assert own["clip"]["value"] == pytest.approx(mean, abs=1e-6)
-    assert own["deqa"]["value"] == pytest.approx((1 + mean) / 5, abs=1e-6)
-    assert own["pickscore"]["value"] == pytest.approx((1 + mean) / 26, abs=1e-6)
-    assert own["deqa"]["error"] == pytest.approx(own["clip"]["error"] / 5, abs=1e-7)
-    assert {s.TABLE_4[name].divisor for name in ("clip", "hpsv2", "aesthetic", "imagereward")} == {1.0}
-    assert s.TABLE_4["unified-reward"].divisor == 5
-    assert read_json(tmp_path / "o" / "summary.json") == result
-    assert result["paper"]["AR-GRPO"] == {"clip": 0.274, "deqa": 0.551, "pickscore": 0.769}
+    assert own["clip"].value == pytest.approx(mean, abs=1e-6)
+    assert own["deqa"].value == pytest.approx((1 + mean) / 5, abs=1e-6)
+    assert own["pickscore"].value == pytest.approx((1 + mean) / 26, abs=1e-6)
+    assert own["deqa"].error == pytest.approx(own["clip"].error / 5, abs=1e-7)
+    assert {d.TABLE_4[name][1] for name in ("clip", "hpsv2", "aesthetic", "imagereward")} == {1.0}
+    assert d.TABLE_4["unified-reward"][1] == 5
+    assert Result.load(tmp_path / "o" / "summary.json") == result
+    assert result.paper["AR-GRPO"] == {"clip": 0.274, "deqa": 0.551, "pickscore": 0.769}
 
 
 def test_each_picture_of_each_prompt_has_a_seed_of_its_own(policies, tmp_path, monkeypatch):
     seen = []
     real = Policy.sample
     monkeypatch.setattr(
-        Policy, "sample", lambda self, c, **k: seen.append((k["seeds"], k["cfg_scale"])) or real(self, c, **k)
+        Policy, "sample", lambda self, c, how, seeds: seen.append((seeds, how.cfg_scale)) or real(self, c, how, seeds)
     )
     measure(policies, tmp_path / "o", ["clip"])
     (one, scale), (two, _) = seen
     assert one == two and len(set(one)) == 6 and scale == 2.0
-    measure(policies[:1], tmp_path / "other", ["clip"], drawing=Drawing(per_prompt=2, seed=1))
+    measure(policies[:1], tmp_path / "other", ["clip"], seed=1)
     assert not set(seen[2][0]) & set(one)
 
 
 def test_errors_are_clustered_by_prompt():
     # Two prompts of two pictures: sums of residuals -2 and 2, so error^2 = 2/1 * 8 / 16.
-    found = d.prompt_mean([1.0, 3.0, 3.0, 5.0], 2)
-    assert found == {"value": 3.0, "error": 1.0, "images": 4, "prompts": 2}
-    # Pictures that repeat one another tell no more than one of each prompt.
-    once = d.prompt_mean([1.0, 2.0, 6.0], 1)
-    assert d.prompt_mean([1.0, 1.0, 2.0, 2.0, 6.0, 6.0], 2)["error"] == pytest.approx(once["error"])
-    assert once["error"] == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
-    with_gaps = d.prompt_mean([1.0, None, None, None, 2.0, 2.0], 2)
-    assert (with_gaps["images"], with_gaps["prompts"]) == (3, 2) and with_gaps["value"] == pytest.approx(5 / 3)
-    assert d.prompt_mean([1.0, 2.0], 2)["error"] is None
-    assert d.prompt_mean([None], 1)["value"] is None
+    mean = means(d.Scores({"a": [1.0, 3.0, 3.0, 5.0]}))["a"].summary()
+    assert (mean.value, mean.error, mean.count) == (3.0, 1.0, 4)
+    assert means(d.Scores({"a": [1.0, 2.0]}))["a"].summary().error is None, "one prompt has no error"
 
 
 def test_the_difference_is_paired_picture_by_picture():
-    one, two = [1.0, 2.0, 4.0, 5.0], [0.5, 2.0, 3.0, 5.0]
-    scores = {"clip": s.Scores({"a": list(one), "b": list(two)})}
-    result = d.summarise(scores, PROMPTS, DRAWING, {"a": {"image_size": 256}, "b": {"image_size": 256}}, {})
-    difference = d.prompt_mean([x - y for x, y in zip(one, two, strict=True)], 2)
-    assert result["difference"]["clip"] == difference
-    assert difference["value"] == 0.375 and difference["error"] == pytest.approx(0.125)
-    assert difference["error"] < result["policies"]["a"]["clip"]["error"]
+    both = means(d.Scores({"a": [1.0, 2.0, 4.0, 5.0], "b": [0.5, 2.0, 3.0, 5.0]}))
+    difference = both["a"].minus(both["b"])
+    assert difference.value == 0.375 and difference.error == pytest.approx(0.125)
+    assert difference.error < both["a"].error
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(policies, tmp_path, monkeypatch):
@@ -172,8 +175,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(policies, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         measure(policies, tmp_path / "o", batch_size=2)
     monkeypatch.setattr(Brightness, "score", real_score)
-    journal = next((tmp_path / "o").glob("*/scores/clip.jsonl"))
-    journal.write_text(journal.read_text() + '{"file": "cut o')
     Brightness.calls = 0
     again = measure(policies, tmp_path / "o", batch_size=4)  # the pictures keep to the batches they were begun in
     assert Brightness.calls == 3 * 12 - 8
@@ -188,14 +189,14 @@ def test_a_column_is_added_without_drawing_or_scoring_again(policies, tmp_path, 
     Brightness.calls = 0
     result = measure(policies[:1], tmp_path / "o", ["clip", "deqa"])
     assert Brightness.calls == 6
-    assert list(result["columns"]) == ["clip", "deqa"]
+    assert list(result.columns) == ["clip", "deqa"]
 
 
 def test_a_column_alone_is_added_to_those_of_an_earlier_call(policies, tmp_path):
     whole = measure(policies, tmp_path / "whole", ["clip", "deqa"])
     measure(policies, tmp_path / "o", ["clip"])
     added = measure(policies, tmp_path / "o", ["deqa"])
-    assert added == whole == read_json(tmp_path / "o" / "summary.json")
+    assert added == whole == Result.load(tmp_path / "o" / "summary.json")
 
 
 def test_another_server_address_asks_for_no_score_again(policies, tmp_path, rewards):
@@ -215,9 +216,9 @@ def test_an_option_that_a_reward_has_not_is_refused_before_anything_is_drawn(pol
 def test_what_is_measured_otherwise_than_in_table_4_is_told(policies, tmp_path, rewards):
     options = {"clip": {"model": "another"}, "deqa": {"url": "http://a"}}
     told = measure(policies[:1], tmp_path / "o", ["clip", "deqa"], options=options)
-    text = "\n".join(told["warnings"])
+    text = "\n".join(told.departures)
     assert "clip with model=another; the paper's column has it as it comes" in text and "url" not in text
-    assert "pixels, the paper has 256" in text
+    assert "pixels (paper 256)" in text and "images per prompt 2 (paper 5)" in text
 
 
 def test_scores_of_other_options_or_pictures_are_not_kept(policies, tmp_path, rewards):
@@ -234,27 +235,27 @@ def test_scores_of_other_options_or_pictures_are_not_kept(policies, tmp_path, re
 
 def test_scores_of_other_weights_are_not_mixed(policies, tmp_path, rewards, monkeypatch):
     first = measure(policies[:1], tmp_path / "o", ["clip"])
-    journal = next((tmp_path / "o").glob("*/scores/clip.jsonl"))
-    journal.write_text("".join(journal.read_text().splitlines(True)[:3]))  # two of six
+    (journal,) = (tmp_path / "o").glob("*/scores/*/*.jsonl")
+    journal.write_text("".join(journal.read_text().splitlines(True)[:2]))  # two of six
     monkeypatch.setattr(Bright, "__init__", lambda self: Brightness.__init__(self, -1.0))
     Brightness.calls = 0
     second = measure(policies[:1], tmp_path / "o", ["clip"])
     assert Brightness.calls == 6
-    hashes = [result["protocol"]["rewards"]["clip"]["weights"] for result in (first, second)]
+    hashes = [result.protocol["rewards"]["clip"]["weights"] for result in (first, second)]
     assert hashes[0] != hashes[1] and all(len(one) == 16 for one in hashes)
 
 
 def test_a_reward_that_fails_is_a_dash_and_a_note(policies, tmp_path, rewards):
     rewards["deqa"] = Offline
     result = measure(policies[:1], tmp_path / "o", ["deqa", "clip", "unified-reward"])
-    ((name, own),) = result["policies"].items()
-    assert own["deqa"]["value"] is None and own["deqa"]["missing"] == 6
-    assert own["unified-reward"]["value"] is None and own["clip"]["value"] is not None
-    told = "\n".join(result["warnings"])
+    name, own = row_of(result)
+    assert own["deqa"].value is None and own["deqa"].count == 0
+    assert own["unified-reward"].value is None and own["clip"].value is not None
+    told = "\n".join(result.warnings)
     assert f"deqa has no score for 6 of 6 pictures of {name}: " in told and "the server does not answer" in told
     assert "unified-reward: url is missing" in told
     console = Console(width=160, record=True)
-    console.print(d.table(result))
+    console.print(table(result, 160))
     line = next(line for line in console.export_text().splitlines() if "DeQA" in line)
     assert "–" in line and "0.546" in line and "0.551" in line
 
@@ -266,52 +267,61 @@ def test_nothing_measured_is_an_error(policies, tmp_path, rewards):
     ):
         measure(policies[:1], tmp_path / "o", ["deqa", "unified-reward"])
     rewards["deqa"] = Brightness
-    assert measure(policies[:1], tmp_path / "o", ["deqa"])["policies"]
+    assert measure(policies[:1], tmp_path / "o", ["deqa"]).rows
 
 
 def test_a_few_missing_scores_are_left_out_and_many_leave_no_mean():
-    about = {"a": {"image_size": 256}}
-    few = d.summarise({"clip": s.Scores({"a": [None] + [0.5] * 19}, missing="why")}, PROMPTS, DRAWING, about, {})
-    assert few["policies"]["a"]["clip"]["value"] == 0.5 and few["policies"]["a"]["clip"]["missing"] == 1
-    assert any("clip has no score for 1 of 20 pictures of a: why" in text for text in few["warnings"])
-    many = d.summarise({"clip": s.Scores({"a": [None] * 2 + [0.5] * 18})}, PROMPTS, DRAWING, about, {})
-    assert many["policies"]["a"]["clip"]["value"] is None
-    cut = d.summarise({"clip": s.Scores({"a": [0.5] * 19 + [None]}, fault="gone")}, PROMPTS, DRAWING, about, {})
-    assert cut["policies"]["a"]["clip"]["value"] is None, "the first prompts are not all prompts"
+    few = d.Scores({"a": [math.nan] + [0.5] * 19}, missing="why")
+    assert means(few)["a"].value == 0.5 and means(few)["a"].count == 19
+    assert few.warnings("clip") == ["clip has no score for 1 of 20 pictures of a: why"]
+    many = d.Scores({"a": [math.nan] * 2 + [0.5] * 18})
+    assert means(many)["a"].summary().value is None
+    cut = d.Scores({"a": [0.5] * 19 + [math.nan]}, fault="gone")
+    assert means(cut)["a"].summary().value is None, "the first prompts are not all prompts"
+
+
+def test_a_pair_with_a_missing_score_is_no_difference():
+    """One policy lacks the first picture and the other the last but one; 38 pairs of 20 prompts are left."""
+    scores = d.Scores({"a": [math.nan] + [3.0] * 39, "b": [1.0] * 37 + [1.5, math.nan, 1.5]})
+    both = means(scores)
+    difference = both["a"].minus(both["b"])
+    alone = mean_of([math.nan, *[2.0] * 36, 1.5, math.nan, 1.5], [place // 2 for place in range(40)])
+    assert (difference.value, difference.error, difference.count) == (alone.value, alone.error, 38)
+    assert difference.value == pytest.approx((36 * 2.0 + 2 * 1.5) / 38)
+    assert scores.warnings("clip")[-1] == "clip of the difference: of the 38 of 40 pairs that have both scores"
 
 
 def test_missing_scores_are_asked_for_again(policies, tmp_path, rewards):
     rewards["deqa"] = Silent
     first = measure(policies[:1], tmp_path / "o", ["clip", "deqa"], batch_size=6)
-    assert any("1 of 6 pictures" in text and "no number" in text for text in first["warnings"])
+    assert any("1 of 6 pictures" in text and "no number" in text for text in first.warnings)
     rewards["deqa"] = Brightness
     Brightness.calls = 0
     again = measure(policies[:1], tmp_path / "o", ["clip", "deqa"], batch_size=6)
     assert Brightness.calls == 1
-    assert not any("deqa" in text for text in again["warnings"])
+    assert not any("deqa" in text for text in again.warnings)
 
 
 def test_the_protocol_tells_how_it_was_measured(policies, tmp_path):
     result = measure(policies[:1], tmp_path / "o", ["clip"], options={"clip": {"model": "x"}})
-    protocol, (name,) = result["protocol"], result["policies"]
-    assert protocol["policies"][name]["weights"] == load_policy(policies[0]).fingerprint()
-    assert protocol["sampling"]["cfg_scale"] == 2.0 and protocol["images_per_prompt"] == 2
+    protocol, (name,) = result.protocol, result.rows
+    assert protocol["measured"][name]["weights"] == load_policy(policies[0]).fingerprint()
+    assert protocol["sampling"]["cfg_scale"] == 2.0 and protocol["images per prompt"] == 2
     assert protocol["prompts"]["sha256"] == PROMPTS.sha256 and protocol["prompts"]["count"] == 3
     assert protocol["rewards"]["clip"]["options"] == {"model": "x"}
-    assert protocol["versions"]["torch"] == torch.__version__.split("+")[0] or protocol["versions"]["torch"]
-    assert "images per prompt 2, the paper has 5" in result["warnings"]
+    assert protocol["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_argrpo_score_reads_the_pictures(policies, tmp_path):
     result = measure(policies[:1], tmp_path / "o", ["clip"])
-    (name,) = result["policies"]
+    (name,) = result.rows
     scored = score_images([tmp_path / "o" / name / "images"], ["nano-clip"], out=tmp_path / "s", device="cpu")
     assert scored.result.protocol["images"] == 6
     assert [row["prompt"] for row in read_jsonl(tmp_path / "s" / "scores.jsonl")][::2] == list(PROMPTS.prompts)
 
 
 def test_two_processes_find_what_one_does(tmp_path):
-    """Each draws every other batch, and then scores one of the columns."""
+    """Each draws and scores every other batch."""
     policy = str(save_captioned_policy(tmp_path / "policy" / "mine"))
     (tmp_path / "prompts.txt").write_text("a photo of a dog\na photo of two cars\na photo of a cake\n")
     asked = ["eval", "drawbench", "--policy", policy, "--prompts", str(tmp_path / "prompts.txt"), "--per-prompt", "2"]
@@ -320,7 +330,7 @@ def test_two_processes_find_what_one_does(tmp_path):
     done = torchrun(["-m", "argrpo_cli", *asked, str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr
     alone, together = (read_json(tmp_path / name / "summary.json") for name in ("alone", "out"))
-    assert together == alone and list(next(iter(alone["policies"].values()))) == ["nano-clip", "nano-quality"]
+    assert together == alone and list(next(iter(alone["rows"].values()))) == ["nano-clip", "nano-quality"]
     files = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*.png")]
     assert len(files) == 6
     for file in files:
@@ -330,9 +340,9 @@ def test_two_processes_find_what_one_does(tmp_path):
 
 def test_a_folder_is_not_used_for_two_evaluations(policies, tmp_path):
     measure(policies[:1], tmp_path / "o", ["clip"])
-    with pytest.raises(UserError, match=r"holds an evaluation of something else \(cfg_scale\); choose another --out"):
-        measure(policies[:1], tmp_path / "o", ["clip"], drawing=Drawing(2, cfg_scale=3.0))
-    with pytest.raises(UserError, match=r"something else \(weights\)"):
+    with pytest.raises(UserError, match=r"holds an evaluation of something else \(sampling\.cfg_scale\); choose"):
+        measure(policies[:1], tmp_path / "o", ["clip"], sampling=Sampling(cfg_scale=3.0))
+    with pytest.raises(UserError, match=r"something else \(policies\)"):
         measure(policies[1:], tmp_path / "o", ["clip"])
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "file").write_text("")
@@ -341,18 +351,18 @@ def test_a_folder_is_not_used_for_two_evaluations(policies, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rewards_asked", "drawing", "message"),
+    ("asked", "settings", "message"),
     [
-        ([], DRAWING, "--columns is empty"),
-        (["clip", "clip"], DRAWING, "--columns names 'clip' twice"),
-        (["clap"], DRAWING, "reward 'clap' is unknown"),
-        (["clip"], Drawing(0), "--n 0: give 1 to 33333"),
-        (["clip"], Drawing(seed=5_000), "--seed 5000: give 0 to 4999"),
+        ([], {}, "--columns is empty"),
+        (["clip", "clip"], {}, "--columns names 'clip' twice"),
+        (["clap"], {}, "reward 'clap' is unknown"),
+        (["clip"], {"n": 0}, "--n 0: give 1 to 33333"),
+        (["clip"], {"seed": 5_000}, "--seed 5000: give 0 to 4999"),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_is_drawn(policies, tmp_path, rewards_asked, drawing, message):
+def test_what_cannot_be_measured_is_said_before_anything_is_drawn(policies, tmp_path, asked, settings, message):
     with pytest.raises(UserError, match=message):
-        measure(policies[:1], tmp_path / "o", rewards_asked, drawing=drawing)
+        measure(policies[:1], tmp_path / "o", asked, **settings)
     assert not (tmp_path / "o").exists()
 
 
@@ -364,7 +374,7 @@ def test_the_command_prints_the_table_and_warns(policies, tmp_path, capfd):
     )
     told = capfd.readouterr()
     assert code == 0, told.err
-    assert "DrawBench, 2 prompts" in told.out and "WARNING: the prompts of" in told.out
+    assert "DrawBench (table 4)" in told.out and "WARNING: the prompts of" in told.out
     result = read_json(tmp_path / "o" / "summary.json")
     assert set(result["difference"]) == {"clip", "deqa"}
     assert run(["eval", "drawbench", *asked, "--columns", "clip", "--set", "hpsv2.version=2.0"]) == 2
@@ -375,6 +385,6 @@ def test_the_command_prints_the_table_and_warns(policies, tmp_path, capfd):
 
 def test_the_command_offers_what_the_library_has():
     defaults = {name: one.default for name, one in inspect.signature(BENCHMARKS["drawbench"]).parameters.items()}
-    assert defaults["columns"].split(",") == list(s.TABLE_4)
-    assert defaults["prompts"] == p.HUB and defaults["n"] == Drawing().per_prompt
-    assert defaults["cfg_scale"] == Drawing().cfg_scale
+    assert defaults["columns"].split(",") == list(d.TABLE_4)
+    assert defaults["prompts"] == d.HUB and defaults["n"] == d.DrawBench.n
+    assert defaults["cfg_scale"] == Sampling().cfg_scale

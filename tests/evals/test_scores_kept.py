@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argrpo_cli.evals import drawbench, geneval
-from argrpo_cli.evals.drawbench_images import Drawing
-from argrpo_cli.evals.drawbench_prompts import PromptList
-from argrpo_cli.evals.drawbench_scores import Scores, _stamps, score_reward
+from argrpo_cli.evals import geneval
+from argrpo_cli.evals.benchmark import Subject
+from argrpo_cli.evals.drawbench import DrawBench, PromptList
 from argrpo_cli.evals.geneval_detectors import Judge
 from argrpo_cli.evals.geneval_folders import planned
 from argrpo_cli.evals.geneval_judging import OFFICIAL_RESULTS, RESULTS, judge_pictures
 from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS
 from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL, Detection
-from argrpo_cli.images import Said, find_items
 from argrpo_cli.rewards.custom import Custom, find_function
+from argrpo_cli.shapes import Condition, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
 from argrpo_cli.system.processes import ALONE
@@ -36,19 +35,6 @@ def save_picture(path, value, side=8):
 
 
 # --- DrawBench ---
-
-
-def test_a_pair_with_a_missing_score_is_no_difference():
-    """One policy lacks the first picture and the other the last but one; 38 pairs of 20 prompts are left."""
-    one, two = [None] + [3.0] * 39, [1.0] * 37 + [1.5, None, 1.5]
-    prompts = PromptList("mine", tuple(f"prompt {number}" for number in range(20)))
-    about = {name: {"image_size": 256} for name in ("a", "b")}
-    told = drawbench.summarise({"clip": Scores({"a": one, "b": two})}, prompts, Drawing(2), about, {})
-    found = told["difference"]["clip"]
-    assert found == drawbench.prompt_mean([None, *[2.0] * 36, 1.5, None, 1.5], 2)
-    assert found["value"] == pytest.approx((36 * 2.0 + 2 * 1.5) / 38)
-    assert (found["images"], found["prompts"]) == (38, 20)
-    assert [told["policies"][name]["clip"]["missing"] for name in "ab"] == [1, 1]
 
 
 @pytest.fixture
@@ -80,11 +66,14 @@ def score(tmp_path, monkeypatch):
 
     def call():
         asked.clear()
-        pictures = {"a": find_items([tmp_path / "images"], Said(prompt="a dog")).items}
-        options = {"weights": str(tmp_path / "weights.txt")}
-        found = score_reward("reward_kept:reward", pictures, {"a": tmp_path / "scores"}, options, 8, "cpu")
-        assert not found.fault
-        return found.values["a"], len(asked)
+        shots = [Shot(Condition("a dog"), 0, f"{value}.png") for value in (10, 20)]
+        subject = Subject("a", "a", tmp_path / "a", tmp_path / "images", shots, None, {})
+        options = {"reward_kept:reward": {"weights": str(tmp_path / "weights.txt")}}
+        bench = DrawBench(PromptList("mine", ("a dog",)), list(options), options)
+        bench.measure_all([subject], 8, ALONE)
+        (scores,) = bench.scores.values()
+        assert not scores.fault
+        return scores.values["a"], len(asked)
 
     return call
 
@@ -99,15 +88,6 @@ def test_scores_are_kept_until_a_file_that_an_option_names_changes(own_reward, s
     os.utime(tmp_path / "weights.txt", (1_000_000_000, 1_000_000_000))
     assert score() == ([210.5, 220.5], 2), "of the same size, of another time"
     assert score() == ([210.5, 220.5], 0)
-
-
-def test_scores_are_kept_until_a_file_in_a_folder_that_an_option_names_changes(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "weights").write_text("1")
-    stamps = [_stamps({"model": str(tmp_path / "model"), "size": 3})]
-    (tmp_path / "model" / "weights").write_text("22")
-    stamps.append(_stamps({"model": str(tmp_path / "model"), "size": 3}))
-    assert stamps[0] != stamps[1] and stamps[0].keys() == stamps[1].keys() == {str(tmp_path / "model" / "weights")}
 
 
 def test_scores_are_kept_until_the_source_of_a_reward_of_ones_own_changes(own_reward, score):

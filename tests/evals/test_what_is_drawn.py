@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,22 +10,20 @@ import torch
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import drawbench, geneval, geneval_drawing
-from argrpo_cli.evals.drawbench_scores import Scores
 from argrpo_cli.evals.geneval_detectors import Judge
 from argrpo_cli.geneval import prompts as prompt_sets
 from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL
 from argrpo_cli.images import read_image
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.protocol import Drawn
 from argrpo_cli.system.files import read_jsonl
 from tests.evals.stub_inception import StubInception, install
 from tests.training.tiny import CLASSES, IMAGE_SIZE, TOKENS, save_tiny_policy, tiny_caption_policy
 
-SAMPLE = inspect.signature(Policy.sample)
 COMMON = ["--cfg-scale", "3.5", "--temperature", "0.7", "--seed", "4", "--dtype", "bfloat16", "--batch-size", "4"]
 CUT = ["--top-k", "5", "--top-p", "0.8"]
 CUT_SETTINGS = {"top_k": 5, "top_p": 0.8}
-UNCUT = {"top_k": 0, "top_p": 1.0}
 
 
 @pytest.fixture
@@ -34,20 +31,21 @@ def drawn(monkeypatch):
     """What the sampler got for each picture; the place in this list is the colour of the picture."""
     pictures = []
 
-    def sample(self, *given, **named):
-        call = SAMPLE.bind(self, *given, **named)
-        call.apply_defaults()
-        asked = {name: call.arguments[name] for name in ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval")}
+    def sample(self, conditions, sampling=None, seeds=None, **older):
+        how = sampling or SimpleNamespace(cfg_interval=-1, **older)
+        settings = {name: getattr(how, name) for name in ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval")}
         first = len(pictures)
-        for condition, seed in zip(call.arguments["conditions"], call.arguments["seeds"], strict=True):
+        for condition, seed in zip(conditions, seeds, strict=True):
             shown = condition.prompt if condition.class_id is None else condition.class_id
-            pictures.append({"shown": shown, "seed": seed, **asked, "dtype": self.model.dtype})
-        return torch.arange(first, len(pictures))[:, None].expand(-1, TOKENS)
+            pictures.append({"shown": shown, "seed": seed, **settings, "dtype": self.model.dtype})
+        tokens = torch.arange(first, len(pictures))[:, None].expand(-1, TOKENS)
+        return tokens if older else Drawn(tokens, None)
 
     def decode(self, tokens, size=None):
         side = size or self.image_size
         return tokens[:, 0].to(torch.uint8)[:, None, None, None].expand(-1, 3, side, side)
 
+    monkeypatch.setattr(Policy, "encode", lambda self, conditions: conditions)
     monkeypatch.setattr(Policy, "sample", sample)
     monkeypatch.setattr(Policy, "decode", decode)
     return pictures
@@ -65,23 +63,25 @@ def expected(shown, seed, cut):
 
 
 def test_drawbench_draws_each_file_as_asked(drawn, tmp_path, monkeypatch):
-    def score(reward, pictures, *rest):
-        return Scores({name: [0.5] * len(items) for name, items in pictures.items()})
-
-    monkeypatch.setattr(drawbench, "score_reward", score)
+    monkeypatch.setattr(
+        drawbench.DrawBench, "measure_all", lambda self, subjects, *rest: {s.name: {} for s in subjects}
+    )
+    monkeypatch.setattr(drawbench.DrawBench, "finish", lambda self, result, *rest: result)
     tiny_caption_policy().save(tmp_path / "policy")
     prompts, out = ["a red dog", "a blue cat", "a dog"], tmp_path / "out"
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     asked = ["--policy", str(tmp_path / "policy"), "--prompts", str(tmp_path / "prompts.txt"), "--per-prompt", "2"]
     asked += ["--columns", "clip", "--device", "cpu", "--out", str(out)]
-    assert run(["eval", "drawbench", *asked, *COMMON]) == 0
+    assert run(["eval", "drawbench", *asked, *COMMON, *CUT]) == 0
     (metadata,) = out.glob("*/images/metadata.jsonl")
     rows = read_jsonl(metadata)
     assert [row["prompt"] for row in rows] == [text for text in prompts for _ in range(2)]
     assert [row["seed"] for row in rows] == list(range(1_500_400_000, 1_500_400_006))
     assert len(drawn) == 6
     for row in rows:
-        assert behind(drawn, metadata.parent / row["file"]) == expected(row["prompt"], row["seed"], UNCUT), row["file"]
+        assert behind(drawn, metadata.parent / row["file"]) == expected(row["prompt"], row["seed"], CUT_SETTINGS), row[
+            "file"
+        ]
 
 
 def test_geneval_draws_each_file_as_asked(drawn, tmp_path, monkeypatch):

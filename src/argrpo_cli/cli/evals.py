@@ -212,7 +212,7 @@ def imagenet(
     print(f"figures, warnings and protocol are in {out / 'summary.json'}")
 
 
-@draws(without=("top_k", "top_p", "cfg_interval", "text_device"), batch_size=32)
+@draws(batch_size=32)
 def drawbench(
     policy: CaptionPolicyOption = "t2i-xl-256",
     baseline: BaselineOption = None,
@@ -243,29 +243,17 @@ def drawbench(
 
     Interrupted, the same command goes on where it stopped; other --columns of the same images go to the same --out.
     """
-    from rich.console import Console
+    from argrpo_cli.evals.benchmark import run
+    from argrpo_cli.evals.drawbench import DrawBench, read_prompts
+    from argrpo_cli.evals.tables import show
 
-    from argrpo_cli.evals.drawbench import run_drawbench, table
-    from argrpo_cli.evals.drawbench_images import Drawing as Settings
-    from argrpo_cli.evals.drawbench_prompts import read_prompts
-
-    names, one = names_in(columns), drawing.sampling
-    result = run_drawbench(
-        _both(policy, baseline),
-        read_prompts(prompts, limit),
-        out,
-        names,
-        Settings(n, one.cfg_scale, one.temperature, drawing.seed, one.dtype),
-        reward_options(settings or [], names, "--columns"),
-        drawing.batch_size,
-        drawing.device,
-    )
-    if result is None:  # the first of several processes tells
-        return
-    Console().print(table(result))
-    for warning in result["warnings"]:
-        print(f"WARNING: {warning}")
-    print(f"images, scores and summary.json in {out}")
+    names = names_in(columns)
+    options = reward_options(settings or [], names, "--columns")
+    benchmark = DrawBench(read_prompts(prompts, limit), names, options)
+    result = run(benchmark, _both(policy, baseline), out, n=n, **vars(drawing))
+    if result is not None:  # the first of several processes tells
+        show(result)
+        print(f"images, scores and summary.json in {out}")
 
 
 def report(

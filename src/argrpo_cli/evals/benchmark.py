@@ -152,6 +152,10 @@ class Benchmark:
         """
         raise NotImplementedError
 
+    def measure_all(self, subjects: Sequence[Subject], batch_size: int, team: Team) -> dict[str, dict[str, Measure]]:
+        """Name of a subject to what `measure` says; at once, for what is too large to be loaded for each."""
+        return {one.name: self.measure(one, batch_size, team) for one in subjects}
+
     # --- what is told
 
     def columns(self) -> dict[str, Column]:
@@ -249,7 +253,7 @@ def run(
         warn(text)
     for subject in subjects if drawing else ():
         benchmark.gather(loaded.pop(subject.name), subject, sampling, batch_size, team)
-    measured = {subject.name: benchmark.measure(subject, batch_size, team) for subject in subjects}
+    measured = benchmark.measure_all(subjects, batch_size, team)
 
     def finish() -> Result:
         protocol = {

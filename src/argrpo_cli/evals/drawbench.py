@@ -1,324 +1,463 @@
 """`argrpo eval drawbench`: table 4 of the paper, seven reward models over 200 prompts with five pictures each.
 
-The pictures of two policies have the same prompts and seeds. Everything lies in one folder, written as it comes, so
-that an interrupted evaluation goes on where it stopped; a column can be added later to the same pictures:
+A column can be added later to the same pictures. Beside what every benchmark writes (`benchmark.py`):
 
-    settings.json                      what is drawn; a folder is not used for two things
-    POLICY/images/                     the pictures and metadata.jsonl, as `argrpo score` reads them
-    POLICY/scores/REWARD.jsonl         the raw score of each picture
-    summary.json                       means, errors, differences, the paper's numbers and the protocol
+    POLICY/images/          the pictures and metadata.jsonl, as `argrpo score` reads them
+    POLICY/scores/          what is known of each picture by each reward; scores.jsonl: the same to read
 
-Standard errors are clustered by prompt (`clusters.py`).
+DrawBench (Saharia et al. 2022, section 4.3) has no licence that lets its prompts travel with this package, so only the
+SHA-256 of each is here, of the list that the AR-GRPO authors evaluate.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from argrpo_cli import __version__
-from argrpo_cli.clusters import clustered_mean
-from argrpo_cli.evals.drawbench_images import Drawing, draw
-from argrpo_cli.evals.drawbench_prompts import PromptList
-from argrpo_cli.evals.drawbench_scores import TABLE_4, Scores, choices, column_of, score_reward
-from argrpo_cli.evals.folders import check_claim, claim, policy_folders
-from argrpo_cli.images import Said, find_items
-from argrpo_cli.paper import numbers as paper_numbers
-from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.rewards import REWARDS, check_options, check_reward
-from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_json, write_json
-from argrpo_cli.system.processes import join_team
+import numpy as np
+import torch
+
+from argrpo_cli import paper_numbers
+from argrpo_cli.captions import CAPTION_SETS, read_captions
+from argrpo_cli.evals.benchmark import SUMMARY, Benchmark, Subject, stamp
+from argrpo_cli.evals.statistics import Measure, mean_of
+from argrpo_cli.images import METADATA, read_image
+from argrpo_cli.kept import Rows, kept
+from argrpo_cli.rewards import REWARDS, RewardSet, check_options, check_reward, identity, load_rewards
+from argrpo_cli.sample import file_name
+from argrpo_cli.shapes import Column, Result, Sampling, Shot
+from argrpo_cli.system.errors import UserError, first_line
+from argrpo_cli.system.files import read_jsonl, read_text, write_jsonl
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from argrpo_cli.policy.protocol import Policy
+    from argrpo_cli.system.processes import Team
 
-SUMMARY = "summary.json"
+HUB = "sayakpaul/drawbench"
+FINGERPRINT = Path(__file__).with_name("drawbench_prompts.sha256")
+PROMPT_COLUMNS = ("Prompts", "prompts", "Prompt", "prompt", "caption", "text")  # names under which files have them
+SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".json")
 PAPER_SIZE = 256  # pixels, of LlamaGen-XL in table 4
 MOST_MISSING = 0.05  # share of pictures without a score from which a mean would be one of other prompts
-LIBRARIES = ("torch", "transformers", "open_clip_torch", "pyiqa")  # that the rewards compute with
+
+# Reward to its column in the paper, and what a raw score is divided by to come into the paper's unit.
+TABLE_4 = {
+    "clip": (Column("CLIP score", "cosine", "higher"), 1.0),
+    "hpsv2": (Column("HPSv2", "cosine", "higher"), 1.0),
+    "aesthetic": (Column("Aesthetic", "1 to 10", "higher"), 1.0),
+    "deqa": (Column("DeQA", "score / 5", "higher"), 5.0),
+    "imagereward": (Column("ImageReward", "standardised", "higher"), 1.0),
+    "pickscore": (Column("PickScore", "logit / 26", "higher"), 26.0),
+    "unified-reward": (Column("UnifiedReward", "score / 5, images at 512 pixels", "higher"), 5.0),
+}
 
 
-def run_drawbench(
-    policies: Sequence[str],
-    prompts: PromptList,
-    out: Path,
-    rewards: Sequence[str] = tuple(TABLE_4),
-    drawing: Drawing = Drawing(),
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    batch_size: int = 32,
-    device: str = "auto",
-) -> dict[str, Any] | None:
-    """Draw, score and average; one policy, or two of which the second is the baseline.
-
-    Several processes draw batches, and then score columns, in turn.
+class DrawBench(Benchmark):
+    """Prompts and reward models.
 
     Args:
         rewards: names of `argrpo_cli.rewards`; those of table 4 come in its units, others raw.
         options: name of a reward to options of its own.
 
-    Returns:
-        What summary.json holds: `benchmark`, `policies` {name: {reward: {value, error, images, prompts, missing}}},
-        for two policies `difference` {reward: {value, error, images, prompts}} (first minus second, picture by
-        picture), `columns` {reward: {label, unit}}, `paper` {row: {reward: number}}, `protocol` and `warnings`. A value
-        is None where a reward could not be measured; a warning says why. None in all of several processes but the
-        first.
-
     Raises:
-        UserError: no such policy or reward, one that reads no captions, an `out` used for something else, or nothing
-            could be measured.
+        UserError: no such reward or option, one named twice, or none.
     """
-    names = policy_folders(policies)
-    if not rewards:
-        raise UserError("--columns is empty; name at least one reward")
-    for reward in rewards:
-        check_reward(reward)
-        if rewards.count(reward) > 1:
-            raise UserError(f"--columns names {reward!r} twice")
-        if reward in REWARDS:
-            check_options(reward, (options or {}).get(reward, {}))
-    drawing.check(len(prompts.prompts))
-    team = join_team(device)
-    team.lead(lambda: check_claim(out))
-    loaded = team.together(lambda: _load(dict(zip(names, policies, strict=True)), prompts, drawing.dtype, team.device))
-    about = {
-        name: {"policy": path, "weights": loaded[name].fingerprint(), "image_size": loaded[name].image_size}
-        for name, path in zip(names, policies, strict=True)
-    }
-    drawn = {**asdict(drawing), "prompts": prompts.sha256, "weights": [one["weights"] for one in about.values()]}
-    kept_batch_size = team.from_lead(lambda: claim(out, drawn, batch_size))
-    for name in names:  # popped, since the networks of the rewards need the room
-        folder = out / name / "images"
-        draw(loaded.pop(name), about[name]["policy"], prompts.prompts, drawing, folder, kept_batch_size, team)
-    mine = rewards[team.index :: team.count]
-    own_scores = team.together(lambda: _score(names, out, mine, options or {}, batch_size, team.device))
-    known = {reward: one for part in team.exchange(own_scores) for reward, one in part.items()}
-    result = summarise({reward: known[reward] for reward in rewards}, prompts, drawing, about, options or {})
 
-    def finish() -> dict[str, Any]:
-        whole = _with_earlier(result, out / SUMMARY)
-        if all(value["value"] is None for own in result["policies"].values() for value in own.values()):
-            why = "; ".join(text for text in result["warnings"] if " has no score for " in text)
+    name, title, reads, example, n = "drawbench", "DrawBench", "captions", "t2i-xl-256", 5
+    packages = ("transformers", "open_clip_torch", "pyiqa")  # that the rewards compute with
+
+    def __init__(
+        self,
+        prompts: PromptList,
+        rewards: Sequence[str] = tuple(TABLE_4),
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self.asked, self.rewards, self.options = prompts, list(rewards), dict(options or {})
+        if not rewards:
+            raise UserError("--columns is empty; name at least one reward")
+        for reward in rewards:
+            check_reward(reward)
+            if self.rewards.count(reward) > 1:
+                raise UserError(f"--columns names {reward!r} twice")
+            if reward in REWARDS:
+                check_options(reward, self.options.get(reward, {}))
+        self.scores: dict[str, Scores] = {}
+
+    def prompts(self) -> Sequence[str]:
+        return self.asked.prompts
+
+    def file(self, prompt: int, sample: int) -> str:
+        return file_name(prompt, self.asked.prompts[prompt], sample)
+
+    def identity(self) -> dict[str, Any]:
+        return {"prompts": self.asked.sha256}
+
+    def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
+        """The pictures, and then metadata.jsonl: its presence means that they are complete."""
+        super().gather(policy, subject, sampling, batch_size, team)
+        rows = [
+            {"file": one.file, "prompt": one.condition.prompt, "seed": one.seed, "policy": subject.path}
+            | asdict(sampling)
+            for one in subject.shots
+        ]
+        team.lead(lambda: write_jsonl(subject.pictures / METADATA, rows))
+
+    def measure_all(self, subjects: Sequence[Subject], batch_size: int, team: Team) -> dict[str, dict[str, Measure]]:
+        """One reward in memory at a time; a number only where nearly every picture has a score."""
+        self.scores = {reward: self._scores(reward, subjects, batch_size, team) for reward in self.rewards}
+        return {one.name: {reward: self._mean(reward, one) for reward in self.rewards} for one in subjects}
+
+    def _scores(self, reward: str, subjects: Sequence[Subject], batch_size: int, team: Team) -> Scores:
+        """The scores of one reward, of all pictures; those of an earlier call stand, where the same weights gave them.
+
+        A reward that cannot be loaded, or fails on the way, gives a `fault` and no error.
+        """
+        options = {reward: self.options.get(reward, {})}
+        known = {"reward": reward, **identity([reward], options)[reward]}
+        scorer = Scorer(reward, options, team.device)
+
+        def open_stores() -> list[Rows]:
+            return [Rows(one.folder / "scores", known, partial(_key, one.pictures)) for one in subjects]
+
+        def read() -> list[list[tuple[float, str | None] | None]]:
+            return [store.read(one.shots) for store, one in zip(stores, subjects, strict=True)]
+
+        stores = open_stores()
+        rows = team.from_lead(read)
+        weights = {None if row is None else (row[1],) for part in rows for row in part}  # None: not scored
+        if None in weights or len(weights) > 1:
+            team.exchange(scorer.load())
+            if not scorer.fault and weights - {None, (scorer.weights,)}:
+                team.lead(lambda: [store.remove() for store in stores])
+                stores = open_stores()
+            for store, one in zip(stores, subjects, strict=True):
+                score = partial(scorer.score, pictures=one.pictures)
+                label = f"{reward} of {one.name}"
+                kept(one.shots, score, store, batch_size=batch_size, label=label, team=team, whole=False)
+            rows = team.from_lead(read)
+        reports = team.exchange((scorer.fault, scorer.missing))
+        fault, missing = (next(filter(None, texts), "") for texts in zip(*reports, strict=True))
+        values = [[math.nan if row is None else row[0] for row in part] for part in rows]
+        hashes = [row[1] for part in rows for row in part if row is not None]
+        by_name = dict(zip((one.name for one in subjects), values, strict=True))
+        return Scores(by_name, hashes[0] if hashes else None, fault, missing)
+
+    def _mean(self, reward: str, subject: Subject) -> Measure:
+        places = {prompt: place for place, prompt in enumerate(self.asked.prompts)}
+        prompts = [places[shot.condition.prompt] for shot in subject.shots]
+        return self.scores[reward].mean(subject.name, prompts, TABLE_4.get(reward, (None, 1.0))[1])
+
+    def columns(self) -> dict[str, Column]:
+        return {reward: TABLE_4[reward][0] if reward in TABLE_4 else Column(reward) for reward in self.rewards}
+
+    def paper(self, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
+        rows = paper_numbers.before_and_after(4)
+        known = [reward for reward in self.rewards if reward in TABLE_4]
+        return {name: {reward: row[reward] for reward in known} for name, row in rows.items()} if known else {}
+
+    def protocol(self, subjects: Sequence[Subject]) -> dict[str, Any]:
+        prompts = self.asked
+        return {
+            "prompts": {
+                "source": prompts.source,
+                "count": len(prompts.prompts),
+                "sha256": prompts.sha256,
+                "of_drawbench": prompts.matching,
+            },
+            "rewards": {
+                reward: {"weights": own.weights, "options": dict(self.options.get(reward, {}))}
+                for reward, own in self.scores.items()
+            },
+            "errors": "standard errors clustered by prompt; differences paired picture by picture",
+        }
+
+    def departures(self, subjects: Sequence[Subject]) -> list[str]:
+        sizes = dict.fromkeys(one.card.image_size for one in subjects)
+        return [f"pictures of {size} pixels (paper {PAPER_SIZE})" for size in sizes if size != PAPER_SIZE] + [
+            f"{reward} with {key}={value}; the paper's column has it as it comes"
+            for reward, own in identity([one for one in self.rewards if one in TABLE_4], self.options).items()
+            for key, value in own["options"].items()
+        ]
+
+    def warnings(self, subjects: Sequence[Subject]) -> list[str]:
+        return [text for text in (self.asked.remark(),) if text]
+
+    def late_warnings(self, subjects: Sequence[Subject]) -> list[str]:
+        return [text for reward, own in self.scores.items() for text in own.warnings(reward)]
+
+    def finish(self, result: Result, subjects: Sequence[Subject], out: Path) -> Result:
+        """The result with the columns that an earlier call measured of the same pictures before its own.
+
+        Raises:
+            UserError: nothing could be measured.
+        """
+        if all(value.value is None for row in result.rows.values() for value in row.values()):
+            why = "; ".join(text for text in result.warnings if " has no score for " in text)
             raise UserError(f"nothing could be measured: {why}; the pictures are kept in {out}")
-        write_json(out / SUMMARY, whole)
-        return whole
+        for one in subjects:
+            _write_scores(one, {reward: own.values[one.name] for reward, own in self.scores.items()})
+        return _with_earlier(result, Result.load(out / SUMMARY)) if (out / SUMMARY).is_file() else result
 
-    return team.lead(finish)
+
+@dataclass
+class Scores:
+    """Of one reward: policy to the raw score of each picture, NaN where there is none.
+
+    Attributes:
+        weights: hash of the reward's networks, None where it has none here (a server).
+        fault: why it did not finish, or "".
+        missing: why the latest of the pictures without a score has none, or "".
+    """
+
+    values: dict[str, list[float]]
+    weights: str | None = None
+    fault: str = ""
+    missing: str = ""
+
+    def lacking(self, name: str) -> int:
+        """How many pictures of a policy have no score."""
+        return sum(map(math.isnan, self.values[name]))
+
+    def mean(self, name: str, prompts: Sequence[int], divisor: float = 1.0) -> Measure:
+        """Of a policy, by the prompt of each picture; no number where too many scores are missing."""
+        values, lacking = self.values[name], self.lacking(name)
+        enough = not lacking or (not self.fault and lacking <= MOST_MISSING * len(values))
+        return mean_of([value / divisor if enough else math.nan for value in values], prompts)
+
+    def warnings(self, reward: str) -> list[str]:
+        """Which scores are missing, and why."""
+        why, texts = self.fault or self.missing or "it said no more", []
+        for name, values in self.values.items():
+            if lacking := self.lacking(name):
+                texts.append(f"{reward} has no score for {lacking} of {len(values)} pictures of {name}: {why}")
+        pairs = [not any(map(math.isnan, pair)) for pair in zip(*self.values.values(), strict=True)]
+        if len(self.values) == 2 and 0 < sum(pairs) < len(pairs):
+            texts.append(f"{reward} of the difference: of the {sum(pairs)} of {len(pairs)} pairs that have both scores")
+        return texts
 
 
-def _with_earlier(result: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The result, and before its columns those that an earlier call measured of the same pictures."""
-    held = read_json(path) if path.is_file() else {}
-    protocol = held.get("protocol", {})
-    same = ("prompts", "images_per_prompt", "sampling", "policies", "versions")
-    if any(protocol.get(key) != result["protocol"][key] for key in same):
+class Scorer:
+    """One reward as `kept` asks it; an error goes into `fault`, and nothing is asked after it."""
+
+    def __init__(self, reward: str, options: Mapping[str, Mapping[str, Any]], device: str):
+        self.reward, self.options, self.device = reward, options, device
+        self.fault, self.weights = "", None
+        self._rewards: RewardSet | None = None
+
+    @property
+    def missing(self) -> str:
+        """Why the latest picture without a score has none, or ""."""
+        return "" if self._rewards is None else self._rewards.last_error.get(self.reward, "")
+
+    def load(self) -> None:
+        with self._noted():
+            self._rewards = load_rewards([self.reward], self.device, self.options)
+            self.weights = self._rewards.identity(self.options)[self.reward]["weights"]
+
+    def score(self, batch: Sequence[Shot], pictures: Path) -> list[tuple[float, str | None] | None]:
+        """Of each picture its score and the hash of the weights; None where there is no score."""
+        scores = [math.nan] * len(batch)
+        with self._noted():
+            if not self.fault:
+                conditions = [shot.condition for shot in batch]
+                self._rewards.check(conditions)
+                images = torch.from_numpy(np.stack([read_image(pictures / shot.file) for shot in batch]))
+                scores = self._rewards.score(images, conditions, len(batch))[self.reward].tolist()
+        return [(score, self.weights) if math.isfinite(score) else None for score in scores]
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.fault = str(error)
+        except RuntimeError as error:  # memory that does not suffice for a network, for instance
+            self.fault = f"{type(error).__name__}: {first_line(error)}"
+
+
+def _key(pictures: Path, shot: Shot) -> list[str]:
+    return [shot.file, stamp(pictures / shot.file), shot.condition.prompt]
+
+
+def _write_scores(subject: Subject, scores: Mapping[str, Sequence[float]]) -> None:
+    """scores.jsonl: what each picture got, from this call and earlier ones, raw."""
+    path = subject.folder / "scores" / "scores.jsonl"
+    earlier = {row["file"]: row["scores"] for row in read_jsonl(path)} if path.is_file() else {}
+    rows = []
+    for place, shot in enumerate(subject.shots):
+        own = {reward: None if math.isnan(values[place]) else values[place] for reward, values in scores.items()}
+        rows.append({"file": shot.file, "prompt": shot.condition.prompt, "scores": earlier.get(shot.file, {}) | own})
+    write_jsonl(path, rows)
+
+
+def _with_earlier(result: Result, earlier: Result) -> Result:
+    """The result, and before its columns those of an earlier one of the same pictures."""
+    if any(earlier.protocol.get(key) != result.protocol[key] for key in ("prompts", "measured", "versions")):
         return result
-    whole = {**result, "columns": {**held["columns"], **result["columns"]}}
-    if "difference" in result:
-        whole["difference"] = {**held["difference"], **result["difference"]}
-    for key in ("policies", "paper"):
-        whole[key] = {row: {**held[key][row], **cells} for row, cells in result[key].items()}
-    rewards = {**protocol["rewards"], **result["protocol"]["rewards"]}
-    whole["protocol"] = {**result["protocol"], "rewards": rewards}
-    asked = tuple(f"{reward} " for reward in result["columns"])
-    kept = [text for text in held["warnings"] if not text.startswith(asked) and text not in result["warnings"]]
-    return {**whole, "warnings": [*result["warnings"], *kept]}
-
-
-def _load(policies: Mapping[str, str], prompts: PromptList, dtype: str, device: str) -> dict[str, Policy]:
-    """Name to policy, each able to read every prompt."""
-    loaded = {name: load_policy(path, device, dtype) for name, path in policies.items()}
-    for name, policy in loaded.items():
-        if policy.text_encoder is None:
-            raise UserError(
-                f"{policies[name]} draws classes, and DrawBench asks with captions; give a policy such as t2i-xl-256"
-            )
-        policy.conditions(list(prompts.prompts))  # which it refuses where it cannot read one
-    return loaded
-
-
-def _score(
-    names: Sequence[str],
-    out: Path,
-    rewards: Sequence[str],
-    options: Mapping[str, Mapping[str, Any]],
-    batch_size: int,
-    device: str,
-) -> dict[str, Scores]:
-    pictures = {name: find_items([out / name / "images"], Said()).items for name in names}
-    folders = {name: out / name / "scores" for name in names}
-    return {
-        reward: score_reward(reward, pictures, folders, options.get(reward, {}), batch_size, device)
-        for reward in rewards
+    rewards = {**earlier.protocol["rewards"], **result.protocol["rewards"]}
+    own = tuple(f"{reward} " for reward in result.columns)
+    texts = {
+        key: list(dict.fromkeys([*getattr(result, key), *(t for t in getattr(earlier, key) if not t.startswith(own))]))
+        for key in ("warnings", "departures")
     }
+    return replace(
+        result,
+        columns={**earlier.columns, **result.columns},
+        rows={row: {**earlier.rows[row], **cells} for row, cells in result.rows.items()},
+        difference={**earlier.difference, **result.difference},
+        paper={
+            row: earlier.paper.get(row, {}) | result.paper.get(row, {}) for row in {**earlier.paper, **result.paper}
+        },
+        protocol={**result.protocol, "rewards": rewards},
+        **texts,
+    )
 
 
-def summarise(
-    scores: Mapping[str, Scores],
-    prompts: PromptList,
-    drawing: Drawing,
-    about: Mapping[str, Mapping[str, Any]],
-    options: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """What `run_drawbench` returns, of raw scores in the order of the pictures.
+@dataclass(frozen=True)
+class PromptList:
+    """Prompts to draw, each once, in the order of their first mention, and where they come from."""
+
+    source: str
+    prompts: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the prompts, a line each."""
+        return digest("\n".join(self.prompts))
+
+    @property
+    def matching(self) -> int:
+        """How many are among DrawBench's 200."""
+        return len({digest(prompt) for prompt in self.prompts} & published_hashes())
+
+    @property
+    def official(self) -> bool:
+        """Whether they are DrawBench's, all of them and no other."""
+        return self.matching == len(self.prompts) == len(published_hashes())
+
+    def remark(self) -> str:
+        """What to warn of, or ""."""
+        if self.official:
+            return ""
+        total = len(published_hashes())
+        own = len(self.prompts) - self.matching
+        others = f", and {own} are others" if own else ""
+        return (
+            f"the prompts of {self.source} are not DrawBench's list: {self.matching} of its {total} are among "
+            f"them{others}; the numbers do not compare with the paper's table 4"
+        )
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text in UTF-8, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def published_hashes() -> set[str]:
+    """SHA-256 of each of DrawBench's 200 prompts."""
+    return set(FINGERPRINT.read_text("ascii").split())
+
+
+def read_prompts(given: str, limit: int | None = None) -> PromptList:
+    """Prompts of a file, a bundled set of captions (`captions.CAPTION_SETS`), or a data set of the hub.
+
+    Files: .txt (one a line), .jsonl, .csv or .tsv with a column of `PROMPT_COLUMNS`, .json with a list of texts, of
+    objects with such a key, or of the AR-GRPO authors' `conversations`. Of a data set `owner/name` the first split is
+    read.
 
     Args:
-        about: policy to its path, hash of weights and image size.
+        limit: only so many, from the start.
+
+    Raises:
+        UserError: no such file or set, no prompts in it, the hub is not reached.
     """
-    sizes = [one["image_size"] for one in about.values()]
-    warnings = [text for text in (prompts.remark(), *_departures(drawing, sizes, options)) if text]
-    names = list(about)
-    policies: dict[str, dict[str, Any]] = {name: {} for name in names}
-    difference: dict[str, Any] = {}
-    for reward, own in scores.items():
-        usable = {}
-        for name in names:
-            values = own.values[name]
-            missing = sum(value is None for value in values)
-            if missing:
-                why = own.fault or own.missing or "it said no more"
-                warnings.append(f"{reward} has no score for {missing} of {len(values)} pictures of {name}: {why}")
-            enough = missing == 0 or (not own.fault and missing <= MOST_MISSING * len(values))
-            usable[name] = _scaled(values, reward) if enough else [None] * len(values)
-            policies[name][reward] = {**prompt_mean(usable[name], drawing.per_prompt), "missing": missing}
-        if len(names) == 2:
-            pairs = zip(*usable.values(), strict=True)
-            paired = [None if None in pair else pair[0] - pair[1] for pair in pairs]
-            difference[reward] = prompt_mean(paired, drawing.per_prompt)
-            both = sum(one is not None for one in paired)
-            if 0 < both < len(paired):
-                warnings.append(
-                    f"{reward} of the difference: of the {both} of {len(paired)} pairs that have both scores"
-                )
-    result: dict[str, Any] = {"benchmark": "drawbench", "policies": policies}
-    if difference:
-        result["difference"] = difference
-    result["columns"] = {
-        reward: {"label": column_of(reward).label, "unit": column_of(reward).unit} for reward in scores
-    }
-    places = {reward: place for place, reward in enumerate(TABLE_4)}
-    result["paper"] = {
-        row: {reward: numbers[places[reward]] for reward in scores if reward in places}
-        for row, numbers in paper_numbers.TABLE_4.items()
-    }
-    result["protocol"] = {
-        "prompts": {
-            "source": prompts.source,
-            "count": len(prompts.prompts),
-            "sha256": prompts.sha256,
-            "of_drawbench": prompts.matching,
-        },
-        "images_per_prompt": drawing.per_prompt,
-        "sampling": {
-            "cfg_scale": drawing.cfg_scale,
-            "temperature": drawing.temperature,
-            "top_k": 0,
-            "top_p": 1.0,
-            "dtype": drawing.dtype,
-            "seed": drawing.seed,
-            "first_image_seed": drawing.image_seed(0),
-        },
-        "policies": {name: dict(one) for name, one in about.items()},
-        "rewards": {
-            reward: {"weights": own.weights, "options": dict(options.get(reward, {}))} for reward, own in scores.items()
-        },
-        "errors": "standard errors clustered by prompt; differences paired picture by picture",
-        "versions": {"argrpo": __version__, **_versions()},
-    }
-    result["warnings"] = warnings
-    return result
+    path = Path(given).expanduser()
+    if given in CAPTION_SETS:
+        texts: Iterable[str] = read_captions(given)
+    elif path.is_file():
+        texts = _of_file(path)
+    elif path.suffix in SUFFIXES or given.count("/") != 1:
+        raise UserError(
+            f"no prompts {given!r}: give a file ({', '.join(SUFFIXES)}), a data set of the hub such as {HUB}, "
+            f"or one of {', '.join(CAPTION_SETS)}"
+        )
+    else:
+        texts = _of_hub(given)
+    prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    if not prompts:
+        raise UserError(f"{given} holds no prompts")
+    return PromptList(given, tuple(prompts[:limit]))
 
 
-def prompt_mean(values: Sequence[float | None], per_prompt: int) -> dict[str, Any]:
-    """Mean of the values that are there and its standard error, `per_prompt` in a row being of one prompt.
-
-    Returns:
-        `value` and `error` (None where there is no value, or a single prompt), `images` and `prompts` counted.
-    """
-    groups = [
-        [value for value in values[start : start + per_prompt] if value is not None]
-        for start in range(0, len(values), per_prompt)
-    ]
-    groups = [group for group in groups if group]
-    if not groups:
-        return {"value": None, "error": None, "images": 0, "prompts": 0}
-    mean, error = clustered_mean(groups)
-    told = None if math.isnan(error) else error
-    return {"value": mean, "error": told, "images": sum(map(len, groups)), "prompts": len(groups)}
+def _of_file(path: Path) -> list[str]:
+    if path.suffix == ".jsonl":
+        return _of_rows(read_jsonl(path), path)
+    if path.suffix in (".csv", ".tsv"):
+        reader = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t" if path.suffix == ".tsv" else ",")
+        return _of_rows(list(reader), path)
+    if path.suffix == ".json":
+        return _of_json(path)
+    return read_text(path).splitlines()
 
 
-def _scaled(values: Sequence[float | None], reward: str) -> list[float | None]:
-    divisor = column_of(reward).divisor
-    return [None if value is None else value / divisor for value in values]
+def _of_json(path: Path) -> list[str]:
+    try:
+        rows = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, str | dict) for row in rows):
+        raise UserError(f"cannot read {path}: expected a list of texts or of objects")
+    if all(isinstance(row, str) for row in rows):
+        return rows
+    return _of_rows([row if isinstance(row, dict) else {"prompt": row} for row in rows], path)
 
 
-def _departures(drawing: Drawing, sizes: Sequence[int], options: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Where drawing and scoring are not the paper's."""
-    paper = Drawing()
-    told = {"per_prompt": "images per prompt", "cfg_scale": "guidance", "temperature": "temperature"}
-    found = [
-        f"{label} {getattr(drawing, key):g}, the paper has {getattr(paper, key):g}"
-        for key, label in told.items()
-        if getattr(drawing, key) != getattr(paper, key)
-    ]
-    found += [
-        f"pictures of {size} pixels, the paper has {PAPER_SIZE}" for size in dict.fromkeys(sizes) if size != PAPER_SIZE
-    ]
-    found += [
-        f"{reward} with {key}={value}; the paper's column has it as it comes"
-        for reward, own in options.items()
-        if reward in TABLE_4
-        for key, value in choices(own).items()
-    ]
-    return found
+def _of_rows(rows: Sequence[Mapping[str, Any]], source: object) -> list[str]:
+    """The prompts of rows: under a name of `PROMPT_COLUMNS`, or what the human says first in `conversations`."""
+    if rows and "conversations" in rows[0]:
+        turns = [row.get("conversations") for row in rows]
+        said = [turn[0].get("value") if isinstance(turn, list) and turn else None for turn in turns]
+    else:
+        column = next((name for name in PROMPT_COLUMNS if rows and name in rows[0]), None)
+        if column is None:
+            has = f"it has {', '.join(map(str, rows[0]))}" if rows else "it is empty"
+            raise UserError(
+                f"{source}: no column of prompts ({has}); name it {PROMPT_COLUMNS[0]} or {PROMPT_COLUMNS[3]}"
+            )
+        said = [row.get(column) for row in rows]
+    bad = next((number for number, text in enumerate(said, 1) if not isinstance(text, str)), None)
+    if bad is not None:
+        raise UserError(f"{source}, row {bad}: its prompt is missing or not text")
+    return said
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def _of_hub(name: str) -> list[str]:
+    """The prompts of a data set of the hub, fetched once into its cache."""
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
 
-
-def table(result: dict[str, Any]) -> Table:
-    """The result as a Rich table: baseline, policy, paired difference, and table 4 of the paper."""
-    from rich.table import Table
-
-    protocol = result["protocol"]
-    prompts, sampling = protocol["prompts"], protocol["sampling"]
-    paper = result["paper"] if any(result["paper"].values()) else {}
-    out = Table(
-        title=f"DrawBench, {prompts['count']} prompts of {prompts['source']}, {protocol['images_per_prompt']} images "
-        f"each, cfg {sampling['cfg_scale']:g}, seed {sampling['seed']}; ± standard error",
-        caption="errors are clustered by prompt; in grey what the paper reports, of LlamaGen-XL at 256 pixels"
-        if paper
-        else "errors are clustered by prompt",
-    )
-    names = list(result["policies"])[::-1]  # the baseline first
-    out.add_column("reward")
-    for name in [*names, *(["difference"] if "difference" in result else [])]:
-        out.add_column(name, justify="right")
-    for row in paper:
-        out.add_column(row, justify="right", style="dim")
-    for reward, column in result["columns"].items():
-        cells = [_cell(result["policies"][name][reward]) for name in names]
-        if "difference" in result:
-            cells.append(_cell(result["difference"][reward], "+"))
-        reported = [f"{numbers[reward]:.3f}" if reward in numbers else "" for numbers in paper.values()]
-        unit = "" if column["unit"] == "raw" else f", {column['unit']}"
-        out.add_row(f"{column['label']}{unit}", *cells, *reported)
-    return out
-
-
-def _cell(value: Mapping[str, Any], sign: str = "") -> str:
-    if value["value"] is None:
-        return "–"
-    error = "" if value["error"] is None else f" ± {value['error']:.3f}"
-    return f"{value['value']:{sign}.3f}{error}"
+    mend = "download its prompts and give the file as --prompts"
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # it tells of every attempt; the outcome is enough
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # of the hub, the network, a parser: whatever it is, the set cannot be read
+        raise UserError(f"cannot fetch the data set {name} of the hub: {first_line(error)}; {mend}") from error
+    finally:
+        hub_logging.set_verbosity(level)
+    table = next(iter(loaded.values()))
+    column = next((key for key in PROMPT_COLUMNS if key in table.column_names), None)
+    if column is None:
+        raise UserError(
+            f"the data set {name} has no column of prompts (it has {', '.join(table.column_names)}); {mend}"
+        )
+    return [str(text) for text in table[column]]
