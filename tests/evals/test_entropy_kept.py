@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -19,13 +18,10 @@ from argrpo_cli.evals.entropy_figures import draw_bars, draw_curve
 from argrpo_cli.evals.entropy_material import Question
 from argrpo_cli.evals.entropy_table import table
 from argrpo_cli.evals.imagenet_folder import open_labelled
-from argrpo_cli.evals.report import read_results
-from argrpo_cli.evals.report_page import section
 from argrpo_cli.policy.llamagen.vq import from_uint8
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import write_jsonl
 from tests.evals.test_entropy_data import ALONE, class_folders, coded, flat, picture, policies  # noqa: F401
-from tests.evals.test_report import entropy
 from tests.training.tiny import IMAGE_SIZE, TOKENS, tiny_policy
 
 # What is kept
@@ -178,15 +174,3 @@ def test_a_synset_of_the_devkit_with_children_is_no_class(tmp_path):
         truth.write_text(f"1\n{number}\n")
         with pytest.raises(UserError, match=f"line 2: expected the devkit's id of a class, 1 to 1000, got '{number}'"):
             open_labelled(tmp_path)
-
-
-def test_the_page_tells_the_temperature_of_entropies(tmp_path):
-    paths = []
-    for name, temperature in (("warm", 1.0), ("cold", 0.7)):
-        paths.append(tmp_path / name / "entropy.jsonl")
-        paths[-1].parent.mkdir()
-        lines = [json.dumps(row | {"policy": name, "temperature": temperature}) for row in entropy()]
-        paths[-1].write_text("\n".join(lines))
-    assert "temperature: 0.7" in section(read_results(paths[1:])).protocol
-    both = section(read_results(paths))
-    assert "not measured alike: temperature is 1 for warm; 0.7 for cold" in both.warnings

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from argrpo_cli import paper_numbers
 from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.paper import nano as paper
-from argrpo_cli.paper import numbers as paper_numbers
 from argrpo_cli.paper import page as paper_page
 from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import load_recipe
@@ -22,14 +22,13 @@ EVERY = [prompt for name in ("geneval-nano-extra", "geneval-nano") for prompt in
 
 
 def units(numbers, entropy=3.0, shift=0.0):
-    values = dict(zip(paper_page.FIDELITY, numbers, strict=True))
+    values = dict(zip(paper_page.FIDELITY, numbers.values() if isinstance(numbers, dict) else numbers, strict=True))
     values |= {"match": 14.0, "recognised": 0.9, "entropy": entropy}
     return {key: value + SPREAD + shift for key, value in values.items()}
 
 
 def verdicts(numbers, shift=0.0):
-    means = dict(zip(paper_numbers.TABLE_3_COLUMNS, numbers, strict=True))
-    return [(prompt, means[prompt.tag] + shift) for prompt in EVERY]
+    return [(prompt, numbers[prompt.tag] + shift) for prompt in EVERY]
 
 
 def three(make, *args, spread=1e-3):
@@ -48,14 +47,14 @@ def entropy_rows(names, changes, error=0.001):
 
 @pytest.fixture
 def results():
-    p = paper_numbers
-    c2i = {"base": [units(p.TABLE_2["LlamaGen (base)"])], "c2i": three(units, p.TABLE_6["D"], 2.9)}
-    c2i |= {f"c2i_{letter.lower()}": [units(p.TABLE_6[letter])] for letter in "ABC"}
-    c2i |= {"c2i_no_kl": [units(p.TABLE_5["without KL"])]}
-    c2i |= {f"c2i_cfg_{scale}": [units(p.TABLE_6["D"])] for scale in (1, 4, 7)}
+    designs, t2i_designs = paper_numbers.ablation(6), paper_numbers.ablation(7)
+    c2i = {"base": [units(designs["base"])], "c2i": three(units, designs["D"], 2.9)}
+    c2i |= {f"c2i_{letter.lower()}": [units(designs[letter])] for letter in "ABC"}
+    c2i |= {"c2i_no_kl": [units(paper_numbers.table(5)["c2i_b256_no_kl"]["trained"])]}
+    c2i |= {f"c2i_cfg_{scale}": [units(designs["D"])] for scale in (1, 4, 7)}
     swept = {s: units([100 + 29 * s, 5 + abs(s - 2), 8, 0.8, 0.4]) for s in paper.SAMPLING_SCALES}
-    t2i = {"base": [verdicts(p.TABLE_7["base"])], "t2i": three(verdicts, p.TABLE_7["D"])}
-    t2i |= {f"t2i_{letter.lower()}": [verdicts(p.TABLE_7[letter])] for letter in "ABC"}
+    t2i = {"base": [verdicts(t2i_designs["base"])], "t2i": three(verdicts, t2i_designs["D"])}
+    t2i |= {f"t2i_{letter.lower()}": [verdicts(t2i_designs[letter])] for letter in "ABC"}
     real = entropy_rows(["base", "0", "1", "2"], [0, -0.2, -0.21, -0.19])
     return paper_page.Results(c2i, swept, t2i, real, entropy_rows(["base", "20", "40"], [0, -0.2, -0.4]))
 
@@ -77,7 +76,7 @@ def test_without_any_difference_nothing_is_found(results):
     same = paper_page.Results(
         {name: results.c2i["base"] * len(runs) for name, runs in results.c2i.items()},
         dict.fromkeys(results.swept, results.swept[2.0]),
-        {name: [verdicts([0.25] * 7)] * len(runs) for name, runs in results.t2i.items()},
+        {name: [verdicts(dict.fromkeys(paper_page.TAGS, 0.25))] * len(runs) for name, runs in results.t2i.items()},
         flat,
         flat,
     )
@@ -124,7 +123,7 @@ def test_geneval_is_compared_prompt_by_prompt(results, wins, word):
 
 
 def test_prompts_that_were_trained_on_are_told_apart(results):
-    numbers = [0.3] * 7
+    numbers = dict.fromkeys(paper_page.TAGS, 0.3)
     gained = [(prompt, 0.3 + 0.5 * (prompt.tag in ("single_object", "counting"))) for prompt in EVERY]
     t2i = {**results.t2i, "base": [verdicts(numbers)], "t2i": [gained] * 3}
     changed = dataclasses.replace(results, t2i=t2i)
@@ -167,7 +166,7 @@ def test_the_page_has_every_table_with_the_papers_numbers_beside(results, tmp_pa
     measured = next(line for line in text.splitlines() if line.startswith("| AR-GRPO | 211"))
     assert measured.split(" | ")[1].startswith("211.670 ± 0.000")
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {len(paper_page.MEASURES) + 2, len(paper_numbers.TABLE_3_COLUMNS) + 2}
+    assert widths == {len(paper_page.MEASURES) + 2, len(paper_page.TAGS) + 3}
     paper_page.draw_figures(results, tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").width > 1000
 

@@ -261,16 +261,14 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RESULTS...",
-            help="What eval nano --out wrote, summary.json of eval imagenet, geneval and drawbench, entropy.jsonl, or "
-            "folders of such files.",
+            help="summary.json of eval, score and entropy, what eval nano --out wrote, or folders of such files.",
             show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The page: a name that ends in .md or .html.")] = Path("report.md"),
 ) -> None:
     """Result files as one page: base, trained, difference, and the paper's numbers below."""
-    from argrpo_cli.evals.report import read_results
-    from argrpo_cli.evals.report_page import CONFLICT, write_report
+    from argrpo_cli.evals.report import CONFLICT, read_results, write_report
 
     sections = write_report(read_results(results), out)
     notes = 0

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from argrpo_cli import __version__
+from argrpo_cli import __version__, paper_numbers
 from argrpo_cli.evals import imagenet_warnings as check
 from argrpo_cli.evals.feature_store import HASHES, FeatureStore, extract
 from argrpo_cli.evals.fidelity import NEIGHBOURS, SPLIT_SIZE, save_statistics
 from argrpo_cli.evals.folders import check_claim, claim
-from argrpo_cli.evals.imagenet_measures import MEASURES, Measure, measure_set, sorted_by_class
+from argrpo_cli.evals.imagenet_measures import Measure, measure_set, sorted_by_class
 from argrpo_cli.evals.imagenet_reference import (
     ADM_NAME,
     Reference,
@@ -48,7 +48,6 @@ from argrpo_cli.evals.imagenet_sources import (
 from argrpo_cli.evals.nano_sets import class_groups
 from argrpo_cli.images import ImageSet
 from argrpo_cli.networks.inception import Inception, load_inception
-from argrpo_cli.paper.numbers import TABLE_2_ALL
 from argrpo_cli.system.files import read_json, user_cache, write_json
 from argrpo_cli.system.processes import Team, join_team
 
@@ -235,9 +234,8 @@ def _result(
         result["difference"] = {key: ours[key].minus(baseline[key]).summary() for key in ours}
     first = next(iter(sources.values()))
     base = first.policy.base if isinstance(first, PolicySource) else None
-    if base in TABLE_2_ALL:
-        rows = {key: dict(zip(MEASURES, row, strict=True)) for key, row in TABLE_2_ALL[base].items()}
-        result["paper"] = {"policy": base, **rows}
+    if rows := paper_numbers.before_and_after(2, base or ""):
+        result["paper"] = {"policy": base, **dict(zip(("base", "trained"), rows.values(), strict=True))}
     return {**result, "warnings": warnings + late}
 
 

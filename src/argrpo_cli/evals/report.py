@@ -1,42 +1,33 @@
-"""`argrpo eval report`: reading the result files of the benchmarks, whatever their shape, for one page of tables.
+"""`argrpo eval report`: results on one page, in the shape of the paper's tables, as Markdown or self-contained HTML.
 
-Every file becomes one or more `Result`s: rows of measures with standard errors, differences, the paper's rows, and the
-protocol of each row. `report_page.py` groups them into tables and writes these.
+Results of one benchmark share a table, a baseline above what was compared with it; rows that were not measured alike
+are flagged, setting by setting.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from argrpo_cli.paper import numbers as paper_numbers
+from argrpo_cli import __version__
+from argrpo_cli.evals.tables import ARROWS, TITLES, markdown_table
+from argrpo_cli.shapes import Column, Result, Value
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_json, read_jsonl
+from argrpo_cli.system.files import write_text
 
-Value = tuple[float | None, float | None]  # and its standard error; None where there is none
-
-EXPECTED = (
-    "the file of `argrpo eval nano --out`, the summary.json of eval imagenet, geneval or drawbench, or entropy.jsonl"
-)
-FIDELITY = {
-    "inception_score": "IS ↑",
-    "fid": "FID ↓",
-    "sfid": "sFID ↓",
-    "precision": "precision ↑",
-    "recall": "recall ↑",
-}
-TITLES = {
-    "imagenet": "ImageNet (table 2)",
-    "drawbench": "DrawBench (table 4)",
-    "nano": "Nano world, single objects",
-}
-OFFICIAL_SETS = ("geneval", "official")
-OF_A_POLICY = ("policies", "measured")  # parts of a protocol that have an entry for each policy
-IDENTITY = {"policy", "weights", "images_sha256", "base", "step", "path", "fingerprint", "sha256", "files"}  # its own
-DETAILS = {"n", "batch_size", "keep_images"}  # of sampling; how many images there are is told as `images`
+EXPECTED = "what `argrpo eval`, `score` or `entropy` wrote: summary.json, or the file of `eval nano --out`"
+CONFLICT = "not measured alike"
+MEASURED, DIFFERENCE, PAPER = "measured", "difference", "paper"
+OWN = {"path", "weights", "base", "step", "sha256", "images_sha256", "files", "count"}  # tells a row from others
+DETAILS = {"n", "batch_size", "keep_images"}
+HASH = re.compile(r"[0-9a-f]{64}")
+HEADING = "Measured beside the AR-GRPO paper"
+ABOUT = f"Made by argrpo {__version__}. ± standard errors, where there are any. A dash: not measured."
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 @dataclass(frozen=True)
@@ -44,205 +35,199 @@ class Row:
     """A line of a table: measures, and how they were measured, as flat keys (`sampling.seed`) to values."""
 
     name: str
-    cells: dict[str, Value]
-    protocol: dict[str, Any] = field(default_factory=dict)
+    cells: Mapping[str, Value]
+    protocol: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one file says of one table.
+class Section:
+    """A table ready to be written.
 
     Attributes:
-        title: of the table; results with the same title share one.
-        labels: measure to its heading, in the order of the columns.
-        rows: policies, a baseline first.
-        differences: rows of paired differences.
-        paper: rows that the paper reports.
+        lines: name of a row, the texts of its cells, and MEASURED, DIFFERENCE or PAPER.
+        protocol: what all its measured rows share, and what some alone tell, a line each.
+        warnings: what to know before rows are compared.
     """
 
     title: str
-    labels: dict[str, str]
-    rows: list[Row]
-    differences: list[Row] = field(default_factory=list)
-    paper: list[Row] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    columns: list[str]
+    lines: list[tuple[str, list[str], str]]
+    protocol: list[str]
+    warnings: list[str]
 
 
-def read_results(sources: Sequence[Path]) -> list[Result]:
-    """The results in files, and in folders with what lies below them (where other files are passed over).
+def read_results(sources: Sequence[Path]) -> dict[str, Result]:
+    """Path to result, of files, and of folders with what lies below them (where other files are passed over).
 
     Raises:
         UserError: a file that is no result, or a folder without any.
     """
-    results = []
+    results = {}
     for source in sources:
-        if source.is_dir():
-            found = [result for path in _files(source) for result in _read(path) or []]
-            if not found:
-                raise UserError(f"no results in {source}; expected {EXPECTED}")
-        else:
-            told = _read(source)
-            if told is None:
-                raise UserError(f"{source} is not a result that the report knows; expected {EXPECTED}")
-            found = told
-        results += found
+        paths = [path for path in sorted(source.rglob("*.json")) if _is_result(path)] if source.is_dir() else [source]
+        if not paths:
+            raise UserError(f"no results in {source}; expected {EXPECTED}")
+        results |= {str(path): Result.load(path) for path in paths}
     return results
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files below a folder that may be results: JSON objects, and entropy.jsonl."""
-    paths = sorted(path for path in folder.rglob("*") if path.name == "entropy.jsonl" or path.suffix == ".json")
-    return [path for path in paths if not path.name.startswith(".") and _is_object(path)]
-
-
-def _is_object(path: Path) -> bool:
-    if path.suffix == ".jsonl":
-        return True
+def _is_result(path: Path) -> bool:
     try:
-        return isinstance(json.loads(path.read_text("utf-8-sig")), dict)
+        value = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError):
         return False
+    return not path.name.startswith(".") and isinstance(value, dict) and {"format", "benchmark"} <= value.keys()
 
 
-def _read(path: Path) -> list[Result] | None:
-    """The results of a file, None when it holds something else."""
-    if path.suffix == ".jsonl":
-        rows = read_jsonl(path)
-        known = rows and all({"policy", "mode", "mean", "standard_error"} <= row.keys() for row in rows)
-        return [_entropy(rows, str(path))] if known else None
-    value = read_json(path)
-    try:
-        if isinstance(value.get("benchmark"), str) and isinstance(value.get("policies"), dict):
-            return [_benchmark(value, str(path))]
-        if {"scores", "totals", "settings"} <= value.keys():
-            return _geneval(value, str(path))
-        if {"real", "reward_weights", "settings"} <= value.keys():
-            return [_nano(value, str(path))]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} looks like a result, but a part of it is missing or of another shape") from error
-    return None
+def write_report(results: Mapping[str, Result], out: Path) -> list[Section]:
+    """Write the page to `out`, as its suffix says (.md or .html); the tables that are on it.
+
+    Raises:
+        UserError: another suffix, or a file that cannot be written.
+    """
+    writers = {".md": markdown, ".html": html_page, ".htm": html_page}
+    if out.suffix.lower() not in writers:
+        raise UserError(f"--out {out}: give the page a name that ends in .md or .html")
+    tables = sections(results)
+    write_text(out, writers[out.suffix.lower()](tables))
+    return tables
 
 
-def _benchmark(value: Mapping[str, Any], source: str) -> Result:
-    """The shape of imagenet and drawbench: `policies` {name: {measure: {value, error}}}, the baseline last."""
-    protocol = value.get("protocol", {})
-    # Of images drawn here "settings", of those that `argrpo sample` drew "sampling": one thing in the tables.
-    renamed = {"settings": "sampling"}
-    shared = {renamed.get(key, key): part for key, part in protocol.items() if key not in OF_A_POLICY}
-    headings = {key: one["label"] for key, one in value.get("columns", {}).items()}
-    rows = []
-    for name, own in reversed(value["policies"].items()):
-        about = [protocol[key][name] for key in OF_A_POLICY if name in protocol.get(key, {})]
-        rows.append(
-            Row(name, _cells(own), _flat(shared, skip=DETAILS) | _flat(*about, skip=IDENTITY | DETAILS), source)
-        )
-    measures = dict.fromkeys(key for row in rows for key in row.cells)
-    reported = value.get("paper", {})
-    model = f"{reported['policy']}, " if "policy" in reported else ""
-    paper = [
-        Row(model + name, {key: (float(number), None) for key, number in numbers.items()})
-        for name, numbers in reported.items()
-        if isinstance(numbers, dict) and numbers
+def sections(results: Mapping[str, Result]) -> list[Section]:
+    """A table for each benchmark, or for each of its groups of columns."""
+    kinds = [(one.benchmark, column.group) for one in results.values() for column in one.columns.values()]
+    return [_section(results, *kind) for kind in dict.fromkeys(kinds)]
+
+
+def _section(results: Mapping[str, Result], benchmark: str, group: str) -> Section:
+    columns: dict[str, Column] = {}
+    rows, differences, paper, notes = [], [], {}, []
+    for source, result in results.items():
+        own = {key: one for key, one in result.columns.items() if one.group == group}
+        if result.benchmark != benchmark or not own:
+            continue
+        columns |= own
+        names = list(result.rows)
+        if result.difference:  # the baseline first
+            differences.append(Row(f"{names[0]} − {names[1]}", _cells(result.difference, own), {}, source))
+            names[:2] = names[1::-1]
+        rows += [Row(name, _cells(result.rows[name], own), _protocol(result, name), source) for name in names]
+        for name, numbers in result.paper.items():
+            paper.setdefault(name, {}).update({key: Value(numbers[key]) for key in own if key in numbers})
+        notes += [*result.warnings, *(f"not as in the paper: {text}" for text in result.departures)]
+    rows = _distinct(rows)
+    lines = [(row.name, _texts(row.cells, columns, "–"), MEASURED) for row in rows]
+    lines += [(row.name, _texts(row.cells, columns, "–", "+"), DIFFERENCE) for row in _distinct(differences)]
+    lines += [(f"{name} (paper)", _texts(cells, columns, ""), PAPER) for name, cells in paper.items() if cells]
+    protocol, conflicts = _protocols(rows)
+    labels = [f"{one.label}{ARROWS.get(one.better, '')}" for one in columns.values()]
+    title = TITLES.get(benchmark, benchmark) + (f", {group}" if group else "")
+    return Section(title, labels, lines, protocol, list(dict.fromkeys([*conflicts, *notes])))
+
+
+def _cells(values: Mapping[str, Value], columns: Collection[str]) -> dict[str, Value]:
+    return {key: value for key, value in values.items() if key in columns}
+
+
+def _texts(cells: Mapping[str, Value], columns: Mapping[str, Column], absent: str, sign: str = "") -> list[str]:
+    return [
+        cells[key].text(column.digits, column.percent, sign) if key in cells else absent
+        for key, column in columns.items()
     ]
-    return Result(
-        TITLES.get(value["benchmark"], value["benchmark"]),
-        {key: headings.get(key, FIDELITY.get(key, key)) for key in measures},
-        rows,
-        _difference(rows, value.get("difference"), source),
-        paper,
-        [str(text) for text in value.get("warnings", [])],
-    )
 
 
-def _geneval(value: Mapping[str, Any], source: str) -> list[Result]:
-    """A table for each set of prompts, in the paper's order of the categories."""
-    settings = {key: part for key, part in value["settings"].items() if key != "policies"}
-    protocol = _flat(settings, {"versions": value.get("versions", {})}, skip={"files"})
-    departures = [f"not as in the paper: {text}" for text in value.get("differs_from_paper", [])]
-    results = []
-    for part in next(iter(value["scores"].values())):
-        rows = [Row(name, _cells(own[part]), protocol, source) for name, own in reversed(value["scores"].items())]
-        known = [tag for tag in paper_numbers.TABLE_3_COLUMNS if tag in rows[0].cells]
-        labels = {tag: tag.replace("_", " ") for tag in [*known, *(tag for tag in rows[0].cells if tag not in known)]}
-        paper = [
-            Row(name, {tag: (number, None) for tag, number in zip(paper_numbers.TABLE_3_COLUMNS, numbers, strict=True)})
-            for name, numbers in paper_numbers.TABLE_3.items()
-        ]
-        warnings = list(departures)
-        if absent := value.get("prompts_absent"):
-            warnings.append(f"{absent} of the 553 official prompts have no image: `overall` is not the paper's")
-        if part not in OFFICIAL_SETS:
-            warnings.append(f"the paper's rows are of the 553 official prompts, those above of the set {part}")
-        difference = _difference(rows, value.get("difference", {}).get(part), source)
-        results.append(Result(f"GenEval (table 3), {part}", labels, rows, difference, paper, warnings))
-    return results
+def _protocol(result: Result, row: str) -> dict[str, Any]:
+    """How a row was measured; nothing of one that is no policy and no set of pictures."""
+    measured = result.protocol.get("measured", {})
+    if row not in measured:
+        return {}
+    shared = {key: part for key, part in result.protocol.items() if key != "measured"}
+    counts = [value.count for value in result.rows[row].values() if value.count]
+    images = {"images": max(counts)} if counts else {}
+    return _flat(shared, skip=DETAILS) | images | _flat(measured[row], skip=OWN | DETAILS)
 
 
-def _nano(value: Mapping[str, Any], source: str) -> Result:
-    from argrpo_cli.evals.nano_table import LABELS
-
-    measured = value["policies"] if "policies" in value else value["images"]
-    protocol = _flat(
-        value["settings"], {"reward_weights": value["reward_weights"], "versions": value.get("versions", {})}
-    )
-    rows = [Row(name, _cells(own), protocol, source) for name, own in reversed(measured.items())]
-    keys = dict.fromkeys(key for row in rows for key in row.cells)
-    ordered = [key for key in [*LABELS, *value["reward_weights"]] if key in keys]  # as the command prints them
-    real = Row("real scenes", _cells(value["real"]))
-    labels = {key: LABELS.get(key, key) for key in ordered}
-    return Result(TITLES["nano"], labels, [*rows, real], _difference(rows, value.get("difference"), source))
-
-
-def _entropy(table: Sequence[Mapping[str, Any]], source: str) -> Result:
-    """Conditional and guided entropy: a row per policy or checkpoint, and the change from the first."""
-    rows: dict[str, Row] = {}
-    changes: dict[str, Row] = {}
-    for line in table:
-        name, mode = str(line["policy"]), str(line["mode"])
-        known = ("split", "asked", "data", "labels", "preprocessing", "cfg_scale", "temperature", "images", "seed")
-        protocol = _flat({key: line[key] for key in known if line.get(key) is not None})
-        row = rows.setdefault(name, Row(name, {}, protocol, source))
-        row.cells[mode] = (line["mean"], line["standard_error"])
-        if "change" in line:
-            change = changes.setdefault(
-                name, Row(f"{name}, change from {line.get('against', table[0]['policy'])}", {}, {}, source)
-            )
-            change.cells[mode] = (line["change"], line["change_error"])
-    modes = dict.fromkeys(mode for row in rows.values() for mode in row.cells)
-    return Result(
-        "Policy entropy, nats per token (figures 3 and 4)",
-        {mode: mode for mode in modes},
-        list(rows.values()),
-        list(changes.values()),
-    )
-
-
-def _difference(rows: Sequence[Row], difference: Mapping[str, Any] | None, source: str) -> list[Row]:
-    if not difference:
-        return []
-    return [Row(f"{rows[-1].name} − {rows[0].name}", _cells(difference), {}, source)]
-
-
-def _cells(measures: Mapping[str, Any]) -> dict[str, Value]:
-    """Measure to (value, error), under either of the names that results give them; NaN is none."""
-    cells = {}
-    for key, one in measures.items():
-        pair = (one["value"] if "value" in one else one["mean"], one.get("error"))
-        value, error = (None if number is None or number != number else float(number) for number in pair)
-        cells[key] = (value, error)
-    return cells
-
-
-def _flat(*parts: Mapping[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
+def _flat(part: Mapping[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
     """Nested settings as one level of keys with dots; what has a name in `skip` is left out, however deep."""
     flat: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            if key in skip or value in (None, [], ""):
-                continue
-            if isinstance(value, Mapping):
-                flat |= {f"{key}.{inner}": one for inner, one in _flat(value, skip=skip).items()}
-            else:
-                flat[key] = value
+    for key, value in part.items():
+        if key in skip or value in (None, [], ""):
+            continue
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": one for inner, one in _flat(value, skip).items()}
+        else:
+            flat[key] = value
     return flat
+
+
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    """Rows in order, one that several files have alike once; others of the same name say which file they are of."""
+    kept: list[Row] = []
+    for row in rows:
+        if not any((row.name, row.cells, row.protocol) == (one.name, one.cells, one.protocol) for one in kept):
+            kept.append(row)
+    names = [row.name for row in kept]
+    return [
+        Row(f"{row.name} ({row.source})", row.cells, row.protocol, row.source) if names.count(row.name) > 1 else row
+        for row in kept
+    ]
+
+
+def _protocols(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """What the measured rows share, or some of them alone tell, and a line for each setting in which they differ."""
+    measured = [row for row in rows if row.protocol]
+    shared: dict[tuple[str, ...], list[str]] = {tuple(row.name for row in measured): []}
+    conflicts = []
+    for key in dict.fromkeys(key for row in measured for key in row.protocol):
+        names: dict[str, list[str]] = {}
+        for row in measured:
+            if key in row.protocol:
+                names.setdefault(_text(row.protocol[key]), []).append(row.name)
+        if len(names) == 1:
+            value, having = next(iter(names.items()))
+            shared.setdefault(tuple(having), []).append(f"{key}: {value}")
+        else:
+            parts = "; ".join(f"{value} for {', '.join(own)}" for value, own in names.items())
+            conflicts.append(f"{CONFLICT}: {key} is {parts}")
+    (_, of_all), *others = shared.items()
+    return [*of_all, *(f"of {', '.join(names)} alone: {text}" for names, texts in others for text in texts)], conflicts
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str) and HASH.fullmatch(value):
+        return value[:16]
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def markdown(tables: Sequence[Section]) -> str:
+    """The page as Markdown."""
+    parts = [f"# {HEADING}", ABOUT]
+    for one in tables:
+        rows = []
+        for name, cells, kind in one.lines:
+            mark = "*" if kind == PAPER else "**" if kind == DIFFERENCE else ""
+            rows.append((f"{mark}{_plain(name)}{mark}", cells))
+        parts += [f"## {_plain(one.title)}", markdown_table([_plain(label) for label in one.columns], rows)]
+        parts += ["\n".join(f"- **Note:** {_plain(text)}" for text in one.warnings)] if one.warnings else []
+        if one.protocol:
+            lines = [f"- {_plain(text)}" for text in one.protocol]
+            parts.append("\n".join(["<details><summary>Protocol</summary>", "", *lines, "", "</details>"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def html_page(tables: Sequence[Section]) -> str:
+    """The page as HTML that needs no other file, light or dark as the reader's system is."""
+    from jinja2 import Environment
+
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text("utf-8"))
+    return page.render(heading=HEADING, about=ABOUT, sections=tables) + "\n"
+
+
+def _plain(text: str) -> str:
+    """A text that Markdown takes for nothing but words, within a table too."""
+    for sign, stand_in in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("*", "\\*"), ("\n", " ")):
+        text = text.replace(sign, stand_in)
+    return text

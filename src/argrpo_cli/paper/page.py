@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from argrpo_cli import paper_numbers
 from argrpo_cli.captions import SHARED
 from argrpo_cli.evals.nano_sets import CORRECTED
 from argrpo_cli.evals.tables import markdown_table
 from argrpo_cli.geneval.summary import tag_scores
-from argrpo_cli.paper import numbers as published
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.system.files import atomic_path
 
@@ -24,9 +24,8 @@ Verdicts = Sequence[tuple[Any, float]]  # prompt and 1 or 0 for each image
 IS = "inception_score"
 FIDELITY = {IS: "IS", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall"}
 MEASURES = {**FIDELITY, "match": "match, dB", "recognised": "recognised", "entropy": "entropy"}
-HELD_OUT = tuple(
-    tag for tag in published.TABLE_3_COLUMNS[:-1] if tag not in SHARED
-)  # categories that GRPO does not ask for
+TAGS = tuple(paper_numbers.before_and_after(3)[paper_numbers.AFTER])[:-1]  # GenEval's categories in the paper's order
+HELD_OUT = tuple(tag for tag in TAGS if tag not in SHARED)  # those that GRPO does not ask for
 CLEAR = 3.0  # standard errors from which a difference is called one
 
 
@@ -56,7 +55,10 @@ def page(results: Results, images: int, per_prompt: int) -> str:
     t2i = {name: _categories(_mean_verdicts(runs)) for name, runs in results.t2i.items()}
     settings = load_recipe("nano/paper/c2i").grpo
     by_scale = sorted((name for name in c2i if _is_scale(name)), key=scale_of)
-    columns = {name: name.replace("_", " ") for name in published.TABLE_3_COLUMNS}
+    columns = {name: name.replace("_", " ") for name in (*TAGS, "overall")}
+    fidelity = paper_numbers.before_and_after(2, "c2i-b-256")
+    without = paper_numbers.table(5)["c2i_b256_no_kl"]["trained"]
+    with_kl = {"base": fidelity[paper_numbers.BEFORE], "without KL": without, "with KL": fidelity[paper_numbers.AFTER]}
     parts = [
         "# The paper's tables in the nano world",
         f"Made by `make paper-nano` from the recipes in `recipes/nano/paper/`: {settings.steps} updates of "
@@ -71,18 +73,16 @@ def page(results: Results, images: int, per_prompt: int) -> str:
         f"of {settings.learning_rate:g}; as there, images are drawn guided and the conditional log-probability is "
         "trained.",
         "## Table 2: class-conditional",
-        _table({"LlamaGen (base)": c2i["base"], "AR-GRPO": c2i["c2i"]}, published.TABLE_2, MEASURES),
+        _table({"LlamaGen (base)": c2i["base"], "AR-GRPO": c2i["c2i"]}, fidelity, MEASURES),
         "## Table 5: the KL term",
-        _table(
-            {"base": c2i["base"], "without KL": c2i["c2i_no_kl"], "with KL": c2i["c2i"]}, published.TABLE_5, MEASURES
-        ),
+        _table({"base": c2i["base"], "without KL": c2i["c2i_no_kl"], "with KL": c2i["c2i"]}, with_kl, MEASURES),
         "## Table 6: reward designs, class-conditional",
         "A leaves out the conditional rewards, B quality, C realism; D has all.",
-        _table({"base": c2i["base"], **_designs(c2i, "c2i")}, published.TABLE_6, MEASURES),
+        _table({"base": c2i["base"], **_designs(c2i, "c2i")}, paper_numbers.ablation(6), MEASURES),
         "## Table 3: text-conditional, GenEval",
-        _table({"LlamaGen (base)": t2i["base"], "AR-GRPO": t2i["t2i"]}, published.TABLE_3, columns),
+        _table({"LlamaGen (base)": t2i["base"], "AR-GRPO": t2i["t2i"]}, paper_numbers.before_and_after(3), columns),
         "## Table 7: reward designs, GenEval",
-        _table({"base": t2i["base"], **_designs(t2i, "t2i")}, published.TABLE_7, columns),
+        _table({"base": t2i["base"], **_designs(t2i, "t2i")}, paper_numbers.ablation(7), columns),
         "## Figures 4 and 6",
         "![entropy and guidance](paper_nano.png)",
         "Left: entropy along samples of the GenEval prompts against the training step, seed 0. Middle: trained under "
@@ -124,7 +124,6 @@ def findings(results: Results) -> list[str]:
         difference = _categories([(prompt, x - y) for (prompt, x), (_, y) in pairs])["overall"]
         return _verdict(claim, difference, _of_training(spread, trained), sign)
 
-    every = published.TABLE_3_COLUMNS[:-1]
     return [
         fidelity("Quality up: IS rises (table 2)", full, "base", IS, +1),
         fidelity("Quality up: precision rises (table 2)", full, "base", "precision", +1),
@@ -139,14 +138,14 @@ def findings(results: Results) -> list[str]:
         fidelity("Quality rewards: IS higher with them, D against B (order in table 6)", full, b, IS, +1),
         fidelity("Realism rewards keep recall, D against C (table 6)", full, c, "recall", +1),
         fidelity("Realism rewards cost IS, D against C (table 6)", full, c, IS, -1),
-        geneval("GenEval rises overall (table 3)", "t2i", "base", every),
+        geneval("GenEval rises overall (table 3)", "t2i", "base", TAGS),
         geneval("GenEval rises on prompts that GRPO did not ask for (ours)", "t2i", "base", HELD_OUT),
         geneval("Single objects rise (table 3)", "t2i", "base", ("single_object",)),
         geneval("Counting rises (table 3)", "t2i", "base", ("counting",)),
         geneval("Colours rise (table 3)", "t2i", "base", ("colors",)),
-        geneval("Conditional rewards help GenEval, D against A (table 7)", "t2i", "t2i_a", every),
-        geneval("Quality rewards help GenEval, D against B (table 7)", "t2i", "t2i_b", every),
-        geneval("Realism rewards help GenEval, D against C (table 7)", "t2i", "t2i_c", every),
+        geneval("Conditional rewards help GenEval, D against A (table 7)", "t2i", "t2i_a", TAGS),
+        geneval("Quality rewards help GenEval, D against B (table 7)", "t2i", "t2i_b", TAGS),
+        geneval("Realism rewards help GenEval, D against C (table 7)", "t2i", "t2i_c", TAGS),
         _verdict("Entropy falls on real images (figure 3)", *_entropy_change(results.real), -1),
         _verdict("Entropy falls during training, text-conditional, seed 0 (figure 4)",
                  *_entropy_change([row for row in results.curve if row["step"]][-2:]), -1),
@@ -251,13 +250,13 @@ def _designs(rows: dict[str, Any], task: str) -> dict[str, Any]:
     return {**{letter.upper(): rows[f"{task}_{letter}"] for letter in "abc"}, "D": rows[task]}
 
 
-def _table(rows: dict[str, dict[str, Value]], paper: dict[str, list[float]], columns: dict[str, str]) -> str:
+def _table(rows: dict[str, dict[str, Value]], paper: dict[str, paper_numbers.Row], columns: dict[str, str]) -> str:
     """Rows of measures, each followed by the paper's numbers where it has some, for the first of the columns."""
     lines: list[tuple[str, list[str]]] = []
     for name, row in rows.items():
         lines.append((name, [_cell(row[key]) for key in columns]))
         if name in paper:
-            numbers = [f"{value:g}" for value in paper[name]] + [""] * (len(columns) - len(paper[name]))
+            numbers = [f"{paper[name][key]:g}" if key in paper[name] else "" for key in columns]
             lines.append((f"*{name}, in the paper*", numbers))
     return markdown_table(list(columns.values()), lines)
 
