@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from argrpo_cli import paper_numbers
 from argrpo_cli.evals.geneval_folders import OFFICIAL_SET
-from argrpo_cli.paper.numbers import TABLE_3, TABLE_3_COLUMNS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,7 +17,7 @@ def table(result: dict[str, Any]) -> Table:
 
     scores = result["scores"]
     names = list(scores)[::-1]  # the baseline first
-    beside = {f"paper, {name}": dict(zip(TABLE_3_COLUMNS, row, strict=True)) for name, row in TABLE_3.items()}
+    beside = {f"paper, {name}": row for name, row in paper_numbers.before_and_after(3).items()}
     if list(scores[names[0]]) != [OFFICIAL_SET]:
         beside = {}
     out = Table(title=_title(result["settings"]), caption=_caption(result, bool(beside)))
