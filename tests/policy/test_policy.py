@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.folder import class_names
 from argrpo_cli.policy.llamagen.checkpoints import from_published, to_published
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.published import class_names
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, to_uint8
 from argrpo_cli.rewards import load_rewards
 from argrpo_cli.shapes import Condition, class_prompt
@@ -412,7 +412,7 @@ def test_the_bundled_caption_policy_draws_what_it_is_asked():
 
 
 def test_a_bundled_policy_without_weights_says_how_to_train_them(monkeypatch, tmp_path):
-    monkeypatch.setattr("argrpo_cli.policy.llamagen.policy.WEIGHTS", tmp_path)
+    monkeypatch.setattr("argrpo_cli.policy.folder.WEIGHTS", tmp_path)
     with pytest.raises(UserError, match=r"the weights of nano-t2i are not in this version; `.*--only nano-t2i"):
         load_policy("nano-t2i")
 

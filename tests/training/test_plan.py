@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from argrpo_cli.policy import load_policy
+from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.policy.llamagen.outline import count, outline_policy
-from argrpo_cli.policy.llamagen.published import POLICIES
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training.plan import Plan, plan

@@ -20,7 +20,7 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from argrpo_cli.policy.llamagen.policy import find_policy
+from argrpo_cli.policy.folder import find_policy
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.runs import disk, folders
 from argrpo_cli.runs.disk import Disk

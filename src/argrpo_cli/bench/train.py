@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from argrpo_cli.bench import machine
 from argrpo_cli.bench.sampler import random_policy
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.policy.llamagen.published import POLICIES
+from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.recipe import Recipe, load_recipe
 from argrpo_cli.shapes import Condition

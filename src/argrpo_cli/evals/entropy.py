@@ -30,9 +30,8 @@ from argrpo_cli.evals.entropy_material import (
     open_pictures,
 )
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.folder import checkpoint_folders, find_policy, is_published
 from argrpo_cli.policy.llamagen.entropy import token_entropy
-from argrpo_cli.policy.llamagen.policy import checkpoint_folders, find_policy
-from argrpo_cli.policy.llamagen.published import is_published
 from argrpo_cli.system.devices import resolve_device
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import load_tensors, read_json, save_tensors

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 from torch import nn
 
+from argrpo_cli.policy.folder import ADAPTER_OF
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import write_json
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
-
-KEY = "adapter_of"  # of policy.json
 
 
 def require_peft() -> None:
@@ -36,16 +35,7 @@ def require_peft() -> None:
 
 def mark_adapter(folder: Path, card_file: str, base: str) -> None:
     """Make a folder with PEFT's files a policy folder: adapters of the policy `base`."""
-    write_json(folder / card_file, {KEY: base})
-
-
-def base_of(folder: Path, card: dict[str, object]) -> str:
-    """What the card of an adapter folder names as its base, as `load_policy` takes it."""
-    base = card[KEY]
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{folder}: {KEY} of its policy.json is {base!r}; it must name a policy")
-    beside = folder / base
-    return str(beside) if beside.exists() else base
+    write_json(folder / card_file, {ADAPTER_OF: base})
 
 
 def merge_adapter(model: LlamaGenForImageGeneration, folder: Path) -> LlamaGenForImageGeneration:

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from argrpo_cli.policy.llamagen.policy import MANIFEST
+from argrpo_cli.policy.folder import MANIFEST
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write, read_json, reason, write_json
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from argrpo_cli.policy.llamagen.policy import CHECKPOINT_PREFIX, CHECKPOINTS, checkpoint_folders
+from argrpo_cli.policy.folder import CHECKPOINT_PREFIX, CHECKPOINTS, checkpoint_folders
 from argrpo_cli.recipe import dump_recipe
 from argrpo_cli.runs.disk import is_full
 from argrpo_cli.runs.folders import TEMPORARY, recover, remove_folder, set_aside, sync_folder

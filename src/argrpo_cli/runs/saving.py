@@ -14,8 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.adapters import mark_adapter
-from argrpo_cli.policy.llamagen.policy import BUNDLED_POLICIES, CARD
-from argrpo_cli.policy.llamagen.published import POLICIES
+from argrpo_cli.policy.folder import BUNDLED_POLICIES, CARD, POLICIES
 from argrpo_cli.runs.folders import replace_folder
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write

@@ -13,22 +13,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from argrpo_cli.policy.adapters import KEY as ADAPTER_OF
-from argrpo_cli.policy.adapters import base_of
-from argrpo_cli.policy.llamagen.checkpoints import read_checkpoint
-from argrpo_cli.policy.llamagen.config import LlamaGenConfig, published_config
-from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.policy import CARD, Policy, find_policy, part_of, read_card
-from argrpo_cli.policy.llamagen.published import (
+from argrpo_cli.policy.folder import (
+    ADAPTER_OF,
+    CARD,
     POLICIES,
     TEXT_ENCODER,
     TOKENIZERS,
+    base_of,
     class_names,
-    config_of,
-    image_size_in,
+    find_policy,
     is_published,
-    read_argrpo,
+    part_of,
+    read_card,
 )
+from argrpo_cli.policy.llamagen.checkpoints import read_checkpoint
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig, published_config
+from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.policy import Policy
+from argrpo_cli.policy.llamagen.published import config_of, image_size_in, read_argrpo
 from argrpo_cli.policy.llamagen.text import load_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.system.errors import UserError

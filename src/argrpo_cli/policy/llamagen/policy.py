@@ -22,34 +22,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from argrpo_cli.networks.loading import fingerprint, load_pretrained, save_model
-from argrpo_cli.policy.adapters import KEY as ADAPTER_OF
-from argrpo_cli.policy.adapters import base_of, merge_adapter
-from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.published import (
-    POLICIES,
+from argrpo_cli.policy.adapters import merge_adapter
+from argrpo_cli.policy.folder import (
+    ADAPTER_OF,
+    CARD,
+    NAMED_PARTS,
     TEXT_ENCODER,
     TOKENIZERS,
-    WEIGHT_FILES,
+    base_of,
+    class_id,
+    find_policy,
     is_published,
-    open_published,
-    open_tokenizer,
+    part_of,
+    read_card,
 )
+from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.published import open_published, open_tokenizer
 from argrpo_cli.policy.llamagen.sampling import sample_tokens
 from argrpo_cli.policy.llamagen.text import SAME, TextEncoder, load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
 from argrpo_cli.policy.protocol import Card, Drawn
-from argrpo_cli.shapes import Condition, Sampling, class_prompt
+from argrpo_cli.shapes import DTYPES, Condition, Sampling, class_prompt
 from argrpo_cli.system.devices import resolve_device
-from argrpo_cli.system.errors import UserError, did_you_mean
-from argrpo_cli.system.files import WEIGHTS, make_dir, read_json, write_json
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import make_dir, read_json, write_json
 
-CARD = "policy.json"
-MANIFEST = "checksums.json"  # of a checkpoint, see grpo/manifest.py
-CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step_"  # of a run directory: checkpoints/step_000020
-BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
-BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
-NAMED_PARTS = (*BUNDLED_PARTS, *TOKENIZERS, TEXT_ENCODER)  # which are not copied into every checkpoint
-DTYPES = ("float32", "bfloat16", "float16")
 # Of a model's configuration, what no weight's shape shows.
 NOT_IN_SHAPES = (
     "num_attention_heads", "num_key_value_heads", "block_size", "cls_token_num", "rope_theta", "rms_norm_eps",
@@ -92,7 +89,7 @@ class Policy:
             prompts = [str(prompt) for prompt in asked]
             self.text_encoder.check(prompts, self.model.config.cls_token_num)
             return [Condition(prompt) for prompt in prompts]
-        ids = [self._class_id(given) for given in asked]
+        ids = [class_id(given, self.class_names) for given in asked]
         return [Condition(class_prompt(self.class_names[index]), index) for index in ids]
 
     @property
@@ -264,25 +261,6 @@ class Policy:
         card = {"tokenizer": self.tokenizer_name or "tokenizer", **asked}
         write_json(folder / CARD, {**card, "image_size": self.image_size, "base": self.base})
 
-    def _class_id(self, given: str | int) -> int:
-        names, count = self.class_names, len(self.class_names)
-        if isinstance(given, str):
-            # ImageNet lists synonyms, and some stand for two classes: "crane" is a bird and a machine.
-            exact = [index for index, name in enumerate(names) if name == given]
-            named = exact or [index for index, name in enumerate(names) if given in name.split(", ")]
-            if len(named) > 1:
-                raise UserError(f"{given!r} names the classes {' and '.join(map(str, named))}; give the id")
-            if named:
-                return named[0]
-        if isinstance(given, int) or given.strip().isdecimal():
-            if 0 <= int(given) < count:
-                return int(given)
-            raise UserError(f"no class {given}: this policy has the ids 0 to {count - 1}")
-        hint = did_you_mean(given, names)
-        if not hint and count <= 40:
-            hint = f"; the classes are {', '.join(names)}"
-        raise UserError(f"no class {given!r} among this policy's {count} classes{hint}")
-
     def _known_id(self, condition: Condition) -> int:
         if condition.class_id is None:
             raise UserError(f"condition {condition.prompt!r} has no class id, and this policy draws classes")
@@ -342,53 +320,6 @@ def load_policy(
     )
 
 
-def find_policy(name_or_path: str | Path) -> Path:
-    """The policy folder behind a name, a policy folder or a run directory; UserError if there is none."""
-    if str(name_or_path) in BUNDLED_POLICIES:
-        if not (WEIGHTS / str(name_or_path)).is_dir():
-            train = f"python -m argrpo_cli.nano.make.build --only {name_or_path} --install"
-            raise UserError(f"the weights of {name_or_path} are not in this version; `{train}` trains them")
-        return WEIGHTS / str(name_or_path)
-    path = Path(name_or_path)
-    if not str(name_or_path).strip():
-        raise UserError("the name of the policy is empty; name one, such as nano-c2i")
-    if path.suffix in WEIGHT_FILES and not path.exists():
-        raise UserError(f"no checkpoint file {path}")
-    if not path.exists():
-        hint = did_you_mean(name_or_path, (*BUNDLED_POLICIES, *POLICIES))
-        names = f"the bundled policies are {', '.join(BUNDLED_POLICIES)}, the published ones {', '.join(POLICIES)}"
-        raise UserError(f"no policy {str(name_or_path)!r}: not a folder; {names}{hint}")
-    if (path / CARD).is_file():
-        return path
-    checkpoints = [folder for folder in checkpoint_folders(path).values() if (folder / CARD).is_file()]
-    whole = [folder for folder in checkpoints if _files_have_their_sizes(folder)]
-    if whole or checkpoints:
-        return (whole or checkpoints)[-1]
-    if (path / "policy" / CARD).is_file():
-        return path / "policy"
-    raise UserError(
-        f"{path} is no policy: it has no {CARD}, no {CHECKPOINTS}/{CHECKPOINT_PREFIX}* and no policy/ folder with one"
-    )
-
-
-def _files_have_their_sizes(checkpoint: Path) -> bool:
-    """Whether the files that a checkpoint lists are there in full; resuming a run compares their contents, too."""
-    if not (checkpoint / MANIFEST).is_file():
-        return True  # of an earlier version
-    try:
-        listed = read_json(checkpoint / MANIFEST)["files"]
-        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in listed.items())
-    except (UserError, OSError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def checkpoint_folders(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run directory by step, oldest first."""
-    found = (run / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")
-    named = ((path.name.removeprefix(CHECKPOINT_PREFIX), path) for path in found)
-    return dict(sorted((int(step), path) for step, path in named if step.isdigit()))
-
-
 def choose_trainable(model: nn.Module, wanted: str | Sequence[str]) -> None:
     """Freeze every parameter of `model` but the wanted ones: "all", or one or several parts of parameter names.
 
@@ -403,26 +334,6 @@ def choose_trainable(model: nn.Module, wanted: str | Sequence[str]) -> None:
             raise UserError(f"policy.trainable: no parameter's name contains {part!r}; names are like {example}")
     for name, parameter in parameters.items():
         parameter.requires_grad_(any(part in name for part in parts))
-
-
-def read_card(folder: Path) -> dict[str, Any]:
-    """The policy.json of a policy folder; UserError when it is missing, or lacks something."""
-    card = read_json(folder / CARD)
-    asked = ("text_encoder", str) if "text_encoder" in card else ("classes", list)
-    for key, kind in (("tokenizer", str), asked, ("image_size", int)):
-        if not isinstance(card.get(key), kind):
-            raise UserError(f"{folder / CARD}: {key!r} is {card.get(key)!r}, expected a {kind.__name__}")
-    return card
-
-
-def part_of(folder: Path, what: str, name: str | None) -> Path:
-    """The folder of a policy's image tokenizer or text encoder."""
-    if name is None:
-        raise UserError(f"{folder / CARD} names no {what}")
-    part = (WEIGHTS if name in BUNDLED_PARTS else folder) / name
-    if not part.is_dir():
-        raise UserError(f"the {what} of {folder} is missing: no folder {part}")
-    return part
 
 
 def _check_fit(

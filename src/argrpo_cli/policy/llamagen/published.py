@@ -16,7 +16,6 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from argrpo_cli.policy.folder import (
+    POLICIES,
+    TEXT_ENCODER,
+    TOKENIZERS,
+    class_names,
+    find_policy,
+    is_published,
+    weight_files,
+)
 from argrpo_cli.policy.llamagen.checkpoints import (
     fit_state,
     from_published,
@@ -40,41 +48,8 @@ from argrpo_cli.system.hub import fetch
 if TYPE_CHECKING:
     from argrpo_cli.policy.llamagen.policy import Policy
 
-C2I_REPO, T2I_REPO, TEXT_ENCODER = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i", "google/flan-t5-xl"
-TOKENIZERS = {  # name to repository and file
-    "vq-ds16-c2i": (C2I_REPO, "vq_ds16_c2i.pt"),
-    "vq-ds8-c2i": (C2I_REPO, "vq_ds8_c2i.pt"),
-    "vq-ds16-t2i": (T2I_REPO, "vq_ds16_t2i.pt"),
-}
 IMAGE_SIZES = (256, 384, 512)
 ARGRPO_POLICY, ARGRPO_TOKENIZER = "gpt_model.", "vq_model."
-WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt")
-
-
-@dataclass(frozen=True)
-class PublishedPolicy:
-    """Where a policy lies on the hub, and what its file does not say."""
-
-    repo: str
-    file: str
-    image_size: int
-    tokenizer: str
-
-
-POLICIES = {
-    **{
-        f"c2i-{size.lower()}-{pixels}": PublishedPolicy(C2I_REPO, f"c2i_{size}_{pixels}.pt", pixels, "vq-ds16-c2i")
-        for size, pixels in (("B", 256), ("B", 384), ("L", 256), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
-    },
-    "t2i-xl-256": PublishedPolicy(T2I_REPO, "t2i_XL_stage1_256.pt", 256, "vq-ds16-t2i"),
-    "t2i-xl-512": PublishedPolicy(T2I_REPO, "t2i_XL_stage2_512.pt", 512, "vq-ds16-t2i"),
-}
-
-
-def is_published(given: str | Path) -> bool:
-    """Whether this is a published name, a file of weights or an AR-GRPO folder, and not a policy folder or a run."""
-    path = Path(given)
-    return str(given) in POLICIES or (path.suffix in WEIGHT_FILES and path.is_file()) or _is_argrpo(path)
 
 
 def open_published(
@@ -237,7 +212,7 @@ def read_argrpo(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         UserError: files missing or damaged, or other weights in them.
     """
     whole: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             whole |= load_file(file) if file.suffix == ".safetensors" else read_checkpoint(file)
         except SafetensorError as error:
@@ -250,28 +225,6 @@ def read_argrpo(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if not part:
             raise UserError(f"{folder} is no policy folder, and no whole AR-GRPO folder: no weights under {prefix}")
     return parts
-
-
-def class_names(count: int) -> list[str]:
-    """ImageNet's names as the published code says them, all synonyms: "tench, Tinca tinca"."""
-    if count != 1000:
-        return [str(index) for index in range(count)]
-    from timm.data import ImageNetInfo
-
-    return ImageNetInfo("imagenet-1k").label_descriptions()
-
-
-def _is_argrpo(path: Path) -> bool:
-    if not path.is_dir() or (path / "policy.json").is_file() or not (path / "config.json").is_file():
-        return False
-    return bool(_weight_files(path))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if found := sorted(folder.glob(pattern)):
-            return found
-    return []
 
 
 def image_size_in(path: Path) -> int:
@@ -297,7 +250,6 @@ def export(folder: str | Path, file: Path) -> None:
     from argrpo_cli.networks.loading import load_pretrained
     from argrpo_cli.policy import load_policy
     from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
-    from argrpo_cli.policy.llamagen.policy import find_policy
 
     if is_published(folder):
         model = load_policy(folder).model

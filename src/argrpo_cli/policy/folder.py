@@ -1,0 +1,214 @@
+"""Policies as names and folders: what can be known of one before torch is loaded, and where its files lie.
+
+A policy folder holds what `save_pretrained` writes and `policy.json`; a run directory holds several of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.files import WEIGHTS, read_json, read_text
+
+CARD = "policy.json"
+ADAPTER_OF = "adapter_of"  # in the policy.json of a folder with adapters alone
+MANIFEST = "checksums.json"  # of a checkpoint, see runs/manifest.py
+CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step_"  # of a run directory: checkpoints/step_000020
+BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
+BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt")
+C2I_REPO, T2I_REPO, TEXT_ENCODER = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i", "google/flan-t5-xl"
+TOKENIZERS = {  # name to repository and file
+    "vq-ds16-c2i": (C2I_REPO, "vq_ds16_c2i.pt"),
+    "vq-ds8-c2i": (C2I_REPO, "vq_ds8_c2i.pt"),
+    "vq-ds16-t2i": (T2I_REPO, "vq_ds16_t2i.pt"),
+}
+NAMED_PARTS = (*BUNDLED_PARTS, *TOKENIZERS, TEXT_ENCODER)  # which are not copied into every checkpoint
+
+
+@dataclass(frozen=True)
+class PublishedPolicy:
+    """Where a policy lies on the hub, and what its file does not say."""
+
+    repo: str
+    file: str
+    image_size: int
+    tokenizer: str
+
+
+POLICIES = {
+    **{
+        f"c2i-{size.lower()}-{pixels}": PublishedPolicy(C2I_REPO, f"c2i_{size}_{pixels}.pt", pixels, "vq-ds16-c2i")
+        for size, pixels in (("B", 256), ("B", 384), ("L", 256), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
+    },
+    "t2i-xl-256": PublishedPolicy(T2I_REPO, "t2i_XL_stage1_256.pt", 256, "vq-ds16-t2i"),
+    "t2i-xl-512": PublishedPolicy(T2I_REPO, "t2i_XL_stage2_512.pt", 512, "vq-ds16-t2i"),
+}
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What a policy draws, as its name or folder says: "classes" or "captions", and the names of its classes."""
+
+    name: str
+    reads: str
+    names: Sequence[str] = ()
+
+    def check(self, classes: Sequence[str | int]) -> None:
+        """Raise UserError for a class that there is not."""
+        for asked in classes if self.reads == "classes" else ():
+            class_id(asked, self.names)
+
+
+def glance(name_or_path: str | Path) -> Glance | None:
+    """What is known of a policy before anything is loaded; None for weights that say it only when they are read.
+
+    Raises:
+        UserError: nothing there, or no policy folder.
+    """
+    if str(name_or_path) in POLICIES:
+        reads = "captions" if "t2i" in POLICIES[str(name_or_path)].tokenizer else "classes"
+        return Glance(str(name_or_path), reads, class_names(1000) if reads == "classes" else ())
+    if is_published(name_or_path):
+        return None
+    folder = find_policy(name_or_path)
+    card = read_json(folder / CARD)
+    if ADAPTER_OF in card:
+        return glance(base_of(folder, card))
+    card = read_card(folder)
+    return Glance(str(name_or_path), "captions" if "text_encoder" in card else "classes", card.get("classes", ()))
+
+
+def find_policy(name_or_path: str | Path) -> Path:
+    """The policy folder behind a name, a policy folder or a run directory; UserError if there is none."""
+    if str(name_or_path) in BUNDLED_POLICIES:
+        if not (WEIGHTS / str(name_or_path)).is_dir():
+            train = f"python -m argrpo_cli.nano.make.build --only {name_or_path} --install"
+            raise UserError(f"the weights of {name_or_path} are not in this version; `{train}` trains them")
+        return WEIGHTS / str(name_or_path)
+    path = Path(name_or_path)
+    if not str(name_or_path).strip():
+        raise UserError("the name of the policy is empty; name one, such as nano-c2i")
+    if path.suffix in WEIGHT_FILES and not path.exists():
+        raise UserError(f"no checkpoint file {path}")
+    if not path.exists():
+        hint = did_you_mean(name_or_path, (*BUNDLED_POLICIES, *POLICIES))
+        names = f"the bundled policies are {', '.join(BUNDLED_POLICIES)}, the published ones {', '.join(POLICIES)}"
+        raise UserError(f"no policy {str(name_or_path)!r}: not a folder; {names}{hint}")
+    if (path / CARD).is_file():
+        return path
+    checkpoints = [folder for folder in checkpoint_folders(path).values() if (folder / CARD).is_file()]
+    whole = [folder for folder in checkpoints if _files_have_their_sizes(folder)]
+    if whole or checkpoints:
+        return (whole or checkpoints)[-1]
+    if (path / "policy" / CARD).is_file():
+        return path / "policy"
+    raise UserError(
+        f"{path} is no policy: it has no {CARD}, no {CHECKPOINTS}/{CHECKPOINT_PREFIX}* and no policy/ folder with one"
+    )
+
+
+def is_published(given: str | Path) -> bool:
+    """Whether this is a published name, a file of weights or an AR-GRPO folder, and not a policy folder or a run."""
+    path = Path(given)
+    return str(given) in POLICIES or (path.suffix in WEIGHT_FILES and path.is_file()) or _is_argrpo(path)
+
+
+def _is_argrpo(path: Path) -> bool:
+    if not path.is_dir() or (path / "policy.json").is_file() or not (path / "config.json").is_file():
+        return False
+    return bool(weight_files(path))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in a folder, of one kind."""
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if found := sorted(folder.glob(pattern)):
+            return found
+    return []
+
+
+def _files_have_their_sizes(checkpoint: Path) -> bool:
+    """Whether the files that a checkpoint lists are there in full; resuming a run compares their contents, too."""
+    if not (checkpoint / MANIFEST).is_file():
+        return True  # of an earlier version
+    try:
+        listed = read_json(checkpoint / MANIFEST)["files"]
+        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in listed.items())
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def checkpoint_folders(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run directory by step, oldest first."""
+    found = (run / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")
+    named = ((path.name.removeprefix(CHECKPOINT_PREFIX), path) for path in found)
+    return dict(sorted((int(step), path) for step, path in named if step.isdigit()))
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The policy.json of a policy folder; UserError when it is missing, or lacks something."""
+    card = read_json(folder / CARD)
+    asked = ("text_encoder", str) if "text_encoder" in card else ("classes", list)
+    for key, kind in (("tokenizer", str), asked, ("image_size", int)):
+        if not isinstance(card.get(key), kind):
+            raise UserError(f"{folder / CARD}: {key!r} is {card.get(key)!r}, expected a {kind.__name__}")
+    return card
+
+
+def base_of(folder: Path, card: dict[str, object]) -> str:
+    """What the card of an adapter folder names as its base, as `load_policy` takes it."""
+    base = card[ADAPTER_OF]
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder}: {ADAPTER_OF} of its policy.json is {base!r}; it must name a policy")
+    beside = folder / base
+    return str(beside) if beside.exists() else base
+
+
+def part_of(folder: Path, what: str, name: str | None) -> Path:
+    """The folder of a policy's image tokenizer or text encoder."""
+    if name is None:
+        raise UserError(f"{folder / CARD} names no {what}")
+    part = (WEIGHTS if name in BUNDLED_PARTS else folder) / name
+    if not part.is_dir():
+        raise UserError(f"the {what} of {folder} is missing: no folder {part}")
+    return part
+
+
+def class_id(asked: str | int, names: Sequence[str]) -> int:
+    """The id of a class that is asked for by its id (a number, also written as text) or one of its names.
+
+    Raises:
+        UserError: there is no such class, or several.
+    """
+    if isinstance(asked, str):
+        # ImageNet lists synonyms, and some stand for two classes: "crane" is a bird and a machine.
+        exact = [index for index, name in enumerate(names) if name == asked]
+        named = exact or [index for index, name in enumerate(names) if asked in name.split(", ")]
+        if len(named) > 1:
+            raise UserError(f"{asked!r} names the classes {' and '.join(map(str, named))}; give the id")
+        if named:
+            return named[0]
+    if isinstance(asked, int) or asked.strip().isdecimal():
+        if 0 <= int(asked) < len(names):
+            return int(asked)
+        raise UserError(f"no class {asked}: this policy has the ids 0 to {len(names) - 1}")
+    hint = did_you_mean(asked, names)
+    if not hint and len(names) <= 40:
+        hint = f"; the classes are {', '.join(names)}"
+    raise UserError(f"no class {asked!r} among this policy's {len(names)} classes{hint}")
+
+
+def class_names(count: int) -> list[str]:
+    """ImageNet's names as the published code says them, all synonyms: "tench, Tinca tinca"."""
+    if count != 1000:
+        return [str(index) for index in range(count)]
+    (timm,) = find_spec("timm").submodule_search_locations  # whose data are read without its code, which needs torch
+    data = Path(timm) / "data" / "_info"
+    lines = read_text(data / "imagenet_synset_to_lemma.txt").splitlines()
+    lemmas = dict(line.split("\t") for line in lines)
+    return [lemmas[synset] for synset in read_text(data / "imagenet_synsets.txt").splitlines()]
