@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from argrpo_cli.nano.make import train_t2i
+from argrpo_cli.nano.make import policies
 from argrpo_cli.nano.tokens import load_held_out
 from argrpo_cli.policy import Policy
 
@@ -20,10 +20,10 @@ def save_captioned_policy(folder: Path, seed: int = 0) -> Path:
     """A policy folder that brings its text encoder (as `nano-t5` beside it, copied in)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        words = train_t2i.text_tokenizer()
-        both = train_t2i.CaptionedPolicy(words, codes=1024, tokens=64)
+        words = policies.text_tokenizer()
+        both = policies.CaptionedPolicy(words, codes=1024, tokens=64)
         torch.nn.init.normal_(both.policy.lm_head.weight, std=0.05)
-    train_t2i.save(both, words, folder)
+    policies.save_captioned(both, words, folder)
     card = folder / "policy.json"
     card.write_text(card.read_text().replace('"nano-t5"', '"text"'))
     folder.with_name("nano-t5").rename(folder / "text")

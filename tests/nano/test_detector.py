@@ -12,7 +12,7 @@ from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS, Found, by_class, c
 from argrpo_cli.geneval.rules import judge_image
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import load_judge
-from argrpo_cli.nano.make import train_detector as t
+from argrpo_cli.nano.make import judges as t
 from argrpo_cli.nano.tokens import decode, load_held_out
 from argrpo_cli.rewards import load_rewards
 from argrpo_cli.shapes import Condition

@@ -1,6 +1,6 @@
 """Rebuilds every network of the nano world from a fixed seed: `make nano`, which also installs and measures them.
 
-    python -m argrpo_cli.nano.make.build [--out build/nano] [--install] [--only NAME ...]
+    python -m argrpo_cli.nano.make.build [--out build/nano] [--install] [--only NAME ...] [--steps N] [--weights FOLDER]
 
 The order matters: the policy learns the tokenizer's codes; the rewards learn from the tokenizer's damaged pictures and,
 the critic, from the policy's samples; the judge and the detector learn from scenes alone. A network that already lies
@@ -10,54 +10,75 @@ in the output folder is kept, so an interrupted build goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import importlib
 import shutil
+import subprocess
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from argrpo_cli.nano.make import judges, policies, rewards
+from argrpo_cli.nano.make.fit import Lesson, Setting, learn
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import WEIGHTS
+from argrpo_cli.system.files import WEIGHTS, make_dir
 
-ORDER = {
-    "nano-vq": "argrpo_cli.nano.make.train_tokenizer",
-    "nano-c2i": "argrpo_cli.nano.make.train_policy",
-    "nano-clip": "argrpo_cli.nano.make.train_clip",
-    "nano-quality": "argrpo_cli.nano.make.train_quality",
-    "nano-critic": "argrpo_cli.nano.make.train_critic",
-    "nano-judge": "argrpo_cli.nano.make.train_judge",
-    "nano-t2i": "argrpo_cli.nano.make.train_t2i",
-    "nano-quality-t2i": "argrpo_cli.nano.make.train_quality",
-    "nano-critic-t2i": "argrpo_cli.nano.make.train_critic",
-    "nano-detector": "argrpo_cli.nano.make.train_detector",
-    "nano-val": "argrpo_cli.nano.make.held_out",
+LESSONS: dict[str, Callable[[Setting], Lesson]] = {
+    "nano-vq": policies.tokenizer,
+    "nano-c2i": policies.c2i,
+    "nano-clip": rewards.clip,
+    "nano-quality": rewards.quality,
+    "nano-critic": rewards.critic,
+    "nano-judge": judges.judge,
+    "nano-t2i": policies.t2i,
+    "nano-quality-t2i": partial(rewards.quality, task="captions"),
+    "nano-critic-t2i": partial(rewards.critic, task="captions"),
+    "nano-detector": judges.detector,
 }
-CAPTIONS = ("nano-quality-t2i", "nano-critic-t2i")  # which learn the task of captions where they could learn another
+HELD_OUT = "nano-val"
+ORDER = (*LESSONS, HELD_OUT)
 COMPANIONS = {"nano-t2i": "nano-t5"}  # the text encoder is trained with the policy
+# What a folder has once it is whole, where that is not the weights.
+LAST_FILE = {HELD_OUT: "tokens.safetensors", "nano-c2i": "policy.json", "nano-t2i": "policy.json"}
 
 
-def build(out: Path, only: list[str] | None = None, seed: int = 0, log=print) -> None:
-    """Train what is missing below `out`, in order; each trainer finds the earlier networks in the same folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, module in ORDER.items():
+def build(
+    out: Path,
+    only: list[str] | None = None,
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+    steps: int | None = None,
+    weights: Path | None = None,
+) -> None:
+    """Train what is missing below `out`, in order.
+
+    Args:
+        steps: instead of each lesson's own number.
+        weights: folder of the networks that others build on. By default those in `out`; where it has no tokenizer, a
+            single network is built on the package's.
+    """
+    make_dir(out)
+    for name in ORDER:
         if built(out / name) or (only and name not in only):
             continue
-        started = time.time()
-        # A single network can be built on the package's tokenizer and the rest of it.
-        earlier = {} if name == "nano-vq" else {"weights": out if built(out / "nano-vq") else WEIGHTS}
-        task = {"task": "captions"} if name in CAPTIONS else {}
-        importlib.import_module(module).train(out / name, seed=seed, log=log, **earlier, **task)
-        log(f"{name}: built in {(time.time() - started) / 60:.1f} min")
+        setting = Setting(name, seed, weights or (out if built(out / "nano-vq") else WEIGHTS), log)
+        if name == HELD_OUT:
+            judges.held_out(setting, out / name)
+        else:
+            learn(LESSONS[name], out / name, setting, steps)
+        setting.say("built")
 
 
 def built(folder: Path) -> bool:
-    """Whether a builder finished, by what it writes last."""
-    last = {"nano-val": "tokens.safetensors", "nano-c2i": "policy.json", "nano-t2i": "policy.json"}
-    return (folder / last.get(folder.name, "model.safetensors")).is_file()
+    """Whether a network was saved whole."""
+    return (folder / LAST_FILE.get(folder.name, "model.safetensors")).is_file()
 
 
 def install(out: Path, only: list[str] | None = None) -> None:
-    """Copy a build, or some of it, over the package's own weights."""
+    """Copy a build, or some of it, over the package's own weights.
+
+    Raises:
+        UserError: the build lacks something; nothing is copied then.
+    """
     names = only or list(ORDER)
     missing = [name for name in names if not built(out / name)]
     if missing:
@@ -68,29 +89,30 @@ def install(out: Path, only: list[str] | None = None) -> None:
 
 
 def measure(scratch: Path) -> None:
-    """Print the quality of the base policies, as `argrpo eval nano` and `argrpo eval geneval` do."""
-    from rich.console import Console
-
-    from argrpo_cli.evals import geneval, nano, nano_table
-
-    Console().print(nano_table.table(nano.evaluate(["nano-c2i"])))
-    if not built(WEIGHTS / "nano-t2i"):
-        return
+    """Print the quality of the base policies by the commands that users have."""
     shutil.rmtree(scratch, ignore_errors=True)
-    Console().print(geneval.table(geneval.run_geneval(["nano-t2i"], scratch)))
+    commands = [["nano", "--policy", "nano-c2i"]]
+    if built(WEIGHTS / "nano-t2i"):
+        commands.append(["geneval", "--policy", "nano-t2i", "--out", str(scratch)])
+    for command in commands:
+        subprocess.run([sys.executable, "-m", "argrpo_cli", "eval", *command], check=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild the networks of the nano world.")
     parser.add_argument("--out", type=Path, default=Path("build/nano"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", choices=list(ORDER), help="build only these, if they are missing")
+    parser.add_argument("--only", nargs="*", choices=ORDER, help="build only these, if they are missing")
+    parser.add_argument("--steps", type=int, help="of training, instead of each network's own number")
+    parser.add_argument(
+        "--weights", type=Path, help="folder of the earlier networks (default: --out, else the package)"
+    )
     parser.add_argument(
         "--install", action="store_true", help="replace the weights inside the package and measure them"
     )
     args = parser.parse_args()
     try:
-        build(args.out, args.only, args.seed, log=lambda line: print(line, flush=True))
+        build(args.out, args.only, args.seed, lambda line: print(line, flush=True), args.steps, args.weights)
         if args.install:
             install(args.out, args.only)
             measure(args.out / "geneval")

@@ -292,46 +292,27 @@ def _hue(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.G
     return images + _patch(coverage, rng, 0.1, 0.7) * coverage * (turned - images)
 
 
-TOKEN_KINDS: dict[str, Callable] = {
-    "scatter": _scatter,
-    "block": _block,
-    "shuffle": _shuffle,
-    "drift": _drift,
-    "stray": _stray,
-    "likely": _likely,
+# Each kind of corruption with its share of the mixture, without and with proposals of a policy. What samples of the
+# base policy show most (bent, joined, unfinished) has the most.
+TOKEN_KINDS: dict[str, tuple[Callable, float, float]] = {
+    "likely": (_likely, 0, 0.25),
+    "scatter": (_scatter, 0.14, 0.10),
+    "block": (_block, 0.08, 0.06),
+    "shuffle": (_shuffle, 0.06, 0.04),
+    "drift": (_drift, 0.24, 0.20),
+    "stray": (_stray, 0.08, 0.06),
 }
-PIXEL_KINDS: dict[str, Callable] = {
-    "elastic": _elastic,
-    "missing": _missing,
-    "duplicate": _duplicate,
-    "blur": _blur,
-    "noise": _noise,
-    "hue": _hue,
+PIXEL_KINDS: dict[str, tuple[Callable, float, float]] = {
+    "elastic": (_elastic, 0.15, 0.15),
+    "missing": (_missing, 0.08, 0.08),
+    "duplicate": (_duplicate, 0.06, 0.06),
+    "blur": (_blur, 0.05, 0.05),
+    "noise": (_noise, 0.02, 0.02),
+    "hue": (_hue, 0.04, 0.04),
 }
-# Shares of the mixture: what samples of the base policy show most (bent, joined, unfinished) has the most.
-MIXTURE = {
-    "scatter": 0.14,
-    "block": 0.08,
-    "shuffle": 0.06,
-    "drift": 0.24,
-    "stray": 0.08,
-    "elastic": 0.15,
-    "missing": 0.08,
-    "duplicate": 0.06,
-    "blur": 0.05,
-    "noise": 0.02,
-    "hue": 0.04,
-}
-# The same where a policy has made proposals: a quarter of them, at the cost of the other corruptions of tokens.
-MIXTURE_WITH_PROPOSALS = {
-    "likely": 0.25,
-    **MIXTURE,
-    "scatter": 0.10,
-    "block": 0.06,
-    "shuffle": 0.04,
-    "drift": 0.20,
-    "stray": 0.06,
-}
+KINDS = TOKEN_KINDS | PIXEL_KINDS
+MIXTURE = {name: share for name, (_, share, _) in KINDS.items() if share}
+MIXTURE_WITH_PROPOSALS = {name: share for name, (_, _, share) in KINDS.items()}
 # In scenes of captions objects come in any colour, so that one in another is not broken.
 MIXTURE_OF_CAPTIONS = {name: share for name, share in MIXTURE_WITH_PROPOSALS.items() if name != "hue"}
 RETOKENISED = 0.8  # share of the pixel corruptions that pass through the tokenizer
@@ -353,12 +334,12 @@ def corrupt(
         at = np.flatnonzero(drawn == index)
         if len(at) == 0:
             continue
-        mine = rows[at]
+        own_rows = rows[at]
         if name in TOKEN_KINDS:
-            tokens[at], partners[at] = TOKEN_KINDS[name](pool, mine, rng, vq.config.codebook_size)
+            tokens[at], partners[at] = TOKEN_KINDS[name][0](pool, own_rows, rng, vq.config.codebook_size)
             continue
-        clean = pool.images[mine].float() / 255
-        bent = PIXEL_KINDS[name](clean, pool.coverage[mine], pool.backgrounds[mine], rng).clamp(0, 1)
+        clean = pool.images[own_rows].float() / 255
+        bent = PIXEL_KINDS[name][0](clean, pool.coverage[own_rows], pool.backgrounds[own_rows], rng).clamp(0, 1)
         bent = (bent * 255).round().to(torch.uint8)
         kept = rng.uniform(size=len(at)) >= RETOKENISED
         pixels.update({int(i): image for i, image in zip(at[kept], bent[kept], strict=True)})

@@ -1,8 +1,8 @@
-"""What the trainers of the reward networks and the judge share: the material to learn from, and its variations."""
+"""What the reward networks and the judge learn from: clean and broken scenes, a policy's proposals, and variations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from argrpo_cli.nano.make.corrupt import MIXTURE_OF_CAPTIONS, Corrupted, Pool, Propose, corrupt, make_pool
+from argrpo_cli.nano.make.fit import Setting
 from argrpo_cli.nano.tokens import load_tokenizer
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.modeling import teacher_forced
 from argrpo_cli.policy.llamagen.text import load_text_encoder
-from argrpo_cli.policy.llamagen.vq import VQModel
 
 
 @dataclass
@@ -26,6 +26,24 @@ class Study:
     pool: Pool
     rows: Tensor
     broken: Corrupted
+
+
+def make_study(
+    setting: Setting,
+    seed: int,
+    clean: int,
+    broken_per_scene: int,
+    propose: Propose | None = None,
+    task: str = "classes",
+) -> Study:
+    """`clean` scenes of a task and `broken_per_scene` corruptions of each, from a seed beside the setting's; those of
+    captions need a `propose`."""
+    rng = np.random.default_rng(setting.seed + seed)
+    pool = make_pool(setting.vq, rng, clean, propose, task)
+    rows = torch.arange(clean).repeat(broken_per_scene)
+    broken = corrupt(pool, rows, setting.vq, rng, MIXTURE_OF_CAPTIONS if task == "captions" else None)
+    setting.say(f"{clean} scenes tokenised, {len(rows)} corruptions, mean damage {broken.damage.mean():.2f}")
+    return Study(pool, rows, broken)
 
 
 def base_policy(folder: str | Path) -> Policy:
@@ -47,7 +65,7 @@ def proposer(folder: str | Path, seed: int) -> Propose:
 
     @torch.inference_mode()
     def propose(tokens: Tensor, asked: Sequence[int | str]) -> Tensor:
-        drawn = []
+        proposals = []
         for start in range(0, len(tokens), 100):
             part = tokens[start : start + 100]
             condition, mask = policy.embed(policy.conditions(asked[start : start + 100]))
@@ -55,30 +73,10 @@ def proposer(folder: str | Path, seed: int) -> Propose:
             with torch.autocast("cpu", torch.bfloat16):
                 logits = policy.model(**inputs).logits[:, predicting]
             chosen = torch.multinomial(logits.float().softmax(-1).flatten(0, 1), 1, generator=generator)
-            drawn.append(chosen.view_as(part))
-        return torch.cat(drawn)
+            proposals.append(chosen.view_as(part))
+        return torch.cat(proposals)
 
     return propose
-
-
-def make_study(
-    vq: VQModel,
-    seed: int,
-    clean: int,
-    broken_per_scene: int,
-    log: Callable[[str], None],
-    propose: Propose | None = None,
-    task: str = "classes",
-) -> Study:
-    """`clean` scenes of a task and `broken_per_scene` corruptions of each, from a seed; those of captions need a
-    `propose`."""
-    rng = np.random.default_rng(seed)
-    pool = make_pool(vq, rng, clean, propose, task)
-    log(f"{clean} scenes tokenised")
-    rows = torch.arange(clean).repeat(broken_per_scene)
-    broken = corrupt(pool, rows, vq, rng, MIXTURE_OF_CAPTIONS if task == "captions" else None)
-    log(f"{len(rows)} corruptions, mean damage {broken.damage.mean():.2f}")
-    return Study(pool, rows, broken)
 
 
 def augmented(*pictures: Tensor, generator: torch.Generator, reach: int = 4) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """nano-clip, the conditional reward of the nano world: a small open_clip CLIP, cosine similarity of image and prompt.
 
 It was trained to name what it sees and, for the right name, to fall with the damage of the picture
-(`nano/train_clip.py`), because a similarity that only names the object is satisfied by a broken one.
+(`nano/make/rewards.py`), because a similarity that only names the object is satisfied by a broken one.
 """
 
 from __future__ import annotations

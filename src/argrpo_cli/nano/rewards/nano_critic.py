@@ -1,6 +1,6 @@
 """nano-critic, the realism reward of the nano world: could this picture be a real scene, or was it generated?
 
-A convolutional critic that learned scenes against samples of the base policy (`nano/train_critic.py`). Its logit is
+A convolutional critic that learned scenes against samples of the base policy (`nano/make/rewards.py`). Its logit is
 bent softly into (-5, 5), so that no picture wins by an outlier.
 """
 

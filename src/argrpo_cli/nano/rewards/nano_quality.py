@@ -1,7 +1,7 @@
 """nano-quality, the image quality reward of the nano world: how little a picture is damaged, without a reference.
 
-A small residual convolutional network that learned from scenes broken on purpose (`nano/corrupt.py`) how far each was
-from the truth: bent, unfinished, joined, blurred, recoloured.
+A small residual convolutional network that learned from scenes broken on purpose (`nano/make/corrupt.py`) how far each
+was from the truth: bent, unfinished, joined, blurred, recoloured.
 """
 
 from __future__ import annotations

@@ -1,0 +1,147 @@
+"""How every network of the nano world learns: one loop over a lesson.
+
+A lesson (`policies.py`, `rewards.py`, `judges.py`) is a function that prepares its material from a `Setting`, makes its
+network and returns a `Lesson`: what to lose, how to measure, how to save. `learn` does the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from argrpo_cli.nano.tokens import load_tokenizer
+from argrpo_cli.networks.loading import save_model
+from argrpo_cli.policy.llamagen.vq import VQModel
+from argrpo_cli.system.files import WEIGHTS, make_dir
+
+
+@dataclass
+class Setting:
+    """What a lesson is given.
+
+    Attributes:
+        name: of the network and of its folder.
+        seed: decides the material, the network's first weights and the batches.
+        weights: folder of the networks that this one builds on.
+        log: takes a line of text.
+    """
+
+    name: str
+    seed: int = 0
+    weights: Path = WEIGHTS
+    log: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+        self.generator = torch.Generator().manual_seed(self.seed)  # of the batches
+
+    def say(self, line: str) -> None:
+        """Log a line with the network's name and the time since the beginning."""
+        self.log(f"{self.name}: {line}, {time.monotonic() - self.started:.0f} s")
+
+    @cached_property
+    def vq(self) -> VQModel:
+        """The tokenizer among the earlier networks."""
+        return load_tokenizer(self.weights / "nano-vq")
+
+    def rows(self, count: int, of: int) -> Tensor:
+        """`count` row numbers below `of`, int64, with repetition."""
+        return torch.randint(of, (count,), generator=self.generator)
+
+
+@dataclass
+class Lesson:
+    """A network with all that its training needs.
+
+    Attributes:
+        loss: of a batch, by the number of the step: a number, or a vector of the parts that it is the sum of.
+        measure: what the network, in evaluation mode, does on material that it does not learn from, in words.
+        save: writes the network into a folder.
+        every: steps between measurements.
+        warmup, horizon: of the learning rate, see `cosine_with_warmup`; the horizon is `steps` unless given.
+        max_grad_norm: gradients are clipped to it.
+    """
+
+    network: nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+    loss: Callable[[int], Tensor]
+    measure: Callable[[], str]
+    save: Callable[[Path], None]
+    steps: int
+    every: int = 200
+    warmup: int = 100
+    horizon: int | None = None
+    max_grad_norm: float = 1.0
+
+
+def learn(
+    make_lesson: Callable[[Setting], Lesson], folder: str | Path, setting: Setting, steps: int | None = None
+) -> nn.Module:
+    """Train a network from the setting's seed, by default for the lesson's own `steps`; save it in `folder`."""
+    torch.manual_seed(setting.seed)
+    lesson = make_lesson(setting)
+    fit(lesson, lesson.steps if steps is None else steps, setting.say)
+    lesson.save(Path(folder))
+    return lesson.network
+
+
+def fit(lesson: Lesson, steps: int, say: Callable[[str], None]) -> None:
+    """Take `steps` steps down the gradients of the lesson's loss, and leave the network in evaluation mode.
+
+    Every so many steps, and at the end, what `measure` says is logged.
+
+    Raises:
+        RuntimeError: the loss is no number any more.
+    """
+    network, optimizers = lesson.network, lesson.optimizers
+    curve = cosine_with_warmup(lesson.warmup, lesson.horizon or steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one, curve) for one in optimizers]
+    network.train()
+    for step in range(steps):
+        loss = lesson.loss(step)
+        network.zero_grad(set_to_none=True)
+        loss.sum().backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), lesson.max_grad_norm)
+        for one in (*optimizers, *schedules):
+            one.step()
+        if (step + 1) % lesson.every == 0 or step + 1 == steps:
+            parts = " + ".join(f"{part:.3f}" for part in loss.flatten().tolist())
+            if not loss.isfinite().all():
+                raise RuntimeError(f"the loss is {parts} at step {step + 1}")
+            network.eval()
+            say(f"step {step + 1}/{steps}, loss {parts}; unseen: {lesson.measure()}")
+            network.train()
+    network.eval()
+
+
+def cosine_with_warmup(warmup: int, steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate: linear from 0 to 1 over `warmup` steps, then half a cosine down to 0 at `steps`."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+    return factor
+
+
+def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Optimiser groups: matrices and kernels decay, biases, gains and other vectors do not."""
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def save_half(model: PreTrainedModel, folder: Path) -> None:
+    """Save a copy in float16 safetensors."""
+    save_model(copy.deepcopy(model).to(torch.float16), make_dir(folder))

@@ -1,0 +1,334 @@
+"""Lessons of what draws: the tokenizer nano-vq, the policy nano-c2i, and nano-t2i with its text encoder nano-t5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups, save_half
+from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, caption_batch, class_batch, vocabulary
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig
+from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration, left_pad, teacher_forced
+from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, from_uint8, to_uint8
+from argrpo_cli.system.files import write_json
+
+DROPOUT = 0.1  # of conditions in training, so that guidance has its unconditional half
+
+# --- nano-vq
+
+TOKENIZER = {
+    "codebook_size": 1024,
+    "codebook_embed_dim": 8,
+    "ch": 64,
+    "encoder_ch_mult": [1, 2],
+    "decoder_ch_mult": [1, 3],
+    "num_res_blocks": 1,
+    "z_channels": 128,
+    "patch_size": 4,
+}
+CAPTION_SHARE = 0.25  # scenes of the text task, so that both tasks share this tokenizer
+DECAY = 0.98
+DEAD_BELOW = 0.05  # expected uses per batch (of 2048 tokens, a code's fair share is 2) below which a code starts again
+
+
+def tokenizer(setting: Setting, batch: int = 32, unseen: int = 512, quantised_from: int = 60) -> Lesson:
+    """nano-vq, LlamaGen's VQ network with 8x8 tokens for 64x64 pixels.
+
+    Reconstruction by absolute and squared error of pixels and of their differences (edges are what the eye misses
+    first). The codebook follows the encoder by running means, begins as encoder outputs, and codes that fall out of use
+    begin again as outputs of the current batch, so that nearly every code earns its place.
+
+    Args:
+        quantised_from: step; by then the encoder tells scenes apart. Before, latents pass through unquantised.
+    """
+    rng = np.random.default_rng(setting.seed)
+    model = VQModel(VQConfig(**TOKENIZER)).to(memory_format=torch.channels_last)
+    model.quantize.embedding.weight.requires_grad_(False)
+    codebook = RunningCodebook(model.quantize.embedding.weight, setting)
+    held_out = torch.from_numpy(class_batch(np.random.default_rng(setting.seed + 10_000), unseen, balanced=True)[0])
+
+    def loss(step: int) -> Tensor:
+        captions = round(batch * CAPTION_SHARE)
+        images = np.concatenate([class_batch(rng, batch - captions)[0], caption_batch(rng, captions)[0]])
+        target = from_uint8(torch.from_numpy(images)).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = model.latent(target)
+        latent = F.normalize(latent.float(), dim=1)
+        flat = latent.detach().permute(0, 2, 3, 1).reshape(-1, latent.shape[1])
+        if step == quantised_from:
+            codebook.start_from(flat)
+        if step >= quantised_from:
+            indices = model.quantize.nearest(latent.detach())
+            entries = model.quantize.entries(indices, *latent.shape[2:])
+            commitment = (latent - entries).square().sum(1).mean()
+            quantised = latent + (entries - latent).detach()
+            codebook.update(flat, indices.flatten())
+        else:
+            quantised, commitment = latent, latent.new_zeros(())
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model.decode_latent(quantised)
+        return reconstruction_loss(output.float(), target) + 0.05 * commitment
+
+    return Lesson(
+        network=model,
+        optimizers=[torch.optim.AdamW(model.parameters(), lr=1.2e-3, betas=(0.9, 0.98), weight_decay=1e-4)],
+        loss=loss,
+        measure=lambda: reconstruction(model, held_out),
+        save=lambda folder: save_half(model, folder),
+        steps=4000,
+        every=250,
+        warmup=150,
+    )
+
+
+class RunningCodebook:
+    """Exponential running means of the unit latents assigned to each code (van den Oord et al. 2017, appendix A.1)."""
+
+    def __init__(self, embedding: Tensor, setting: Setting):
+        self.embedding, self.setting = embedding, setting
+        self.uses = torch.ones(len(embedding))
+        self.sums = F.normalize(embedding.detach(), dim=-1).clone()
+
+    def start_from(self, latents: Tensor) -> None:
+        self.sums = latents[self.setting.rows(len(self.embedding), len(latents))].clone()
+        self.uses.fill_(1.0)
+        self.embedding.copy_(self.sums)
+
+    def update(self, latents: Tensor, indices: Tensor) -> None:
+        count = torch.bincount(indices, minlength=len(self.embedding)).float()
+        total = torch.zeros_like(self.sums).index_add_(0, indices, latents)
+        self.uses.mul_(DECAY).add_(count, alpha=1 - DECAY)
+        self.sums.mul_(DECAY).add_(total, alpha=1 - DECAY)
+        dead = (self.uses < DEAD_BELOW).nonzero().flatten()
+        if len(dead):
+            self.sums[dead], self.uses[dead] = latents[self.setting.rows(len(dead), len(latents))], 1.0
+        self.embedding.copy_(F.normalize(self.sums, dim=-1))
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Absolute plus squared error of the pixels and absolute error of their differences; inputs in [-1, 1]."""
+    error = output - target
+    edges = sum((error.diff(dim=d)).abs().mean() for d in (2, 3))
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+
+
+@torch.inference_mode()
+def reconstruction(model: VQModel, images: Tensor) -> str:
+    """PSNR in dB (mean over images, 8-bit) and the share of the codebook that the images use, in words."""
+    psnr, seen = [], torch.zeros(model.config.codebook_size, dtype=torch.bool)
+    for chunk in images.split(64):
+        tokens = model.encode(from_uint8(chunk))
+        seen[tokens.flatten()] = True
+        error = to_uint8(model.decode_tokens(tokens)).float() - chunk.float()
+        psnr.append(10 * torch.log10(255**2 / error.square().flatten(1).mean(1)))
+    return f"PSNR {torch.cat(psnr).mean():.2f} dB, codebook in use {seen.float().mean():.0%}"
+
+
+# --- the policies, by maximum likelihood on tokenised scenes (eq. 2)
+
+CLASS_POLICY = {"hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6}
+CAPTION_POLICY = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 8}
+TEXT_ENCODER = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+CAPTION_TOKENS = 16  # the longest caption has eleven words and an end
+SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2 as in T5
+
+
+@torch.inference_mode()
+def tokenised(
+    vq: VQModel, make: Callable[[np.random.Generator, int], tuple[np.ndarray, Any]], seed: int, count: int
+) -> tuple[Tensor, list[Any]]:
+    """Tokens int16 [count, T] of fresh scenes, and what `make` returns with their images."""
+    rng, tokens, labels = np.random.default_rng(seed), [], []
+    for start in range(0, count, 250):
+        images, some = make(rng, min(250, count - start))
+        tokens.append(vq.encode(from_uint8(torch.from_numpy(images))).to(torch.int16))
+        labels += list(some)
+    return torch.cat(tokens), labels
+
+
+def nats(model: LlamaGenForImageGeneration, condition: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
+    """Mean cross entropy in nats over all image tokens given the condition and the tokens before."""
+    inputs, predicting = teacher_forced(model.config, condition, mask, tokens)
+    logits = model(**inputs).logits[:, predicting]
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+
+
+def save_policy(model: LlamaGenForImageGeneration, folder: Path, name: str, **card: Any) -> None:
+    """Save the weights in float16 and what `load_policy` needs beside them."""
+    save_half(model, folder)
+    write_json(folder / "policy.json", {"tokenizer": "nano-vq", **card, "image_size": IMAGE_SIZE, "base": name})
+
+
+def c2i(setting: Setting, pool: int = 48_000, unseen: int = 1000, batch: int = 32) -> Lesson:
+    """nano-c2i, the class-conditional LlamaGen of the nano world.
+
+    Training stops two thirds down its learning-rate curve, at 3.1 nats a token (2.8 at the end): objects are recognised
+    and many are deformed, so that reinforcement learning has something to improve.
+
+    Args:
+        pool: scenes tokenised up front; training makes fewer than one pass over them.
+    """
+    tokens, classes = tokenised(setting.vq, class_batch, setting.seed + 1, pool)
+    held, held_classes = tokenised(setting.vq, class_batch, setting.seed + 20_000, unseen)
+    classes, held_classes = torch.tensor(classes), torch.tensor(held_classes)
+    model = LlamaGenForImageGeneration(
+        LlamaGenConfig(
+            vocab_size=setting.vq.config.codebook_size,
+            block_size=tokens.shape[1],
+            num_classes=len(CLASS_NAMES),
+            class_dropout_prob=DROPOUT,
+            **CLASS_POLICY,
+        )
+    )
+    setting.say(f"{_millions(model)} parameters, {len(tokens)} scenes tokenised")
+
+    def loss(step: int) -> Tensor:
+        rows = setting.rows(batch, len(tokens))
+        dropped = torch.rand(batch, generator=setting.generator) < DROPOUT
+        with torch.autocast("cpu", torch.bfloat16):
+            return nats(model, torch.where(dropped, len(CLASS_NAMES), classes[rows]), None, tokens[rows].long())
+
+    @torch.inference_mode()
+    def measure() -> str:
+        return f"{nats(model, held_classes, None, held.long()):.3f} nats a token"
+
+    parameters = decay_groups(list(model.parameters()), 0.05)
+    return Lesson(
+        network=model,
+        optimizers=[torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.95))],
+        loss=loss,
+        measure=measure,
+        save=lambda folder: save_policy(model, folder, "nano-c2i", classes=list(CLASS_NAMES)),
+        steps=1200,
+        warmup=150,
+        horizon=1800,
+    )
+
+
+def t2i(setting: Setting, pool: int = 80_000, unseen: int = 1000, batch: int = 48) -> Lesson:
+    """nano-t2i, the caption-conditional LlamaGen of the nano world, together with its text encoder nano-t5.
+
+    LlamaGen takes a text encoder that exists already (FLAN-T5 XL) and never trains it; the nano world has none, so a
+    small T5 encoder learns here with the policy and is frozen from then on. It is saved beside the policy. One caption
+    in ten is replaced by the null caption, under the padding of the caption it replaces, as published.
+
+    The matrices of the policy's layers learn by Muon, all else by AdamW, and the embedding of an image token starts
+    near a random projection of its entry in the tokenizer's codebook: after 100 steps this stood at 5.5 nats a token
+    where AdamW and a random embedding stood at 6.0 (one seed).
+
+    Args:
+        pool: scenes tokenised up front; training sees each one or two times.
+    """
+    words = text_tokenizer()
+    tokens, made = tokenised(setting.vq, caption_batch, setting.seed + 2, pool)
+    held, held_made = tokenised(setting.vq, caption_batch, setting.seed + 30_000, unseen)
+    text, held_text = (
+        words([one.caption for one in some], padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
+        for some in (made, held_made)
+    )
+    both = CaptionedPolicy(words, setting.vq.config.codebook_size, tokens.shape[1])
+    setting.say(
+        f"{_millions(both.policy)} parameters, text encoder {_millions(both.encoder)}, {len(tokens)} scenes tokenised"
+    )
+    embed_codes(both.policy, setting.vq)
+    matrices = {name: p for name, p in both.named_parameters() if "layers." in name and p.ndim == 2}
+    others = [p for name, p in both.named_parameters() if name not in matrices]
+
+    def loss(step: int) -> Tensor:
+        rows = setting.rows(batch, len(tokens))
+        dropped = torch.rand(batch, generator=setting.generator) < DROPOUT
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # on a CPU, faster for 80 positions
+            return both(text.input_ids[rows], text.attention_mask[rows], tokens[rows].long(), dropped)
+
+    @torch.inference_mode()
+    def measure() -> str:
+        none = torch.zeros(len(held), dtype=torch.bool)
+        return f"{both(held_text.input_ids, held_text.attention_mask, held.long(), none):.3f} nats a token"
+
+    return Lesson(
+        network=both,
+        optimizers=[
+            torch.optim.Muon(matrices.values(), lr=0.02, weight_decay=0.05),
+            torch.optim.AdamW(decay_groups(others, 0.05), lr=1.2e-3, betas=(0.9, 0.95)),
+        ],
+        loss=loss,
+        measure=measure,
+        save=lambda folder: save_captioned(both, words, folder),
+        steps=3000,
+        every=300,
+        warmup=50,
+    )
+
+
+class CaptionedPolicy(torch.nn.Module):
+    """The policy and the text encoder as they learn together."""
+
+    def __init__(self, words: PreTrainedTokenizerFast, codes: int, tokens: int) -> None:
+        super().__init__()
+        text = T5Config(vocab_size=len(words), feed_forward_proj="gated-gelu", dropout_rate=0.0, **TEXT_ENCODER)
+        self.encoder = T5EncoderModel(text)
+        self.policy = LlamaGenForImageGeneration(
+            LlamaGenConfig(
+                vocab_size=codes,
+                block_size=tokens,
+                condition="caption",
+                cls_token_num=CAPTION_TOKENS,
+                caption_dim=text.d_model,
+                class_dropout_prob=DROPOUT,
+                **CAPTION_POLICY,
+            )
+        )
+
+    def forward(self, words: Tensor, word_mask: Tensor, tokens: Tensor, dropped: Tensor) -> Tensor:
+        """Mean cross entropy in nats a token.
+
+        Args:
+            words, word_mask: int64 [B, P], right padded.
+            tokens: of images, int64 [B, T].
+            dropped: bool [B], whose caption is replaced by the null caption.
+        """
+        features, mask = left_pad(self.encoder(words, word_mask).last_hidden_state, word_mask)
+        features = torch.where(dropped[:, None, None], self.policy.model.null_caption, features)
+        return nats(self.policy, features, mask, tokens)
+
+
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the nano world's captions; texts are put in lower case and end with </s>."""
+    ids = {token: index for index, token in enumerate([*SPECIAL, *vocabulary()])}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
+    )
+
+
+@torch.no_grad()
+def embed_codes(policy: LlamaGenForImageGeneration, vq: VQModel) -> None:
+    """Start the token embedding from the codebook, so that codes which look alike begin alike."""
+    weight = policy.model.embed_tokens.weight
+    codes = vq.quantize.codebook()
+    projection = torch.randn(codes.shape[1], weight.shape[1])
+    weight.mul_(0.5).add_(policy.config.initializer_range * codes @ projection)
+
+
+def save_captioned(both: CaptionedPolicy, words: PreTrainedTokenizerFast, folder: Path) -> None:
+    """A policy folder, and beside it `nano-t5`, both in float16."""
+    encoder = folder.with_name("nano-t5")
+    save_half(both.encoder.eval(), encoder)
+    words.save_pretrained(encoder)
+    save_policy(both.policy.eval(), folder, "nano-t2i", text_encoder="nano-t5")
+
+
+def _millions(model: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
