@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from argrpo_cli.training.guards import SKIPPED_IN_A_ROW, Finding, Guards, bad_gradient, trend
+from argrpo_cli.runs.curves import trend
+from argrpo_cli.training.guards import SKIPPED_IN_A_ROW, Finding, Guards, bad_gradient
 from tests.training.guarded import guarded
 from tests.training.tiny import tiny_recipe
 

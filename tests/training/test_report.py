@@ -15,10 +15,8 @@ from PIL import Image
 from rich.console import Console
 
 from argrpo_cli.recipe import Recipe, dump_recipe
-from argrpo_cli.runs.panels import panels
-from argrpo_cli.runs.report import MOST_GRIDS, refresh_report, write_report
-from argrpo_cli.runs.report_svg import MOST_POINTS, draw_panel
-from argrpo_cli.runs.report_tables import with_error
+from argrpo_cli.runs.curves import MOST_POINTS, panel_svg, panels
+from argrpo_cli.runs.report import MOST_GRIDS, refresh_report, with_error, write_report
 from argrpo_cli.runs.run import RunDirectory
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import write_json, write_jsonl, write_text
@@ -221,7 +219,7 @@ def test_a_run_of_an_earlier_version_has_a_page(tmp_path: Path, recipe: Recipe) 
 
 def test_long_curves_are_thinned_to_their_ends() -> None:
     records = [record(step) for step in range(1, 5001)]
-    _, numbers = draw_panel(panels(records, ROLES)[0], [one["step"] for one in records])
+    _, numbers = panel_svg(panels(records, ROLES)[0], [one["step"] for one in records])
     steps = [step for step, _ in numbers["lines"][0]["points"]]
     assert len(steps) <= MOST_POINTS + 1
     assert (steps[0], steps[-1]) == (1, 5000)

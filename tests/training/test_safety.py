@@ -23,9 +23,8 @@ from rich.console import Console
 from argrpo_cli.policy.folder import find_policy
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.runs import disk, folders
-from argrpo_cli.runs.disk import Disk
-from argrpo_cli.runs.folders import recover, remove_folder, replace_folder
-from argrpo_cli.runs.manifest import MANIFEST, find_damage
+from argrpo_cli.runs.checkpoints import MANIFEST, find_damage
+from argrpo_cli.runs.disk import Disk, recover, remove_folder, replace_folder
 from argrpo_cli.runs.run import Interrupted, RunDirectory, open_run
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training

@@ -1,30 +1,25 @@
 """report.html: a whole run on one page that needs no network and no other file.
 
 Made from what lies in the run directory alone, so it can be made again: `python -m argrpo_cli.runs.report RUN_DIR`.
-What an earlier version did not write is left out.
+What an earlier version did not write is left out. This file says what is on the page, `report.html.j2` how it looks.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import json
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.rewards import REWARDS
-from argrpo_cli.runs.panels import COLOURS, Panel, Record, Roles, panels
-from argrpo_cli.runs.plots import draw_curves
-from argrpo_cli.runs.provenance import now
-from argrpo_cli.runs.report_svg import LEFT, RIGHT, WIDTH, draw_panel
-from argrpo_cli.runs.report_tables import changes_table, published_numbers, stage_times
+from argrpo_cli.runs import curves
+from argrpo_cli.runs.curves import COLOURS, NO_STAGE, STAGES, Panel, Record, Roles
+from argrpo_cli.runs.run import duration, now
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write, read_text, write_text
-from argrpo_cli.training.callbacks.display import duration
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
@@ -45,30 +40,35 @@ def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -
     Raises:
         UserError: it cannot be written.
     """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     records, notes = run.metrics(), run.notes()
-    roles = reward_roles(recipe, notes)
-    shown = panels(records, roles)
-    steps = [record["step"] for record in records]
-    drawn = [draw_panel(panel, steps) for panel in shown]
-    body = [
-        _head(recipe, records, notes, training),
-        _warnings(notes.get("warnings") or []),
-        _pictures(_grids(run.root / "grids")),
-        _curves(shown, [svg for svg, _ in drawn]),
-        changes_table(shown),
-        stage_times(records, recipe.grpo.batch_size),
-        published_numbers(recipe),
-        _versions(notes),
-        f"<section><h2>Recipe</h2><pre>{escape(read_text(run.recipe_file))}</pre></section>",
-    ]
-    page = Template(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"{recipe.name}: argrpo run"),
-        body="\n".join(part for part in body if part),
-        # Inside a script element nothing is unescaped but its end.
-        numbers=json.dumps([numbers for _, numbers in drawn]).replace("<", "\\u003c"),
-        left=LEFT,
-        span=WIDTH - LEFT - RIGHT,
-        width=WIDTH,
+    shown = curves.panels(records, reward_roles(recipe, notes))
+    drawn = [curves.panel_svg(panel, [record["step"] for record in records]) for panel in shown]
+    changes = list(_changes(shown))
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # what users write is shown and never run
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = pages.get_template(f"{REPORT}.j2").render(
+        recipe=recipe,
+        recipe_text=read_text(run.recipe_file),
+        state=_state(recipe, records, notes, training),
+        facts=_facts(recipe, records, notes),
+        warnings=notes.get("warnings") or [],
+        grids=[(step, _data_uri(path)) for step, path in _grids(run.root / "grids")],
+        panels=[(number, panel, drawn[number][0]) for number, panel in enumerate(shown)],
+        numbers=[numbers for _, numbers in drawn],
+        colours=COLOURS,
+        axis={"left": curves.LEFT, "span": curves.WIDTH - curves.LEFT - curves.RIGHT, "width": curves.WIDTH},
+        changes=changes,
+        share=f"{curves.SHARE:.0%}",
+        errors_from=None if any("±" in cell for _, *cells in changes for cell in cells) else curves.LEAST,
+        stages=_stages(records, recipe.grpo.batch_size),
+        versions=notes.get("versions") or {},
     )
     path = run.root / REPORT
     write_text(path, page)
@@ -76,13 +76,14 @@ def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -
 
 
 def refresh_report(
-    run: RunDirectory, recipe: Recipe, note: Callable[[str], None], *, training: bool = False, curves: bool = False
+    run: RunDirectory, recipe: Recipe, note: Callable[[str], None], *, training: bool = False, pictures: bool = False
 ) -> None:
     """Write the page, and curves.png if asked; if that fails it is said, and no more: a run has better things to do."""
     try:
         write_report(run, recipe, training=training)
-        if curves:
-            draw_curves(run.metrics(), run.root / "curves.png", recipe.name, reward_roles(recipe, run.notes()))
+        if pictures:
+            roles = reward_roles(recipe, run.notes())
+            curves.draw_curves(run.metrics(), run.root / "curves.png", recipe.name, roles)
     except UserError as error:
         note(f"warning: {error}; the run itself is not touched by that")
     except OSError as error:
@@ -102,83 +103,37 @@ def reward_roles(recipe: Recipe, notes: Mapping[str, Any]) -> Roles:
     }
 
 
-def _head(recipe: Recipe, records: Sequence[Record], notes: Mapping[str, Any], training: bool) -> str:
+def _state(recipe: Recipe, records: Sequence[Record], notes: Mapping[str, Any], training: bool) -> str:
     done = records[-1]["step"] if records else 0
     finished = notes.get("finished")
     if training:
-        state = f"training: {done} of {recipe.grpo.steps} updates so far"
-    elif finished and finished.get("out_of_time"):
-        state = f"finished at the time limit, after {done} of {recipe.grpo.steps} updates"
-    elif finished:
-        state = f"finished: {done} updates"
-    else:
-        state = f"stopped after {done} of {recipe.grpo.steps} updates"
+        return f"training: {done} of {recipe.grpo.steps} updates so far"
+    if finished and finished.get("out_of_time"):
+        return f"finished at the time limit, after {done} of {recipe.grpo.steps} updates"
+    return f"finished: {done} updates" if finished else f"stopped after {done} of {recipe.grpo.steps} updates"
+
+
+def _facts(recipe: Recipe, records: Sequence[Record], notes: Mapping[str, Any]) -> dict[str, str]:
     seconds = records[-1].get("seconds_total") if records else None
-    drawn = sum(record.get("images_per_second") is not None for record in records) * recipe.grpo.batch_size
+    images = sum(record.get("images_per_second") is not None for record in records) * recipe.grpo.batch_size
     facts = {
         "training time": duration(seconds) if seconds is not None else None,
-        "images drawn": f"{drawn:,}" if drawn else None,
+        "images drawn": f"{images:,}" if images else None,
         "images per update": f"{recipe.grpo.batch_size}, in groups of {recipe.grpo.group_size}",
         "policy": recipe.policy.checkpoint,
         "device": notes.get("device"),
         "started": notes.get("started"),
         "page written": now(),
     }
-    listed = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value
-    )
-    description = f"<p>{escape(recipe.description)}</p>" if recipe.description else ""
-    return (
-        f'<header><h1>{escape(recipe.name)}</h1>{description}<p class="state">{escape(state)}</p>'
-        f'<dl class="facts">{listed}</dl></header>'
-    )
-
-
-def _warnings(found: Sequence[Mapping[str, Any]]) -> str:
-    if not found:
-        return ""
-    items = "".join(
-        f"<li>step {escape(str(one.get('step', '?')))}, {escape(str(one.get('guard', '')))}: "
-        f"{escape(str(one.get('text', '')))}</li>"
-        for one in found
-    )
-    return f'<section><h2>Warnings</h2><ul class="warnings">{items}</ul></section>'
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def _grids(folder: Path) -> list[tuple[int, Path]]:
     """Step and file of the grids that are shown."""
-    found = sorted((int(path.stem.rpartition("_")[2]), path) for path in folder.glob("step_*.png"))
-    if len(found) <= MOST_GRIDS:
-        return found
-    return [found[round(index * (len(found) - 1) / (MOST_GRIDS - 1))] for index in range(MOST_GRIDS)]
-
-
-def _pictures(grids: Sequence[tuple[int, Path]]) -> str:
-    """First and last grid side by side, and what lies between as a row, or under a slider where scripts run."""
-    if not grids:
-        return ""
-
-    def shot(step: int, path: Path, caption: str) -> str:
-        return (
-            f"<figure><figcaption>{caption}</figcaption>"
-            f'<img data-step="{step}" alt="images after {step} updates" src="{_data_uri(path)}"></figure>'
-        )
-
-    names = {0: "before"}
-    ends = [grids[0], *grids[-1:]] if len(grids) > 1 else [grids[0]]
-    pair = [shot(step, path, f"{names.get(step, 'after')} (step {step})") for step, path in ends]
-    text = (
-        "The same conditions and the same noise at every step. One token that comes out differently changes all that "
-        "follow, so colours and places differ, too."
-    )
-    page = f'<section><h2>Before and after</h2><p class="note">{text}</p><div class="pair">{"".join(pair)}</div>'
-    if len(grids) > 2:
-        between = "".join(shot(step, path, f"step {step}") for step, path in grids[1:-1])
-        page += (
-            '<h3>On the way</h3><figure id="viewer"><input type="range" min="0" value="0" aria-label="step">'
-            f'<figcaption></figcaption><img alt=""></figure><div class="strip">{between}</div>'
-        )
-    return page + "</section>"
+    grids = sorted((int(path.stem.rpartition("_")[2]), path) for path in folder.glob("step_*.png"))
+    if len(grids) <= MOST_GRIDS:
+        return grids
+    return [grids[round(index * (len(grids) - 1) / (MOST_GRIDS - 1))] for index in range(MOST_GRIDS)]
 
 
 def _data_uri(path: Path) -> str:
@@ -198,43 +153,54 @@ def _data_uri(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _curves(shown: Sequence[Panel], pictures: Sequence[str]) -> str:
-    if not shown:
-        return ""
+def _changes(shown: Sequence[Panel]) -> Iterator[tuple[str, str, str, str]]:
+    """Measure, first and last tenth of the updates, and their difference."""
+    for panel in shown:
+        for line in panel.lines:
+            moved = None if panel.exact else curves.change(line.values)
+            if moved is not None:
+                yield (
+                    f"{panel.title}: {line.label}" if line.label else panel.title,
+                    with_error(moved.first, moved.first_error),
+                    with_error(moved.last, moved.last_error),
+                    with_error(moved.difference, moved.error, "+"),
+                )
 
-    def block(chosen: Callable[[Panel], bool], kind: str = "") -> str:
-        figures = [
-            f'<figure data-panel="{number}"><figcaption>{escape(panel.title)}{_key(panel)}<output></output>'
-            f"</figcaption>{pictures[number]}</figure>"
-            for number, panel in enumerate(shown)
-            if chosen(panel)
-        ]
-        return f'<div class="curves{kind}">{"".join(figures)}</div>' if figures else ""
 
-    held_out = block(lambda panel: panel.held_out, " held")
-    if held_out:
-        held_out = (
-            '<h3>Held-out rewards</h3><p class="note">Measured on the same images and not optimised (weight 0). When '
-            f"these fall while the total rises, the policy games its rewards.</p>{held_out}"
+def with_error(value: float, error: float | None, sign: str = "") -> str:
+    """A number with its error, both to two digits of the error; to four significant digits where there is none."""
+    if not error or not math.isfinite(error):
+        return f"{value:{sign if value else ''}.4g}"
+    power = math.floor(math.log10(max(abs(value), error)))
+    if -4 <= power <= 5:
+        power = 0
+    decimals = max(0, 1 - math.floor(math.log10(error)) + power)
+    text = f"{value / 10.0**power:{sign}.{decimals}f} ± {error / 10.0**power:.{decimals}f}"
+    return f"({text})e{power}" if power else text
+
+
+def _stages(records: Sequence[Record], batch_size: int) -> list[dict[str, str]]:
+    """Where the time went: name, colour, time, width of the bar, share and speed of each stage."""
+    total = records[-1].get("seconds_total") if records else None
+    if not total:
+        return []
+    seconds = {stage: [record.get(f"seconds_{stage}") or 0.0 for record in records] for stage in STAGES}
+    parts = [(stage, sum(each), COLOURS[stage]) for stage, each in seconds.items() if sum(each) / total > 0.0005]
+    rest = max(0.0, total - sum(map(sum, seconds.values())))
+    rows = []
+    for name, time, colour in [*parts, ("grids, checkpoints, the rest", rest, "var(--rule)")]:
+        images = batch_size * sum(each > NO_STAGE for each in seconds.get(name, []))
+        rows.append(
+            {
+                "name": name,
+                "colour": colour,
+                "time": duration(time),
+                "width": f"{100 * time / total:.2f}%",
+                "share": f"{time / total:.0%}",
+                "speed": f"{images / time:.1f}" if images and time > 0 else "",
+            }
         )
-    return (
-        '<section><h2>Curves</h2><p class="note">Over the updates. Thin: each update; thick: a line fitted to a tenth '
-        f"of the run around it.</p>{block(lambda panel: panel.reward)}{held_out}<h3>The update</h3>"
-        f"{block(lambda panel: not panel.reward and not panel.held_out)}</section>"
-    )
-
-
-def _key(panel: Panel) -> str:
-    return "".join(
-        f'<span class="key"><i style="background:{COLOURS[line.colour]}"></i>{escape(line.label)}</span>'
-        for line in panel.lines
-        if line.label
-    )
-
-
-def _versions(notes: Mapping[str, Any]) -> str:
-    listed = ", ".join(f"{escape(str(name))} {escape(str(one))}" for name, one in (notes.get("versions") or {}).items())
-    return f"<section><h2>Made with</h2><p>{listed}</p></section>" if listed else ""
+    return rows
 
 
 if __name__ == "__main__":

@@ -18,19 +18,21 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from argrpo_cli import __version__
 from argrpo_cli.policy.folder import CHECKPOINT_PREFIX, CHECKPOINTS, checkpoint_folders
 from argrpo_cli.recipe import dump_recipe
-from argrpo_cli.runs.disk import is_full
-from argrpo_cli.runs.folders import TEMPORARY, recover, remove_folder, set_aside, sync_folder
-from argrpo_cli.runs.manifest import find_damage
+from argrpo_cli.runs.disk import TEMPORARY, is_full, recover, remove_folder, sync_folder
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import (
     cannot_write,
@@ -46,9 +48,8 @@ from argrpo_cli.system.files import (
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
 
-
-DAMAGED = "damaged-"  # before the name of a checkpoint that is not whole
 LOCK = ".lock"
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")  # whose versions are noted
 
 
 class Interrupted(SystemExit):
@@ -116,20 +117,6 @@ class RunDirectory:
         """The newest complete checkpoint."""
         steps = self.checkpoint_steps()
         return self.checkpoint_dir(steps[-1]) if steps else None
-
-    def newest_whole_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is as it was written; damaged newer ones are moved aside and told of."""
-        folders = checkpoint_folders(self.root)
-        for step, folder in reversed(folders.items()):
-            damage = find_damage(folder, step)
-            if damage is None:
-                return folder
-            aside = set_aside(folder, f"{DAMAGED}{folder.name}")
-            what = f"the checkpoint of step {step} is damaged: {damage}"
-            self.tell(f"{what}; moved to {aside} (it can be deleted), trying the one before")
-        if folders:
-            self.tell("no checkpoint is whole, so the run starts from the start")
-        return None
 
     def keep_newest(self, count: int, always: Sequence[int] = ()) -> None:
         """Remove all checkpoints but the `count` newest and those of the steps `always`."""
@@ -304,3 +291,57 @@ def _sync(folder: Path) -> None:
         sync_folder(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides what a run computes; packages that are not there are left out."""
+    found = {"argrpo": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str) -> str:
+    """The device in words: a GPU's model, or the processor's architecture and the threads that torch uses."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
+    return device
+
+
+def start_notes(
+    notes: Mapping[str, Any], weights: Mapping[str, float], family: Mapping[str, str], device: str
+) -> dict[str, Any]:
+    """What goes into run.json when training starts or goes on.
+
+    Args:
+        notes: what is there already; the first start is kept.
+        weights: what each raw score counts in the total reward, 0 for a held-out one.
+        family: of each reward.
+        device: "cpu", "cuda:0", ...
+    """
+    return {
+        "started": notes.get("started") or now(),
+        "versions": versions(),
+        "device": device_name(device),
+        "rewards": {name: {"family": family.get(name), "weight": weight} for name, weight in weights.items()},
+    }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from argrpo_cli.runs.curves import ROUNDING, trend
 from argrpo_cli.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,14 +33,12 @@ KL_UPDATES = 2
 # Growth: tenfold the median of the ten updates before. Every run does that while it leaves zero, hence the floor.
 KL_GROWTH, KL_RECENT, KL_FLOOR = 10, 10, 1 / 20  # the floor in parts of the limit
 
-ROUNDING = 1e-6  # spread of equal float32 scores, in parts of their mean
 COLLAPSED = 0.01  # of the spread that the reward had when the run began
 
 # Held-out rewards are compared over several windows: the last `batches`, twice as many, ..., and the whole run. The
 # optimised one is expected to rise, so it needs to be only this many standard errors above nothing.
 RISING_ERRORS = 2.0
 LOOKS = 4  # per window of `batches`: each look is a chance to be wrong
-MAX_CORRELATION = 0.95
 
 SKIPPED_IN_A_ROW = 10  # updates left out before a run that skips them stops all the same
 REARM = 10  # batches without trouble before the same warning is given again
@@ -250,31 +249,6 @@ def _windows(known: int, count: int) -> list[int]:
         sizes.append(count)
         count *= 2
     return sorted(sizes)
-
-
-def trend(values: np.ndarray) -> tuple[float, float]:
-    """How much a straight line through equally spaced values rises from the first to the last, and its standard error.
-
-    The error is that of least squares, times sqrt((1 + r) / (1 - r)) for neighbouring residuals of correlation r > 0.
-
-    Args:
-        values: [n], n > 2.
-
-    Returns:
-        (0, 0) for values that are equal up to rounding.
-    """
-    n = len(values)
-    if np.ptp(values) <= ROUNDING * np.abs(values).max():
-        return 0.0, 0.0
-    time = np.arange(n) - (n - 1) / 2
-    slope = time @ values / (time @ time)
-    residuals = values - values.mean() - slope * time
-    power = residuals @ residuals
-    if power == 0:
-        return float(slope * (n - 1)), 0.0
-    r = min(max(residuals[1:] @ residuals[:-1] / power, 0.0), MAX_CORRELATION)
-    error = math.sqrt(power / (n - 2) / (time @ time) * (1 + r) / (1 - r))
-    return float(slope * (n - 1)), error * (n - 1)
 
 
 def bad_gradient(step: int, choice: Literal["stop", "skip"], in_a_row: int) -> Finding:

@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from argrpo_cli.runs.disk import Disk, is_full
-from argrpo_cli.runs.folders import remove_folder
-from argrpo_cli.runs.provenance import start_notes
+from argrpo_cli.runs.checkpoints import PolicyWriter, newest_whole_checkpoint
+from argrpo_cli.runs.disk import Disk, is_full, remove_folder
 from argrpo_cli.runs.report import refresh_report
-from argrpo_cli.runs.run import Interrupted, RunDirectory
-from argrpo_cli.runs.saving import PolicyWriter
-from argrpo_cli.runs.trackers import TrackerCallback, Trackers
+from argrpo_cli.runs.run import Interrupted, RunDirectory, duration, start_notes
+from argrpo_cli.runs.trackers import Trackers
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import reason, save_png
 from argrpo_cli.system.grids import before_after
 from argrpo_cli.training.callbacks.checkpoints import CheckpointCallback
-from argrpo_cli.training.callbacks.display import RunDisplay, duration, silent_console
+from argrpo_cli.training.callbacks.display import RunDisplay, silent_console
 from argrpo_cli.training.callbacks.ema import EmaCallback
 from argrpo_cli.training.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.training.callbacks.guards import GuardCallback
@@ -139,7 +137,7 @@ class Job:
 
     def _where_to_start(self, resume: bool) -> tuple[Path | None, int, float]:
         """The checkpoint to start from, its step, and the seconds of training until then."""
-        checkpoint = self.run.newest_whole_checkpoint() if resume else None
+        checkpoint = newest_whole_checkpoint(self.run) if resume else None
         start = int(checkpoint.name.rpartition("_")[2]) if checkpoint is not None else 0
         if start > self.recipe.grpo.steps:
             raise UserError(f"grpo.steps {self.recipe.grpo.steps}: {self.run.root} is at step {start} already")
@@ -228,7 +226,8 @@ class Job:
             callbacks.append(self.ema)
         callbacks += [checkpoints, grids]
         if team.first:
-            callbacks += [TrackerCallback(self.trackers, metrics), ReportCallback(run, recipe, self.display.note)]
+            metrics.watchers.append(self.trackers.record)
+            callbacks.append(ReportCallback(run, recipe, self.display.note))
         trainer = team.together(lambda: build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks))
         if self.ema is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             team.fail(
@@ -274,7 +273,7 @@ class Job:
             self.display.stop()
             if self.team.first:
                 shutil.rmtree(self.run.partial_dir, ignore_errors=True)
-                refresh_report(self.run, self.recipe, self.display.note, curves=True)  # however it ended
+                refresh_report(self.run, self.recipe, self.display.note, pictures=True)  # however it ended
 
     def _saved_step(self) -> int:
         """The step that a resumed run would go on from."""

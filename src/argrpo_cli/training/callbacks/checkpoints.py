@@ -10,9 +10,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from argrpo_cli.runs.disk import size_of
-from argrpo_cli.runs.folders import replace_folder
-from argrpo_cli.runs.manifest import write_manifest
+from argrpo_cli.runs.checkpoints import write_manifest
+from argrpo_cli.runs.disk import replace_folder, size_of
 from argrpo_cli.system.processes import ALONE, Team
 
 if TYPE_CHECKING:

@@ -13,16 +13,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from argrpo_cli.runs.panels import STAGES
+from argrpo_cli.runs.curves import STAGES
+from argrpo_cli.runs.run import duration
 
 RECENT = 10  # steps over which speed is averaged
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `m:ss` or `h:mm:ss`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def number(value: float | None, pattern: str = ".4f") -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from argrpo_cli.runs.panels import STAGES
+from argrpo_cli.runs.curves import NO_STAGE, STAGES
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.scorer import LEFT_OUT, WITHIN_GROUP_STD, WITHOUT_SPREAD, spread_of
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from argrpo_cli.training.rollout import Stopwatch
 
 DIGITS = 6  # significant digits of a logged number
-NO_STAGE = 1e-3  # seconds; a stage that took less did nothing (class conditions have no text), so it has no speed
 
 
 class MetricsCallback(TrainerCallback):
@@ -47,6 +47,7 @@ class MetricsCallback(TrainerCallback):
         self.team = team
         self.seconds = seconds_before  # training time of the whole run, interruptions left out
         self.ratio_meter: RatioMeter | None = None  # the trainer's, which is built after its callbacks
+        self.watchers: list[Callable[[dict[str, Any]], None]] = []  # shown every record, in the first process
         self.record: dict[str, Any] = {}  # of the latest update; callbacks after this one read it
         self._last_step_end = self._step_start = self._step_seconds = 0.0
 
@@ -79,6 +80,8 @@ class MetricsCallback(TrainerCallback):
         record = self.record = self._record(state.global_step, logs)
         self.team.lead(lambda: self.run.append_metrics(record))
         self.display.step(record)
+        for watch in self.watchers:
+            watch(record)
 
     def leave_out(self, seconds: float) -> None:
         """Do not count these seconds, just gone by between two steps, as training time."""

@@ -1,0 +1,237 @@
+"""The policies that a run writes, and whether what lies on the disk is whole.
+
+Every policy folder (what a run starts from, a checkpoint, what comes out) is complete or not there. `checksums.json` in
+a checkpoint lists its files with size and SHA-256: it is written last, before the checkpoint gets its name, and read
+before a run is taken up from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from argrpo_cli.policy import load_policy
+from argrpo_cli.policy.adapters import mark_adapter
+from argrpo_cli.policy.folder import BUNDLED_POLICIES, CARD, MANIFEST, POLICIES, checkpoint_folders
+from argrpo_cli.runs.disk import PARTIAL, replace_folder, set_aside
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import cannot_write, read_json, reason, write_json
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from argrpo_cli.policy import Policy
+    from argrpo_cli.recipe import Recipe
+    from argrpo_cli.runs.disk import Disk
+    from argrpo_cli.runs.run import RunDirectory
+    from argrpo_cli.system.processes import Team
+
+STATE = "trainer_state.json"
+# What a checkpoint of a version without manifests needs.
+NEEDED = ("policy.json", "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE)
+DAMAGED = "damaged-"  # before the name of a checkpoint that is not whole
+
+
+@dataclass(frozen=True)
+class PolicyWriter:
+    """Writes policy folders into a run directory, each whole or not at all.
+
+    Attributes:
+        disk: where a folder waits for room.
+        team: the processes of the run. The first one writes; all take part where parameters are shared out.
+    """
+
+    recipe: Recipe
+    run: RunDirectory
+    policy: Policy
+    disk: Disk
+    team: Team
+
+    def base(self) -> str:
+        """The policy that training starts from, so that it can be opened again: for the KL term and by a resumed run.
+
+        A published policy has no folder of its own, and is given one in the run; adapters do without.
+        """
+        folder = self.policy.model.config._name_or_path
+        if folder and Path(folder).is_dir():
+            return os.path.abspath(folder)
+        if self.recipe.policy.lora is not None:
+            chosen = self.recipe.policy.checkpoint
+            return os.path.abspath(chosen) if Path(chosen).exists() else chosen
+        self.team.lead(lambda: self.disk.insist("the base policy", self._write_base))
+        self.policy.model.config._name_or_path = str(self.run.base_dir)
+        return os.path.abspath(self.run.base_dir)
+
+    def complete(self, folder: Path) -> None:
+        """Make a policy folder of one that holds what the trainer writes of the model."""
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle of settings that the recipe says better
+        (folder / "README.md").unlink(missing_ok=True)  # a model card for the hub
+        if self.recipe.policy.lora is None:
+            self.policy.save_card(folder)
+        else:
+            chosen, noted = self.recipe.policy.checkpoint, self.run.notes()["base_policy"]
+            mark_adapter(folder, CARD, chosen if chosen in (*BUNDLED_POLICIES, *POLICIES) else noted)
+
+    def trained(self, trainer: Trainer, folder: Path) -> None:
+        """The policy as it is now, adapters merged into its weights; all processes must call it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        what = f"{folder.name}/"
+        if self.team.count == 1:
+            self.disk.insist(what, lambda: self._write_trained(trainer, folder, lambda finish: finish()))
+        else:  # what the trainer writes together cannot be tried again by one of them
+            self._write_trained(trainer, folder, lambda finish: self.disk.insist(what, finish))
+
+    def _write_trained(self, trainer: Trainer, folder: Path, finishing: Callable[[Callable[[], None]], object]) -> None:
+        partial = _partial(folder)
+        self.team.lead(lambda: shutil.rmtree(partial, ignore_errors=True))
+        try:
+            trainer.save_model(str(partial))  # gathers parameters that are shared out
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        except SafetensorError as error:  # carries the system's reason in its text
+            raise UserError(f"cannot write {folder}: {error}") from error
+        self.team.lead(lambda: finishing(lambda: self._finish(partial, folder)))
+
+    def _finish(self, partial: Path, folder: Path) -> None:
+        self.complete(partial)
+        if self.recipe.policy.lora is None:
+            replace_folder(partial, folder)
+            return
+        merged = _partial(folder.with_name(f"{folder.name}.merged"))
+        shutil.rmtree(merged, ignore_errors=True)
+        load_policy(partial).save(merged)
+        replace_folder(merged, folder)
+        shutil.rmtree(partial)
+
+    def _write_base(self) -> None:
+        partial = _partial(self.run.base_dir)
+        shutil.rmtree(partial, ignore_errors=True)
+        self.policy.save(partial)
+        replace_folder(partial, self.run.base_dir)
+
+
+def _partial(folder: Path) -> Path:
+    """Where a folder is written before it is complete."""
+    return folder.with_name(f".{folder.name}{PARTIAL}")
+
+
+def newest_whole_checkpoint(run: RunDirectory) -> Path | None:
+    """The newest checkpoint that is as it was written; damaged newer ones are moved aside and told of."""
+    folders = checkpoint_folders(run.root)
+    for step, folder in reversed(folders.items()):
+        damage = find_damage(folder, step)
+        if damage is None:
+            return folder
+        aside = set_aside(folder, f"{DAMAGED}{folder.name}")
+        what = f"the checkpoint of step {step} is damaged: {damage}"
+        run.tell(f"{what}; moved to {aside} (it can be deleted), trying the one before")
+    if folders:
+        run.tell("no checkpoint is whole, so the run starts from the start")
+    return None
+
+
+def write_manifest(folder: Path) -> None:
+    """List all files of a folder, those in folders inside it too, as they are now.
+
+    Raises:
+        UserError: a file cannot be read, or the list not be written.
+    """
+    try:
+        files = {
+            path.relative_to(folder).as_posix(): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        }
+    except OSError as error:
+        raise cannot_write(folder / MANIFEST, error) from error
+    files.pop(MANIFEST, None)
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def find_damage(folder: Path, step: int) -> str | None:
+    """What is wrong with the checkpoint of `step` in a few words, None when it is whole.
+
+    A checkpoint without a manifest comes from a version that wrote none: its files must be there and readable.
+
+    Raises:
+        UserError: a file may not be read, which says nothing about the checkpoint.
+    """
+    try:
+        listed = (folder / MANIFEST).exists()
+        damage = _compare(folder) if listed else _look_through(folder)
+        return damage or _wrong_step(folder, step)
+    except PermissionError as error:
+        raise UserError(f"cannot read the checkpoint {folder}: {reason(error)}") from error
+    except OSError as error:  # a bad sector for instance
+        return f"{Path(error.filename).name if error.filename else 'a file'}: {reason(error)}"
+
+
+def _compare(folder: Path) -> str | None:
+    try:
+        files = read_json(folder / MANIFEST).get("files")
+    except UserError:
+        files = None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        return f"{MANIFEST} is unreadable"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry.get("bytes"):
+            return f"{name} has {path.stat().st_size} bytes instead of {entry.get('bytes')}"
+    for name, entry in files.items():
+        if _digest(folder / name) != entry:
+            return f"{name} is not what was written"
+    return None
+
+
+def _look_through(folder: Path) -> str | None:
+    for name in NEEDED:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors" and not _reads_as_safetensors(path):
+            return f"{path.relative_to(folder)} is cut off or damaged"
+        if path.suffix in (".pt", ".pth") and not _reads_as_zip(path):
+            return f"{path.relative_to(folder)} is cut off or damaged"
+    return None
+
+
+def _reads_as_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):  # compares the header with the length of the file
+            return True
+    except SafetensorError:
+        return False
+
+
+def _reads_as_zip(path: Path) -> bool:
+    """What torch.save writes is a zip archive, with a checksum for each part."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        return False
+
+
+def _wrong_step(folder: Path, step: int) -> str | None:
+    try:
+        said = read_json(folder / STATE).get("global_step")
+    except UserError:
+        return f"{STATE} is unreadable"
+    return None if said == step else f"{STATE} is of step {said}"
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
