@@ -11,7 +11,7 @@ import pytest
 
 from argrpo_cli.training.callbacks.metrics import MetricsCallback
 from argrpo_cli.training.rollout import Stopwatch
-from tests.training.test_trackers import metrics, train
+from tests.runs.test_trackers import metrics, train
 from tests.training.tiny import tiny_recipe
 
 

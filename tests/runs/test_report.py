@@ -21,7 +21,7 @@ from argrpo_cli.runs.run import RunDirectory
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import write_json, write_jsonl, write_text
 from argrpo_cli.training import run_training
-from tests.training.records import ROLES, record
+from tests.runs.records import ROLES, record
 from tests.training.tiny import FakeRewards, tiny_recipe
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}

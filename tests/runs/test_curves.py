@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from argrpo_cli.runs.curves import change, draw_curves, panel_rows, panels, smoothed
-from tests.training.records import ROLES, record
+from tests.runs.records import ROLES, record
 
 RECORDS = [record(step) for step in range(1, 21)]
 
