@@ -238,12 +238,36 @@ class Tensors:
         """What was kept of one batch; UserError when it is gone."""
         held = load_tensors(self.path(batch))
         if held is None:
-            raise UserError(f"cannot read {self.path(batch)}: it is gone or damaged; run the same command again")
+            raise self._gone(batch)
         return held
+
+    def each(self, batches: Sequence[Sequence[Any]], key: str) -> Iterator[Tensor]:
+        """One of the tensors, batch by batch; the others are not read."""
+        from safetensors import SafetensorError, safe_open
+
+        for batch in batches:
+            try:
+                with safe_open(self.path(batch), "pt") as held:
+                    yield held.get_tensor(key)
+            except (OSError, SafetensorError) as error:
+                raise self._gone(batch) from error
+
+    def column(self, batches: Sequence[Sequence[Any]], key: str) -> Tensor:
+        """One of the tensors of all batches, [N, ...], which is in memory once."""
+        place, whole = 0, None
+        for rows in self.each(batches, key):
+            if whole is None:
+                whole = rows.new_empty(sum(map(len, batches)), *rows.shape[1:])
+            whole[place : place + len(rows)] = rows
+            place += len(rows)
+        return whole
 
     def remove(self) -> None:
         """Take the files away, and the folder when it is empty then."""
         _remove(self.folder, "*.safetensors")
+
+    def _gone(self, batch: Sequence[Any]) -> UserError:
+        return UserError(f"cannot read {self.path(batch)}: it is gone or damaged; run the same command again")
 
 
 def digest(value: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from argrpo_cli.evals import feature_store, imagenet, imagenet_reference
+from argrpo_cli.evals import imagenet, imagenet_reference
 from argrpo_cli.networks.inception import Features
 
 POOL_WIDTH, SPATIAL_WIDTH, CLASSES = 64, 48, 20
@@ -36,11 +36,8 @@ class StubInception:
 def install(network: StubInception, replace=setattr) -> None:
     """Let the evaluation use the network instead of Inception; `replace` sets an attribute of a module."""
     replace(imagenet, "load_inception", lambda weights, device: network)
-    widths = zip(feature_store.WIDTHS, (POOL_WIDTH, SPATIAL_WIDTH, CLASSES), strict=True)
-    replace(feature_store, "WIDTHS", dict(widths))
     replace(imagenet_reference, "POOL_WIDTH", POOL_WIDTH)
     replace(imagenet_reference, "SPATIAL_WIDTH", SPATIAL_WIDTH)
-    replace(feature_store, "LEAST_SHARD", 8)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import torch
 
 from argrpo_cli.evals import fidelity
 from argrpo_cli.evals.fidelity import (
-    Statistics,
+    Gaussian,
     frechet_distance,
+    frechet_measure,
     inception_score,
     load_statistics,
     precision_recall,
@@ -58,7 +59,7 @@ def test_fid_and_sfid_are_adms(case):
     held, expected = arrays(case), CASES[case]
     for key, kind in (("fid", "pool"), ("sfid", "spatial")):
         if key in expected:
-            found = frechet_distance(Statistics.of(held[f"sample_{kind}"]), Statistics.of(held[f"ref_{kind}"]))
+            found = frechet_distance(Gaussian.of(held[f"sample_{kind}"]), Gaussian.of(held[f"ref_{kind}"]))
             assert found == pytest.approx(expected[f"{key}_exact"], rel=1e-5, abs=1e-4)
             assert found == pytest.approx(expected[key], rel=1e-5, abs=1e-4)
 
@@ -66,7 +67,7 @@ def test_fid_and_sfid_are_adms(case):
 @pytest.mark.parametrize("block", [fidelity.BLOCK, 97])
 def test_statistics_are_those_of_adms_files(block):
     held = arrays("relu_gauss_shifted")
-    found = Statistics.of(held["ref_pool"], block=block)
+    found = Gaussian.of(held["ref_pool"], block=block)
     assert found.mean.dtype == torch.float32 and found.covariance.dtype == torch.float64
     torch.testing.assert_close(found.mean, held["ref_mu"], rtol=0, atol=1e-6)
     torch.testing.assert_close(found.covariance, held["ref_sigma"], rtol=0, atol=1e-12)
@@ -74,7 +75,7 @@ def test_statistics_are_those_of_adms_files(block):
 
 def test_the_frechet_distance_of_two_gaussians_on_a_line():
     # Means 1 and 5, variances (ddof 1) 2 and 18: 16 + (sqrt(18) - sqrt(2))^2 = 24.
-    assert frechet_distance(Statistics.of(column(0, 2)), Statistics.of(column(2, 8))) == pytest.approx(24)
+    assert frechet_distance(Gaussian.of(column(0, 2)), Gaussian.of(column(2, 8))) == pytest.approx(24)
 
 
 @pytest.mark.parametrize(("rows", "others"), [(12, 15), (12, 200), (3, 2)])
@@ -84,20 +85,73 @@ def test_the_frechet_distance_is_exact_with_fewer_rows_than_dimensions(rows, oth
     y = (b - b.mean(0)) / (others - 1) ** 0.5
     overlap = torch.linalg.matrix_norm(x @ y.T, "nuc")  # of the rows themselves: no root of a singular matrix
     exact = (a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * overlap
-    assert frechet_distance(Statistics.of(a), Statistics.of(b)) == pytest.approx(exact.item(), rel=1e-6)
+    assert frechet_distance(Gaussian.of(a), Gaussian.of(b)) == pytest.approx(exact.item(), rel=1e-6)
 
 
 def test_a_set_is_at_no_distance_from_itself_even_when_singular():
     sets = [noise(50, 8, seed=seed) for seed in range(20)]  # rounding alone would leave some below zero
     for features in (*sets, noise(5, 20), torch.full((4, 3), 7.0)):
-        held = Statistics.of(features)
+        held = Gaussian.of(features)
         assert 0 <= frechet_distance(held, held) < 1e-9
 
 
 def test_a_large_common_offset_does_not_swallow_the_covariance():
     features = noise(300, 5)
-    moved = Statistics.of(features.double() + 1e6)
-    torch.testing.assert_close(moved.covariance, Statistics.of(features).covariance, rtol=1e-6, atol=1e-8)
+    moved = Gaussian.of(features.double() + 1e6)
+    torch.testing.assert_close(moved.covariance, Gaussian.of(features).covariance, rtol=1e-6, atol=1e-8)
+
+
+# In batches, with an error
+
+WIDTH = 8
+
+
+def correlated(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(WIDTH, WIDTH, generator=generator)
+    return torch.randn(count, WIDTH, generator=generator) @ mix + 100 + seed  # far from zero: sums must not lose digits
+
+
+# More rows than numbers in a row are summed up, fewer are kept; both kinds on either side.
+@pytest.mark.parametrize("count", [200, 6])
+@pytest.mark.parametrize("reference", [150, 5])
+def test_batches_give_the_distance_of_the_whole_and_the_jackknife_of_its_groups(count, reference, monkeypatch):
+    monkeypatch.setattr(fidelity, "BLOCK", 20)
+    ours, theirs = correlated(count, 1), correlated(reference, 2)
+    groups = torch.arange(count) % 5
+    against = Gaussian.of(theirs)
+    held = Gaussian.of_batches(iter(theirs.split(11)), reference)
+    found, corrected = frechet_measure(iter(ours.split(7)), groups, held)
+    whole = frechet_distance(Gaussian.of(ours), against)
+    assert found.value == pytest.approx(whole, rel=1e-6)
+    left = torch.tensor(
+        [frechet_distance(Gaussian.of(ours[groups != one]), against) for one in range(5)], dtype=torch.float64
+    )
+    by_hand = (4 / 5 * (left - left.mean()).square().sum()).sqrt()
+    assert found.error == pytest.approx(by_hand.item(), rel=1e-3)
+    assert found.strata[0].mean().item() == pytest.approx(found.value, rel=1e-9)
+    assert found.value - corrected.value == pytest.approx(4 * (left.mean().item() - whole), rel=1e-2)
+
+
+def test_stored_statistics_are_as_good_as_the_features_behind_them():
+    ours, theirs = Gaussian.of(correlated(50, 1)), Gaussian.of(correlated(6, 2))
+    stored = Gaussian(theirs.mean, theirs.covariance)
+    torch.testing.assert_close(stored.root @ stored.root.T, theirs.covariance)
+    assert frechet_distance(ours, stored) == pytest.approx(frechet_distance(ours, theirs), rel=1e-9)
+
+
+def test_equal_sets_are_at_no_distance():
+    rows = correlated(40, 1)
+    found, _ = frechet_measure(iter([rows]), torch.arange(40) % 4, Gaussian.of_batches(iter([rows]), 40))
+    assert found.value == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [200, 6])
+def test_features_that_are_not_finite_are_refused(count):
+    rows = correlated(count, 1)
+    rows[3, 2] = torch.nan
+    with pytest.raises(UserError, match=r"generated image 3 .*not finite"):
+        frechet_measure(iter([rows]), torch.zeros(count, dtype=torch.int64), Gaussian.of(correlated(9, 2)))
 
 
 # Inception score
@@ -235,7 +289,7 @@ def test_too_few_images_are_told_with_the_number_needed():
         precision_recall(many, few)
     assert precision_recall(noise(4, 2), many)[0].shape == (4,)
     with pytest.raises(UserError, match="Fréchet distance needs at least 2 reference images; there is 1"):
-        Statistics.of(few[:1], "reference")
+        Gaussian.of(few[:1], "reference")
     with pytest.raises(UserError, match="inception score needs at least 1 generated image; there are 0"):
         inception_score(few[:0])
 
@@ -245,7 +299,7 @@ def test_features_that_are_not_finite_are_named(value):
     good, bad = noise(9, 2), noise(9, 2)
     bad[7, 1] = value
     for call in (
-        lambda: Statistics.of(bad),
+        lambda: Gaussian.of(bad),
         lambda: inception_score(bad),
         lambda: precision_recall(bad, good),
     ):
@@ -259,11 +313,11 @@ def test_features_of_different_widths_are_refused():
     with pytest.raises(UserError, match="different widths cannot be compared: 2 and 3"):
         precision_recall(noise(9, 2), noise(9, 3))
     with pytest.raises(UserError, match="different widths cannot be compared: 2 and 3"):
-        frechet_distance(Statistics.of(noise(9, 2)), Statistics.of(noise(9, 3)))
+        frechet_distance(Gaussian.of(noise(9, 2)), Gaussian.of(noise(9, 3)))
 
 
-def statistics(width: int, seed: int) -> Statistics:
-    return Statistics.of(torch.randn(30, width, generator=torch.Generator().manual_seed(seed)))
+def statistics(width: int, seed: int) -> Gaussian:
+    return Gaussian.of(torch.randn(30, width, generator=torch.Generator().manual_seed(seed)))
 
 
 def test_statistics_come_back_as_they_were_and_as_adm_names_them(tmp_path):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import threading
-import time
 import weakref
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +12,16 @@ import torch
 from PIL import Image
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.evals import feature_store, imagenet_reference
-from argrpo_cli.evals.feature_store import FeatureStore, ahead, extract
-from argrpo_cli.evals.imagenet import ImagenetSettings, run_imagenet, save_reference_statistics
-from argrpo_cli.evals.imagenet_sources import PolicySource
+from argrpo_cli.evals import imagenet as check
+from argrpo_cli.evals import imagenet_reference
+from argrpo_cli.evals.fidelity import Gaussian
+from argrpo_cli.evals.imagenet import ImageNet, eval_size, run_imagenet, save_reference_statistics
+from argrpo_cli.evals.imagenet_reference import Features, ReferenceFile
+from argrpo_cli.images import ImageSet, Item
+from argrpo_cli.shapes import Condition, Result, Sampling, Shot
 from argrpo_cli.system import files
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.processes import Team
+from argrpo_cli.system.processes import ALONE
 from tests.evals.inception_weights import save_random_inception
 from tests.evals.stub_inception import POOL_WIDTH, StubInception, install
 from tests.torchrun import ROOT, torchrun
@@ -59,9 +59,24 @@ def stub(monkeypatch):
     return network
 
 
-def evaluate(policy, reference, out, **options):
-    settings = options.pop("settings", ImagenetSettings(n=N))
-    return run_imagenet([policy], None, out, settings, reference=reference, batch_size=BATCH, device="cpu", **options)
+def evaluate(
+    policies, reference, out, sampling=Sampling(), n=N, seed=0, warn=lambda text: None, batch=BATCH, **options
+):
+    """Of one policy or several."""
+    policies = [policies] if isinstance(policies, str) else policies
+    benchmark = ImageNet(sampling, reference=reference, **options)
+    return run_imagenet(benchmark, policies, None, out, n=n, seed=seed, batch_size=batch, device="cpu", warn=warn)
+
+
+def measure(pictures, reference, out, batch=BATCH, warn=print, **options):
+    """Of finished pictures."""
+    benchmark = ImageNet(reference=str(reference), **options)
+    return run_imagenet(benchmark, [], pictures, out, batch_size=batch, device="cpu", warn=warn)
+
+
+def first(result) -> dict[str, float]:
+    """Of the first row, the values."""
+    return {key: one.value for key, one in next(iter(result.rows.values())).items()}
 
 
 def test_figures_are_torch_fidelitys_own(tmp_path):
@@ -75,10 +90,7 @@ def test_figures_are_torch_fidelitys_own(tmp_path):
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights), verbose=False,
         save_cpu_ram=True,
     )  # fmt: skip
-    result = run_imagenet(
-        [], ours, tmp_path / "out", reference=str(theirs), inception=weights, batch_size=5, device="cpu"
-    )
-    found = {key: one["value"] for key, one in result["policies"].popitem()[1].items()}
+    found = first(measure(ours, theirs, tmp_path / "out", batch=5, inception=weights))
     assert found["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-5)
     assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
     for key in ("precision", "recall"):
@@ -86,12 +98,12 @@ def test_figures_are_torch_fidelitys_own(tmp_path):
     assert expected["inception_score_mean"] > 1.05 and expected["frechet_inception_distance"] > 0.01, "not trivial"
 
 
-def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_figures(stub, policy, reference, tmp_path):
-    whole = evaluate(policy, reference, tmp_path / "whole")
+def test_an_interrupted_evaluation_loses_no_batch_and_ends_with_the_same_figures(stub, policy, reference, tmp_path):
+    evaluate(policy, reference, tmp_path / "whole")
     out, features, measured = tmp_path / "out", stub.features, []
 
     def interrupted(images):
-        if len(measured) == 4:  # the fourth batch ends the second shard
+        if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(len(images))
         return features(images)
@@ -100,17 +112,18 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_figures(stub, 
     with pytest.raises(KeyboardInterrupt):
         evaluate(policy, reference, out)
     stub.features = features
-    kept = sorted(path.name for path in out.rglob("*.safetensors"))
-    assert len(kept) == 2 and not (out / "summary.json").exists()
-    kept_file = next(out.rglob(kept[0]))
-    kept_file.write_bytes(kept_file.read_bytes()[:100])  # torn, as by a power cut
-    (kept_file.parent / ".tmp-1-0000016.safetensors").write_bytes(b"half")
+    kept = sorted(out.rglob("*.safetensors"))
+    assert len(kept) == 3 and not (out / "summary.json").exists()
+    kept[0].write_bytes(kept[0].read_bytes()[:100])  # torn, as by a power cut
+    (kept[0].parent / ".tmp-1-0000016.safetensors").write_bytes(b"half")
     stub.batches.clear()
-    again = run_imagenet([policy], None, out, ImagenetSettings(n=N), reference=reference, batch_size=7, device="cpu")
-    assert stub.batches == [4, 4, 4, 2], "what was there, but for the torn shard, is not drawn again"
-    assert json.dumps(again) == json.dumps(whole)
+    again = evaluate(policy, reference, out, batch=7)
+    assert stub.batches == [4, 4, 4, 2], "what was there, but for the torn batch, is not drawn again"
+    summaries = [(folder / "summary.json").read_text() for folder in (out, tmp_path / "whole")]
+    assert summaries[0] == summaries[1]
     stub.batches.clear()
-    assert evaluate(policy, reference, out) == whole and stub.batches == [], "asked again, it answers at once"
+    assert evaluate(policy, reference, out) == again == Result.load(tmp_path / "whole" / "summary.json")
+    assert stub.batches == [], "asked again, it answers at once"
     assert sorted(path.name for path in out.iterdir()) == ["settings.json", "summary.json"]
 
 
@@ -121,79 +134,53 @@ def test_two_processes_find_what_one_does(stub, policy, reference, tmp_path):
          "--reference", reference, "--batch-size", str(BATCH), "--device", "cpu", "--out", str(tmp_path / "out")]
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    together = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert together["protocol"]["measured"] == alone["protocol"]["measured"], "the same images"
-    for key, one in alone["policies"].popitem()[1].items():
-        assert next(iter(together["policies"].values()))[key]["value"] == pytest.approx(one["value"], rel=1e-6)
+    together = Result.load(tmp_path / "out" / "summary.json")
+    assert together.protocol["measured"] == alone.protocol["measured"], "the same images"
+    assert first(together) == pytest.approx(first(alone), rel=1e-6)
     assert done.stdout.count("figures, warnings and protocol") == 1, "one of them reports"
 
 
 def test_images_are_in_memory_a_few_batches_at_a_time(stub, tmp_path):
     alive, most = weakref.WeakSet(), []
 
-    class Endless:
-        count = 200
+    def read(batch):
+        images = torch.zeros(len(batch), 3, 8, 8, dtype=torch.uint8)
+        alive.add(images)
+        most.append(len(alive))
+        return images
 
-        def batches(self, batch_size, spans):
-            for first, last in spans:
-                for _ in range(first, last, batch_size):
-                    images = torch.zeros(batch_size, 3, 8, 8, dtype=torch.uint8)
-                    alive.add(images)
-                    most.append(len(alive))
-                    yield images
-
-    store = FeatureStore(tmp_path, 200, BATCH)
-    extract(Endless(), stub, store, Team(0, 1, "cpu"), "test")
-    assert len(most) == 50 and max(most) <= feature_store.READ_AHEAD + 3
-    assert store.read("pool").shape == (200, POOL_WIDTH) and store.missing() == []
-
-
-def test_reading_ahead_passes_errors_on_and_stops_with_its_reader():
-    def failing():
-        yield 1
-        raise UserError("image 2 is damaged")
-
-    items = ahead(failing(), "cpu")
-    assert next(items) == 1
-    with pytest.raises(UserError, match="image 2"):
-        next(items)
-    before, made = threading.active_count(), []
-    items = ahead((made.append(i) or i for i in range(1000)), "cpu")
-    assert next(items) == 0
-    items.close()
-    time.sleep(0.3)
-    assert threading.active_count() <= before and len(made) < 10
+    items = [Shot(Condition(""), index, f"{index}.png") for index in range(200)]
+    features = Features(tmp_path, items, stub, BATCH)
+    features.extract(read, "test", ALONE, ahead=True)
+    assert len(most) == 50 and max(most) <= 3
+    assert features.all("pool").shape == (200, POOL_WIDTH)
 
 
 def test_a_baseline_draws_the_same_noise_and_the_difference_is_paired(stub, policy, reference, tmp_path):
     copy = save_tiny_policy(tmp_path / "copy")
-    result = run_imagenet(
-        [policy, str(copy)], None, tmp_path / "out", ImagenetSettings(n=N), reference=reference, batch_size=BATCH,
-        device="cpu",
-    )  # fmt: skip
-    assert list(result["difference"]) == ["inception_score", "fid", "sfid", "precision", "recall"]
-    for one in result["difference"].values():
-        assert one["value"] == 0 and one["error"] == pytest.approx(0, abs=1e-9), "the same weights"
+    result = evaluate([policy, str(copy)], reference, tmp_path / "out")
+    assert list(result.difference) == ["inception_score", "fid", "sfid", "precision", "recall"]
+    for one in result.difference.values():
+        assert one.value == 0 and one.error == pytest.approx(0, abs=1e-9), "the same weights"
     with pytest.raises(UserError, match="are the same policy"):
-        run_imagenet([policy, policy], None, tmp_path / "other", reference=reference, device="cpu")
+        evaluate([policy, policy], reference, tmp_path / "other")
 
 
 def test_kept_pictures_measured_as_a_folder_have_the_same_distances(stub, policy, reference, tmp_path):
     drawn = evaluate(policy, reference, tmp_path / "out", keep_images=True)
     pictures = next((tmp_path / "out").glob("*/images"))
     assert len(list(pictures.iterdir())) == N
-    folder = run_imagenet([], pictures, tmp_path / "again", reference=reference, batch_size=BATCH, device="cpu")
-    first, again = (next(iter(one["policies"].values())) for one in (drawn, folder))
+    again = first(measure(pictures, reference, tmp_path / "again"))
     for key in ("fid", "sfid", "precision", "recall"):
-        assert again[key]["value"] == pytest.approx(first[key]["value"], rel=1e-5)
+        assert again[key] == pytest.approx(first(drawn)[key], rel=1e-5)
 
 
 def test_every_image_has_a_seed_and_classes_come_in_turn(stub, policy, reference, tmp_path):
-    result = evaluate(policy, reference, tmp_path / "out", keep_images=True, settings=ImagenetSettings(n=8, seed=3))
+    result = evaluate(policy, reference, tmp_path / "out", keep_images=True, n=8, seed=3)
     names = sorted(path.name for path in next((tmp_path / "out").glob("*/images")).iterdir())
     assert [int(name[:3]) for name in names] == [c for c in range(CLASSES) for _ in range(8 // CLASSES)]
     assert len({name[-14:] for name in names}) == 8
-    assert next(iter(result["protocol"]["measured"].values()))["seeds"] == [2_000_300_000, 2_000_300_007]
+    assert next(iter(result.protocol["measured"].values()))["seeds"] == [2_000_300_000, 2_000_300_007]
 
 
 @pytest.mark.parametrize(
@@ -201,13 +188,12 @@ def test_every_image_has_a_seed_and_classes_come_in_turn(stub, policy, reference
 )
 def test_larger_images_reach_inception_in_256_pixels(drawn, asked, seen):
     """As LlamaGen scales those of its models for 384."""
-    source = PolicySource(SimpleNamespace(image_size=drawn), ImagenetSettings(resize=asked), None)
-    assert source.size == (seen, seen)
+    assert eval_size(drawn, asked) == seen
 
 
 def test_the_protocol_is_in_the_result(stub, policy, reference, tmp_path):
-    protocol = evaluate(policy, reference, tmp_path / "out")["protocol"]
-    assert protocol["settings"]["cfg_scale"] == 2.0 and protocol["settings"]["n"] == N
+    protocol = evaluate(policy, reference, tmp_path / "out").protocol
+    assert protocol["sampling"] == asdict(Sampling()) | {"seed": 0} and protocol["images"] == N
     assert protocol["reference"]["images"] == 12 and len(protocol["reference"]["sha256"]) == 64
     assert protocol["inception"]["weights"] == StubInception.fingerprint
     assert set(protocol["versions"]) == {"argrpo", "torch", "torch-fidelity"}
@@ -222,10 +208,9 @@ class TestReferences:
         assert {path.name for path in tmp_path.glob("saved*")} == {"saved.npz"}
         told: list[str] = []
         result = evaluate(policy, str(tmp_path / "saved.npz"), tmp_path / "out", warn=told.append)
-        first, again = (next(iter(one["policies"].values())) for one in (full, result))
-        assert set(again) == {"inception_score", "fid", "sfid"}
+        assert set(first(result)) == {"inception_score", "fid", "sfid"}
         for key in ("fid", "sfid"):
-            assert again[key]["value"] == pytest.approx(first[key]["value"], rel=1e-5)
+            assert first(result)[key] == pytest.approx(first(full)[key], rel=1e-5)
         assert any("precision and recall are not measured" in text for text in told)
 
     def test_of_images_and_statistics_distances_take_the_statistics(self, stub, policy, reference, tmp_path):
@@ -234,12 +219,12 @@ class TestReferences:
         pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(Path(reference).iterdir())])
         np.savez(tmp_path / "adm.npz", arr_0=pixels, **np.load(tmp_path / "other.npz"))
         both, of_images, of_other = (
-            next(iter(evaluate(policy, str(given), tmp_path / f"out-{index}")["policies"].values()))
+            first(evaluate(policy, str(given), tmp_path / f"out-{index}"))
             for index, given in enumerate((tmp_path / "adm.npz", reference, other))
         )
         for key, like in (("fid", of_other), ("sfid", of_other), ("precision", of_images), ("recall", of_images)):
-            assert both[key]["value"] == pytest.approx(like[key]["value"], rel=1e-5), key
-        assert of_images["fid"]["value"] != pytest.approx(of_other["fid"]["value"], rel=1e-3)
+            assert both[key] == pytest.approx(like[key], rel=1e-5), key
+        assert of_images["fid"] != pytest.approx(of_other["fid"], rel=1e-3)
 
     def test_what_inception_made_of_it_is_kept_beside_the_folder(self, stub, policy, reference, tmp_path):
         evaluate(policy, reference, tmp_path / "one")
@@ -257,15 +242,14 @@ class TestReferences:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         again = evaluate(policy, reference, tmp_path / "two")
-        first, second = (next(iter(one["policies"].values())) for one in (kept, again))
-        for key, one in first.items():
-            assert second[key]["value"] == pytest.approx(one["value"], rel=1e-6)
+        assert first(again) == pytest.approx(first(kept), rel=1e-6)
 
     def test_a_reference_at_another_path_is_the_same(self, stub, policy, reference, tmp_path, monkeypatch):
-        first = evaluate(policy, reference, tmp_path / "out")
+        evaluate(policy, reference, tmp_path / "out")
+        result = Result.load(tmp_path / "out" / "summary.json")
         monkeypatch.chdir(tmp_path)
         stub.batches.clear()
-        assert evaluate(policy, "reference", tmp_path / "out") == first and not stub.batches
+        assert evaluate(policy, "reference", tmp_path / "out") == result and not stub.batches
 
     @pytest.mark.parametrize(
         ("arrays", "complaint"),
@@ -299,11 +283,11 @@ class TestWarnings:
     def told(self, policy, reference, out, **options) -> str:
         texts: list[str] = []
         result = evaluate(policy, reference, out, warn=texts.append, **options)
-        assert result["warnings"] == texts
+        assert result.warnings == texts
         return "\n".join(texts)
 
     def test_every_departure_from_the_published_protocol_is_told(self, stub, policy, reference, tmp_path):
-        text = self.told(policy, reference, tmp_path / "out", settings=ImagenetSettings(n=N, cfg_scale=4.0, top_k=5))
+        text = self.told(policy, reference, tmp_path / "out", sampling=Sampling(cfg_scale=4.0, top_k=5))
         for part in (
             f"{N} images; published figures are of 50,000", f"draws {CLASSES} classes", "not the same number of each",
             "8x8 pixels reach Inception", "--cfg-scale 4; the paper's table 2 has 2", "--top-k 5", "is not ADM's batch",
@@ -313,20 +297,20 @@ class TestWarnings:
 
     def test_resized_images_are_told_apart_from_the_references(self, stub, policy, reference, tmp_path):
         plain, stub.features = stub.features, lambda images: plain(images[..., ::2, ::2])
-        text = self.told(policy, reference, tmp_path / "out", settings=ImagenetSettings(n=N, resize=16))
+        text = self.told(policy, reference, tmp_path / "out", resize=16)
         assert "16x16 pixels are compared with a reference of 8x8" in text
 
     def test_copies_and_images_of_the_reference_are_counted(self, stub, tmp_path):
         pictures = save_pictures(tmp_path / "pictures", 8, seed=1)
         (pictures / "copy.png").write_bytes((pictures / "000.png").read_bytes())
         told: list[str] = []
-        run_imagenet([], pictures, tmp_path / "out", reference=str(pictures), device="cpu", warn=told.append)
+        measure(pictures, pictures, tmp_path / "out", warn=told.append)
         text = "\n".join(told)
         assert "1 of 9 images are copies" in text and "9 of 9 images are in the reference" in text
         assert "the very set that is measured" in text
 
     def test_an_npz_keeps_its_order_and_one_sorted_by_class_is_told(self, stub, reference, tmp_path, monkeypatch):
-        monkeypatch.setattr("argrpo_cli.evals.imagenet_measures.SPLIT_SIZE", 10)
+        monkeypatch.setattr("argrpo_cli.evals.imagenet.SPLIT_SIZE", 10)
         rng = np.random.default_rng(0)
         kinds = rng.integers(0, 256, (4, 8, 8, 3))
         pixels = np.clip(np.repeat(kinds, 10, 0) + rng.integers(-3, 4, (40, 8, 8, 3)), 0, 255).astype(np.uint8)
@@ -337,39 +321,32 @@ class TestWarnings:
         for name, order in (("sorted", np.arange(40)), ("mixed", rng.permutation(40))):
             np.savez(tmp_path / f"{name}.npz", arr_0=pixels[order])
         for name in ("sorted.npz", "mixed.npz", "folder"):
-            found[name] = run_imagenet(
-                [], tmp_path / name, tmp_path / f"of-{name}", reference=reference, batch_size=BATCH, device="cpu"
-            )
-        assert any("sorted by class" in text for text in found["sorted.npz"]["warnings"])
+            found[name] = measure(tmp_path / name, reference, tmp_path / f"of-{name}")
+        assert any("sorted by class" in text for text in found["sorted.npz"].warnings)
         for name in ("mixed.npz", "folder"):
-            assert not any("sorted by class" in text for text in found[name]["warnings"]), name
-        scores = {name: one["policies"].popitem()[1]["inception_score"]["value"] - 1 for name, one in found.items()}
+            assert not any("sorted by class" in text for text in found[name].warnings), name
+        scores = {name: first(one)["inception_score"] - 1 for name, one in found.items()}
         assert scores["sorted.npz"] < 0.5 * min(scores["mixed.npz"], scores["folder"]), "a folder is shuffled"
 
     def test_a_finished_evaluation_asked_again_repeats_them_all(self, stub, tmp_path):
         pictures, told = save_pictures(tmp_path / "pictures", 8, seed=1), ([], [])
         for texts in told:
-            run_imagenet([], pictures, tmp_path / "out", reference=str(pictures), device="cpu", warn=texts.append)
+            measure(pictures, pictures, tmp_path / "out", warn=texts.append)
         assert told[0] == told[1] and "8 of 8 images are in the reference" in told[1][-1]
 
     def test_guidance_in_part_is_told_of_a_folder_that_sample_drew(self, stub, policy, reference, tmp_path):
         drawn = ["sample", "--policy", policy, "--per-class", "3", "--cfg-interval", "2", "--device", "cpu"]
         assert run([*drawn, "--out", str(tmp_path / "drawn")]) == 0
         told: list[str] = []
-        run_imagenet([], tmp_path / "drawn", tmp_path / "out", reference=reference, device="cpu", warn=told.append)
+        measure(tmp_path / "drawn", reference, tmp_path / "out", warn=told.append)
         assert [text for text in told if text.startswith("--")] == ["--cfg-interval 2; the paper's table 2 has -1"]
 
     def test_a_published_protocol_is_met_without_a_word(self):
-        from argrpo_cli.evals import imagenet_warnings as check
-        from argrpo_cli.evals.fidelity import Statistics
-        from argrpo_cli.evals.imagenet_reference import ReferenceFile
-        from argrpo_cli.images import ImageSet, Item
-
         items = [Item("", "", lambda: np.zeros((3, 256, 256), np.uint8))] * 50_000
-        stored = (Statistics(torch.zeros(1), torch.eye(1)),) * 2
+        stored = (Gaussian(torch.zeros(1), torch.eye(1)),) * 2
         adm = ReferenceFile("adm-256", ImageSet(Path("adm.npz"), items[:10_000]), stored, "0")
         quiet = check.count_warnings(50_000, 1000) + check.size_warnings((256, 256), adm)
-        quiet += check.sampling_warnings(vars(ImagenetSettings())) + check.reference_warnings(adm, False)
+        quiet += check.sampling_warnings(asdict(Sampling())) + check.reference_warnings(adm, False)
         assert quiet == []
         validation = ReferenceFile("val", ImageSet(Path("val"), items), None, "0")
         assert any("validation set" in text for text in check.reference_warnings(validation, False))
@@ -383,7 +360,7 @@ class TestCommandLine:
         assert "sFID" in captured.out and f"{N} images" in captured.out
         assert f"WARNING: {N} images; published figures are of 50,000" in captured.err
         assert run([*arguments, "--seed", "1", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
-        assert "holds an evaluation of something else (settings.seed)" in capsys.readouterr().err
+        assert "holds an evaluation of something else (sampling.seed)" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "complaint"),

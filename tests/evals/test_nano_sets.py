@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from argrpo_cli.evals.fidelity import Statistics, frechet_distance, inception_score
+from argrpo_cli.evals.fidelity import Gaussian, frechet_distance, inception_score
 from argrpo_cli.evals.nano_sets import class_groups, jackknife, real_set_values, set_values
 from argrpo_cli.nano.judge import load_judge
 
@@ -32,12 +32,12 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
 
 def test_the_jackknife_takes_the_bias_of_fid_out():
     """Drawn from N(0, sigma^2) in 12 dimensions and held against N(0, 1), whose distance is 12 (1 - sigma)^2."""
-    real = Statistics(torch.zeros(12, dtype=torch.float64), torch.eye(12, dtype=torch.float64))
+    real = Gaussian(torch.zeros(12, dtype=torch.float64), torch.eye(12, dtype=torch.float64))
     for sigma in (0.5, 1.0):
         raw, corrected = [], []
         for seed in range(10):
             x = sigma * torch.randn(400, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            measure = lambda rows, x=x: frechet_distance(Statistics.of(x[rows]), real)  # noqa: E731
+            measure = lambda rows, x=x: frechet_distance(Gaussian.of(x[rows]), real)  # noqa: E731
             values, bias = jackknife(measure, class_groups(400))
             raw.append(values.mean().item() - 12 * (1 - sigma) ** 2)
             corrected.append(raw[-1] - bias)
@@ -59,15 +59,15 @@ def test_the_measures_are_the_metrics_on_the_judges_features():
     features, spatial = judge.recogniser.features(images), judge.recogniser.spatial_features(images)
     values = set_values(images, features, judge, class_groups(120, ids))
     probabilities = judge.recogniser.probabilities(features)
-    real, real_spatial = Statistics.of(judge.reference_features), Statistics.of(judge.reference_spatial)
+    real, real_spatial = Gaussian.of(judge.reference_features), Gaussian.of(judge.reference_spatial)
     for key in ("fid", "sfid"):
         assert values.pop(f"{key}_corrected").mean() < values[key].mean()
     means = {key: value.mean().item() for key, value in values.items()}
     assert means == pytest.approx(
         {
             "inception_score": inception_score(probabilities),
-            "fid": frechet_distance(Statistics.of(features), real),
-            "sfid": frechet_distance(Statistics.of(spatial), real_spatial),
+            "fid": frechet_distance(Gaussian.of(features), real),
+            "sfid": frechet_distance(Gaussian.of(spatial), real_spatial),
         }
     )
     for value in values.values():
@@ -78,6 +78,6 @@ def test_real_scenes_are_held_against_the_others():
     judge = load_judge()
     values = real_set_values(judge, slice(480, 960))
     others = torch.cat([judge.reference_features[:480], judge.reference_features[960:]])
-    fid = frechet_distance(Statistics.of(judge.reference_features[480:960]), Statistics.of(others))
+    fid = frechet_distance(Gaussian.of(judge.reference_features[480:960]), Gaussian.of(others))
     assert values["fid"].mean().item() == pytest.approx(fid)
     assert 15 < values["inception_score"].mean() < 24

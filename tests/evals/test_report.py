@@ -9,9 +9,12 @@ from html.parser import HTMLParser
 import pytest
 
 from argrpo_cli.cli.app import run
+from argrpo_cli.evals.imagenet import ImageNet, run_imagenet
 from argrpo_cli.evals.report import html_page, read_results, sections, write_report
 from argrpo_cli.shapes import Column, Result, Value
 from argrpo_cli.system.errors import UserError
+from tests.evals.stub_inception import StubInception, install
+from tests.training.tiny import save_tiny_policy
 
 
 def measured(*names, **protocol):
@@ -265,3 +268,20 @@ def test_the_command_writes_the_page_that_the_suffix_asks_for(write, tmp_path, c
     assert run(["eval", "report", path, "--out", str(tmp_path / "r.pdf")]) == 2
     assert "give the page a name that ends in .md or .html" in capfd.readouterr().err
     assert not (tmp_path / "r.pdf").exists()
+
+
+def test_what_imagenet_writes_of_a_policy_and_of_a_folder_shares_a_table(tmp_path, monkeypatch):
+    """Of a policy that is drawn, and of a folder that `argrpo sample` drew with other guidance."""
+    install(StubInception(), monkeypatch.setattr)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    policy, reference = str(save_tiny_policy(tmp_path / "tiny")), str(tmp_path / "reference")
+    drawn = ["sample", "--policy", policy, "--device", "cpu"]
+    assert run([*drawn, "--per-class", "3", "--seed", "7", "--out", reference]) == 0
+    assert run([*drawn, "--per-class", "2", "--cfg-scale", "4", "--out", str(tmp_path / "folder")]) == 0
+    run_imagenet(ImageNet(reference=reference), [policy], None, tmp_path / "a", n=8, batch_size=4, device="cpu")
+    run_imagenet(ImageNet(reference=reference), [], tmp_path / "folder", tmp_path / "b", batch_size=4, device="cpu")
+    one = table_of(tmp_path / "a", tmp_path / "b")
+    first, second = (name for name, _, kind in one.lines if kind == "measured")
+    conflicts = [text for text in one.warnings if "not measured alike" in text]
+    assert conflicts == [f"not measured alike: sampling.cfg_scale is 2 for {first}; 4 for {second}"]
+    assert "reference.sha256: " in "".join(one.protocol) and "sampling.temperature: 1" in one.protocol

@@ -122,7 +122,7 @@ def test_imagenet_draws_each_image_as_asked(drawn, tmp_path, monkeypatch):
     asked += ["--keep-images", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert run(["eval", "imagenet", *asked, *COMMON, *CUT]) == 0
     wanted = [expected(index % CLASSES, 2_000_400_000 + index, CUT_SETTINGS) for index in range(10)]
-    assert [drawn[number] for number in seen[-10:]] == wanted, "the reference came before"
+    assert [drawn[number] for number in seen[:10]] == wanted, "the reference comes after"
     files = sorted((tmp_path / "out").glob("*/images/*.png"), key=lambda path: path.stem[-10:])
     assert [behind(drawn, path) for path in files] == wanted
     assert [path.name[:8] for path in files[:5]] == ["000-ant-", "001-bee-", "002-cat-", "003-dog-", "000-ant-"]

@@ -32,6 +32,7 @@ from argrpo_cli.bench import machine, measure
 from argrpo_cli.evals.fidelity import precision_recall
 from argrpo_cli.networks.inception import POOL_WIDTH, load_inception
 from argrpo_cli.policy import load_policy
+from argrpo_cli.shapes import Result
 from argrpo_cli.system.devices import resolve_device
 
 SMALL_SIZES, FULL_SIZE = ((2500, 500), (5000, 1000)), (50_000, 10_000)  # generated, reference
@@ -126,8 +127,8 @@ def _by_argrpo(
         "argrpo_cli", "eval", "imagenet", "--images", str(ours), "--reference", str(theirs), "--inception",
         str(weights), "--batch-size", str(batch_size), "--device", device, "--out", str(out), cache=out,
     )  # fmt: skip
-    found = next(iter(json.loads((out / "summary.json").read_text())["policies"].values()))
-    return seconds, found["inception_score"]["value"], found["fid"]["value"]
+    row = next(iter(Result.load(out / "summary.json").rows.values()))
+    return seconds, row["inception_score"].value, row["fid"].value
 
 
 def manifolds(sizes: tuple[tuple[int, int], ...] | list[tuple[int, int]], device: str) -> None:

@@ -132,7 +132,7 @@ def geneval(
     print(f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
 
 
-@draws(without=("cfg_interval", "text_device"))
+@draws(without=("text_device",))
 def imagenet(
     context: typer.Context,
     policy: Annotated[
@@ -186,22 +186,28 @@ def imagenet(
         if save_reference_statistics(reference, statistics, inception, drawing.batch_size, drawing.device):
             print(f"the statistics of {reference} are in {statistics}")
         return
-    from argrpo_cli.evals.imagenet import ImagenetSettings, run_imagenet
-    from argrpo_cli.evals.imagenet_table import table
+    from argrpo_cli.evals.imagenet import ImageNet, run_imagenet
+    from argrpo_cli.evals.tables import table
 
-    complaints, one = Console(stderr=True), drawing.sampling
+    complaints = Console(stderr=True)
+    benchmark = ImageNet(
+        drawing.sampling,
+        reference=reference,
+        inception=inception,
+        resize=resize,
+        keep_images=keep_images,
+        statistics=statistics,
+    )
     result = run_imagenet(
+        benchmark,
         _both(policy, baseline) if policy is not None else [],
         images,
         out,
-        ImagenetSettings(n, one.cfg_scale, one.temperature, one.top_k, one.top_p, drawing.seed, one.dtype, resize),
-        reference=reference,
-        inception=inception,
+        n=n,
+        seed=drawing.seed,
         batch_size=drawing.batch_size,
         device=drawing.device,
-        keep_images=keep_images,
         keep_features=keep_features,
-        statistics=statistics,
         warn=lambda text: complaints.print(
             f"WARNING: {text}", style="bold yellow", markup=False, highlight=False, soft_wrap=True
         ),

@@ -7,13 +7,17 @@ appear, the first is the generated one. Features may lie on a CPU or a CUDA devi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from argrpo_cli.evals.statistics import Measure, jackknife
 from argrpo_cli.images import DAMAGED
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, reason
@@ -25,45 +29,146 @@ BLOCK = 2048  # rows at a time: tiles of distances and what they are made of tak
 EPSILON = torch.finfo(torch.float64).eps
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Mean float32 [D] and covariance float64 [D, D] (ddof 1) of features, in the number formats of ADM's files."""
+class Gaussian:
+    """Mean float32 [D] and covariance float64 [D, D] (ddof 1) of features, in the number formats of ADM's files.
 
-    mean: Tensor
-    covariance: Tensor
+    It is made of a covariance, or of a root float64 [D, r] of one: covariance = root root^T. The other is computed when
+    it is asked for; from a covariance by its eigenvectors, without eigenvalues that are only rounding.
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor | None = None, root: Tensor | None = None):
+        self.mean = mean
+        if covariance is not None:
+            self.covariance, self.variance = covariance, covariance.trace()
+        else:
+            self.root, self.variance = root, root.square().sum()
+        self.is_root = covariance is None
 
     @classmethod
-    def of(cls, features: Tensor, name: str = "generated", block: int = BLOCK) -> Statistics:
-        """Of features [N, D], summed in float64 and kept on the CPU; UserError below two rows or when not finite."""
-        check_features(features, 2, "the Fréchet distance", name)
-        mean = sum(rows.double().sum(0) for rows in features.split(block)) / len(features)
-        covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=mean.device)
-        for rows in features.split(block):
-            centred = rows.double() - mean
-            covariance += centred.T @ centred
-        return cls(mean.float().cpu(), (covariance / (len(features) - 1)).cpu())
+    def of(cls, features: Tensor, name: str = "generated", block: int = BLOCK) -> Gaussian:
+        """Of features [N, D], in float64; UserError below two rows or when not finite."""
+        return cls.of_batches(features.split(block), len(features), name)
+
+    @classmethod
+    def of_batches(cls, batches: Iterable[Tensor], count: int, name: str = "reference") -> Gaussian:
+        """Of features in batches [n, D], `count` rows in all, which need not be in memory together."""
+        return _gaussians(batches, torch.zeros(count, dtype=torch.int64), name)(None)
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        return self.root @ self.root.T
+
+    @cached_property
+    def root(self) -> Tensor:
+        values, vectors = torch.linalg.eigh(self.covariance)
+        some = values > len(values) * EPSILON * values[-1]
+        return vectors[:, some] * values[some].sqrt()
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian, quick: bool = False) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), the squared Fréchet distance of two Gaussians.
 
-    With S_a = A A^T and S_b = B B^T from their eigenvalues, tr (S_a S_b)^(1/2) is the sum of the singular values of
-    A^T B. This holds for singular covariances too (fewer rows than dimensions), where the square root of the product
-    that the published code takes can blow up.
+    With S_a = A A^T and S_b = B B^T, tr (S_a S_b)^(1/2) is the sum of the singular values of A^T B. This holds for
+    singular covariances too (fewer rows than dimensions), where the square root of the product that the published code
+    takes can blow up.
+
+    Args:
+        quick: sum up square roots of the eigenvalues of (A^T B)^T (A^T B) instead, several times quicker and good to
+            some 1e-4; a small error, for differences of distances to one b.
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(f"features of different widths cannot be compared: {len(a.mean)} and {len(b.mean)} numbers")
     shift = (a.mean.double() - b.mean.double()).square().sum()
-    overlap = torch.linalg.svdvals(_root(a.covariance).T @ _root(b.covariance)).sum()
-    distance = shift + a.covariance.trace() + b.covariance.trace() - 2 * overlap
-    return max(distance.item(), 0.0)  # rounding can leave a little below zero
+    apart = shift + a.variance + b.variance
+    if not quick:
+        overlap = torch.linalg.svdvals(a.root.T @ b.root).sum()
+        return max((apart - 2 * overlap).item(), 0.0)  # rounding can leave a little below zero
+    if a.is_root:
+        product = a.root.T @ b.root
+        small = product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product
+    else:
+        small = b.root.T @ a.covariance @ b.root
+    return (apart - 2 * torch.linalg.eigvalsh(small).clamp(min=0).sqrt().sum()).item()
 
 
-def _root(covariance: Tensor) -> Tensor:
-    """A [D, r] with A A^T the covariance; eigenvalues that are only rounding are left out."""
-    values, vectors = torch.linalg.eigh(covariance)
-    kept = values > len(values) * EPSILON * values[-1]
-    return vectors[:, kept] * values[kept].sqrt()
+def frechet_measure(batches: Iterable[Tensor], groups: Tensor, reference: Gaussian) -> tuple[Measure, Measure]:
+    """The distance of features in batches [n, D] to a reference, with a jackknife's error over groups of images, and
+    the same without the jackknife's estimate of its bias (see `statistics.jackknife`).
+
+    The features are read once: the distance without a group comes from sums over the groups.
+
+    Args:
+        groups: int64 [N], the group of each row, 0 to G - 1.
+
+    Raises:
+        UserError: fewer than two rows, or features that are not finite.
+    """
+    gaussian = _gaussians(batches, groups, "generated")
+    every = gaussian(None)
+    again = frechet_distance(every, reference, quick=True)
+    whole = frechet_distance(every, reference)
+    left = [frechet_distance(gaussian(group), reference, quick=True) for group in range(int(groups.max()) + 1)]
+    # What the quick way leaves out is the same with every group, and cancels.
+    return jackknife(whole, [one - again + whole for one in left], len(groups))
+
+
+def _gaussians(batches: Iterable[Tensor], groups: Tensor, name: str) -> Callable[[int | None], Gaussian]:
+    """A function that gives the Gaussian of all rows, or of those outside a group.
+
+    It keeps whatever is smaller: the rows, or of each group their number, sum [D] and sum of outer products [D, D]
+    about a point near the mean, so that little is lost in the difference.
+    """
+    rest = iter(batches)
+    first = next(rest)
+    width, batches = first.shape[1], chain([first], rest)
+    if len(groups) <= width:
+        rows = torch.cat(list(batches)).cpu()
+        check_features(rows, 2, "the Fréchet distance", name)
+
+        def of_rows(without: int | None) -> Gaussian:
+            own = rows.double() if without is None else rows[groups != without].double()
+            mean = own.mean(0)
+            return Gaussian(mean.float(), root=((own - mean).T / (len(own) - 1) ** 0.5).contiguous())
+
+        return of_rows
+
+    count = int(groups.max()) + 1
+    origin = first.double().mean(0).cpu()
+    counts = groups.bincount(minlength=count)
+    sums = torch.zeros(count, width, dtype=torch.float64)
+    products = torch.zeros(count, width, width, dtype=torch.float64)
+    place = 0
+    for rows in _merged(batches):
+        check_features(rows, 1, "the Fréchet distance", name, place)
+        own, place = groups[place : place + len(rows)], place + len(rows)
+        for group in own.unique():
+            centred = rows[own == group].double() - origin
+            sums[group] += centred.sum(0)
+            products[group].addmm_(centred.T, centred)
+    total = torch.zeros_like(products[0])
+    for one in products:  # sum(0) would be slower
+        total += one
+
+    def of_sums(without: int | None) -> Gaussian:
+        number, moved, outer = counts.sum(), sums.sum(0), total
+        if without is not None:
+            number, moved, outer = number - counts[without], moved - sums[without], outer - products[without]
+        shift = moved / number
+        return Gaussian((origin + shift).float(), (outer - number * torch.outer(shift, shift)) / (number - 1))
+
+    return of_sums
+
+
+def _merged(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same rows, on the CPU, in pieces of at least 2 BLOCK: products of a few rows take as long as of hundreds."""
+    held: list[Tensor] = []
+    for rows in batches:
+        held.append(rows.cpu())
+        if sum(map(len, held)) >= 2 * BLOCK:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
 
 
 def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> float:
@@ -80,6 +185,19 @@ def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> floa
         divergence = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))
         scores.append(divergence.sum(1).mean().exp())
     return torch.stack(scores).mean().item()
+
+
+def inception_score_measure(
+    probabilities: Tensor, groups: Tensor, split_size: int = SPLIT_SIZE
+) -> tuple[Measure, Measure]:
+    """`inception_score` of rows in their order, with the jackknife's error over groups [N] of images, and the same
+    without its bias. Without a group there are as many splits, each a little shorter."""
+    splits = math.ceil(len(groups) / split_size)
+    left = []
+    for group in range(int(groups.max()) + 1):
+        rows = probabilities[groups != group]
+        left.append(inception_score(rows, math.ceil(len(rows) / splits)))
+    return jackknife(inception_score(probabilities, split_size), left, len(groups))
 
 
 def shuffled(rows: Tensor, seed: int = 0) -> Tensor:
@@ -163,24 +281,28 @@ def _by_differences(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() - b.double()).square().sum(1)
 
 
-def check_features(features: Tensor, least: int, metric: str, name: str) -> None:
-    """UserError unless features [N, D] are finite and of at least `least` rows; `name` says what set they are of."""
+def check_features(features: Tensor, least: int, metric: str, name: str, first: int = 0) -> None:
+    """UserError unless features [N, D] are finite and of at least `least` rows.
+
+    Args:
+        name, first: for the message: what set they are of, and the number of the first row in it.
+    """
     if len(features) < least:
         have = f"there {'is' if len(features) == 1 else 'are'} {len(features)}"
         raise UserError(f"{metric} needs at least {least} {name} image{'s' if least > 1 else ''}; {have}")
     bad = torch.cat([~rows.isfinite().all(1) for rows in features.split(BLOCK)]).nonzero()
     if len(bad):
-        raise UserError(f"the features of {name} image {bad[0].item()} (counted from 0) are not finite")
+        raise UserError(f"the features of {name} image {first + bad[0].item()} (counted from 0) are not finite")
 
 
-def save_statistics(path: str | Path, pool: Statistics, spatial: Statistics) -> None:
+def save_statistics(path: str | Path, pool: Gaussian, spatial: Gaussian) -> None:
     """Write reference statistics as ADM's files have them, atomically."""
     arrays = (pool.mean, pool.covariance, spatial.mean, spatial.covariance)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **{key: array.numpy() for key, array in zip(STATISTICS, arrays, strict=True)})
 
 
-def load_statistics(path: str | Path) -> tuple[Statistics, Statistics]:
+def load_statistics(path: str | Path) -> tuple[Gaussian, Gaussian]:
     """Reference statistics of the pool and the spatial features; other arrays in the file are left alone.
 
     Raises:
@@ -204,4 +326,4 @@ def load_statistics(path: str | Path) -> tuple[Statistics, Statistics]:
             raise UserError(f"{path}: {name} have the shapes {shapes}; expected [D], [D, D]")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise UserError(f"{path}: {name} are not finite")
-    return Statistics(mu.float(), sigma.double()), Statistics(mu_s.float(), sigma_s.double())
+    return Gaussian(mu.float(), sigma.double()), Gaussian(mu_s.float(), sigma_s.double())

@@ -1,36 +1,55 @@
 """`argrpo eval imagenet`: IS, FID, sFID, precision and recall as ADM's evaluator and the AR-GRPO paper report them.
 
 A policy's images are drawn, scaled and shown to Inception batch by batch and kept only if asked; a folder of pictures
-or an .npz is read the same way. Everything lies in one folder, written as it comes, so that an interrupted evaluation
-goes on where it stopped and ends with the same figures:
+or an .npz is read the same way. Beside what every benchmark writes (`benchmark.py`):
 
-    settings.json                       what is measured; a folder is not used for two things
-    NAME/features/0000256.safetensors   features of 256 images, removed at the end
-    NAME/images/                        the pictures, where they are kept
-    summary.json                        figures, warnings, protocol
+    NAME/features/   features of each batch, removed at the end
+    NAME/images/     the pictures, where they are kept
 
-Several processes (`torchrun -m argrpo_cli eval imagenet ...`) share the work. What was computed of the reference stays
-in the user's cache.
+What was computed of the reference stays in the user's cache.
+
+    inception_score   splits of 5,000 as ADM takes them, in the order given; jackknife over groups of images
+    fid, sfid         against the reference's statistics; jackknife over groups of images
+    precision         share of generated images inside the reference's manifold (k = 3); units: the generated images
+    recall            share of reference images inside the generated ones' manifold; units: the reference images
+
+The errors are those of drawing the images, given the reference; that of recall is of drawing the reference images
+instead, given the generated ones. The upward bias of FID and sFID in few images is no part of them: compare equal
+numbers. Two policies drawn with the same seeds share their units, so the error of their difference is paired.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from argrpo_cli import __version__, paper_numbers
-from argrpo_cli.evals import imagenet_warnings as check
-from argrpo_cli.evals.feature_store import HASHES, FeatureStore, extract
-from argrpo_cli.evals.fidelity import NEIGHBOURS, SPLIT_SIZE, save_statistics
-from argrpo_cli.evals.folders import check_claim, claim
-from argrpo_cli.evals.imagenet_measures import Measure, measure_set, sorted_by_class
+from argrpo_cli import paper_numbers, seeds
+from argrpo_cli.draw import draw_batch
+from argrpo_cli.evals.benchmark import Benchmark, Subject, run
+from argrpo_cli.evals.fidelity import (
+    NEIGHBOURS,
+    SPLIT_SIZE,
+    frechet_measure,
+    inception_score,
+    inception_score_measure,
+    precision_recall,
+    save_statistics,
+    shuffled,
+)
 from argrpo_cli.evals.imagenet_reference import (
     ADM_NAME,
+    ADM_SIZE,
+    HASHES,
+    POOL,
+    PROBABILITIES,
+    SPATIAL,
+    Features,
     Reference,
     ReferenceFile,
     content_hash,
@@ -38,20 +57,30 @@ from argrpo_cli.evals.imagenet_reference import (
     open_reference,
     prepare_reference,
 )
-from argrpo_cli.evals.imagenet_sources import (
-    ImagenetSettings,
-    PolicySource,
-    keeps_order,
-    open_sources,
-    recorded_sampling,
-)
-from argrpo_cli.evals.nano_sets import class_groups
-from argrpo_cli.images import ImageSet
-from argrpo_cli.networks.inception import Inception, load_inception
-from argrpo_cli.system.files import read_json, user_cache, write_json
+from argrpo_cli.evals.statistics import Measure, class_groups, mean_of
+from argrpo_cli.images import ImageSet, open_images, recorded_sampling
+from argrpo_cli.kept import Pictures, Tensors
+from argrpo_cli.networks.inception import load_inception
+from argrpo_cli.sample import NPZ, check_resize, file_name
+from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot
+from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import Team, join_team
 
-SUMMARY = "summary.json"
+if TYPE_CHECKING:
+    from argrpo_cli.policy.protocol import Card, Policy
+
+INCEPTION_SCORE, FID, SFID, PRECISION, RECALL = "inception_score", "fid", "sfid", "precision", "recall"
+COLUMNS = {  # in the order of the paper's tables
+    INCEPTION_SCORE: Column("IS", better="higher", digits=2),
+    FID: Column("FID", better="lower", digits=2),
+    SFID: Column("sFID", better="lower", digits=2),
+    PRECISION: Column("precision", better="higher"),
+    RECALL: Column("recall", better="higher"),
+}
+IMAGES, CLASSES = 50_000, 1000  # of the published protocol
+EVAL_SIZE = 256  # pixels a side, to which larger images of a policy are scaled, as LlamaGen does
+LEAST = NEIGHBOURS + 2  # images: precision and recall need one less, the jackknife leaves some out
+SORTED_LOSS = 0.05  # of the IS, from which on images count as sorted by class
 ERRORS = (
     "of drawing the images, given the reference: a jackknife over 20 groups (IS, FID, sFID), the spread over generated "
     "images (precision); recall: the spread over reference images, given the generated ones; FID's and sFID's upward "
@@ -59,74 +88,221 @@ ERRORS = (
 )
 
 
-def run_imagenet(
-    policies: Sequence[str],
-    images: str | Path | None,
-    out: Path,
-    settings: ImagenetSettings = ImagenetSettings(),
-    *,
-    reference: str = ADM_NAME,
-    inception: str | Path | None = None,
-    batch_size: int = 64,
-    device: str = "auto",
-    keep_images: bool = False,
-    keep_features: bool = False,
-    statistics: Path | None = None,
-    warn: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any] | None:
-    """Measure one policy, or two of which the second is the baseline, or finished `images`.
+class ImageNet(Benchmark):
+    """Inception's features against a reference.
 
     Args:
+        sampling: how the policies draw.
         reference: a path, or "adm-256", see `imagenet_reference.py`.
         inception: a file of weights; None fetches torch-fidelity's.
-        batch_size: of drawing and of Inception; an unfinished `out` goes on with its own.
+        resize: pixels a side of a policy's images before Inception; None: 256 for larger images, others as drawn.
+        keep_images: write the pictures that a policy draws.
         statistics: a file to save the reference's statistics in.
-        warn: is told where the evaluation departs from the published protocol, before the work where possible.
+    """
 
-    Returns:
-        What summary.json holds: `policies` {name: {measure: {value, error}}}, for two `difference`, `paper` (what it
-        reports for such a policy), `warnings` and `protocol`. None in all of several processes but the first.
+    name, title, reads, example = "imagenet", "ImageNet's measures", "classes", "c2i-b-256"
+    n, counted, final, packages = IMAGES, "images", True, ("torch-fidelity",)
+
+    def __init__(
+        self,
+        sampling: Sampling = Benchmark.sampling,
+        *,
+        reference: str = ADM_NAME,
+        inception: str | Path | None = None,
+        resize: int | None = None,
+        keep_images: bool = False,
+        statistics: Path | None = None,
+    ):
+        self.drawing, self.given, self.weights, self.resize = sampling, reference, inception, resize
+        self.keep_images, self.statistics = keep_images, statistics
+        self.images: ImageSet | None = None
+        self.reference: Reference | None = None
+        self.prepared = False
+        self.features: dict[str, Features] = {}
+
+    def check(self, card: Card) -> None:
+        if card.reads != self.reads:
+            raise UserError(
+                f"{card.name} draws captions, and ImageNet's measures ask for classes; give one such as {self.example}"
+            )
+
+    def open(self, cards: Sequence[Card], team: Team) -> None:
+        if self.given == ADM_NAME:
+            team.lead(fetch_adm)
+        self.file = open_reference(self.given)
+        self.inception = load_inception(self.weights, team.device)
+
+    def shots(self, policy: Policy, n: int, seed: int) -> list[Shot]:
+        """Classes in turn, each image with noise of its own."""
+        check_number(n, seed)
+        names = policy.card.names
+        conditions = policy.conditions(range(len(names)))
+        shots = []
+        for index in range(n):
+            class_id, noise = index % len(names), seeds.of(self.name, seed, index)
+            shots.append(Shot(conditions[class_id], noise, file_name(class_id, names[class_id], noise)))
+        return shots
+
+    def finished(self, images: Path) -> list[Shot]:
+        self.images = open_images(images)
+        if self.images.count < LEAST:
+            raise UserError(f"{images} holds {self.images.count} images; the measures and their errors need {LEAST}")
+        return [Shot(Condition(""), -1, item.file) for item in self.images.items]
+
+    def about(self, images: Path, shots: Sequence[Shot]) -> dict[str, Any]:
+        return {"count": len(shots), "sha256": content_hash(images, self.images), **_recorded(self.images)}
+
+    def identity(self) -> dict[str, Any]:
+        drawing = {} if self.images else {"resize": self.resize, "keep_images": self.keep_images}
+        return {**drawing, "reference": {**self.file.protocol(), "name": None}, "inception": self.inception.fingerprint}
+
+    def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
+        """Features of images that are gone when they have been seen; pictures that are kept are written before."""
+
+        def drawn(batch: Sequence[Shot]) -> Tensor:
+            images = draw_batch(policy, batch, sampling, self._size(subject)[0])[1]
+            if self.keep_images:
+                Pictures(subject.pictures).write(batch, images)
+            return images
+
+        features = self._features(subject, batch_size)
+        features.extract(drawn, f"drawing {subject.name}", team, ahead=False)
+
+    def measure(self, subject: Subject, batch_size: int, team: Team) -> dict[str, Measure]:
+        """In the first process; the others have features only."""
+        if not self.prepared:
+            folder = subject.folder.parent / "reference"
+            self.reference = prepare_reference(self.file, self.inception, folder, batch_size, team)
+            self.prepared = True
+            if self.statistics is not None:
+                team.lead(lambda: save_statistics(self.statistics, self.reference.pool, self.reference.spatial))
+        features = self._features(subject, batch_size)
+        if self.images:
+            features.extract(self.images.read, f"Inception on {subject.name}", team, ahead=True)
+        class_ids = torch.tensor([shot.condition.class_id for shot in subject.shots]) if subject.card else None
+        groups = class_groups(len(subject.shots), class_ids)
+        ready = self.reference
+        return team.lead(lambda: measures(features, groups, ready, self._keeps_order, team.device)) or {}
+
+    def columns(self) -> dict[str, Column]:
+        return COLUMNS if self.reference.pool_features is not None else {k: COLUMNS[k] for k in list(COLUMNS)[:3]}
+
+    def paper(self, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
+        card = subjects[0].card
+        return paper_numbers.before_and_after(2, card.base) if card else {}
+
+    def protocol(self, subjects: Sequence[Subject]) -> dict[str, Any]:
+        sets = {}
+        for one in subjects:
+            hashes = self.features[one.name].all(HASHES)
+            sets[one.name] = {
+                "path": one.path,
+                **one.identity,
+                "count": len(one.shots),
+                "image_size": list(self._size(one)),
+                "images_sha256": hashlib.sha256(hashes.numpy().tobytes()).hexdigest(),
+                "inception_score_order": ("as they come" if self._keeps_order else "shuffled by a fixed seed")
+                + f", splits of {SPLIT_SIZE}",
+            }
+            if one.card:
+                sets[one.name]["seeds"] = [one.shots[0].seed, one.shots[-1].seed]
+        return {
+            "measured": sets,
+            "reference": self.file.protocol(),
+            "inception": {
+                "weights": self.inception.fingerprint,
+                "package": self.inception.package,
+                "resize": "TensorFlow 1, to 299",
+            },
+            "neighbours": NEIGHBOURS,
+            "errors": ERRORS,
+        }
+
+    def warnings(self, subjects: Sequence[Subject]) -> list[str]:
+        """Where the evaluation departs from the published protocol; each once."""
+        texts: list[str] = []
+        for one in subjects:
+            texts += count_warnings(len(one.shots), len(one.card.names) if one.card else None)
+            texts += sampling_warnings(asdict(self.drawing) if one.card else one.identity.get("sampling", {}))
+            texts += size_warnings(self._size(one), self.file)
+            texts += reference_warnings(self.file, one.identity.get("sha256") == self.file.sha256)
+        return list(dict.fromkeys(texts))
+
+    def late_warnings(self, subjects: Sequence[Subject]) -> list[str]:
+        texts: list[str] = []
+        for one in subjects:
+            features = self.features[one.name]
+            in_order = self._keeps_order and sorted_by_class(features.all(PROBABILITIES))
+            texts += set_warnings(one.name, features.all(HASHES), self.reference.hashes, in_order)
+        return texts
+
+    @property
+    def _keeps_order(self) -> bool:
+        """An .npz is measured as it comes, as by ADM's evaluator."""
+        return self.images is not None and self.images.is_array
+
+    def _size(self, subject: Subject) -> tuple[int, int]:
+        """Height and width in which images reach Inception."""
+        return self.images.size if subject.card is None else (eval_size(subject.card.image_size, self.resize),) * 2
+
+    def _features(self, subject: Subject, batch_size: int) -> Features:
+        features = Features(subject.folder / "features", subject.shots, self.inception, batch_size)
+        if self.images:
+            features = Features(subject.folder / "features", self.images.items, self.inception, batch_size)
+        self.features[subject.name] = features
+        return features
+
+
+def run_imagenet(
+    benchmark: ImageNet,
+    policies: Sequence[str],
+    images: Path | None,
+    out: Path,
+    *,
+    n: int = IMAGES,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str = "auto",
+    keep_features: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Result | None:
+    """Measure one policy, or two of which the second is the baseline, or finished `images`; see `benchmark.run`.
+
+    Args:
+        warn: is told where the evaluation departs from the published protocol, before the work where possible.
 
     Raises:
         UserError: no such policy, set or reference, one that does not fit, an `out` used for something else.
     """
-    settings.check()
-    team = join_team(device)
-    team.lead(lambda: check_claim(out))
-    sources = team.together(lambda: open_sources(policies, images, out, settings, keep_images, team.device))
-    found = _open_reference(reference, team)
-    network = team.together(lambda: load_inception(inception, team.device))
-    identity = team.from_lead(lambda: _identity(sources, settings, found, network, keep_images))
-    batch_size = team.from_lead(lambda: claim(out, _without_paths(identity), batch_size))
-    stores = {name: FeatureStore(out / name / "features", one.count, batch_size) for name, one in sources.items()}
-    store = None if found.images is None else FeatureStore(out / "reference", found.images.count, batch_size)
-    early = _early_warnings(sources, settings, found, identity)
-    finished = team.from_lead((out / SUMMARY).is_file)
-    if team.index == 0:
-        for text in read_json(out / SUMMARY)["warnings"] if finished else early:
-            warn(text)
-    ready = None
-    if not finished or statistics is not None:
-        cache = f"{found.sha256[:24]}-{network.fingerprint}.safetensors"
-        ready = prepare_reference(found, network, store, user_cache() / "references" / cache, team)
-    if statistics is not None:
-        team.lead(lambda: save_statistics(statistics, ready.pool.statistics, ready.spatial.statistics))
-    if not finished:
-        for name, source in sources.items():
-            extract(source, network, stores[name], team, f"drawing {name}" if policies else f"Inception on {name}")
-
-        def finish() -> None:
-            result = _result(sources, stores, ready, team.device, early, warn)
-            result["protocol"] = _protocol(identity, sources, stores, found, network)
-            write_json(out / SUMMARY, result)
-
-        team.lead(finish)
-    if team.index:
+    if images is None:
+        check_number(n, seed)
+        check_resize(benchmark.resize)
+    texts: list[str] = []
+    result = run(
+        benchmark,
+        policies,
+        out,
+        sampling=benchmark.drawing,
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        images=None if images is None else Path(images),
+        warn=lambda text: (texts.append(text), warn(text)),
+    )
+    if benchmark.statistics is not None and not benchmark.prepared:  # nothing was left to measure
+        save_reference_statistics(benchmark.given, benchmark.statistics, benchmark.weights, batch_size, device)
+    if result is None:
         return None
-    for one in [*stores.values(), store]:
-        if one is not None and not keep_features:
-            one.remove()
-    return read_json(out / SUMMARY)
+    for text in result.warnings:
+        if text not in texts:
+            warn(text)
+    if not keep_features:
+        for folder in [*out.glob("*/features"), out / "reference"]:
+            Tensors(folder, None, str).remove()
+            if folder.parent != out and not any(folder.parent.iterdir()):
+                folder.parent.rmdir()
+    return result
 
 
 def save_reference_statistics(
@@ -136,133 +312,138 @@ def save_reference_statistics(
 
     Interrupted, it goes on where it was: features lie in a folder beside the file, until it is written.
     """
-    team = join_team(device)
-    found = _open_reference(reference, team)
-    network = team.together(lambda: load_inception(inception, team.device))
+    benchmark, team = ImageNet(reference=reference, inception=inception), join_team(device)
+    team.together(lambda: benchmark.open([], team))
+    given, network = benchmark.file, benchmark.inception
     # Features of another network, or another division into batches, are none to go on with.
-    folder = file.with_name(f"{file.name}-features-{found.sha256[:12]}-{network.fingerprint[:8]}-{batch_size}")
-    store = None
-    if found.images is not None and found.stored is None:
-        store = FeatureStore(folder, found.images.count, batch_size)
-    ready = prepare_reference(found, network, store, None, team)
-    team.lead(lambda: save_statistics(file, ready.pool.statistics, ready.spatial.statistics))
-    if store is not None:
-        team.lead(store.remove)
-    return team.index == 0
+    folder = file.with_name(f"{file.name}-features-{given.sha256[:12]}-{network.fingerprint[:8]}-{batch_size}")
+    ready = None if given.stored else prepare_reference(given, network, folder, batch_size, team)
+
+    def finish() -> None:
+        save_statistics(file, *(given.stored or (ready.pool, ready.spatial)))
+        Tensors(folder, None, str).remove()
+
+    team.lead(finish)
+    return team.first
 
 
-def _open_reference(given: str, team: Team) -> ReferenceFile:
-    if given == ADM_NAME:
-        team.lead(fetch_adm)
-    return team.together(lambda: open_reference(given))
+def check_number(n: int, seed: int) -> None:
+    """UserError for a number of images, or a seed, out of range."""
+    most = seeds.SPACES["imagenet"].stride
+    if not LEAST <= n <= most:
+        raise UserError(f"--n {n}: give {LEAST} to {most} images")
+    seeds.check("imagenet", seed, n)
 
 
-def _identity(
-    sources: dict[str, PolicySource | ImageSet],
-    settings: ImagenetSettings,
-    found: ReferenceFile,
-    network: Inception,
-    keep_images: bool,
-) -> dict[str, Any]:
-    """What decides the figures."""
-    drawn, own = None, {}
-    for name, source in sources.items():
-        if isinstance(source, PolicySource):
-            drawn = {**asdict(settings), "keep_images": keep_images}
-            own[name] = {"weights": source.policy.fingerprint(), "base": source.policy.base}
-        else:
-            own[name] = {"path": str(source.path), "sha256": content_hash(source.path, source)}
-            if recorded := recorded_sampling(source):
-                own[name]["sampling"] = recorded
-    reference = found.protocol()
-    return {"measured": own, "settings": drawn, "reference": reference, "inception": network.fingerprint}
+def eval_size(image_size: int, resize: int | None) -> int:
+    """Pixels a side in which a policy's images reach Inception."""
+    return resize or min(EVAL_SIZE, image_size)
 
 
-def _without_paths(identity: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for an evaluation to go on: contents, wherever they lie."""
-    measured = {name: {**own, "path": None} for name, own in identity["measured"].items()}
-    return {**identity, "measured": measured, "reference": {**identity["reference"], "name": None}}
+def measures(
+    features: Features, groups: Tensor, reference: Reference, keep_order: bool, device: str = "cpu"
+) -> dict[str, Measure]:
+    """All measures of features against a reference; precision and recall where it has images.
+
+    Args:
+        groups: int64 [N], the jackknife's group of each image.
+        keep_order: take IS's splits of the images as they come, not shuffled by a fixed seed.
+        device: of precision and recall.
+    """
+    rows = features.all(PROBABILITIES), groups
+    rows = rows if keep_order else tuple(map(shuffled, rows))
+    found = {INCEPTION_SCORE: inception_score_measure(*rows, SPLIT_SIZE)[0]}
+    for key, kind, gaussian in ((FID, POOL, reference.pool), (SFID, SPATIAL, reference.spatial)):
+        found[key] = frechet_measure(features.each(kind), groups, gaussian)[0]
+    if reference.pool_features is not None:
+        generated = features.all(POOL).to(device)
+        covered = precision_recall(generated, reference.pool_features.to(device))
+        precise, recalled = (inside.cpu().double() for inside in covered)
+        found[PRECISION] = mean_of(precise)
+        found[RECALL] = Measure(recalled.mean().item(), (recalled,), len(groups))  # of so many generated images
+    return found
 
 
-def _early_warnings(
-    sources: dict[str, PolicySource | ImageSet],
-    settings: ImagenetSettings,
-    found: ReferenceFile,
-    identity: dict[str, Any],
-) -> list[str]:
-    """What is known before the first image; each once."""
-    texts: list[str] = []
-    for name, source in sources.items():
-        own = identity["measured"][name]
-        if isinstance(source, PolicySource):
-            texts += check.count_warnings(source.count, len(source.policy.class_names))
-            texts += check.sampling_warnings(asdict(settings))
-        else:
-            texts += check.count_warnings(source.count, None)
-            texts += check.sampling_warnings(own.get("sampling", {}))
-        texts += check.size_warnings(source.size, found)
-        texts += check.reference_warnings(found, own.get("sha256") == found.sha256)
-    return list(dict.fromkeys(texts))
+def sorted_by_class(probabilities: Tensor) -> bool:
+    """Whether IS in the order of the images is well below that of the same images shuffled."""
+    if len(probabilities) <= SPLIT_SIZE:
+        return False
+    mixed = inception_score(shuffled(probabilities), SPLIT_SIZE)
+    return inception_score(probabilities, SPLIT_SIZE) < (1 - SORTED_LOSS) * mixed
 
 
-def _result(
-    sources: dict[str, PolicySource | ImageSet],
-    stores: dict[str, FeatureStore],
-    reference: Reference,
-    device: str,
-    warnings: list[str],
-    warn: Callable[[str], None],
-) -> dict[str, Any]:
-    """Figures, differences, the paper's, and the warnings that only the images themselves can give."""
-    measured: dict[str, dict[str, Measure]] = {}
-    late: list[str] = []
-    for name, source in sources.items():
-        store = stores[name]
-        class_ids = source.class_ids if isinstance(source, PolicySource) else None
-        groups, keep_order = class_groups(store.count, class_ids), keeps_order(source)
-        parts = reference.pool, reference.spatial, reference.pool_features
-        measured[name] = measure_set(store, groups, *parts, keep_order, device)
-        late += check.set_warnings(name, store.read(HASHES), reference.hashes, keep_order and sorted_by_class(store))
-    for text in late:
-        warn(text)
-    result: dict[str, Any] = {
-        "benchmark": "imagenet",
-        "policies": {name: {key: one.summary() for key, one in own.items()} for name, own in measured.items()},
-    }
-    if len(measured) == 2:
-        ours, baseline = measured.values()
-        result["difference"] = {key: ours[key].minus(baseline[key]).summary() for key in ours}
-    first = next(iter(sources.values()))
-    base = first.policy.base if isinstance(first, PolicySource) else None
-    if rows := paper_numbers.before_and_after(2, base or ""):
-        result["paper"] = {"policy": base, **dict(zip(("base", "trained"), rows.values(), strict=True))}
-    return {**result, "warnings": warnings + late}
+def _recorded(images: ImageSet) -> dict[str, Any]:
+    """How `argrpo sample` drew a folder, or the .npz in it, and the policy's hash; nothing of other images."""
+    if images.is_array and images.path.name != NPZ:
+        return {}
+    recorded = recorded_sampling(images.path.parent if images.is_array else images.path) or {}
+    sampling = {key: recorded[key] for key in (*asdict(Sampling()), "seed") if key in recorded}
+    return {key: one for key, one in (("sampling", sampling), ("weights", recorded.get("weights"))) if one}
 
 
-def _protocol(
-    identity: dict[str, Any],
-    sources: dict[str, PolicySource | ImageSet],
-    stores: dict[str, FeatureStore],
-    found: ReferenceFile,
-    network: Inception,
-) -> dict[str, Any]:
-    """Everything that a reader of the figures needs to repeat or to compare them."""
-    sets = {}
-    for name, source in sources.items():
-        hashes = hashlib.sha256(stores[name].read(HASHES).numpy().tobytes()).hexdigest()
-        sets[name] = {"images": source.count, "image_size": list(source.size), "images_sha256": hashes}
-        if isinstance(source, PolicySource):
-            own = source.settings
-            sets[name]["seeds"] = [own.image_seed(0), own.image_seed(own.n - 1)]
-        sets[name] |= identity["measured"][name]
-        order = "as they come" if keeps_order(source) else "shuffled by a fixed seed"
-        sets[name]["inception_score_order"] = f"{order}, splits of {SPLIT_SIZE}"
-    return {
-        "measured": sets,
-        "settings": identity["settings"],
-        "reference": found.protocol(),
-        "inception": {"weights": network.fingerprint, "package": network.package, "resize": "TensorFlow 1, to 299"},
-        "neighbours": NEIGHBOURS,
-        "errors": ERRORS,
-        "versions": {"argrpo": __version__, "torch": torch.__version__, "torch-fidelity": network.package.split()[-1]},
-    }
+# Where an evaluation departs from the published protocol: the usual cause of figures that cannot be compared. ADM's,
+# LlamaGen's and AR-GRPO's: 50,000 images, 50 of each of 1,000 classes, 256 x 256 pixels before Inception, against ADM's
+# reference batch; guidance 2.0, temperature 1, no top-k or top-p (AR-GRPO's table 2).
+
+
+def count_warnings(n: int, classes: int | None) -> list[str]:
+    """Of the number of images; `classes` of a policy, None where they are not known."""
+    texts = []
+    if n != IMAGES:
+        texts.append(f"{n:,} images; published figures are of {IMAGES:,}, and FID is larger the fewer there are")
+    if classes is not None and classes != CLASSES:
+        texts.append(f"the policy draws {classes} classes, ImageNet has {CLASSES:,}")
+    if classes is not None and n % classes:
+        texts.append(f"{n:,} images of {classes:,} classes: not the same number of each")
+    return texts
+
+
+def size_warnings(size: tuple[int, int], reference: ReferenceFile) -> list[str]:
+    """Of the size, height and width, in which images reach Inception."""
+    texts, own = [], f"{size[1]}x{size[0]}"
+    if size != ADM_SIZE:
+        texts.append(f"images of {own} pixels reach Inception; published figures are of 256x256")
+    if reference.images is not None and reference.images.size != size:
+        other = reference.images.size
+        texts.append(f"images of {own} pixels are compared with a reference of {other[1]}x{other[0]}")
+    return texts
+
+
+def sampling_warnings(settings: Mapping[str, Any]) -> list[str]:
+    """Of guidance, temperature and the like, as far as `settings` tells them."""
+    paper = asdict(Benchmark.sampling)
+    return [
+        f"--{key.replace('_', '-')} {settings[key]:g}; the paper's table 2 has {value:g}"
+        for key, value in paper.items()
+        if key != "dtype" and settings.get(key, value) != value
+    ]
+
+
+def reference_warnings(reference: ReferenceFile, same_contents: bool) -> list[str]:
+    """Of the reference; `same_contents` as the generated images'."""
+    texts = []
+    if not reference.is_adm:
+        texts.append(
+            f"the reference {reference.name} is not ADM's batch for 256 pixels (10,000 images and the training set's "
+            "statistics): FID, sFID, precision and recall cannot be compared with published ones"
+        )
+    images = reference.images
+    if images is not None and images.count == IMAGES:
+        texts.append(f"the reference has {IMAGES:,} images: the validation set, or generated ones, instead of ADM's?")
+    if images is None:
+        texts.append("the reference holds statistics only: precision and recall are not measured")
+    if same_contents:
+        texts.append("the reference is the very set that is measured")
+    return texts
+
+
+def set_warnings(name: str, hashes: Tensor, reference: Tensor | None, sorted_by_class: bool) -> list[str]:
+    """Of the images themselves, by their hashes int64 [N] and the reference's [R]."""
+    texts = []
+    if copies := len(hashes) - len(hashes.unique()):
+        texts.append(f"{name}: {copies:,} of {len(hashes):,} images are copies of others")
+    if reference is not None and (shared := int(torch.isin(hashes, reference).sum())):
+        texts.append(f"{name}: {shared:,} of {len(hashes):,} images are in the reference")
+    if sorted_by_class:
+        texts.append(f"{name}: the images seem to be sorted by class, which lowers the inception score; shuffle them")
+    return texts

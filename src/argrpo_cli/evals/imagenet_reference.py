@@ -1,4 +1,5 @@
-"""What generated images are compared with: ADM's reference batch, pictures, an .npz of images, or saved statistics.
+"""Inception's features of images, and what generated ones are compared with: ADM's reference batch, pictures, an .npz
+of images, or saved statistics.
 
 ADM's file for ImageNet at 256 pixels holds 10,000 images and, beside them, the statistics of the whole training set.
 As in ADM's evaluator FID and sFID take the statistics, precision and recall the images. A file of statistics alone
@@ -10,20 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from argrpo_cli.evals.feature_store import HASHES, POOL, SPATIAL, FeatureStore, extract
-from argrpo_cli.evals.fidelity import NEIGHBOURS, STATISTICS, Statistics, load_statistics
-from argrpo_cli.evals.frechet import Gaussian, gaussian
-from argrpo_cli.images import ARRAY, DAMAGED, ImageSet, open_images
+from argrpo_cli.evals.fidelity import NEIGHBOURS, STATISTICS, Gaussian, load_statistics
+from argrpo_cli.images import ARRAY, DAMAGED, ImageSet, Item, open_images
+from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.networks.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
+from argrpo_cli.shapes import Shot
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import atomic_path, load_tensors, save_tensors, user_cache
 from argrpo_cli.system.processes import Team
@@ -35,9 +37,59 @@ ADM_URL = (
     "VIRTUAL_imagenet256_labeled.npz"
 )
 ADM_IMAGES, ADM_SIZE = 10_000, (256, 256)
+POOL, SPATIAL, PROBABILITIES, HASHES = "pool", "spatial", "probabilities", "hashes"  # what is kept of an image
 CHUNK = 2**20
 CACHED = ("pool_mean", "pool_root", "spatial_mean", "spatial_root")
 SECONDS = 60  # without a byte from the server
+
+
+class Features:
+    """Inception's features of images in a folder, a file for each batch, so that they need not be in memory.
+
+    Args:
+        items: the images, known by `file`: their contents are the folder's matter.
+    """
+
+    def __init__(self, folder: Path, items: Sequence[Item | Shot], inception: Inception, batch_size: int):
+        self.store = Tensors(folder, inception.fingerprint, lambda item: item.file)
+        self.items, self.inception, self.batch_size = items, inception, batch_size
+        self.batches = in_batches(items, batch_size)
+
+    def extract(self, read: Callable[[Sequence[Any]], Tensor], label: str, team: Team, ahead: bool) -> None:
+        """Compute what is missing of the team's batches.
+
+        Args:
+            read: gives a batch's images, uint8 [B, 3, H, W].
+            ahead: in a thread, while Inception looks at the last batch. Not for a policy: on a GPU it records CUDA
+                graphs, during which no other thread may ask for memory.
+        """
+
+        def look(batch: Sequence[Any], images: Tensor | None = None) -> dict[str, Tensor]:
+            images = read(batch) if images is None else images
+            values = zip((POOL, SPATIAL, PROBABILITIES), self.inception.features(images), strict=True)
+            return {key: value.cpu() for key, value in values} | {HASHES: image_hashes(images)}
+
+        prepare = read if ahead else None
+        kept(self.items, look, self.store, batch_size=self.batch_size, label=label, team=team, prepare=prepare)
+
+    def each(self, key: str) -> Iterator[Tensor]:
+        """One kind of features batch by batch: float32 [B, D], or the images' hashes, int64 [B]."""
+        return self.store.each(self.batches, key)
+
+    def all(self, key: str) -> Tensor:
+        """One kind of features of all images, [N, D] or [N]."""
+        return self.store.column(self.batches, key)
+
+    def gaussian(self, key: str) -> Gaussian:
+        """Of one kind of features, POOL or SPATIAL."""
+        return Gaussian.of_batches(self.each(key), len(self.items))
+
+
+def image_hashes(images: Tensor) -> Tensor:
+    """A number for the bytes of each image: equal images, equal numbers. int64 [B]."""
+    rows = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
+    return torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
 
 
 @dataclass(frozen=True)
@@ -53,7 +105,7 @@ class ReferenceFile:
 
     name: str
     images: ImageSet | None
-    stored: tuple[Statistics, Statistics] | None
+    stored: tuple[Gaussian, Gaussian] | None
     sha256: str
 
     @property
@@ -126,28 +178,27 @@ def content_hash(path: Path, images: ImageSet | None) -> str:
 
 
 def prepare_reference(
-    found: ReferenceFile, inception: Inception, store: FeatureStore | None, cache: Path | None, team: Team
+    given: ReferenceFile, inception: Inception, folder: Path, batch_size: int, team: Team
 ) -> Reference | None:
-    """Have a team compute what a reference's images need, or take it from the file `cache`; None but in its first.
+    """Have a team compute what a reference's images need, or take it from the user's cache; None but in its first.
 
     Args:
-        store: where the features of its images go; None for saved statistics.
-        cache: what has been computed is kept there.
+        folder: where the features of its images go.
     """
-    if cache is not None and team.from_lead(lambda: _read_cache(cache) is not None):
+    cache = user_cache() / "references" / f"{given.sha256[:24]}-{inception.fingerprint}.safetensors"
+    if team.from_lead(lambda: _read_cache(cache) is not None):
         return team.lead(lambda: _read_cache(cache))
-    if store is not None:
-        extract(found.images, inception, store, team, "Inception on the reference")
+    features = None
+    if given.images is not None:
+        features = Features(folder, given.images.items, inception, batch_size)
+        features.extract(given.images.read, "Inception on the reference", team, ahead=True)
 
     def finish() -> Reference:
-        if found.stored is not None:
-            pool, spatial = (Gaussian.of(one) for one in found.stored)
-        else:
-            pool, spatial = (gaussian(store.shards(key), store.count) for key in (POOL, SPATIAL))
-        features, hashes = (None, None) if store is None else (store.read(POOL), store.read(HASHES))
-        reference = Reference(pool, spatial, features, hashes)
-        if cache is None:
-            return reference
+        pool, spatial = given.stored or (
+            Gaussian.of_batches(features.each(k), len(features.items)) for k in (POOL, SPATIAL)
+        )
+        rows, hashes = (None, None) if features is None else (features.all(POOL), features.all(HASHES))
+        reference = Reference(pool, spatial, rows, hashes)
         try:
             _write_cache(reference, cache)
         except UserError:  # a home that cannot be written to: the next evaluation computes it again
@@ -171,7 +222,7 @@ def _read_cache(cache: Path) -> Reference | None:
     if held is None or not held.keys() >= set(CACHED):
         return None
     pool_mean, pool_root, spatial_mean, spatial_root = (held[key] for key in CACHED)
-    parts = Gaussian(pool_mean, pool_root), Gaussian(spatial_mean, spatial_root)
+    parts = Gaussian(pool_mean, root=pool_root), Gaussian(spatial_mean, root=spatial_root)
     return Reference(*parts, held.get("features"), held.get("hashes"))
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from argrpo_cli.evals.fidelity import Statistics, frechet_distance, inception_score, precision_recall
+from argrpo_cli.evals.fidelity import Gaussian, frechet_distance, inception_score, precision_recall
 from argrpo_cli.nano.judge import Judge
 
 INCEPTION_SCORE, FID, SFID, PRECISION, RECALL = "inception_score", "fid", "sfid", "precision", "recall"
@@ -42,12 +42,12 @@ def set_values(
     """
     spatial = judge.recogniser.spatial_features(images.cpu())
     probabilities = judge.recogniser.probabilities(features)
-    real = Statistics.of(judge.reference_features[reference], "reference")
-    real_spatial = Statistics.of(judge.reference_spatial[reference], "reference")
+    real = Gaussian.of(judge.reference_features[reference], "reference")
+    real_spatial = Gaussian.of(judge.reference_spatial[reference], "reference")
     measures: dict[str, Callable[[Tensor], float]] = {
         INCEPTION_SCORE: lambda rows: inception_score(probabilities[rows], split_size=len(probabilities)),
-        FID: lambda rows: frechet_distance(Statistics.of(features[rows]), real),
-        SFID: lambda rows: frechet_distance(Statistics.of(spatial[rows]), real_spatial),
+        FID: lambda rows: frechet_distance(Gaussian.of(features[rows]), real),
+        SFID: lambda rows: frechet_distance(Gaussian.of(spatial[rows]), real_spatial),
     }
     values = {}
     for key, measure in measures.items():

@@ -7,13 +7,15 @@ that drew the same prompts with the same seeds share their units, so the error o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from argrpo_cli.shapes import Value
+
+GROUPS = 20  # of images, for the jackknife
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,29 @@ def average(parts: Sequence[Measure]) -> Measure:
     share = 1 / len(parts)
     strata = tuple(units * share for part in parts for units in part.strata)
     return Measure(sum(part.value for part in parts) * share, strata, sum(part.count for part in parts))
+
+
+def jackknife(whole: float, without: Iterable[float], count: int) -> tuple[Measure, Measure]:
+    """A number of all of `count` images together, such as FID, and the same less the jackknife's estimate of its bias.
+
+    With m the number of all, and m_-g that without group g of G, the units are
+
+        u_g = m + (G - 1) (mean over h of m_-h - m_-g)
+
+    whose mean is m and whose std / sqrt(G) is the jackknife error. The bias is (G - 1) (mean over h of m_-h - m): what
+    falls as 1 / N (Quenouille 1956).
+    """
+    left = torch.tensor(list(without), dtype=torch.float64)
+    others = len(left) - 1
+    units, bias = whole + others * (left.mean() - left), others * (left.mean().item() - whole)
+    return Measure(whole, (units,), count), Measure(whole - bias, (units - bias,), count)
+
+
+def class_groups(n: int, class_ids: Tensor | None = None, seed: int = 0) -> Tensor:
+    """A group for each of n images, int64 [n]: twenty (or n) of equal size to one, classes dealt out evenly."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    if class_ids is not None:
+        order = order[torch.argsort(class_ids[order], stable=True)]
+    groups = torch.empty(n, dtype=torch.int64)
+    groups[order] = torch.arange(n) % min(GROUPS, n)
+    return groups
