@@ -64,9 +64,4 @@ def draw_into(
 @torch.inference_mode()
 def score_tokens(policy: Policy, conditions: Sequence[Condition], tokens: Tensor, sampling: Sampling) -> Scored:
     """Log-probabilities and entropies [B, T] of given tokens [B, T] under `sampling`'s guidance and temperature."""
-    # Transitional: policy.model(policy.encode(conditions), tokens, sampling, True) once the family's pass is there.
-    from argrpo_cli.policy.llamagen.entropy import token_entropy
-    from argrpo_cli.policy.protocol import Scored
-
-    scale = None if sampling.cfg_scale <= 1 else sampling.cfg_scale
-    return Scored(None, token_entropy(policy, tokens, conditions, scale, sampling.temperature))
+    return policy.model(policy.encode(conditions), tokens.to(policy.model.device), sampling, True)

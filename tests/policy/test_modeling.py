@@ -1,4 +1,4 @@
-"""The network against the published one: logits, training call, gradients, masks, guided backbone."""
+"""The network against the published one: logits, log-probabilities, training call, gradients, masks, guidance."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from argrpo_cli.policy.llamagen import modeling
 from argrpo_cli.policy.llamagen.checkpoints import RENAMES
 from argrpo_cli.policy.llamagen.config import SIZES, LlamaGenConfig, published_config
 from argrpo_cli.policy.llamagen.modeling import (
+    Encoded,
     LlamaGenForImageGeneration,
     LlamaGenModel,
     caption_attention_mask,
     left_pad,
 )
+from argrpo_cli.policy.protocol import Scored
+from argrpo_cli.shapes import Sampling
 from tests.goldens import TOLERANCE, cases, golden_model, max_difference, tensors
 
 CAPTION_CASES = ["B_t2i8", "B_t2i120"]
@@ -29,14 +33,16 @@ PUBLISHED_PARAMETERS = {
 }
 
 
-def class_ids_and_tokens(data: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
-    return torch.cat([data[f"in/{prefix}labels"][:, None], data[f"in/{prefix}tokens"]], dim=1)
+def inputs(data: dict[str, torch.Tensor], prefix: str = "") -> tuple[Encoded, torch.Tensor]:
+    """Conditions and tokens of a golden case."""
+    if f"in/{prefix}labels" in data:
+        return Encoded(data[f"in/{prefix}labels"]), data[f"in/{prefix}tokens"]
+    return Encoded(data["out/c_indices"], data["out/c_emb_masks"]), data["in/tokens"]
 
 
-def caption_inputs(data: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Placeholders for the caption rows, then the tokens."""
-    rows = data["in/caption_embs"].shape[1]
-    return F.pad(data["in/tokens"], (rows, 0))
+def predicting(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of published logits, those that the tokens are drawn by: the last ones predict nothing."""
+    return logits[:, -tokens.shape[1] - 1 : -1]
 
 
 def check_training_call(model: LlamaGenForImageGeneration, logits, tokens, data, names) -> None:
@@ -60,23 +66,26 @@ def check_training_call(model: LlamaGenForImageGeneration, logits, tokens, data,
 def test_class_conditional_logits(training):
     data = tensors("A_c2i")
     model = copy.deepcopy(golden_model("A_c2i")).train(training)
+    encoded, tokens = inputs(data)
     with torch.no_grad():
-        logits = model(class_ids_and_tokens(data)).logits
-    assert max_difference(logits, data["out/tf_logits"]) < TOLERANCE
+        logits = model.logits(encoded, tokens)
+    assert max_difference(logits, predicting(data["out/tf_logits"], tokens)) < TOLERANCE
 
 
-def test_class_conditional_training_call():
-    data, model = tensors("A_c2i"), copy.deepcopy(golden_model("A_c2i"))
-    logits = model(class_ids_and_tokens(data)[:, :-1]).logits
-    check_training_call(model, logits, data["in/tokens"], data, cases()["A_c2i"]["train_grad_names"])
+@pytest.mark.parametrize("case", ["A_c2i", *CAPTION_CASES])
+def test_the_published_training_call(case):
+    data, model = tensors(case), copy.deepcopy(golden_model(case))
+    encoded, tokens = inputs(data)
+    check_training_call(model, model.logits(encoded, tokens), tokens, data, cases()[case]["train_grad_names"])
 
 
 @pytest.mark.parametrize("kv_heads", ["gqa_kv2", "gqa_kv1"])
 def test_grouped_query_attention(kv_heads):
     data = tensors("C_rope")
+    encoded, tokens = inputs(data, f"{kv_heads}_")
     with torch.no_grad():
-        logits = golden_model("C_rope", kv_heads)(class_ids_and_tokens(data, f"{kv_heads}_")).logits
-    assert max_difference(logits, data[f"out/{kv_heads}_tf_logits"]) < TOLERANCE
+        logits = golden_model("C_rope", kv_heads).logits(encoded, tokens)
+    assert max_difference(logits, predicting(data[f"out/{kv_heads}_tf_logits"], tokens)) < TOLERANCE
 
 
 @pytest.mark.parametrize("case", CAPTION_CASES)
@@ -99,54 +108,30 @@ def test_caption_attention_mask(case):
 @pytest.mark.parametrize("output", ["tf_logits", "tf_nomask_logits", "tf_uncond_logits"])
 def test_caption_conditional_logits(case, output):
     data, model = tensors(case), golden_model(case)
-    features = data["out/c_indices"]
+    encoded, tokens = inputs(data)
     if output == "tf_uncond_logits":
-        features = model.model.null_caption.expand_as(features)
-    mask = None if output == "tf_nomask_logits" else data["out/c_emb_masks"]
+        encoded = Encoded(model.model.null_caption.expand_as(encoded.condition), encoded.mask)
+    elif output == "tf_nomask_logits":
+        encoded = Encoded(encoded.condition)
     with torch.no_grad():
-        logits = model(caption_inputs(data), condition_features=features, condition_mask=mask).logits
-    expected = data[f"out/{output}"]
-    assert max_difference(logits[:, -expected.shape[1] :], expected) < TOLERANCE
-
-
-def test_the_caption_mask_may_come_inside_the_attention_mask():
-    data, model = tensors("B_t2i8"), golden_model("B_t2i8")
-    attention_mask = F.pad(data["out/c_emb_masks"], (0, data["in/tokens"].shape[1]), value=1)
-    with torch.no_grad():
-        logits = model(caption_inputs(data), attention_mask, condition_features=data["out/c_indices"]).logits
-    assert max_difference(logits, data["out/tf_logits"]) < TOLERANCE
-
-
-@pytest.mark.parametrize("case", CAPTION_CASES)
-def test_caption_conditional_training_call(case):
-    data, model = tensors(case), copy.deepcopy(golden_model(case))
-    logits = model(
-        caption_inputs(data)[:, :-1],
-        condition_features=data["out/c_indices"],
-        condition_mask=data["out/c_emb_masks"],
-    ).logits
-    logits = logits[:, model.config.cls_token_num - 1 :]
-    check_training_call(model, logits, data["in/tokens"], data, cases()[case]["train_grad_names"])
+        logits = model.logits(encoded, tokens)
+    assert max_difference(logits, predicting(data[f"out/{output}"], tokens)) < TOLERANCE
 
 
 def test_real_size_b_log_probabilities_and_entropies():
-    """GPT-B at 256 px, 111 million parameters: conditional, null, and guided by the backbone."""
+    """GPT-B at 256 px, 111 million parameters: conditional, null, and guided."""
     data, model = tensors("G_gptB"), golden_model("G_gptB")
     tokens, null = data["in/tokens"], torch.tensor([model.config.num_classes])
     scale = data["in/cfg_scale"].item()
-    runs = [("cond", data["in/label"], None), ("uncond", null, None), ("guided", data["in/label"], scale)]
+    runs = [("cond", data["in/label"], 1.0), ("uncond", null, 1.0), ("guided", data["in/label"], scale)]
     for name, label, guidance in runs:
-        model.guidance_scale = guidance
         with torch.no_grad():
-            logits = model(torch.cat([label[:, None], tokens[:, :-1]], dim=1)).logits
-        model.guidance_scale = None
+            logits = model.logits(Encoded(label), tokens, guidance)
+            scored = model(Encoded(label), tokens, Sampling(cfg_scale=guidance), entropy=True)
         assert max_difference(logits[:, ::32, ::512], data[f"out/{name}_logits_sub"]) < TOLERANCE, name
-        logp = logits[0].double().log_softmax(-1)
-        target = logp.gather(-1, tokens[0][:, None])[:, 0]
-        assert max_difference(target, data[f"out/{name}_target_logp"]) < TOLERANCE, name
+        assert max_difference(scored.logp[0].double(), data[f"out/{name}_target_logp"]) < TOLERANCE, name
         if name != "uncond":
-            entropy = -(logp.exp() * logp).sum(-1)
-            assert max_difference(entropy, data[f"out/{name}_entropy"]) < TOLERANCE, name
+            assert max_difference(scored.entropy[0].double(), data[f"out/{name}_entropy"]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -164,75 +149,88 @@ def test_published_caption_policy_has_the_published_parameter_count():
     assert sum(p.numel() for p in model.parameters()) == 777_678_080
 
 
-@pytest.mark.parametrize("scale", [2.0, 7.5])
-def test_guided_backbone_equals_guided_logits_for_classes(scale):
-    data, model = tensors("A_c2i"), copy.deepcopy(golden_model("A_c2i"))
-    ids = class_ids_and_tokens(data)
-    null_ids = ids.clone()
-    null_ids[:, 0] = model.config.num_classes
+@pytest.mark.parametrize(("case", "scale"), [("A_c2i", 2.0), ("A_c2i", 7.5), *((case, 3.0) for case in CAPTION_CASES)])
+def test_the_guided_pass_gives_guided_logits(case, scale):
+    data, model = tensors(case), golden_model(case)
+    encoded, tokens = inputs(data)
+    null = model.model.null_caption if encoded.mask is not None else torch.tensor(model.config.num_classes)
     with torch.no_grad():
-        conditional, null = model(ids).logits, model(null_ids).logits
-        model.guidance_scale = scale
-        guided = model(ids).logits
-    assert max_difference(guided, null + scale * (conditional - null)) < TOLERANCE
+        conditional = model.logits(encoded, tokens)
+        unconditional = model.logits(Encoded(null.expand_as(encoded.condition), encoded.mask), tokens)
+        guided = model.logits(encoded, tokens, scale)
+    assert max_difference(guided, unconditional + scale * (conditional - unconditional)) < TOLERANCE
     assert max_difference(guided, conditional) > 0.1
 
 
-@pytest.mark.parametrize("case", CAPTION_CASES)
-def test_guided_backbone_equals_guided_logits_for_captions(case):
-    data, model = tensors(case), copy.deepcopy(golden_model(case))
-    model.guidance_scale = 3.0
-    with torch.no_grad():
-        guided = model(
-            caption_inputs(data),
-            condition_features=data["out/c_indices"],
-            condition_mask=data["out/c_emb_masks"],
-        ).logits
-    conditional, null = data["out/tf_logits"], data["out/tf_uncond_logits"]
-    expected = null + 3.0 * (conditional - null)
-    assert max_difference(guided[:, -expected.shape[1] :], expected) < TOLERANCE
-
-
-@pytest.mark.parametrize("scale", [None, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [0.5, 1.0])
 def test_no_guidance_up_to_scale_one(scale):
-    data, model = tensors("A_c2i"), copy.deepcopy(golden_model("A_c2i"))
-    model.guidance_scale = scale
+    data, model = tensors("A_c2i"), golden_model("A_c2i")
+    encoded, tokens = inputs(data)
     with torch.no_grad():
-        assert max_difference(model(class_ids_and_tokens(data)).logits, data["out/tf_logits"]) < TOLERANCE
+        logits = model.logits(encoded, tokens, scale)
+    assert max_difference(logits, predicting(data["out/tf_logits"], tokens)) < TOLERANCE
 
 
 def test_guided_gradients_reach_both_the_class_and_the_null_row():
-    data, model = tensors("A_c2i"), copy.deepcopy(golden_model("A_c2i"))
-    ids = class_ids_and_tokens(data)[:1]
-    model.guidance_scale = 2.0
-    model(ids, labels=ids).loss.backward()
+    model = copy.deepcopy(golden_model("A_c2i"))
+    encoded, tokens = inputs(tensors("A_c2i"))
+    model(encoded[:1], tokens[:1], Sampling(cfg_scale=2.0)).logp.sum().backward()
     rows = model.model.class_embedding.weight.grad.norm(dim=1).nonzero().flatten().tolist()
-    assert sorted(rows) == sorted({ids[0, 0].item(), model.config.num_classes})
+    assert sorted(rows) == sorted({encoded.condition[0].item(), model.config.num_classes})
 
 
-def test_labels_give_the_mean_cross_entropy_of_the_next_token():
-    data, model = tensors("A_c2i"), golden_model("A_c2i")
-    ids = class_ids_and_tokens(data)
+def test_the_loss_of_pre_training_is_the_mean_of_minus_the_log_probabilities():
+    data = tensors("A_c2i")
     with torch.no_grad():
-        loss = model(ids, labels=ids).loss.item()
-        assert loss == pytest.approx(data["out/train_loss"].item(), abs=TOLERANCE)
-        half = ids.clone()
-        half[:, 8:] = -100
-        logits = model(ids).logits
-        expected = F.cross_entropy(logits[:, :7].flatten(0, 1), ids[:, 1:8].flatten())
-        assert model(ids, labels=half).loss.item() == pytest.approx(expected.item(), abs=1e-5)
+        scored = golden_model("A_c2i")(*inputs(data))
+    assert -scored.logp.mean().item() == pytest.approx(data["out/train_loss"].item(), abs=TOLERANCE)
+    assert scored.entropy is None
+
+
+@pytest.mark.parametrize("case", ["A_c2i", "B_t2i8"])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("at_once", [2**24, 100])
+def test_logits_in_parts_give_what_whole_ones_give_and_the_same_gradient(case, entropy, autocast, at_once, monkeypatch):
+    monkeypatch.setattr(modeling, "LOGITS_AT_ONCE", at_once)
+    encoded, tokens = inputs(tensors(case))
+    sampling = Sampling(cfg_scale=2.0, temperature=0.8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model = copy.deepcopy(golden_model(case))
+        logp = (model.logits(encoded, tokens, 2.0) / 0.8).log_softmax(-1)
+        expected = Scored(logp.gather(-1, tokens[..., None])[..., 0], -(logp.exp() * logp).sum(-1))
+        (expected.logp - 0.3 * expected.entropy * entropy).mean().backward()
+        other = copy.deepcopy(golden_model(case))
+        scored = other(encoded, tokens, sampling, entropy)
+        (scored.logp - (0.3 * scored.entropy if entropy else 0)).mean().backward()
+    assert scored.logp.dtype == torch.float32 and max_difference(scored.logp, expected.logp) < 1e-5
+    assert scored.entropy is None or max_difference(scored.entropy, expected.entropy) < 1e-5
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert (one.grad - two.grad).norm() <= (2e-2 if autocast else 1e-5) * one.grad.norm()
+
+
+def test_logits_are_not_held_whole(monkeypatch):
+    """What autograd keeps of the head is its inputs, and in the backward pass it is one part at a time."""
+    monkeypatch.setattr(modeling, "LOGITS_AT_ONCE", 4 * 64)
+    model = LlamaGenForImageGeneration(
+        LlamaGenConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, block_size=16)
+    )
+    tokens, kept = torch.randint(64, (3, 16)), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.shape) or one, lambda one: one)
+    with hooks:
+        model(Encoded(torch.arange(3)), tokens, entropy=True).logp.sum().backward()
+    assert [shape for shape in kept if shape[-1:] == (64,) and len(shape) > 1] == []
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    data = tensors("A_c2i")
-    ids = class_ids_and_tokens(data)
+    encoded, tokens = inputs(tensors("A_c2i"))
     gradients = []
     for checkpointing in (False, True):
         model = copy.deepcopy(golden_model("A_c2i")).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             assert all(layer.gradient_checkpointing for layer in model.model.layers)
-        model(ids, labels=ids).loss.backward()
+        model(encoded, tokens).logp.mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.allclose(plain, checkpointed, atol=1e-7)
@@ -242,9 +240,10 @@ def test_bfloat16_stays_near_float32():
     data = tensors("A_c2i")
     model = copy.deepcopy(golden_model("A_c2i")).to(torch.bfloat16)
     with torch.no_grad():
-        logits = model(class_ids_and_tokens(data)).logits
+        encoded, tokens = inputs(data)
+        logits = model.logits(encoded, tokens)
     assert logits.dtype == torch.float32
-    assert (logits - data["out/tf_logits"]).abs().mean() < 0.02
+    assert (logits - predicting(data["out/tf_logits"], tokens)).abs().mean() < 0.02
 
 
 def test_a_fresh_policy_is_uniform_and_has_the_published_initialisation():
@@ -297,32 +296,16 @@ def test_auto_classes_know_the_model(tmp_path):
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), LlamaGenForImageGeneration)
 
 
-@pytest.mark.parametrize("guidance", [None, 2.0])
-def test_trl_fused_head_gives_our_log_probabilities_and_entropies(guidance):
-    from trl.trainer.utils import add_fused_lm_head
-
-    data, model = tensors("A_c2i"), copy.deepcopy(golden_model("A_c2i"))
-    ids = class_ids_and_tokens(data)
-    model.guidance_scale = guidance
-    with torch.no_grad():
-        logp = model(ids).logits[:, :-1].log_softmax(-1)
-        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-        labels = ids.clone()
-        labels[:, 0] = -100
-        fused = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True)
-    assert max_difference(fused.log_probs, logp.gather(-1, ids[:, 1:, None])[..., 0]) < TOLERANCE
-    assert max_difference(fused.entropy, -(logp.exp() * logp).sum(-1)) < TOLERANCE
-
-
 def test_lora_of_peft_fits():
     peft = pytest.importorskip("peft")
     data = tensors("A_c2i")
-    ids = class_ids_and_tokens(data)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["wqkv", "wo"], r=2)
-    model = peft.get_peft_model(copy.deepcopy(golden_model("A_c2i")), config)
-    output = model(input_ids=ids, labels=ids)
-    assert max_difference(output.logits.detach(), data["out/tf_logits"]) < TOLERANCE
-    output.loss.backward()
+    encoded, tokens = inputs(data)
+    model = peft.get_peft_model(
+        copy.deepcopy(golden_model("A_c2i")), peft.LoraConfig(target_modules=["wqkv", "wo"], r=2)
+    )
+    scored = model(encoded, tokens, Sampling(cfg_scale=1.0))
+    assert -scored.logp.mean().item() == pytest.approx(data["out/train_loss"].item(), abs=TOLERANCE)
+    scored.logp.mean().backward()
     assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
@@ -332,17 +315,16 @@ def test_generate_says_where_sampling_lives():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("encoded", "columns", "message"),
     [
-        ({"columns": 18}, "18 columns"),
-        ({"columns": 2, "output_hidden_states": True}, "last_hidden_state only"),
-        ({"columns": 2, "condition_features": torch.zeros(1, 1, 4)}, "class"),
+        (Encoded(torch.zeros(1, dtype=torch.long)), 17, r"\[1, 17\].*images of 16"),
+        (Encoded(torch.zeros(2, dtype=torch.long)), 2, "for 2 conditions"),
+        (Encoded(torch.zeros(1, 1, 4)), 2, r"a class: conditions \[1, 1, 4\] do not fit"),
     ],
 )
-def test_a_wrong_call_is_refused(kwargs, message):
-    rest = {key: value for key, value in kwargs.items() if key != "columns"}
+def test_a_wrong_call_is_refused(encoded, columns, message):
     with pytest.raises(ValueError, match=message):
-        golden_model("A_c2i")(torch.zeros(1, kwargs["columns"], dtype=torch.long), **rest)
+        golden_model("A_c2i")(encoded, torch.zeros(1, columns, dtype=torch.long))
 
 
 @pytest.mark.parametrize(

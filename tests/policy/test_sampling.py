@@ -11,9 +11,10 @@ import torch
 from argrpo_cli.policy.llamagen import decoding, packing, sampling
 from argrpo_cli.policy.llamagen.checkpoints import from_published, to_published
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration, RMSNorm, attend_one, guide
+from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration, RMSNorm, attend_one, guide
 from argrpo_cli.policy.llamagen.packing import packed_linears
 from argrpo_cli.policy.llamagen.sampling import draw_tokens, filter_logits, image_uniforms, inverse_cdf, sample_tokens
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
 from tests.goldens import TOLERANCE, cases, golden_model, max_difference, tensors
@@ -40,20 +41,30 @@ def tiny_model(vocab_size: int = 8, block_size: int = 4) -> LlamaGenForImageGene
     return from_published(formula_weights(shapes), config)
 
 
-def teacher_forced(model, class_ids, tokens, guidance=None) -> torch.Tensor:
+def teacher_forced(model, class_ids, tokens, guidance=1.0) -> torch.Tensor:
     """Logits [B, T, V] from which each of the given tokens is drawn."""
-    model.guidance_scale = guidance
     with torch.no_grad():
-        logits = model(torch.cat([class_ids[:, None], tokens[:, :-1]], dim=1)).logits
-    model.guidance_scale = None
-    return logits
+        return model.logits(Encoded(class_ids), tokens, guidance)
 
 
-def condition_of(name, data, masked=True):
-    """Condition and mask of a golden case."""
+def log_probs(model, class_ids, tokens, sampling) -> torch.Tensor:
+    """What the training pass makes of the tokens."""
+    with torch.no_grad():
+        return model(Encoded(class_ids), tokens, sampling).logp
+
+
+def sample(model, condition, seeds=None, mask=None, greedy=False, logp=None, **settings):
+    """Tokens, or with `logp` the tokens and their log-probabilities."""
+    encoded = condition if isinstance(condition, Encoded) else Encoded(condition)
+    drawn = sample_tokens(model, encoded, Sampling(**settings), seeds=seeds, greedy=greedy, logp=logp)
+    return drawn if logp else drawn.tokens
+
+
+def condition_of(name, data, masked=True) -> Encoded:
+    """The conditions of a golden case."""
     if name == "A_c2i":
-        return data["in/gen_labels"], None
-    return data["out/c_indices"], data["out/c_emb_masks"] if masked else None
+        return Encoded(data["in/gen_labels"])
+    return Encoded(data["out/c_indices"], data["out/c_emb_masks"] if masked else None)
 
 
 # --- the published decoding ---
@@ -62,19 +73,19 @@ def condition_of(name, data, masked=True):
 @pytest.mark.parametrize(("name", "run"), GREEDY_RUNS)
 def test_greedy_decoding_and_the_logits_of_every_step(name, run):
     data, model = tensors(name), golden_model(name)
-    condition, mask = condition_of(name, data, run["emb_masks_given"] or name == "A_c2i")
+    encoded = condition_of(name, data, run["emb_masks_given"])
     steps = []
 
     def most_likely(logits, conditional, index):
         steps.append(logits.clone())
         return logits.argmax(-1)
 
-    settings = {"cfg_scale": run["cfg_scale"], "cfg_interval": run["cfg_interval"], "condition_mask": mask}
-    tokens = draw_tokens(model, condition, most_likely, **settings)
+    settings = {"cfg_scale": run["cfg_scale"], "cfg_interval": run["cfg_interval"]}
+    tokens = draw_tokens(model, encoded, most_likely, **settings)
     expected = data[f"out/greedy_ids_{run['key']}"].long()
     assert torch.equal(tokens, expected)
     assert max_difference(torch.stack(steps, dim=1), data[f"out/greedy_step_logits_{run['key']}"]) < TOLERANCE
-    assert torch.equal(sample_tokens(model, condition, greedy=True, **settings), expected)
+    assert torch.equal(sample(model, encoded, greedy=True, **settings), expected)
 
 
 @pytest.mark.parametrize("bucketed", [False, True], ids=["exact", "bucketed"])
@@ -90,11 +101,8 @@ def test_cached_decoding_equals_the_published_cache_and_the_teacher_forced_pass(
         steps.append(logits.clone())
         return given[:, index]
 
-    if name == "A_c2i":
-        condition, mask = data["in/labels"], None
-    else:
-        condition, mask = condition_of(name, data)
-    assert torch.equal(draw_tokens(model, condition, forced, condition_mask=mask), given)
+    encoded = Encoded(data["in/labels"]) if name == "A_c2i" else condition_of(name, data)
+    assert torch.equal(draw_tokens(model, encoded, forced), given)
     actual = torch.stack(steps, dim=1)
     length = given.shape[1]
     for output in ("kv_logits", "tf_logits"):  # the last position predicts nothing
@@ -104,12 +112,12 @@ def test_cached_decoding_equals_the_published_cache_and_the_teacher_forced_pass(
 @pytest.mark.parametrize("cfg_interval", [-1, 5])
 def test_bucketed_steps_follow_guidance(cfg_interval, monkeypatch):
     data, model = tensors("B_t2i8"), golden_model("B_t2i8")
-    condition, mask = condition_of("B_t2i8", data)
-    settings = {"cfg_scale": 2.5, "cfg_interval": cfg_interval, "condition_mask": mask, "return_logprobs": "guided"}
-    expected = sample_tokens(model, condition, seeds=range(len(condition)), **settings)
+    encoded = condition_of("B_t2i8", data)
+    settings = {"cfg_scale": 2.5, "cfg_interval": cfg_interval, "logp": "guided"}
+    expected = sample(model, encoded, range(len(encoded)), **settings)
     monkeypatch.setattr(decoding, "BUCKET", 7)
     monkeypatch.setattr(sampling, "Decoder", partial(decoding.Decoder, bucketed=True))
-    tokens, logprobs = sample_tokens(model, condition, seeds=range(len(condition)), **settings)
+    tokens, logprobs = sample(model, encoded, range(len(encoded)), **settings)
     assert torch.equal(tokens, expected[0]) and max_difference(logprobs, expected[1]) < TOLERANCE
 
 
@@ -117,14 +125,14 @@ def test_bucketed_steps_follow_guidance(cfg_interval, monkeypatch):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", ["A_c2i", "B_t2i8"])
 def test_recorded_steps_draw_what_unrecorded_ones_do(name, autocast, monkeypatch):
-    model, (condition, mask) = copy.deepcopy(golden_model(name)).cuda(), condition_of(name, tensors(name))
-    condition, mask = condition.cuda(), None if mask is None else mask.cuda()
-    settings = {"cfg_scale": 2.5, "cfg_interval": 5, "condition_mask": mask, "return_logprobs": "guided"}
+    model, encoded = copy.deepcopy(golden_model(name)).cuda(), condition_of(name, tensors(name))
+    encoded = Encoded(encoded.condition.cuda(), None if encoded.mask is None else encoded.mask.cuda())
+    settings = {"cfg_scale": 2.5, "cfg_interval": 5, "logp": "guided"}
     monkeypatch.setattr(decoding, "BUCKET", 8)
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        recorded = sample_tokens(model, condition, seeds=range(len(condition)), **settings)
+        recorded = sample(model, encoded, range(len(encoded)), **settings)
         monkeypatch.setattr(sampling, "Decoder", partial(decoding.Decoder, bucketed=False))
-        plain = sample_tokens(model, condition, seeds=range(len(condition)), **settings)
+        plain = sample(model, encoded, range(len(encoded)), **settings)
     assert torch.equal(recorded[0], plain[0])
     assert max_difference(recorded[1], plain[1]) < (1e-2 if autocast else TOLERANCE)
 
@@ -187,23 +195,20 @@ def test_a_model_of_peft_is_sampled_with_its_adapters():
 
     plain, class_ids = golden_model("A_c2i"), torch.tensor([1, 2])
     tuned = get_peft_model(copy.deepcopy(plain), LoraConfig(r=2, target_modules=["wqkv"], init_lora_weights=False))
-    settings = {"cfg_scale": 2.0, "seeds": [0, 1], "return_logprobs": "guided"}
-    assert not torch.equal(
-        sample_tokens(tuned, class_ids, **settings)[1], sample_tokens(plain, class_ids, **settings)[1]
-    )
+    settings = {"cfg_scale": 2.0, "seeds": [0, 1], "logp": "guided"}
+    assert not torch.equal(sample(tuned, class_ids, **settings)[1], sample(plain, class_ids, **settings)[1])
 
 
 def test_decoding_works_with_grouped_queries():
     """The published cache cannot; ours must agree with the teacher-forced pass."""
     model, class_ids = golden_model("C_rope", "gqa_kv2"), torch.tensor([1, 7])
-    tokens, logprobs = sample_tokens(model, class_ids, cfg_scale=1.0, seeds=[0, 1], return_logprobs="guided")
-    logp = teacher_forced(model, class_ids, tokens).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    assert max_difference(logprobs, logp) < TOLERANCE
+    tokens, logprobs = sample(model, class_ids, [0, 1], cfg_scale=1.0, logp="guided")
+    assert max_difference(logprobs, log_probs(model, class_ids, tokens, Sampling(cfg_scale=1.0))) < TOLERANCE
 
 
 @pytest.mark.parametrize(
     ("cfg_scale", "cfg_interval", "guided_tokens"),
-    [(1.0, -1, 0), (0.5, -1, 0), (2.0, -1, 16), (2.0, 0, 2), (2.0, 5, 7)],
+    [(1.0, -1, 0), (2.0, -1, 16), (2.0, 0, 2), (2.0, 5, 7)],
 )
 def test_the_null_half_runs_only_where_guidance_needs_it(cfg_scale, cfg_interval, guided_tokens, monkeypatch):
     model = copy.deepcopy(golden_model("A_c2i"))
@@ -213,7 +218,7 @@ def test_the_null_half_runs_only_where_guidance_needs_it(cfg_scale, cfg_interval
         model.model, "run", lambda x, *rest, **more: backbone_batches.append(len(x)) or run(x, *rest, **more)
     )
     model.lm_head.register_forward_pre_hook(lambda head, given: head_batches.append(len(given[0])))
-    sample_tokens(model, torch.tensor([3, 4]), cfg_scale=cfg_scale, cfg_interval=cfg_interval, seeds=[0, 1])
+    sample(model, torch.tensor([3, 4]), [0, 1], cfg_scale=cfg_scale, cfg_interval=cfg_interval)
     assert backbone_batches == [4] * guided_tokens + [2] * (16 - guided_tokens)
     assert head_batches == [2] * 16, "one head pass a token, for the conditional batch only"
 
@@ -288,28 +293,23 @@ def test_the_inverse_cdf_cuts_the_unit_interval_by_the_probabilities():
 
 def test_guided_logprob_equals_the_teacher_forced_guided_pass():
     model, class_ids = golden_model("A_c2i"), torch.tensor([0, 3, 9, 10])
-    tokens, logprobs = sample_tokens(model, class_ids, cfg_scale=3.0, seeds=range(4), return_logprobs="guided")
-    logp = teacher_forced(model, class_ids, tokens, guidance=3.0).log_softmax(-1)
-    assert max_difference(logprobs, logp.gather(-1, tokens[..., None])[..., 0]) < TOLERANCE
+    sampling = Sampling(cfg_scale=3.0, temperature=0.8)
+    tokens, logprobs = sample_tokens(model, Encoded(class_ids), sampling, seeds=range(4), logp="guided")
+    assert max_difference(logprobs, log_probs(model, class_ids, tokens, sampling)) < TOLERANCE
     assert logprobs.dtype == torch.float32 and not logprobs.requires_grad
 
 
 def test_conditional_logprob_equals_the_teacher_forced_conditional_pass():
     model, class_ids = golden_model("A_c2i"), torch.tensor([0, 3, 9, 10])
-    settings = {"temperature": 0.8, "top_k": 20}
-    tokens, logprobs = sample_tokens(
-        model, class_ids, cfg_scale=3.0, seeds=range(4), return_logprobs="conditional", **settings
-    )
-    logp = (teacher_forced(model, class_ids, tokens) / 0.8).log_softmax(-1)
-    assert max_difference(logprobs, logp.gather(-1, tokens[..., None])[..., 0]) < TOLERANCE
+    tokens, logprobs = sample(model, class_ids, range(4), cfg_scale=3.0, logp="conditional", temperature=0.8, top_k=20)
+    expected = log_probs(model, class_ids, tokens, Sampling(cfg_scale=1.0, temperature=0.8))
+    assert max_difference(logprobs, expected) < TOLERANCE
 
 
 def test_guided_logprob_knows_temperature_and_filters():
     model, class_ids = golden_model("A_c2i"), torch.tensor([0, 3, 9])
     settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
-    tokens, logprobs = sample_tokens(
-        model, class_ids, cfg_scale=2.0, seeds=range(3), return_logprobs="guided", **settings
-    )
+    tokens, logprobs = sample(model, class_ids, range(3), cfg_scale=2.0, logp="guided", **settings)
     logits = teacher_forced(model, class_ids, tokens, guidance=2.0)
     logp = filter_logits(logits.flatten(0, 1), **settings).log_softmax(-1).view_as(logits)
     assert max_difference(logprobs, logp.gather(-1, tokens[..., None])[..., 0]) < TOLERANCE
@@ -317,9 +317,9 @@ def test_guided_logprob_knows_temperature_and_filters():
 
 def test_asking_for_logprobs_changes_no_token():
     model, class_ids = golden_model("A_c2i"), torch.tensor([0, 3, 9])
-    plain = sample_tokens(model, class_ids, cfg_scale=2.0, seeds=range(3))
+    plain = sample(model, class_ids, range(3), cfg_scale=2.0)
     for kind in ("guided", "conditional"):
-        tokens, _ = sample_tokens(model, class_ids, cfg_scale=2.0, seeds=range(3), return_logprobs=kind)
+        tokens, _ = sample(model, class_ids, range(3), cfg_scale=2.0, logp=kind)
         assert torch.equal(tokens, plain)
 
 
@@ -327,7 +327,7 @@ def test_asking_for_logprobs_changes_no_token():
 def test_sampled_frequencies_match_the_guided_distribution(cfg_scale):
     """Chi-square on the first two tokens of 20,000 images; 63 degrees of freedom, limit at p = 1e-4."""
     model, draws, label = tiny_model(), 20_000, 2
-    tokens = sample_tokens(model, torch.full((draws,), label), cfg_scale=cfg_scale, seeds=range(draws))
+    tokens = sample(model, torch.full((draws,), label), range(draws), cfg_scale=cfg_scale)
     counts = torch.bincount(tokens[:, 0] * 8 + tokens[:, 1], minlength=64).double()
 
     def chi_square(guidance):
@@ -345,9 +345,9 @@ def test_sampled_frequencies_match_the_guided_distribution(cfg_scale):
 def test_a_condition_and_a_seed_give_the_same_image_in_any_batch(batch_size):
     model = golden_model("A_c2i")
     class_ids, seeds = torch.tensor([0, 1, 2, 3, 4, 3, 3, 9]), [5, 6, 7, 8, 9, 8, 10, 2**40]
-    whole = sample_tokens(model, class_ids, cfg_scale=2.0, seeds=seeds)
+    whole = sample(model, class_ids, seeds, cfg_scale=2.0)
     parts = [
-        sample_tokens(model, class_ids[i : i + batch_size], cfg_scale=2.0, seeds=seeds[i : i + batch_size])
+        sample(model, class_ids[i : i + batch_size], seeds[i : i + batch_size], cfg_scale=2.0)
         for i in range(0, 8, batch_size)
     ]
     assert torch.equal(torch.cat(parts), whole)
@@ -358,9 +358,9 @@ def test_a_condition_and_a_seed_give_the_same_image_in_any_batch(batch_size):
 def test_without_seeds_the_global_generator_decides():
     model, class_ids = golden_model("A_c2i"), torch.tensor([3, 3])
     torch.manual_seed(11)
-    first, second = (sample_tokens(model, class_ids, cfg_scale=1.0) for _ in range(2))
+    first, second = (sample(model, class_ids, cfg_scale=1.0) for _ in range(2))
     torch.manual_seed(11)
-    assert torch.equal(sample_tokens(model, class_ids, cfg_scale=1.0), first)
+    assert torch.equal(sample(model, class_ids, cfg_scale=1.0), first)
     assert not torch.equal(first, second)
     assert not torch.equal(first[0], first[1])
 
@@ -368,32 +368,31 @@ def test_without_seeds_the_global_generator_decides():
 def test_seeds_do_not_touch_the_global_generator():
     model = golden_model("A_c2i")
     before = torch.get_rng_state()
-    sample_tokens(model, torch.tensor([3]), cfg_scale=2.0, seeds=[1])
+    sample(model, torch.tensor([3]), [1], cfg_scale=2.0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_top_k_one_is_greedy():
     model, class_ids = golden_model("A_c2i"), torch.tensor([0, 5])
-    greedy = sample_tokens(model, class_ids, cfg_scale=2.0, greedy=True)
-    assert torch.equal(sample_tokens(model, class_ids, cfg_scale=2.0, top_k=1, seeds=[1, 2]), greedy)
+    greedy = sample(model, class_ids, cfg_scale=2.0, greedy=True)
+    assert torch.equal(sample(model, class_ids, [1, 2], cfg_scale=2.0, top_k=1), greedy)
 
 
 def test_sampling_leaves_the_model_able_to_train():
     model = copy.deepcopy(golden_model("A_c2i"))
-    tokens = sample_tokens(model, torch.tensor([1]), cfg_scale=2.0, seeds=[0])
-    ids = torch.cat([torch.tensor([[1]]), tokens.clone()], dim=1)
-    model(ids, labels=ids).loss.backward()
+    tokens = sample(model, torch.tensor([1]), [0], cfg_scale=2.0)
+    model(Encoded(torch.tensor([1])), tokens.clone()).logp.mean().backward()
     assert model.lm_head.weight.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sampling_in_half_precision_and_under_autocast(dtype):
     model, class_ids = golden_model("A_c2i"), torch.tensor([1, 2])
-    kwargs = {"cfg_scale": 2.0, "seeds": [0, 1], "return_logprobs": "guided"}
-    tokens, logprobs = sample_tokens(copy.deepcopy(model).to(dtype), class_ids, **kwargs)
+    kwargs = {"cfg_scale": 2.0, "seeds": [0, 1], "logp": "guided"}
+    tokens, logprobs = sample(copy.deepcopy(model).to(dtype), class_ids, **kwargs)
     assert tokens.shape == (2, 16) and logprobs.dtype == torch.float32 and logprobs.isfinite().all()
     with torch.autocast("cpu", dtype=dtype):
-        tokens, logprobs = sample_tokens(model, class_ids, **kwargs)
+        tokens, logprobs = sample(model, class_ids, **kwargs)
     assert tokens.shape == (2, 16) and logprobs.isfinite().all()
 
 
@@ -402,7 +401,7 @@ def test_broken_weights_are_reported_instead_of_sampled():
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
     with pytest.raises(UserError, match="not finite"):
-        sample_tokens(model, torch.tensor([1]), cfg_scale=2.0, seeds=[0])
+        sample(model, torch.tensor([1]), [0], cfg_scale=2.0)
 
 
 @pytest.mark.parametrize(
@@ -411,16 +410,17 @@ def test_broken_weights_are_reported_instead_of_sampled():
         ({"condition": torch.tensor([11])}, "0 .. 10"),
         ({"condition": torch.tensor([-1])}, "0 .. 10"),
         ({"seeds": [1, 2]}, "2 seeds for 1 conditions"),
-        ({"top_p": 1.5}, "top_p 1.5"),
-        ({"top_k": -1}, "top_k -1"),
-        ({"temperature": -1.0}, "temperature -1.0"),
-        ({"return_logprobs": "both"}, "'both'"),
+        ({"logp": "both"}, "'both'"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, message):
-    arguments = {"condition": torch.tensor([0]), "cfg_scale": 1.0, **kwargs}
     with pytest.raises(ValueError, match=message):
-        sample_tokens(golden_model("A_c2i"), **arguments)
+        sample(golden_model("A_c2i"), **{"condition": torch.tensor([0]), **kwargs})
+
+
+def test_a_setting_out_of_range_is_named():
+    with pytest.raises(UserError, match=r"sampling\.top_p 1\.5: must be above 0, at most 1"):
+        sample(golden_model("A_c2i"), torch.tensor([0]), top_p=1.5)
 
 
 def test_frozen_weights_are_cast_once_for_all_tokens():
@@ -429,7 +429,7 @@ def test_frozen_weights_are_cast_once_for_all_tokens():
     def casts(trainable):
         model = copy.deepcopy(golden_model("A_c2i")).requires_grad_(trainable)
         with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
-            tokens = sample_tokens(model, torch.tensor([0, 1]), cfg_scale=2.0, seeds=[0, 1])
+            tokens = sample(model, torch.tensor([0, 1]), [0, 1], cfg_scale=2.0)
         assert all(weight.requires_grad == trainable for weight in model.parameters())
         return tokens, sum(event.count for event in profile.key_averages() if event.key == "aten::_to_copy")
 
@@ -440,11 +440,11 @@ def test_frozen_weights_are_cast_once_for_all_tokens():
 def test_under_autocast_a_cache_of_half_the_size_gives_the_same_images(monkeypatch):
     """Keys and values are computed in autocast's precision, so a float32 cache holds nothing more."""
     data, model = tensors("A_c2i"), golden_model("A_c2i")
-    condition, seeds = data["in/gen_labels"], list(range(len(data["in/gen_labels"])))
+    encoded = condition_of("A_c2i", data)
 
     def drawn():
         with torch.autocast("cpu", torch.bfloat16):
-            return sample_tokens(model, condition, cfg_scale=2.0, seeds=seeds, return_logprobs="guided")
+            return sample(model, encoded, range(len(encoded)), cfg_scale=2.0, logp="guided")
 
     tokens, logp = drawn()
     small = decoding.new_cache

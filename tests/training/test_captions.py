@@ -19,11 +19,13 @@ from argrpo_cli.geneval.grammar import TAGS, content, mirrored, parse_prompt
 from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.rewards.shaping import reward_weights
+from argrpo_cli.seeds import of_training
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training
 from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer
 from argrpo_cli.training.prompts import run_conditions
-from argrpo_cli.training.rollout import Rollout, Stopwatch, image_seed
+from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.scorer import BatchScorer
 from tests.training.tiny import FakeRewards, brightness, paint, tiny_caption_policy, tiny_recipe
 
@@ -99,10 +101,10 @@ def test_images_show_their_captions(build: Build, captioned: Policy) -> None:
     trainer = build(seed=5)
     output = trainer.rollout_func(["2"] * 4 + ["1"] * 4, trainer)
     assert [one.prompt for one in output["conditions"]] == ["a blue cat a dog"] * 4 + ["a cat"] * 4
-    seeds = [image_seed(5, 0, index) for index in range(8)]
-    tokens = captioned.sample(output["conditions"], cfg_scale=2.0, seeds=seeds)
+    seeds = [of_training(5, 0, index) for index in range(8)]
+    tokens = captioned.sample(captioned.encode(output["conditions"]), Sampling(cfg_scale=2.0), seeds).tokens
     assert output["completion_ids"] == tokens.tolist()
-    assert output["prompt_ids"] == [[row] * 6 for row in range(8)]
+    assert output["prompt_ids"] == [[row] for row in range(8)]
 
 
 def test_dropped_captions_train_the_null_caption_under_their_own_padding(build: Build, captioned: Policy) -> None:
@@ -110,11 +112,10 @@ def test_dropped_captions_train_the_null_caption_under_their_own_padding(build: 
     output = trainer.rollout_func(["1"] * 32, trainer)
     dropped = torch.tensor([row[0] is None for row in output["logprobs"]])
     assert 8 <= dropped.sum() <= 24
-    features, mask = captioned.model.condition_table
-    null, own = captioned.model.model.null_caption, captioned.embed(captioned.conditions(["a cat"]))
+    null, own = captioned.model.model.null_caption, captioned.encode(captioned.conditions(["a cat"]))
     for row, drop in enumerate(dropped):
-        assert torch.equal(features[row], null if drop else own[0][0])
-        assert torch.equal(mask[row], own[1][0])
+        assert torch.equal(trainer.encoded.condition[row], null if drop else own.condition[0])
+        assert torch.equal(trainer.encoded.mask[row], own.mask[0])
 
 
 def test_a_whole_run_and_its_resumption(folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from argrpo_cli.cli.train import CHANGEABLE
-from argrpo_cli.policy import load_policy
+from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.recipe import Recipe, load_recipe
 from argrpo_cli.runs import report as report_module
 from argrpo_cli.runs.run import RunDirectory
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write
 from argrpo_cli.training import job as job_module
-from argrpo_cli.training import rollout, run_training
+from argrpo_cli.training import run_training
 from argrpo_cli.training.guards import check_weights
 from tests.training.guarded import guarded
 from tests.training.tiny import FakeRewards, brightness, redness, tiny_policy, tiny_recipe
@@ -50,11 +51,20 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def sample_otherwise(monkeypatch: pytest.MonkeyPatch, **settings: float) -> None:
+    """Let rollouts draw with other settings than the recipe's."""
+    sample = Policy.sample
+
+    def other(self: Policy, encoded: Any, sampling: Any = None, *args: Any, **keys: Any) -> Any:
+        return sample(self, encoded, replace(sampling, **settings) if "model" in keys else sampling, *args, **keys)
+
+    monkeypatch.setattr(Policy, "sample", other)
+
+
 @pytest.fixture
 def warm_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rollouts drawn at another temperature than the recipe's."""
-    real = rollout.sample_tokens
-    monkeypatch.setattr(rollout, "sample_tokens", lambda *args, **keys: real(*args, **(keys | {"temperature": 1.1})))
+    sample_otherwise(monkeypatch, temperature=1.1)
 
 
 def test_a_run_without_trouble_warns_of_nothing(policy_folder: Path, tmp_path: Path) -> None:
@@ -83,8 +93,7 @@ def test_another_temperature_in_the_sampler_is_said_and_remembered(
 def test_a_guided_sampler_with_another_scale_is_found(
     policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = rollout.sample_tokens
-    monkeypatch.setattr(rollout, "sample_tokens", lambda *args, **keys: real(*args, **(keys | {"cfg_scale": 1.5})))
+    sample_otherwise(monkeypatch, cfg_scale=1.5)
     train(tiny_recipe(policy_folder, steps=1, logprob="guided", dtype="bfloat16"), tmp_path / "run")
     assert [one["guard"] for one in warnings(tmp_path / "run")] == ["ratio"]
 

@@ -9,7 +9,7 @@ import torch
 
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.decoding import new_cache
-from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.outline import outline_policy
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.recipe.schema import LoraSection
@@ -30,12 +30,11 @@ def small(condition: str = "class", layers: int = 4, kv_heads: int = 4) -> Llama
 def kept_bytes(model: LlamaGenForImageGeneration, guided: bool, autocast: bool) -> int:
     """The storages that autograd keeps of a pass, each once, the weights and copies of them left out."""
     config = model.config
-    model.model.guidance_scale = 2.0 if guided else None
-    ids = torch.randint(0, 10, (IMAGES, config.cls_token_num + config.block_size))
-    features = {}
+    encoded = Encoded(torch.zeros(IMAGES, dtype=torch.long))
     if config.condition == "caption":
-        features["condition_features"] = torch.randn(IMAGES, config.cls_token_num, config.caption_dim)
-        features["condition_mask"] = torch.ones(IMAGES, config.cls_token_num)
+        features = torch.randn(IMAGES, config.cls_token_num, config.caption_dim)
+        encoded = Encoded(features, torch.ones(IMAGES, config.cls_token_num))
+    tokens = torch.randint(0, 10, (IMAGES, config.block_size))
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     shapes = {frozenset(parameter.shape) for parameter in model.parameters() if parameter.ndim == 2}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
@@ -49,7 +48,7 @@ def kept_bytes(model: LlamaGenForImageGeneration, guided: bool, autocast: bool) 
 
     keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with keeping, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model.model(ids, **features)
+        model.model(encoded, tokens, 2.0 if guided else 1.0)
     return sum(size for size, _ in kept.values())
 
 

@@ -12,18 +12,19 @@ import trl
 from torch import Tensor
 
 from argrpo_cli.policy import Policy
-from argrpo_cli.shapes import Condition
+from argrpo_cli.seeds import is_dropped, of_training
+from argrpo_cli.shapes import Condition, Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import rollout
 from argrpo_cli.training.callbacks.grids import Gallery
 from argrpo_cli.training.grpo import ImageGRPOTrainer
 from argrpo_cli.training.prompts import condition_order, prompt_dataset
-from argrpo_cli.training.rollout import Rollout, image_seed, is_dropped
+from argrpo_cli.training.rollout import Rollout
 from tests.training.tiny import CLASSES, CODES, TOKENS, FakeRewards, count_of_3, paint, tiny_recipe
 
 Build = Callable[..., ImageGRPOTrainer]
 MOVED = (
-    f"TRL {trl.__version__} no longer treats rollout_func as argrpo_cli/grpo/rollout.py expects; adapt that module "
+    f"TRL {trl.__version__} no longer treats rollout_func as argrpo_cli/training/rollout.py expects; adapt that module "
     "and the bounds of trl in pyproject.toml"
 )
 
@@ -86,6 +87,35 @@ def test_rollout_contract_of_trl(new_trainer: Build) -> None:
     assert "reward_within_group_std" in trainer.state.log_history[0], MOVED
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2.0}])
+def test_log_probability_contract_of_trl(
+    new_trainer: Build, monkeypatch: pytest.MonkeyPatch, lora: dict[str, float] | None
+) -> None:
+    """TRL asks one method for all log-probabilities, of the old, the reference and the trained policy in turn."""
+    name, moved = "_get_per_token_logps_and_entropies", MOVED.replace("rollout_func", "log-probabilities")
+    moved = moved.replace("rollout.py", "grpo.py")
+    method = inspect.signature(getattr(trl.GRPOTrainer, name, None)).parameters
+    own = inspect.signature(getattr(ImageGRPOTrainer, name)).parameters
+    assert set(own) - {"others"} <= set(method), moved
+    calls: list[tuple[bool, bool, list[int]]] = []
+    trainer = new_trainer(steps=2, updates_per_batch=2, micro_batch_size=4, beta=0.1, lora=lora)
+    measure = getattr(ImageGRPOTrainer, name)
+
+    def spy(self: ImageGRPOTrainer, model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert input_ids.shape[1] == 1 + TOKENS and {model} <= {self.model, self.model_wrapped, self.ref_model}, moved
+        answer = measure(self, model, input_ids, *args, **kwargs)
+        calls.append((torch.is_grad_enabled(), answer[1] is not None, sorted(input_ids[:, 0].tolist())))
+        return answer
+
+    monkeypatch.setattr(ImageGRPOTrainer, name, spy)
+    trainer.train()
+    whole = list(range(8))  # rows of the batch
+    assert [call[:2] for call in calls] == [(False, False)] * 2 + [(True, True)] * 4, moved
+    assert calls[0][2] == calls[1][2] == whole, moved
+    assert sorted(calls[2][2] + calls[3][2]) == sorted(calls[4][2] + calls[5][2]) == whole, moved
+    assert trainer.ratio_meter.take()[0] == pytest.approx(1, abs=0.2), moved
+
+
 def test_reused_images_are_drawn_once(new_trainer: Build) -> None:
     trainer = new_trainer(steps=4, updates_per_batch=2)
     spy = trainer.rollout_func = Spy(trainer.rollout_func)
@@ -102,9 +132,10 @@ def test_images_show_what_was_asked(
     trainer = new_trainer(seed=5)
     output = trainer.rollout_func(["2"] * 5 + ["0"] * 3, trainer)
     assert output["conditions"] == [Condition("a photo of a cat", 2)] * 5 + [Condition("a photo of an ant", 0)] * 3
-    assert output["prompt_ids"] == [[2]] * 5 + [[0]] * 3
-    seeds = [image_seed(5, 0, index) for index in range(8)]
-    tokens = policy.sample(output["conditions"], cfg_scale=2.0, seeds=seeds)
+    assert output["prompt_ids"] == [[row] for row in range(8)]
+    assert trainer.encoded.condition.tolist() == [2] * 5 + [0] * 3
+    seeds = [of_training(5, 0, index) for index in range(8)]
+    tokens = policy.sample(policy.encode(output["conditions"]), Sampling(cfg_scale=2.0), seeds).tokens
     assert output["completion_ids"] == tokens.tolist()
     assert torch.equal(torch.stack(output["images"]), paint(tokens))
     assert len(output["logprobs"][0]) == TOKENS
@@ -130,16 +161,16 @@ def test_broken_policy_is_one_line(new_trainer: Build, policy: Policy) -> None:
 
 
 def test_image_seeds_are_fixed_for_all_time() -> None:
-    assert image_seed(0, 0, 0) == 759540517790923586
-    assert len({image_seed(seed, step, index) for seed in range(5) for step in range(5) for index in range(5)}) == 125
-    assert all(0 <= image_seed(7, step, 0) < 2**63 for step in range(100))
+    assert of_training(0, 0, 0) == 759540517790923586
+    assert len({of_training(seed, step, index) for seed in range(5) for step in range(5) for index in range(5)}) == 125
+    assert all(0 <= of_training(7, step, 0) < 2**63 for step in range(100))
 
 
 def test_gallery_pictures_have_seeds_of_their_own(policy: Policy) -> None:
     recipe = tiny_recipe(seed=5, grid_images=24)
     seeds = Gallery(recipe, policy, policy.conditions(range(CLASSES))).seeds
     assert len(set(seeds)) == 24
-    trained = {image_seed(5, step, index) for step in range(50) for index in range(64)}
+    trained = {of_training(5, step, index) for step in range(50) for index in range(64)}
     assert trained.isdisjoint(seeds)
 
 
@@ -148,7 +179,7 @@ def test_dropped_conditions_train_the_null_class(new_trainer: Build) -> None:
     kept = new_trainer(condition_dropout=0.0)
     prompts = ["1"] * 32
     output, plain = trainer.rollout_func(prompts, trainer), kept.rollout_func(prompts, kept)
-    dropped = [ids == [CLASSES] for ids in output["prompt_ids"]]
+    dropped = (trainer.encoded.condition == CLASSES).tolist()
     assert 8 <= sum(dropped) <= 24
     assert output["completion_ids"] == plain["completion_ids"]  # the images are drawn for their class all the same
     for drop, logprobs in zip(dropped, output["logprobs"], strict=True):
@@ -180,10 +211,15 @@ def test_prompts_are_indices_of_conditions() -> None:
 
 
 def test_recipe_reaches_the_sampler(new_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
-    sample_tokens = rollout.sample_tokens
-    monkeypatch.setattr(rollout, "sample_tokens", lambda *a, **k: (seen.append(k), sample_tokens(*a, **k))[1])
+    seen: list[tuple[Sampling, str]] = []
+    sample = Policy.sample
+
+    def spy(self: Policy, encoded: Any, sampling: Sampling, seeds: Any, *, model: Any, logp: str) -> Any:
+        seen.append((sampling, logp))
+        return sample(self, encoded, sampling, seeds, model=model, logp=logp)
+
+    monkeypatch.setattr(Policy, "sample", spy)
     trainer = new_trainer(cfg_scale=1.5, temperature=0.7, logprob="guided")
     trainer.rollout_func(["0"], trainer)
-    assert (seen[0]["cfg_scale"], seen[0]["temperature"], seen[0]["return_logprobs"]) == (1.5, 0.7, "guided")
+    assert seen == [(Sampling(cfg_scale=1.5, temperature=0.7), "guided")]
     assert tiny_recipe().sampling.top_k == 0

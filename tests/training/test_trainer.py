@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from argrpo_cli.policy import Policy
+from argrpo_cli.policy.llamagen.modeling import Encoded
+from argrpo_cli.policy.protocol import Scored
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.training import rollout
 from argrpo_cli.training.grpo import CodeTokenizer, ImageGRPOTrainer, RatioMeter, grpo_config
 from argrpo_cli.training.objective import advantages, grpo_objective, kl_estimate
 from tests.training.tiny import CLASSES, CODES, TOKENS, FakeRewards, brightness, count_of_3, redness, tiny_recipe
@@ -24,44 +26,42 @@ GOLDENS = Path(__file__).parents[1] / "data" / "grpo" / "H_grpo.safetensors"
 
 
 class GivenLogProbs(nn.Module):
-    """A "model" whose log-probabilities are its parameters, answering as TRL's fused LM head does."""
+    """A "model" whose log-probabilities are its parameters."""
 
     def __init__(self, logp: Tensor) -> None:
         super().__init__()
         self.logp = nn.Parameter(logp)
 
-    def forward(self, **_: Any) -> Any:
-        return type("Output", (), {"log_probs": self.logp, "entropy": torch.zeros_like(self.logp)})()
+    def forward(self, encoded: Encoded, tokens: Tensor, sampling: Sampling, entropy: bool) -> Scored:
+        return Scored(self.logp, torch.zeros_like(self.logp))
 
 
 @pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """What TRL hands to the loss, update by update, with the loss it got."""
-    seen: list[dict[str, Tensor]] = []
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What TRL hands to the loss, update by update, with the conditions behind it and the loss it got."""
+    seen: list[dict[str, Any]] = []
     compute_loss = ImageGRPOTrainer.compute_loss
 
     def spy(self: ImageGRPOTrainer, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         loss = compute_loss(self, model, inputs, *args, **kwargs)
-        seen.append(dict(inputs) | {"loss": loss.detach()})
+        encoded = self.encoded[inputs["prompt_ids"][:, 0]]
+        seen.append(dict(inputs) | {"loss": loss.detach(), "encoded": encoded})
         return loss
 
     monkeypatch.setattr(ImageGRPOTrainer, "compute_loss", spy)
     return seen
 
 
-def teacher_forced(policy: Policy, batch: dict[str, Tensor], scale: float | None, temperature: float = 1.0) -> Tensor:
+def teacher_forced(policy: Policy, batch: dict[str, Any], scale: float | None, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [N, T] of a batch's tokens, straight from the definition: guided logits, softmax, gather."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    null = ids.clone()
-    null[:, 0] = CLASSES
-    policy.model.guidance_scale = None
+    encoded, tokens = batch["encoded"], batch["completion_ids"]
     with torch.no_grad():
-        conditional = policy.model(ids).logits
+        conditional = policy.model.logits(encoded, tokens)
         logits = conditional
         if scale is not None:
-            unconditional = policy.model(null).logits
+            unconditional = policy.model.logits(Encoded(torch.full_like(encoded.condition, CLASSES)), tokens)
             logits = unconditional + scale * (conditional - unconditional)
-    return (logits[:, :-1] / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return (logits / temperature).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def test_trl_loss_equals_the_golden_loss_and_gradient(new_trainer: Build) -> None:
@@ -71,6 +71,7 @@ def test_trl_loss_equals_the_golden_loss_and_gradient(new_trainer: Build) -> Non
     trainer.model.train()
     model = GivenLogProbs(golden["in/logp"])
     images = len(golden["in/logp"])
+    trainer.encoded = Encoded(torch.zeros(images, dtype=torch.long))
     loss = trainer.compute_loss(
         model,
         {
@@ -135,13 +136,13 @@ def test_bfloat16_samples_and_trains_under_autocast(
     new_trainer: Build, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled_under: list[tuple[bool, torch.dtype]] = []
-    sample_tokens = rollout.sample_tokens
+    sample = Policy.sample
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         sampled_under.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
-        return sample_tokens(*args, **kwargs)
+        return sample(*args, **kwargs)
 
-    monkeypatch.setattr(rollout, "sample_tokens", spy)
+    monkeypatch.setattr(Policy, "sample", spy)
     trainer = new_trainer(steps=1, dtype="bfloat16", temperature=0.8)
     assert trainer.args.bf16
     trainer.train()
@@ -452,8 +453,7 @@ def test_entropy_is_that_of_the_trained_distribution(
     trainer = new_trainer(steps=1)
     trainer.train()
     policy.model.load_state_dict(base)
-    ids = torch.cat([batches[0]["prompt_ids"], batches[0]["completion_ids"]], dim=1)
     with torch.no_grad():
-        logits = policy.model(ids).logits[:, :-1]
+        logits = policy.model.logits(batches[0]["encoded"], batches[0]["completion_ids"])
     entropy = -(F.softmax(logits, -1) * F.log_softmax(logits, -1)).sum(-1).mean()
     assert trainer.state.log_history[0]["entropy"] == pytest.approx(entropy.item(), abs=1e-5)

@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 
+from argrpo_cli.policy import Policy
+from argrpo_cli.policy.llamagen import modeling
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.training import rollout, run_training
+from argrpo_cli.training import run_training
 
 if __name__ == "__main__":  # the folder tests is no package, and another distribution may have brought one
     tests = sys.modules["tests"] = ModuleType("tests")
     tests.__path__ = [str(Path(__file__).parents[1])]
 
-from tests.training.tiny import FakeRewards, brightness, redness, tiny_recipe
+from tests.training.tiny import CODES, FakeRewards, brightness, redness, tiny_recipe
 
 PROCESS = int(os.environ.get("RANK", "0"))
 PLAIN = {"batch_size": 16, "group_size": 8, "steps": 5, "save_every": 2, "grid_every": 2}
@@ -49,11 +51,13 @@ def straddling(folder: Path, out: Path) -> None:
 
 
 def captions(folder: Path, out: Path) -> None:
-    """Rows of a table of captions that each process has for itself, and guided log-probabilities."""
+    """Captions that each process has for itself, guided log-probabilities, and logits that are computed again."""
+    modeling.LOGITS_AT_ONCE, whole = 9 * CODES, modeling.LOGITS_AT_ONCE
     asked = {"source": "captions", "captions": ["a dog", "a red cat", "a blue dog", "a cat"]}
     recipe = tiny_recipe(folder / "captions", conditions=asked, logprob="guided", micro_batch_size=2, steps=3)
     out = folder / "run_of_captions"
     run_training(recipe, out, rewards=FakeRewards())
+    modeling.LOGITS_AT_ONCE = whole
 
 
 def stopped(folder: Path, out: Path) -> None:
@@ -87,16 +91,16 @@ def refused(folder: Path, out: Path) -> None:
 
 def broken(folder: Path, out: Path) -> None:
     """The sampler of one process finds weights that are not numbers."""
-    draw = rollout.sample_tokens
+    draw = Policy.sample
 
     def complain(*args: Any, **options: Any) -> Any:
         raise UserError("the logits are not numbers")
 
-    rollout.sample_tokens = complain if PROCESS == 1 else draw
+    Policy.sample = complain if PROCESS == 1 else draw
     try:
         run_training(tiny_recipe(folder / "policy", **PLAIN), out, rewards=FakeRewards())
     finally:
-        rollout.sample_tokens = draw
+        Policy.sample = draw
 
 
 CASES: dict[str, Callable[[Path, Path], None]] = {

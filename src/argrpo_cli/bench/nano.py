@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 
 import torch
+from torch.nn import functional as F
 
 from argrpo_cli.bench import machine, measure
-from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.policy.llamagen.sampling import image_uniforms, inverse_cdf, sample_tokens
+from argrpo_cli.policy import load_policy
+from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.sampling import image_uniforms, inverse_cdf
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.devices import resolve_device
 
 
@@ -28,14 +31,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     device = resolve_device(options.device)
     policy = load_policy(options.policy, device=device)
-    class_ids = torch.arange(options.batch_size, device=device) % len(policy.class_names)
+    sampling = Sampling(cfg_scale=options.cfg_scale)
+    encoded = policy.encode(policy.conditions(index % len(policy.card.names) for index in range(options.batch_size)))
     seeds = list(range(options.batch_size))
 
     def cached() -> torch.Tensor:
-        return sample_tokens(policy.model, class_ids, cfg_scale=options.cfg_scale, seeds=seeds)
+        return policy.sample(encoded, sampling, seeds).tokens
 
     def uncached() -> torch.Tensor:
-        return sample_without_cache(policy, class_ids, options.cfg_scale, seeds)
+        return sample_without_cache(policy.model, encoded, options.cfg_scale, seeds)
 
     # The first calls are the warm-up; they also show that both draw the same images.
     tokens = cached()
@@ -55,25 +59,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 @torch.inference_mode()
-def sample_without_cache(policy: Policy, class_ids: torch.Tensor, cfg_scale: float, seeds: list[int]) -> torch.Tensor:
-    """The same images as `sample_tokens`, with the whole prefix run again for every token.
-
-    Args:
-        class_ids: int64 [B]; cfg_scale, seeds: as in `sample_tokens`.
-
-    Returns:
-        int64 [B, T].
-    """
-    model, length = policy.model, policy.model.config.block_size
-    uniforms = image_uniforms(seeds, length, class_ids.device)
-    tokens = class_ids[:, None]
-    before = model.guidance_scale
-    model.guidance_scale = cfg_scale
-    try:
-        for index in range(length):
-            hidden = model.model(input_ids=tokens).last_hidden_state[:, -1]
-            chosen = inverse_cdf(model.lm_head(hidden).float(), uniforms[:, index])
-            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-    finally:
-        model.guidance_scale = before
-    return tokens[:, 1:]
+def sample_without_cache(
+    model: LlamaGenForImageGeneration, encoded: Encoded, cfg_scale: float, seeds: list[int]
+) -> torch.Tensor:
+    """The same tokens int64 [B, T] as `sample_tokens` draws, with the whole prefix run again for every token."""
+    length = model.config.block_size
+    uniforms = image_uniforms(seeds, length, encoded.condition.device)
+    tokens = torch.empty(len(encoded), 0, dtype=torch.int64, device=encoded.condition.device)
+    for index in range(length):
+        hidden = model.model(encoded, F.pad(tokens, (0, 1)), cfg_scale)[:, -1]
+        chosen = inverse_cdf(model.lm_head(hidden).float(), uniforms[:, index])
+        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+    return tokens

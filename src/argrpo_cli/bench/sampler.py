@@ -29,10 +29,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from argrpo_cli.bench import machine, measure
 from argrpo_cli.policy.llamagen.config import SIZES, published_config
-from argrpo_cli.policy.llamagen.modeling import Attention, KeyValue, LlamaGenForImageGeneration, RMSNorm
+from argrpo_cli.policy.llamagen.modeling import Attention, Encoded, KeyValue, LlamaGenForImageGeneration, RMSNorm
 from argrpo_cli.policy.llamagen.packing import packed_linears
 from argrpo_cli.policy.llamagen.rope import apply_rope, rope_table
 from argrpo_cli.policy.llamagen.sampling import sample_tokens
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.devices import resolve_device
 
 
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         seeds = list(range(options.batch_size))
         jobs: dict[str, Callable[[], object]] = {
             "reference": partial(sample_as_published, model, classes, scale),
-            "argrpo": partial(sample_tokens, model, classes, cfg_scale=scale, seeds=seeds),
+            "argrpo": partial(sample_tokens, model, Encoded(classes), Sampling(cfg_scale=scale), seeds=seeds),
         }
         if device == "cpu":
             jobs["floor"] = partial(linear_layers_alone, model, len(classes), scale)

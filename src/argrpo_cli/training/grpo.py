@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from argrpo_cli.policy.adapters import check_targets, require_peft
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.gathering import check_sharding
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from argrpo_cli.policy import Policy
+    from argrpo_cli.policy.protocol import Encoded
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.recipe.schema import LoraSection
 
@@ -111,29 +113,50 @@ class RatioMeter:
 
 
 class ImageGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer that also measures the ratio of trained to sampled probabilities. The objective is TRL's.
+    """GRPOTrainer whose log-probabilities are the policy's own, and which measures their ratio to the sampler's.
 
-    The way to the gradient: TRL replaces the model's forward by one with a fused head (backbone -> last_hidden_state ->
-    lm_head in tiles -> output.log_probs), so LlamaGenForImageGeneration.forward and its logits take no part. The
-    backbone's `guidance_scale` is what makes the log-probabilities guided.
+    The objective is TRL's. TRL's fused head, which it puts on the model's forward, takes no part: it lets calls like
+    ours through. What a prompt stands for in them is here and not in the model: `encoded`, what `Rollout` drew for.
+
+    Args:
+        sampling: the distribution that is trained: guided, or with cfg_scale 1 the conditional one.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sampling: Sampling, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ratio_meter = RatioMeter()
+        self.sampling, self.ratio_meter = sampling, RatioMeter()
+        self.encoded: Encoded | None = None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """TRL's one way to log-probabilities [B, T] and entropies [B, T], of the policy and of the reference.
+
+        Args:
+            input_ids: int64 [B, 1 + T], a row of `encoded` and the tokens of an image.
+            attention_mask, others: of texts and of models that read pictures.
+        """
+        rows, tokens = input_ids[:, 0], input_ids[:, -logits_to_keep:]
+        parts = zip(*(whole.split(batch_size or len(whole)) for whole in (rows, tokens)), strict=True)
+        with self.accelerator.autocast():
+            scored = [model(self.encoded[rows], tokens, self.sampling, compute_entropy) for rows, tokens in parts]
+        logp = torch.cat([part.logp for part in scored])
+        self.logp = logp.detach()  # for `compute_loss`
+        return logp, torch.cat([part.entropy for part in scored]) if compute_entropy else None, None
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """TRL's loss of one micro-batch; its log-probabilities are compared with the sampler's on the way."""
-        passes: list[Tensor] = []
-        hook = model.register_forward_hook(lambda module, args, output: passes.append(output.log_probs.detach()))
-        try:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        finally:
-            hook.remove()
-        sampled = inputs["sampling_per_token_logps"]
-        self.ratio_meter.add(passes[0][:, -sampled.shape[1] :], sampled)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.ratio_meter.add(self.logp, inputs["sampling_per_token_logps"])
         return loss
 
 
@@ -222,11 +245,10 @@ def lora_config(lora: LoraSection, model: nn.Module) -> LoraConfig:
 
     check_targets(model, lora.targets)
     return LoraConfig(
-        task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=list(lora.targets),
-    )
+    )  # and no task_type: that of texts would give our arguments names of its own
 
 
 def build_trainer(
@@ -262,29 +284,27 @@ def build_trainer(
     # One row per group; an update sees batch_size / group_size of them, a batch may serve several updates.
     batches = -(-grpo.steps // grpo.updates_per_batch)
     groups = batches * (grpo.batch_size // grpo.group_size)
+    sampling = Sampling(**recipe.sampling.model_dump())
     trainer = ImageGRPOTrainer(
         model,
+        sampling=sampling if grpo.logprob == "guided" else replace(sampling, cfg_scale=1.0),
         reward_funcs=scorer.functions(),
         args=grpo_config(
             recipe,
             output_dir,
-            model.config.block_size,
+            policy.card.tokens,
             list(scorer.weights.values()),
             str(model.device.type),
             rollout.team.count,
         ),
         train_dataset=prompt_dataset(rollout.conditions, groups, recipe.seed),
-        processing_class=CodeTokenizer(model.config.vocab_size),
+        processing_class=CodeTokenizer(policy.card.codes),
         rollout_func=rollout,
         callbacks=list(callbacks),
         peft_config=None if recipe.policy.lora is None else lora_config(recipe.policy.lora, model),
     )
     trainer.remove_callback(PrinterCallback)
     check_sharding(trainer)
-    if grpo.logprob == "guided":
-        model.guidance_scale = recipe.sampling.cfg_scale
-        if trainer.ref_model is not None:
-            trainer.accelerator.unwrap_model(trainer.ref_model).guidance_scale = recipe.sampling.cfg_scale
     return trainer
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups, save_half
 from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, caption_batch, class_batch, vocabulary
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration, left_pad, teacher_forced
+from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration, left_pad
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, from_uint8, to_uint8
 from argrpo_cli.system.files import write_json
 
@@ -157,9 +157,7 @@ def tokenised(
 
 def nats(model: LlamaGenForImageGeneration, condition: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
     """Mean cross entropy in nats over all image tokens given the condition and the tokens before."""
-    inputs, predicting = teacher_forced(model.config, condition, mask, tokens)
-    logits = model(**inputs).logits[:, predicting]
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+    return -model(Encoded(condition, mask), tokens).logp.mean()
 
 
 def save_policy(model: LlamaGenForImageGeneration, folder: Path, name: str, **card: Any) -> None:

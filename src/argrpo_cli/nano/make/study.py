@@ -15,7 +15,6 @@ from argrpo_cli.nano.make.corrupt import MIXTURE_OF_CAPTIONS, Corrupted, Pool, P
 from argrpo_cli.nano.make.fit import Setting
 from argrpo_cli.nano.tokens import load_tokenizer
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.policy.llamagen.modeling import teacher_forced
 from argrpo_cli.policy.llamagen.text import load_text_encoder
 
 
@@ -68,11 +67,10 @@ def proposer(folder: str | Path, seed: int) -> Propose:
         proposals = []
         for start in range(0, len(tokens), 100):
             part = tokens[start : start + 100]
-            condition, mask = policy.embed(policy.conditions(asked[start : start + 100]))
-            inputs, predicting = teacher_forced(policy.model.config, condition, mask, part)
+            encoded = policy.encode(policy.conditions(asked[start : start + 100]))
             with torch.autocast("cpu", torch.bfloat16):
-                logits = policy.model(**inputs).logits[:, predicting]
-            chosen = torch.multinomial(logits.float().softmax(-1).flatten(0, 1), 1, generator=generator)
+                logits = policy.model.logits(encoded, part)
+            chosen = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
             proposals.append(chosen.view_as(part))
         return torch.cat(proposals)
 

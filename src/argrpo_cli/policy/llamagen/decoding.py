@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from argrpo_cli.policy.llamagen.modeling import KeyValue, LlamaGenForImageGeneration, caption_attention_mask, guide
+from argrpo_cli.policy.llamagen.modeling import (
+    Encoded,
+    KeyValue,
+    LlamaGenForImageGeneration,
+    caption_attention_mask,
+    guide,
+)
 
 BUCKET = 64  # a graph's attention reads the filled cache up to the next multiple of this
 
@@ -62,18 +68,18 @@ class Decoder:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
 
-    def start(self, condition: Tensor, condition_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def start(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Read the conditions; logits of the first token and what they come from, as `step` returns them."""
         backbone, guided = self.model.model, self.cfg_scale > 1
-        x = backbone.embed_condition(condition)
+        x = backbone.embed_condition(encoded.condition)
         if guided:
             x = torch.cat([x, backbone.embed_null(self.batch)])  # conditional half first
         mask = None
         if self.valid is not None:
             self.valid.fill_(True)
-        if condition_mask is not None:
-            mask = caption_attention_mask(condition_mask, self.prefix)
-            seen = condition_mask.bool()[:, None, None]
+        if encoded.mask is not None:
+            mask = caption_attention_mask(encoded.mask, self.prefix)
+            seen = encoded.mask.bool()[:, None, None]
             if guided:  # the null caption keeps the padding of the caption it replaces
                 mask, seen = mask.repeat(2, 1, 1, 1), seen.repeat(2, 1, 1, 1)
             self.valid[..., : self.prefix] = seen

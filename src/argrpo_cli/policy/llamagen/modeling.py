@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.rope import apply_rope, rope_table
+from argrpo_cli.policy.protocol import Scored
+from argrpo_cli.shapes import Sampling
 
+MIN_TEMPERATURE = 1e-5  # as in LlamaGen: temperature 0 is a very sharp distribution, not a division by zero
+LOGITS_AT_ONCE = 2**24  # held of a training pass; more are computed again in its backward pass, part by part
 KeyValue = tuple[Tensor, Tensor]
 
 
@@ -224,15 +229,6 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
     """The backbone: condition and image tokens in, hidden states after the final norm out.
 
     There is no dropout, so training and evaluation mode compute the same function.
-
-    Attributes:
-        guidance_scale: None for the conditional model. With s > 1 the hidden states are the guided ones,
-            h_u + s (h_c - h_u), where h_u belongs to the null condition. The LM head is linear and has no
-            bias, so what it makes of them are the guided logits, and log-probabilities taken from those are
-            the ones of the distribution that guided sampling draws from. As there, s <= 1 is no guidance.
-        condition_table: None, or the features [N, P, caption_dim] and mask [N, P] that `input_ids` count into: a pass
-            that is given no features takes those of row input_ids[:, 0]. So a trainer that only knows ids can train
-            captions.
     """
 
     def __init__(self, config: LlamaGenConfig) -> None:
@@ -246,8 +242,6 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
             self.register_buffer("null_caption", torch.zeros(config.cls_token_num, config.caption_dim))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.guidance_scale: float | None = None
-        self.condition_table: KeyValue | None = None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -292,81 +286,36 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
             x = layer(x, table, mask, None if past is None else past[index], positions, filled)
         return self.norm(x)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        condition_features: Tensor | None = None,
-        condition_mask: Tensor | None = None,
-        inputs_embeds: None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BaseModelOutput:
-        """Teacher-forced pass over P condition tokens and t <= block_size image tokens.
+    def forward(self, encoded: Encoded, tokens: Tensor, guidance: float = 1.0) -> Tensor:
+        """Teacher-forced pass along images, or along their beginnings.
 
         Args:
-            input_ids: int64 [B, P + t]. Column 0 is the class id (num_classes = null); for captions the
-                first P columns are placeholders, or rows of `condition_table`. The rest are image token ids.
-            attention_mask: [B, P + t]; images are always complete, so only caption padding can be masked.
-            condition_features: [B, P, caption_dim], left padded (`left_pad`); captions only.
-            condition_mask: [B, P]; by default the first P columns of attention_mask.
-            use_cache, return_dict: accepted because trainers pass them; this pass has no cache to return.
-            inputs_embeds, output_attentions, output_hidden_states: not supported, must be unset.
+            tokens: int64 [B, t], t <= block_size; the last one is predicted and not read.
+            guidance: with s > 1 the hidden states are the guided ones, h_u + s (h_c - h_u), where h_u belongs to the
+                null condition. The LM head is linear and has no bias, so what it makes of them are the guided logits,
+                and log-probabilities taken from those are the ones of the distribution that guided sampling draws
+                from. As there, s <= 1 is no guidance.
 
         Returns:
-            last_hidden_state [B, P + t, D]; position P - 1 + i predicts image token i.
+            [B, t, D], what each of the tokens is predicted from.
         """
-        if inputs_embeds is not None or output_attentions or output_hidden_states:
-            raise ValueError("LlamaGenModel takes input_ids and returns last_hidden_state only")
-        batch, length = input_ids.shape
-        condition_length = self.config.cls_token_num
-        if not condition_length <= length <= condition_length + self.config.block_size:
+        batch, length = tokens.shape
+        if len(encoded) != batch or length > self.config.block_size:
             raise ValueError(
-                f"input_ids has {length} columns; {condition_length} condition tokens and at most "
-                f"{self.config.block_size} image tokens are expected"
+                f"tokens are {list(tokens.shape)}, for {len(encoded)} conditions and images of {self.config.block_size}"
             )
-        if self.condition_table is not None and condition_features is None:
-            condition_features, condition_mask = (part[input_ids[:, 0]] for part in self.condition_table)
-        if (self.config.condition == "caption") != (condition_features is not None):
-            raise ValueError(f"a policy conditioned on a {self.config.condition}: condition_features do not fit")
-        if condition_mask is None and attention_mask is not None:
-            condition_mask = attention_mask[:, :condition_length]
-
-        condition = input_ids[:, 0] if condition_features is None else condition_features
-        tokens = self.embed_tokens(input_ids[:, condition_length:])
-        x = torch.cat([self.embed_condition(condition).to(tokens.dtype), tokens], dim=1)
-        mask = None
-        if condition_features is not None and condition_mask is not None:
-            mask = caption_attention_mask(condition_mask, length)
-        scale = self.guidance_scale
-        if scale is None or scale <= 1:
-            return BaseModelOutput(last_hidden_state=self.run(x, mask))
-        null = torch.cat([self.embed_null(batch).to(tokens.dtype), tokens], dim=1)
-        if mask is not None:
-            mask = mask.repeat(2, 1, 1, 1)  # the null caption keeps the padding of the caption it replaces
-        hidden = self.run(torch.cat([x, null]), mask)
-        return BaseModelOutput(last_hidden_state=guide(*hidden.chunk(2), scale))
-
-
-def teacher_forced(
-    config: LlamaGenConfig, condition: Tensor, mask: Tensor | None, tokens: Tensor
-) -> tuple[dict[str, Tensor], slice]:
-    """Arguments of a forward pass along whole images, and the positions whose outputs predict their tokens.
-
-    Args:
-        condition: class ids int64 [B], or caption features [B, P, caption_dim]; as `Policy.embed` gives them.
-        mask: of captions, int64 [B, P]; None for classes.
-        tokens: int64 [B, T].
-    """
-    length = config.cls_token_num
-    predicting = slice(length - 1, None)
-    if config.condition == "class":
-        return {"input_ids": torch.cat([condition[:, None], tokens[:, :-1]], dim=1)}, predicting
-    columns = tokens.new_zeros(len(tokens), length)  # taken up by the caption
-    features = {"condition_features": condition, "condition_mask": mask}
-    return {"input_ids": torch.cat([columns, tokens[:, :-1]], dim=1), **features}, predicting
+        if (self.config.condition == "caption") != (encoded.condition.ndim == 3):
+            shape = list(encoded.condition.shape)
+            raise ValueError(f"a policy conditioned on a {self.config.condition}: conditions {shape} do not fit")
+        read = self.embed_tokens(tokens[:, :-1])
+        x = torch.cat([self.embed_condition(encoded.condition).to(read.dtype), read], dim=1)
+        mask = None if encoded.mask is None else caption_attention_mask(encoded.mask, x.shape[1])
+        if guidance > 1:
+            x = torch.cat([x, torch.cat([self.embed_null(batch).to(read.dtype), read], dim=1)])
+            if mask is not None:
+                mask = mask.repeat(2, 1, 1, 1)  # the null caption keeps the padding of the caption it replaces
+        hidden = self.run(x, mask)[:, self.config.cls_token_num - 1 :]
+        return guide(*hidden.chunk(2), guidance) if guidance > 1 else hidden
 
 
 def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
@@ -394,60 +343,37 @@ class LlamaGenForImageGeneration(LlamaGenPreTrainedModel, GenerationMixin):
         else:
             super()._init_weights(module)
 
-    @property
-    def guidance_scale(self) -> float | None:
-        """The backbone's guidance scale; see `LlamaGenModel`."""
-        return self.model.guidance_scale
-
-    @guidance_scale.setter
-    def guidance_scale(self, scale: float | None) -> None:
-        self.model.guidance_scale = scale
-
-    @property
-    def condition_table(self) -> KeyValue | None:
-        """The backbone's; see `LlamaGenModel`."""
-        return self.model.condition_table
-
-    @condition_table.setter
-    def condition_table(self, table: KeyValue | None) -> None:
-        self.model.condition_table = table
-
     def get_output_embeddings(self) -> nn.Linear:
         """The LM head, [vocab_size, D], no bias."""
         return self.lm_head
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        condition_features: Tensor | None = None,
-        condition_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        inputs_embeds: None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> CausalLMOutput:
-        """Logits float32 [B, P + t, vocab_size]; arguments as `LlamaGenModel.forward`.
+        self, encoded: Encoded, tokens: Tensor, sampling: Sampling | None = None, entropy: bool = False
+    ) -> Scored:
+        """Log-probabilities of images' tokens int64 [B, T] by one teacher-forced pass; see `protocol.Policy.model`.
 
-        With `labels` [B, P + t] (the input ids, -100 to leave a position out) `loss` is the mean cross
-        entropy of the next token.
+        The logits of large shapes are never held whole. Without `sampling` this is the conditional distribution, and
+        the mean of -logp is the loss of pre-training (eq. 2).
         """
-        hidden = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            condition_features=condition_features,
-            condition_mask=condition_mask,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        ).last_hidden_state
-        logits = self.lm_head(hidden).float()
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
+        sampling = sampling or Sampling(cfg_scale=1.0)
+        hidden = self.model(encoded, tokens, sampling.cfg_scale).flatten(0, 1)
+        at_once = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        score = partial(checkpoint, self._score, use_reentrant=False) if len(hidden) > at_once else self._score
+        parts = zip(hidden.split(at_once), tokens.flatten().split(at_once), strict=True)
+        logp, entropies = zip(*(score(*part, sampling.temperature, entropy) for part in parts), strict=True)
+        return Scored(torch.cat(logp).view_as(tokens), torch.cat(entropies).view_as(tokens) if entropy else None)
+
+    def _score(self, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool) -> Scored:
+        """Of tokens [N], from hidden states [N, D]."""
+        logp = (self.lm_head(hidden).float() / max(temperature, MIN_TEMPERATURE)).log_softmax(-1)
+        return Scored(
+            logp.gather(-1, tokens[:, None])[:, 0],
+            -(logp.exp() * logp).sum(-1) if entropy else None,  # H = - sum_v pi log pi, in nats (section 4.3)
+        )
+
+    def logits(self, encoded: Encoded, tokens: Tensor, guidance: float = 1.0) -> Tensor:
+        """Logits float32 [B, t, V] that each of the tokens [B, t] is drawn by, whole; see `LlamaGenModel.forward`."""
+        return self.lm_head(self.model(encoded, tokens, guidance)).float()
 
     def generate(self, *args: object, **kwargs: object) -> Tensor:
         """Not how images are drawn; raises NotImplementedError."""

@@ -141,19 +141,7 @@ class Policy:
             return self._old_sample(encoded, *before, *old, **given, **older)
         if old:
             (seeds,) = old
-        drawn = sample_tokens(
-            self.model if model is None else model,
-            encoded.condition,
-            condition_mask=encoded.mask,
-            cfg_scale=sampling.cfg_scale,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            cfg_interval=sampling.cfg_interval,
-            seeds=seeds,
-            return_logprobs=logp,
-        )
-        return Drawn(drawn, None) if logp is None else Drawn(*drawn)
+        return sample_tokens(self.model if model is None else model, encoded, sampling, seeds=seeds, logp=logp)
 
     def tokenise(self, images: Tensor) -> Tensor:
         """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
@@ -166,12 +154,8 @@ class Policy:
         Returns:
             class ids int64 [B] and None; or caption features [B, P, caption_dim], left padded, and their mask [B, P].
         """
-        device = self.model.device
-        if self.text_encoder is None:
-            return torch.tensor([self._known_id(one) for one in conditions], dtype=torch.long, device=device), None
-        config = self.model.config
-        features, mask = self.text_encoder.encode([one.prompt for one in conditions], config.cls_token_num)
-        return features.to(device), mask.to(device)
+        encoded = self.encode(conditions)
+        return encoded.condition, encoded.mask
 
     def _old_sample(
         self,
@@ -196,20 +180,9 @@ class Policy:
         drawn = [torch.empty(0, self.model.config.block_size, dtype=torch.long, device=self.model.device)]
         for start in range(0, len(conditions), batch_size):
             part = slice(start, start + batch_size)
-            condition, mask = self.embed(conditions[part])
-            drawn.append(
-                sample_tokens(
-                    self.model,
-                    condition,
-                    condition_mask=mask,
-                    cfg_scale=cfg_scale,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    cfg_interval=cfg_interval,
-                    seeds=None if seeds is None else seeds[part],
-                )
-            )
+            sampling = Sampling(cfg_scale, temperature, top_k, top_p, cfg_interval)
+            encoded, own = self.encode(conditions[part]), None if seeds is None else seeds[part]
+            drawn.append(sample_tokens(self.model, encoded, sampling, seeds=own).tokens)
         return torch.cat(drawn)
 
     @torch.inference_mode()

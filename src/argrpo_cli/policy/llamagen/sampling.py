@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.decoding import Decoder
-from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.modeling import MIN_TEMPERATURE, Encoded, LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.packing import packed_linears
+from argrpo_cli.policy.protocol import Drawn
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
-
-MIN_TEMPERATURE = 1e-5  # as in LlamaGen: temperature 0 is a very sharp distribution, not a division by zero
 
 # Chooses the next tokens int64 [B] from (guided) logits float32 [B, V], hidden states [B, D] of the
 # conditional half, and the position of the token within the image.
@@ -70,32 +71,21 @@ def image_uniforms(seeds: Sequence[int], length: int, device: torch.device) -> T
 
 @torch.inference_mode()
 def draw_tokens(
-    model: LlamaGenForImageGeneration,
-    condition: Tensor,
-    choose: Choose,
-    *,
-    cfg_scale: float = 1.0,
-    cfg_interval: int = -1,
-    condition_mask: Tensor | None = None,
+    model: LlamaGenForImageGeneration, encoded: Encoded, choose: Choose, cfg_scale: float = 1.0, cfg_interval: int = -1
 ) -> Tensor:
-    """One image's worth of tokens per condition, each chosen by `choose`, through a static key-value cache.
+    """One image's worth of tokens int64 [B, T], each chosen by `choose`, through a static key-value cache.
 
     Args:
-        condition: class ids int64 [B], or left-padded caption features [B, P, caption_dim].
         cfg_scale: s in h_u + s (h_c - h_u); s <= 1 is no guidance, and then nothing runs twice.
         cfg_interval: -1 guides every token. k >= 0 guides tokens 0 .. k + 1 (LlamaGen's counting: the
             first token and the decoding steps 0 .. k); later ones follow the conditional logits alone.
-        condition_mask: [B, P], left padded; captions only.
-
-    Returns:
-        int64 [B, block_size].
     """
-    batch, length = condition.shape[0], model.config.block_size
+    batch, length = len(encoded), model.config.block_size
     guided = cfg_scale > 1
-    tokens = torch.empty(batch, length, dtype=torch.int64, device=condition.device)
+    tokens = torch.empty(batch, length, dtype=torch.int64, device=encoded.condition.device)
     decoder = Decoder(model, batch, cfg_scale)
     with packed_linears(model, decoder.rows):
-        logits, conditional = decoder.start(condition, condition_mask)
+        logits, conditional = decoder.start(encoded)
         for index in range(length):
             tokens[:, index] = chosen = choose(logits, conditional, index)
             if index + 1 < length:
@@ -106,19 +96,14 @@ def draw_tokens(
 
 @torch.inference_mode()
 def sample_tokens(
-    model: LlamaGenForImageGeneration,
-    condition: Tensor,
+    model: nn.Module,
+    encoded: Encoded,
+    sampling: Sampling,
     *,
-    cfg_scale: float,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    cfg_interval: int = -1,
     seeds: Sequence[int] | None = None,
     greedy: bool = False,
-    return_logprobs: str | None = None,
-    condition_mask: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    logp: str | None = None,
+) -> Drawn:
     """Sample images as token ids, with the log-probability of every token if asked.
 
     Each image has its own noise: `seeds[i]` seeds a CPU generator that draws one uniform number per token,
@@ -126,56 +111,49 @@ def sample_tokens(
     image whatever else is in the batch (up to the rounding of matrix products of another shape).
 
     Args:
-        condition: class ids int64 [B] on the model's device, or caption features (see `draw_tokens`).
-        cfg_scale, cfg_interval, condition_mask: see `draw_tokens`.
-        temperature, top_k, top_p: see `filter_logits`.
+        model: a LlamaGenForImageGeneration on the device of `encoded`, or what PEFT made of one.
         seeds: one integer per image; None draws them from torch's global generator. Torch's CPU generator
             uses the low 32 bits.
         greedy: take the most likely token and use no noise.
-        return_logprobs: "guided" for the log-probability under the very distribution that was sampled
-            (guidance, temperature, filters); "conditional" under the conditional logits at this
-            temperature, unguided and unfiltered; None for tokens only.
+        logp: "guided" for the log-probability under the very distribution that was sampled (guidance, temperature,
+            filters); "conditional" under the conditional logits at this temperature, unguided and unfiltered.
 
     Returns:
-        tokens int64 [B, T], or (tokens, log-probabilities float32 [B, T]). No gradients.
+        No gradients.
 
     Raises:
-        ValueError: an argument out of range.
-        UserError: logits that are not finite numbers (training has diverged, or the file is damaged).
+        ValueError: conditions that do not fit the model, or another number of seeds.
+        UserError: a setting out of range, or logits that are not finite numbers (training has diverged, or the file is
+            damaged).
     """
     if hasattr(model, "get_base_model"):  # of PEFT; its adapters are within the layers
         model = model.get_base_model()
-    _check(model, condition, seeds, top_k, top_p, temperature, return_logprobs)
-    batch, length, device = condition.shape[0], model.config.block_size, condition.device
+    _check(model.config, encoded, seeds, logp)
+    sampling.check("sampling.")
+    temperature, guided = sampling.temperature, sampling.cfg_scale > 1
+    batch, length, device = len(encoded), model.config.block_size, encoded.condition.device
     if seeds is None:
         seeds = torch.randint(2**32, (batch,)).tolist()
     uniforms = None if greedy else image_uniforms(seeds, length, device)
-    logprobs = torch.empty(batch, length, dtype=torch.float32, device=device) if return_logprobs else None
+    logprobs = torch.empty(batch, length, dtype=torch.float32, device=device) if logp else None
     broken = torch.zeros((), dtype=torch.bool, device=device)
 
     def choose(logits: Tensor, conditional: Tensor, index: int) -> Tensor:
-        filtered = filter_logits(logits, temperature, top_k, top_p)
+        filtered = filter_logits(logits, temperature, sampling.top_k, sampling.top_p)
         broken.logical_or_(~logits.isfinite().all())
         tokens = logits.argmax(dim=-1) if uniforms is None else inverse_cdf(filtered, uniforms[:, index])
-        if return_logprobs == "guided":
+        if logp == "guided":
             logprobs[:, index] = log_prob(filtered, tokens)
-        elif return_logprobs == "conditional":
-            plain = model.lm_head(conditional).float() if cfg_scale > 1 else logits
+        elif logp == "conditional":
+            plain = model.lm_head(conditional).float() if guided else logits
             logprobs[:, index] = log_prob(filter_logits(plain, temperature), tokens)
         return tokens
 
     with _casts_remembered(model):
-        tokens = draw_tokens(
-            model,
-            condition,
-            choose,
-            cfg_scale=cfg_scale,
-            cfg_interval=cfg_interval,
-            condition_mask=condition_mask,
-        )
+        tokens = draw_tokens(model, encoded, choose, sampling.cfg_scale, sampling.cfg_interval)
     if broken:
         raise UserError("the policy's logits are not finite numbers: its weights are broken")
-    return tokens if logprobs is None else (tokens, logprobs)
+    return Drawn(tokens, logprobs)
 
 
 @contextmanager
@@ -193,17 +171,8 @@ def _casts_remembered(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
-def _check(
-    model: LlamaGenForImageGeneration,
-    condition: Tensor,
-    seeds: Sequence[int] | None,
-    top_k: int,
-    top_p: float,
-    temperature: float,
-    return_logprobs: str | None,
-) -> None:
-    config = model.config
-    null = config.num_classes
+def _check(config: LlamaGenConfig, encoded: Encoded, seeds: Sequence[int] | None, logp: str | None) -> None:
+    condition, null = encoded.condition, config.num_classes
     if config.condition == "class" and ((condition < 0) | (condition > null)).any():
         raise ValueError(f"class ids must lie in 0 .. {null} ({null} is the null class)")
     if config.condition == "caption" and condition.shape[1:] != (config.cls_token_num, config.caption_dim):
@@ -211,10 +180,7 @@ def _check(
             f"caption features have shape {list(condition.shape)}; expected "
             f"[B, {config.cls_token_num}, {config.caption_dim}]"
         )
-    if seeds is not None and len(seeds) != condition.shape[0]:
-        raise ValueError(f"{len(seeds)} seeds for {condition.shape[0]} conditions; give one each")
-    if top_k < 0 or not 0 <= top_p <= 1 or temperature < 0:
-        given = f"top_k {top_k}, top_p {top_p}, temperature {temperature}"
-        raise ValueError(f"{given}: expected >= 0, 0 .. 1 and >= 0")
-    if return_logprobs not in (None, "conditional", "guided"):
-        raise ValueError(f"return_logprobs is {return_logprobs!r}; expected 'conditional', 'guided' or None")
+    if seeds is not None and len(seeds) != len(encoded):
+        raise ValueError(f"{len(seeds)} seeds for {len(encoded)} conditions; give one each")
+    if logp not in (None, "conditional", "guided"):
+        raise ValueError(f"logp is {logp!r}; expected 'conditional', 'guided' or None")

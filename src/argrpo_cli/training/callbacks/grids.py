@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from argrpo_cli.seeds import of_training
 from argrpo_cli.system.files import save_png
 from argrpo_cli.system.grids import image_grid
 from argrpo_cli.system.processes import ALONE, Team
-from argrpo_cli.training.rollout import image_seed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,7 +46,7 @@ class Gallery:
             self.conditions = sorted(
                 (conditions[index % len(conditions)] for index in range(count)), key=list(conditions).index
             )
-        self.seeds = [image_seed(recipe.seed, GRID_STEP, index) for index in range(count)]
+        self.seeds = [of_training(recipe.seed, GRID_STEP, index) for index in range(count)]
         self.columns = min(count, 8 if count > 12 else 6)
         self.scale = 2 if policy.image_size < 128 else 1
         self.watchers: list[Callable[[Path, int], None]] = []
