@@ -15,6 +15,7 @@ from argrpo_cli.geneval.grammar import TAGS, parse_prompt
 from argrpo_cli.nano.tokens import load_held_out
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.entropy import token_entropy
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, write_json
 from tests.captioned import save_captioned_policy
@@ -24,21 +25,15 @@ from tests.training.tiny import CODES, TOKENS, tiny_caption_policy, tiny_policy
 def test_conditional_and_guided_entropy_of_captions_equal_the_definition():
     policy, scale, temperature = tiny_caption_policy(), 2.5, 0.7
     asked = policy.conditions(["a dog", "a red cat a dog"])
-    tokens = policy.sample(asked, seeds=[0, 1])
-    features, mask = policy.embed(asked)
-    null = policy.model.model.null_caption.expand_as(features)
-    inputs = torch.cat([torch.zeros(2, 6, dtype=torch.long), tokens[:, :-1]], 1)
+    tokens = policy.sample(policy.encode(asked), Sampling(), [0, 1]).tokens
     with torch.inference_mode():
-        c, u = (
-            policy.model(inputs, condition_features=one, condition_mask=mask).logits[:, 5:] for one in (features, null)
-        )
+        c, u = (policy.model.logits(policy.encode(asked, torch.tensor([null] * 2)), tokens) for null in (False, True))
     for cfg_scale, logits in ((None, c), (scale, u + scale * (c - u))):
         p = (logits / temperature).softmax(-1)
         expected = -torch.special.xlogy(p, p).sum(-1)
         measured = token_entropy(policy, tokens, asked, cfg_scale, temperature)
         assert measured.shape == (2, TOKENS)
         torch.testing.assert_close(measured, expected, atol=1e-4, rtol=1e-4)
-    assert policy.model.guidance_scale is None, "left as it was"
 
 
 def test_a_policy_that_knows_nothing_has_the_entropy_of_its_vocabulary():
@@ -67,8 +62,7 @@ def test_the_split_holds_scenes_that_the_policy_knows_best():
 
     def loss(asked):
         with torch.inference_mode():
-            inputs = torch.cat([policy.embed(asked)[0][:, None], tokens[:48, :-1]], 1)
-            return torch.nn.functional.cross_entropy(policy.model(inputs).logits.flatten(0, 1), tokens[:48].flatten())
+            return -policy.model(policy.encode(asked), tokens[:48]).logp.mean()
 
     assert loss(conditions[:48]) < loss(conditions[1:49]) - 0.1, "tokens and conditions belong together"
 

@@ -15,6 +15,7 @@ from argrpo_cli.evals import fidelity, nano
 from argrpo_cli.evals.nano_table import table
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.entropy import token_entropy
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 
 N = 48
@@ -104,26 +105,24 @@ def test_the_result_is_plain_json_and_a_table(results):
 
 def test_entropy_equals_the_definition():
     policy = load_policy("nano-c2i")
-    ids = torch.tensor([3, 9])
-    tokens = policy.sample(policy.conditions([3, 9]), seeds=[0, 1])
+    encoded = policy.encode(policy.conditions([3, 9]))
+    tokens = policy.sample(encoded, Sampling(), [0, 1]).tokens
     entropy = token_entropy(policy, tokens, policy.conditions([3, 9]), None, 1.0).mean(1)
     with torch.inference_mode():
-        p = policy.model(torch.cat([ids[:, None], tokens[:, :-1]], 1)).logits.softmax(-1)
+        p = policy.model.logits(encoded, tokens).softmax(-1)
     torch.testing.assert_close(entropy, -(p * p.log()).sum(-1).mean(1), atol=1e-4, rtol=1e-4)
-    assert policy.model.guidance_scale is None, "left as it was"
 
 
 def test_guided_entropy_equals_the_definition():
     policy, (s, t) = load_policy("nano-c2i"), (2.0, 0.8)
-    ids = torch.tensor([3, 9])
-    tokens = policy.sample(policy.conditions([3, 9]), seeds=[0, 1])
+    encoded = policy.encode(policy.conditions([3, 9]))
+    tokens = policy.sample(encoded, Sampling(), [0, 1]).tokens
     entropy = token_entropy(policy, tokens, policy.conditions([3, 9]), s, t).mean(1)
     with torch.inference_mode():
-        null = torch.full_like(ids, policy.model.config.num_classes)
-        c, u = (policy.model(torch.cat([first[:, None], tokens[:, :-1]], 1)).logits for first in (ids, null))
+        null = policy.encode(policy.conditions([3, 9]), torch.tensor([True, True]))
+        c, u = (policy.model.logits(one, tokens) for one in (encoded, null))
         p = ((u + s * (c - u)) / t).softmax(-1)
     torch.testing.assert_close(entropy, -torch.special.xlogy(p, p).sum(-1).mean(1), atol=1e-4, rtol=1e-4)
-    assert policy.model.guidance_scale is None, "left as it was"
 
 
 def test_the_difference_is_trained_minus_base_in_units_of_the_base(monkeypatch):
