@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.images import EARLIER_SETTINGS, METADATA, SAMPLE, read_image
 from argrpo_cli.kept import SETTINGS, check_claim, claim
+from argrpo_cli.policy.folder import glance
 from argrpo_cli.shapes import Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, cannot_write, make_dir, read_json, save_png, write_json, write_jsonl
@@ -102,12 +103,16 @@ def draw_samples(
         UserError: a setting out of range, an unknown policy or class, an `out` in use or not writable.
     """
     order.check()
+    seen = glance(order.policy)
+    if seen is not None:
+        order.check_kind(seen.reads)
+        seen.check(order.classes)
+    _check_folder(out, overwrite)
     from argrpo_cli.draw import draw_into
     from argrpo_cli.policy import load_policy
     from argrpo_cli.system.processes import join_team
 
     team = join_team(device)
-    team.lead(lambda: _check_folder(out, overwrite))
     policy = team.together(lambda: load_policy(order.policy, team.device, order.sampling.dtype, text_device))
     shots = team.together(lambda: _shots(policy, order))
     identity = {"command": SAMPLE, **asdict(order), **asdict(order.sampling), "weights": policy.fingerprint()}

@@ -54,6 +54,7 @@ def rewards(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr("argrpo_cli.rewards.load_rewards", load)
+    monkeypatch.setattr("argrpo_cli.cli.score.check_rewards", lambda names, options: None)
     return made
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from argrpo_cli.cli.sample import sample
 from argrpo_cli.cli.score import score
 from argrpo_cli.cli.train import train
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.processes import LAST_WORDS
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -106,6 +108,11 @@ def main() -> None:
 
 
 def _complain(message: str) -> int:
+    if (
+        "torch" not in sys.modules and os.environ.get("RANK", "0") != "0"
+    ):  # the first of several processes says the same
+        time.sleep(LAST_WORDS)
+        return USER_ERROR
     line = " ".join(message.split())
     print(f"argrpo: error: {line}", file=sys.stderr)
     return USER_ERROR

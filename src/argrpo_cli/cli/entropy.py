@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from argrpo_cli.cli.options import Drawing, draws
+from argrpo_cli.cli.options import Drawing, check_policies, draws
 from argrpo_cli.system.errors import UserError
 
 
@@ -53,11 +53,7 @@ def entropy(
     drawing: Drawing,
 ) -> None:
     """Measure the entropy of policies in nats per token, conditional and guided, and by position."""
-    from rich.console import Console
-
-    from argrpo_cli.evals.entropy import Question, Subject, measure, subjects_of_run
-    from argrpo_cli.evals.entropy_table import JOURNAL, NUMBERS, claim, table, write_results
-    from argrpo_cli.system.processes import join_team
+    from argrpo_cli.captions import read_captions
 
     if split is not None and prompts is not None:
         raise UserError("give --split or --prompts, not both")
@@ -67,8 +63,21 @@ def entropy(
         raise UserError("--cache keeps tokens of pictures; give --data with it")
     if run is not None and policy:
         raise UserError("give --policy or --run, not both")
+    if split not in (None, "val"):
+        raise UserError(f"no split {split!r}; there is val")
     default = "nano-t2i" if prompts is not None else "nano-c2i"
-    chosen = subjects_of_run(run) if run is not None else [Subject(one, one) for one in policy or [default]]
+    policies = policy or [default]
+    if run is None:
+        check_policies(policies)
+    if prompts is not None:
+        read_captions(prompts)
+    from rich.console import Console
+
+    from argrpo_cli.evals.entropy import Question, Subject, measure, subjects_of_run
+    from argrpo_cli.evals.entropy_table import JOURNAL, NUMBERS, claim, table, write_results
+    from argrpo_cli.system.processes import join_team
+
+    chosen = subjects_of_run(run) if run is not None else [Subject(one, one) for one in policies]
     names = [one.name for one in chosen]
     if len(set(names)) < len(names):
         raise UserError(f"--policy names {next(name for name in names if names.count(name) > 1)} twice")

@@ -11,6 +11,8 @@ from argrpo_cli.cli.options import (
     OF_A_POLICY,
     BaselineOption,
     Drawing,
+    check_policies,
+    check_rewards,
     draws,
     given,
     names_in,
@@ -48,8 +50,11 @@ def nano(
 
     Of a policy, alone or against a baseline with the same seeds, or of a set of finished pictures.
     """
+    policies = _both(policy or "nano-c2i", baseline)
     if images is not None:
         refuse_drawing(context)
+    else:
+        check_policies(policies)
     _check_file(out)
     from rich.console import Console
 
@@ -65,7 +70,7 @@ def nano(
 
         sampling = drawing.sampling
         drawn = Sampling(NANO_IMAGES if n is None else n, sampling.cfg_scale, sampling.temperature, drawing.seed)
-        result = evaluate(_both(policy or "nano-c2i", baseline), drawn, drawing.batch_size, drawing.device)
+        result = evaluate(policies, drawn, drawing.batch_size, drawing.device)
     Console().print(table(result))
     if out is not None:
         write_json(out, result)
@@ -107,8 +112,12 @@ def geneval(
     The nano prompts for a policy of the nano world, else the benchmark's 553. Interrupted, the same command goes on
     where it stopped.
     """
+    policies = _both(policy, baseline)
     if images is not None:
         refuse_drawing(context)
+        check_policies([], out)
+    else:
+        check_policies(policies, out, "geneval", drawing.seed, n)
     from rich.console import Console
 
     from argrpo_cli.evals.geneval import MASK2FORMER, GenEvalSettings, judge_folder, run_geneval
@@ -123,7 +132,7 @@ def geneval(
         settings = GenEvalSettings(
             n, one.cfg_scale, one.temperature, drawing.seed, None, one.top_k, one.top_p, one.dtype
         )
-        policies, text_device = _both(policy, baseline), drawing.text_device
+        text_device = drawing.text_device
         result = run_geneval(policies, out, settings, *shared, detector=detector, text_device=text_device, **judge)
     if result is None:  # the first of several processes tells
         return
@@ -177,6 +186,9 @@ def imagenet(
         refuse_drawing(context)
     if policy is None and images is None and (statistics is None or given(context, OF_A_POLICY)):
         raise UserError("nothing to measure; give --policy, such as c2i-b-256, or --images")
+    policies = _both(policy, baseline) if policy is not None else []
+    if policies or images is not None:
+        check_policies(policies, out, "imagenet", drawing.seed, n)
     _check_file(statistics)
     from rich.console import Console
 
@@ -200,7 +212,7 @@ def imagenet(
     )
     result = run_imagenet(
         benchmark,
-        _both(policy, baseline) if policy is not None else [],
+        policies,
         images,
         out,
         n=n,
@@ -249,14 +261,16 @@ def drawbench(
 
     Interrupted, the same command goes on where it stopped; other --columns of the same images go to the same --out.
     """
+    names, policies = names_in(columns), _both(policy, baseline)
+    options = reward_options(settings or [], names, "--columns")
+    check_policies(policies, out, "drawbench", drawing.seed, n)
+    check_rewards(names, options)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.drawbench import DrawBench, read_prompts
     from argrpo_cli.evals.tables import show
 
-    names = names_in(columns)
-    options = reward_options(settings or [], names, "--columns")
     benchmark = DrawBench(read_prompts(prompts, limit), names, options)
-    result = run(benchmark, _both(policy, baseline), out, n=n, **vars(drawing))
+    result = run(benchmark, policies, out, n=n, **vars(drawing))
     if result is not None:  # the first of several processes tells
         show(result)
         print(f"images, scores and summary.json in {out}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -107,6 +108,35 @@ def refuse_drawing(context: typer.Context) -> None:
     """UserError where --images are measured and an option says how a policy draws some."""
     for name in given(context, OF_A_POLICY):
         raise UserError(f"--images measures finished pictures; leave out --{name.replace('_', '-')}")
+
+
+def check_policies(
+    policies: Sequence[str], out: Path | None = None, space: str = "", seed: int = 0, n: int = 1
+) -> None:
+    """Refuse before torch is loaded what needs none: policies that are not there, an --out in use, odd numbers.
+
+    Args:
+        space: of `seeds.py`, where images are drawn of it.
+    """
+    from argrpo_cli import seeds
+    from argrpo_cli.kept import check_claim
+    from argrpo_cli.policy.folder import glance
+
+    for policy in policies:
+        glance(policy)
+    if out is not None:
+        check_claim(out)
+    if space:
+        seeds.check(space, seed, n)
+
+
+def check_rewards(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse before torch is loaded rewards that there are not, and options that they do not have."""
+    from argrpo_cli.rewards import REWARDS, check_options, networks_of
+
+    for name, given in networks_of(names, options)[0].items():
+        if given and name in REWARDS:
+            check_options(name, given)
 
 
 def names_in(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from argrpo_cli.cli.options import BatchSizeOption, DeviceOption, names_in, reward_options
+from argrpo_cli.cli.options import BatchSizeOption, DeviceOption, check_rewards, names_in, reward_options
 from argrpo_cli.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,11 +55,13 @@ def score(
     from argrpo_cli.score import SHEET, score_images
 
     names = names_in(rewards)
+    options = reward_options(settings or [], names)
+    check_rewards(names, options)
     scored = score_images(
         images,
         names,
         said=Said(prompt, class_, prompts),
-        options=reward_options(settings or [], names),
+        options=options,
         out=out,
         batch_size=batch_size,
         device=device,

@@ -81,6 +81,8 @@ def train(
     else:
         loaded = load_recipe(recipe, set_ or ())
         run_dir = out if out is not None else loaded.run_dir
+    if resume is None:
+        _check_names(loaded)
     if dry_run:
         _dry_run(loaded, processes or 1)
         return
@@ -105,6 +107,22 @@ def train(
     if (result / "policy_ema").is_dir():
         print(f"running mean       {result / 'policy_ema'}")
     print(f"use it             argrpo sample --policy {result} --out images")
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Refuse before torch is loaded a policy, rewards and classes that there are not."""
+    from argrpo_cli.policy.folder import class_id, glance
+    from argrpo_cli.rewards import networks_of
+    from argrpo_cli.training.prompts import check_source
+
+    networks_of(
+        [term.name for term in recipe.rewards.terms], {term.name: term.options for term in recipe.rewards.terms}
+    )
+    section, seen = recipe.conditions, glance(recipe.policy.checkpoint)
+    if seen is not None:
+        check_source(section, seen.reads, recipe.policy.checkpoint)
+        for asked in (*(section.classes if section.classes != "all" else ()), *section.weights):
+            class_id(asked, seen.names)
 
 
 def _together(arguments: list[str], recipe: Recipe, new: Path | None, processes: int, config: str) -> None:

@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli import __version__, seeds
-from argrpo_cli.draw import draw_into
-from argrpo_cli.evals.statistics import Measure
 from argrpo_cli.kept import check_claim, claim
-from argrpo_cli.policy import load_policy
 from argrpo_cli.shapes import Column, Result, Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import Team, join_team
 
 if TYPE_CHECKING:
+    from argrpo_cli.evals.statistics import Measure
     from argrpo_cli.policy.protocol import Card, Policy
 
 SUMMARY = "summary.json"
@@ -135,6 +133,8 @@ class Benchmark:
 
     def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
         """Draw what is to be measured; pictures here, features where nobody needs the pictures."""
+        from argrpo_cli.draw import draw_into
+
         draw_into(
             subject.pictures,
             policy,
@@ -218,6 +218,8 @@ def run(
     Raises:
         UserError: no such policy, one that cannot be asked, settings out of range, an `out` of something else.
     """
+    from argrpo_cli.policy import load_policy
+
     sampling, n = (sampling or benchmark.sampling).check(), benchmark.n if n is None else n
     policies = policies if images is None else [images.resolve().name]
     names = policy_folders(policies)

@@ -23,13 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
 from argrpo_cli import paper_numbers
 from argrpo_cli.captions import CAPTION_SETS, read_captions
 from argrpo_cli.evals.benchmark import SUMMARY, Benchmark, Subject, stamp
-from argrpo_cli.evals.statistics import Measure, mean_of
 from argrpo_cli.images import METADATA, read_image
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.rewards import REWARDS, RewardSet, check_options, check_reward, identity, load_rewards
@@ -39,6 +35,7 @@ from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import read_jsonl, read_text, write_jsonl
 
 if TYPE_CHECKING:
+    from argrpo_cli.evals.statistics import Measure
     from argrpo_cli.policy.protocol import Policy
     from argrpo_cli.system.processes import Team
 
@@ -229,6 +226,8 @@ class Scores:
 
     def mean(self, name: str, prompts: Sequence[int], divisor: float = 1.0) -> Measure:
         """Of a policy, by the prompt of each picture; no number where too many scores are missing."""
+        from argrpo_cli.evals.statistics import mean_of
+
         values, lacking = self.values[name], self.lacking(name)
         enough = not lacking or (not self.fault and lacking <= MOST_MISSING * len(values))
         return mean_of([value / divisor if enough else math.nan for value in values], prompts)
@@ -265,6 +264,9 @@ class Scorer:
 
     def score(self, batch: Sequence[Shot], pictures: Path) -> list[tuple[float, str | None] | None]:
         """Of each picture its score and the hash of the weights; None where there is no score."""
+        import numpy as np
+        import torch
+
         scores = [math.nan] * len(batch)
         with self._noted():
             if not self.fault:

@@ -1,0 +1,66 @@
+"""What is wrong with a command line is told before torch is loaded: loading it takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import argrpo_cli
+
+MISTAKES = [  # a command line, and what the error names
+    (["sample", "--out", "x", "--policy", "nano-c3i"], "no policy 'nano-c3i'"),
+    (["sample", "--out", "x", "--policy", "gone.pt"], "no checkpoint file gone.pt"),
+    (["sample", "--out", "x", "--class", "dgo"], "no class 'dgo'"),
+    (
+        ["sample", "--out", "x", "--policy", "c2i-b-256", "--class", "tenhc"],
+        "no class 'tenhc' among this policy's 1000",
+    ),
+    (["sample", "--out", "x", "--policy", "nano-t2i"], "nano-t2i draws captions"),
+    (["sample", "--out", "x", "--prompts", "nanno"], "no captions 'nanno'"),
+    (["sample", "--out", "x", "--top-p", "2"], "--top-p 2: must be"),
+    (["score", "gone"], "no folder gone"),
+    (["train", "nano/c3i"], "no recipe 'nano/c3i'"),
+    (["train", "nano/c2i", "--set", "grpo.bta=1"], "unknown key 'grpo.bta'"),
+    (["train", "nano/c2i", "--set", "policy.checkpoint=nano-c3i"], "no policy 'nano-c3i'"),
+    (["train", "nano/c2i", "--set", "policy.checkpoint=nano-c3i", "--dry-run"], "no policy 'nano-c3i'"),
+    (["train", "nano/c2i", "--set", "policy.checkpoint=nano-t2i"], "set conditions.source: captions"),
+    (["train", "nano/c2i", "--set", "conditions.classes=[dgo]"], "no class 'dgo'"),
+    (["eval", "nano", "--policy", "nano-c3i"], "no policy 'nano-c3i'"),
+    (["eval", "geneval", "--baseline", "nano-c3i"], "no policy 'nano-c3i'"),
+    (["eval", "geneval", "--n", "0"], "--n 0: give 1"),
+    (["eval", "imagenet"], "nothing to measure"),
+    (["eval", "imagenet", "--policy", "nano-c2i", "--seed", "99999"], "--seed 99999: give 0"),
+    (["eval", "drawbench", "--prompts", "nanno"], "no prompts 'nanno'"),
+    (["entropy", "--split", "train"], "no split 'train'"),
+    (["entropy", "--policy", "nano-c3i"], "no policy 'nano-c3i'"),
+    (["entropy", "--prompts", "nanno"], "no captions 'nanno'"),
+]
+EACH = """
+import contextlib, io, json, sys
+from argrpo_cli.cli.app import run
+for arguments in json.load(sys.stdin):
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        code = run(arguments)
+    print(json.dumps([code, "torch" in sys.modules, told.getvalue()]))
+"""
+
+
+def test_a_mistake_is_told_without_torch(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", EACH],
+        input=json.dumps([arguments for arguments, _ in MISTAKES]),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(argrpo_cli.__file__).parents[1])},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for (arguments, message), line in zip(MISTAKES, done.stdout.splitlines(), strict=True):
+        code, has_torch, told = json.loads(line)
+        assert code == 2 and message in told and told.count("\n") == 1, (arguments, told)
+        assert not has_torch, f"{arguments} loads torch before it says: {told}"
+    assert list(tmp_path.iterdir()) == []
