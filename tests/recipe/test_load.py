@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from argrpo_cli.recipe import dump_recipe, list_recipes, load_recipe
-from argrpo_cli.recipe.yaml12 import parse_yaml
+from argrpo_cli.recipe.load import parse_yaml
 from argrpo_cli.system.errors import UserError
 
 

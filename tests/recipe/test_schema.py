@@ -34,7 +34,14 @@ REFUSED = [
     ("policy.trainable=3", "policy.trainable = 3: must be 'all', a part"),
     ("conditions.classes=[]", "conditions.classes = []: must be 'all' or a list"),
     ("policy.dtype=float16", "policy.dtype = 'float16': must be 'float32' or 'bfloat16'"),
-    ("sampling.cfg_scale=0.5", "sampling.cfg_scale = 0.5: must be greater than or equal to 1"),
+    ("sampling.cfg_scale=0.5", "sampling.cfg_scale = 0.5: must be 1 or more"),
+    ("sampling.top_p=1.5", "sampling.top_p = 1.5: must be above 0, at most 1"),
+    ("sampling.temperature=0", "sampling.temperature = 0: must be greater than 0"),
+    ("sampling.top_k=2.0", "sampling.top_k = 2.0: must be an integer"),
+    (
+        "sampling.dtype=float32",
+        "unknown key 'sampling.dtype'; the keys of sampling are cfg_scale, temperature, top_k, top_p",
+    ),
     ("name=a/b", "name = 'a/b': must be made of letters"),
 ]
 

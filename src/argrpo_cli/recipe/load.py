@@ -1,7 +1,8 @@
-"""Reading recipes: bundled names, `extends`, `--set` overrides."""
+"""Reading recipes: YAML, bundled names, `extends`, `--set` overrides."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from pydantic import ValidationError
 
 from argrpo_cli.recipe.explain import Layer, explain, shown
 from argrpo_cli.recipe.schema import Recipe
-from argrpo_cli.recipe.yaml12 import parse_yaml
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import read_text
 
@@ -76,12 +76,12 @@ def find_recipe(path_or_name: str | Path, relative_to: Path | None = None) -> Pa
             raise UserError(f"{text} is a folder, not a recipe (continue a run with `argrpo train --resume {text}`)")
     except (OSError, ValueError) as error:  # a name too long for the file system, a null byte
         raise UserError(f"no recipe {text[:60]!r}: {error}") from error
-    found = _bundled(text)
-    if found is None:
+    bundled = _bundled(text)
+    if bundled is None:
         names = list_recipes()
         hint = did_you_mean(text.removesuffix(".yaml").removesuffix(".yml"), names)
         raise UserError(f"no recipe {text!r}: not a file, and the bundled ones are {', '.join(names)}{hint}")
-    return found
+    return bundled
 
 
 def _bundled(text: str) -> Path | None:
@@ -162,3 +162,47 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without 1.1's surprises: 2e-4 is a number, `no` a word, a key given twice an error (1.2's core schema)."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  (PyYAML's own extension point)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:null|Null|NULL|~|)$"), ["n", "N", "~", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), "-+0123456789")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    "-+.0123456789",
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse one YAML document; UserError names `source`, the line and the fault."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"{source}{where}: not valid YAML: {what}") from error
+    except RecursionError as error:
+        raise UserError(f"{source}: not valid YAML: nested too deeply") from error

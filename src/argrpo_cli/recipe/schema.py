@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from argrpo_cli.shapes import Sampling
+from argrpo_cli.system.errors import UserError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -34,7 +47,7 @@ class PolicySection(Section):
     """The model that is trained."""
 
     checkpoint: str = "nano-c2i"  # a name, a policy folder, a run directory or a checkpoint
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of what is computed; the weights stay in float32
     device: str = "auto"  # auto: a GPU when there is one
     text_device: str = "same"  # of the text encoder: same, offload (there only while it reads captions), or a device
     # What is trained: everything, or the parameters with one of these in their names, such as "layers.4.".
@@ -54,9 +67,9 @@ class DatasetSection(Section):
     """A data set of the Hugging Face hub, or a folder or file that its library reads, for the captions in it."""
 
     name: Name
-    config: Name | None = None
-    split: Name = "train"
-    revision: Name | None = None
+    config: Name | None = None  # for a data set with several
+    split: Name = "train"  # which part of it
+    revision: Name | None = None  # a commit or branch; null is the newest
     column: Name = "caption"  # a list of captions in it counts as several
     streaming: bool = True  # read as far as training gets, not downloaded first
     limit: Count | None = None  # captions taken; after them the first comes again. null: all of the data set
@@ -79,10 +92,26 @@ class ConditionSection(Section):
 class SamplingSection(Section):
     """The distribution the rollouts are drawn from (section 3.1 of the paper)."""
 
-    cfg_scale: Annotated[float, Field(ge=1)] = 2.0  # guidance s in l_u + s (l_c - l_u); 1 is none
-    temperature: Positive = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0  # 0 keeps every token
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1 keeps every token
+    # Read into a `Sampling`, whose check it is.
+
+    cfg_scale: float = Sampling.cfg_scale  # guidance s in l_u + s (l_c - l_u); 1, the least, is none
+    temperature: Positive = Sampling.temperature  # the logits are divided by it
+    top_k: int = Sampling.top_k  # 0 keeps every token
+    top_p: float = Sampling.top_p  # 1 keeps every token
+
+    @field_validator("*")
+    @classmethod
+    def _in_range(cls, value: float, info: ValidationInfo) -> float:
+        try:
+            Sampling(**{info.field_name: value}).check("")
+        except UserError as error:
+            raise PydanticCustomError("range", "{words}", {"words": str(error).partition(": ")[2]}) from error
+        return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_everywhere(cls, keys: Any, read: Callable[[Any], SamplingSection]) -> Sampling:
+        return keys if isinstance(keys, Sampling) else Sampling(**read(keys).__dict__)
 
 
 class RewardTerm(Section):
@@ -132,24 +161,24 @@ class GrpoSection(Section):
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epsilon_high: Positive | None = None  # and above it; null takes epsilon
     updates_per_batch: Count = 1  # 1 is on-policy
-    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "grpo"
+    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "grpo"  # as TRL has them
     importance: Literal["token", "sequence"] = "token"  # the ratio of each token, or of the whole image (GSPO)
     scale_rewards: Literal["group", "batch", "none"] = "group"  # the deviation that advantages are divided by
     # Entropy bonus: its weight, and, when a target is given, how the weight follows the entropy (Skywork-OR1):
     # up by entropy_step after an update at or below the target (nats per token), down after one above it, after which
     # no bonus is given at all. The first update of a run has none. metrics.jsonl has the weight for the next update.
     entropy_weight: NonNegative = 0.0
-    entropy_target: Positive | None = None
+    entropy_target: Positive | None = None  # null: the weight stays as it is
     entropy_step: Positive = 0.005
-    entropy_weight_max: Positive = 1.0
+    entropy_weight_max: Positive = 1.0  # the weight goes no higher
     ema_decay: Decay = 0.0  # of a running mean of the weights, kept as policy_ema beside policy; 0 keeps none
     gradient_checkpointing: bool = False  # less memory, one more forward pass
-    learning_rate: Positive = 1e-5
+    learning_rate: Positive = 1e-5  # of AdamW
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.95]  # AdamW
     weight_decay: NonNegative = 0.05
-    max_grad_norm: Positive = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: Positive = 1.0  # larger gradients are scaled down to it
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # updates over which the learning rate rises
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate after that
     condition_dropout: Probability = 0.0  # how often a condition is replaced by the null condition
     allow_filtered_sampling: bool = False  # accept top_k or top_p although the trained distribution has neither
 
@@ -224,9 +253,9 @@ class GuardSection(Section):
 class LoggingSection(Section):
     """What the run directory keeps."""
 
-    log_every: Count = 1
+    log_every: Count = 1  # steps between lines of text; metrics.jsonl has every step
     grid_every: Count = 20  # steps between grids of fixed seeds
-    grid_images: Count = 24
+    grid_images: Count = 24  # in a grid
     save_every: Count = 20  # steps between checkpoints
     keep_checkpoints: Count = 2  # older ones are removed
     keep_steps: list[Count] = []  # checkpoints after these updates are made and never removed
@@ -239,8 +268,9 @@ class PublishedSection(Section):
 
     table: Name  # such as "table 2"
     step: Count  # the update after which the paper measures
+    # What was measured, and a number for each, of the policy that training starts from and of the trained one.
     measures: Annotated[list[Name], Field(min_length=1)]
-    base: list[float]  # of the policy that training starts from
+    base: list[float]
     trained: list[float]
 
     @model_validator(mode="after")
@@ -253,13 +283,13 @@ class PublishedSection(Section):
 class Recipe(Section):
     """One training run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of the run; that of the file
     description: str = ""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn, in which order
     out: str | None = None  # run directory; null is runs/<name>
     policy: PolicySection = PolicySection()
     conditions: ConditionSection = ConditionSection()
-    sampling: SamplingSection = SamplingSection()
+    sampling: SamplingSection = Sampling()  # and Sampling it is, once read
     rewards: RewardSection = RewardSection()
     grpo: GrpoSection = GrpoSection()
     guards: GuardSection = GuardSection()
@@ -270,6 +300,10 @@ class Recipe(Section):
     def run_dir(self) -> Path:
         """Where the run is written unless the caller says otherwise."""
         return Path(self.out) if self.out else Path("runs") / self.name
+
+    @field_serializer("sampling")
+    def _sampling_keys(self, sampling: Sampling) -> dict[str, Any]:
+        return {key: getattr(sampling, key) for key in SamplingSection.model_fields}
 
     @model_validator(mode="after")
     def _kept_checkpoints_lie_between_batches(self) -> Recipe:

@@ -1,0 +1,103 @@
+"""All keys of a recipe as a page: `python -m argrpo_cli.recipe.page > docs/recipes.md`.
+
+Written from the schema and its comments, so a key's comment is written for users.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Sequence
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from argrpo_cli.recipe.schema import Recipe
+
+BOUNDS = {Ge: "from {}", Gt: "above {}", Le: "at most {}", Lt: "below {}"}
+KINDS = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", Any: "anything"}
+PAGE = """# The keys of a recipe
+
+`python -m argrpo_cli.recipe.page` writes this page from the schema, `src/argrpo_cli/recipe/schema.py`. A recipe is a
+YAML file of any of these keys; `extends: NAME` takes those of another recipe first, and `--set
+grpo.beta=0` changes one on the command line. [training.md](training.md) says what they are for.
+"""
+
+
+def page() -> str:
+    """All keys of a recipe as Markdown: a table for each section, with types, ranges and defaults."""
+    parts = [PAGE]
+    for name, model in _sections(Recipe, ""):
+        parts.append(f"\n## {f'`{name}`' if name else 'The run'}\n\n{inspect.getdoc(model)}\n")
+        parts.append("\n| key | value | default | |\n| --- | --- | --- | --- |\n")
+        notes = _comments(model)
+        for key, field in model.model_fields.items():
+            if not _section_of(field.annotation):
+                cells = (f"`{key}`", _value(field.annotation, field.metadata), _default(field), notes.get(key, ""))
+                parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+    return "".join(parts)
+
+
+def _sections(model: type[BaseModel], name: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Dotted names and models of the sections, each before those inside it; `[]` after a list of them."""
+    yield name, model
+    for key, field in model.model_fields.items():
+        if inner := _section_of(field.annotation):
+            several = "[]" if get_origin(field.annotation) is list else ""
+            yield from _sections(inner, f"{name}.{key}".lstrip(".") + several)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for one in get_args(annotation) if (model := _section_of(one))), None)
+
+
+def _value(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type in words: `whole number from 1`, `` `grpo`, `dapo` ``, `list of text, or null`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _value(arguments[0], [part for one in arguments[1:] for part in getattr(one, "metadata", [one])])
+    if origin is Literal:
+        return ", ".join(f"`{one}`" for one in arguments)
+    if origin is list:
+        return f"list of {_value(arguments[0])}"
+    if origin is dict:
+        return f"{_value(arguments[0])} to {_value(arguments[1])}"
+    if annotation is NoneType:
+        return "`null`"
+    if arguments:
+        return ", or ".join(_value(one) for one in arguments)
+    bounds = [
+        words.format(f"{getattr(one, kind.__name__.lower()):g}")
+        for one in metadata
+        for kind, words in BOUNDS.items()
+        if isinstance(one, kind)
+    ]
+    return " ".join([KINDS[annotation], *bounds])
+
+
+def _default(field: FieldInfo) -> str:
+    return "" if field.is_required() else f"`{json.dumps(field.default)}`"
+
+
+def _comments(model: type[BaseModel]) -> dict[str, str]:
+    """What the source says of each key: the comment lines before it and the comment behind it."""
+    notes: dict[str, str] = {}
+    before: list[str] = []
+    for line in inspect.getsource(model).splitlines():
+        if comment := re.match(r"    # (.*)", line):
+            before.append(comment[1])
+            continue
+        if key := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
+            notes[key[1]] = " ".join([*before, key[2] or ""]).strip()
+        before = []
+    return notes
+
+
+if __name__ == "__main__":
+    print(page(), end="")
