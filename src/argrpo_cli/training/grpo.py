@@ -284,7 +284,7 @@ def build_trainer(
     # One row per group; an update sees batch_size / group_size of them, a batch may serve several updates.
     batches = -(-grpo.steps // grpo.updates_per_batch)
     groups = batches * (grpo.batch_size // grpo.group_size)
-    sampling = Sampling(**recipe.sampling.model_dump())
+    sampling = recipe.sampling
     trainer = ImageGRPOTrainer(
         model,
         sampling=sampling if grpo.logprob == "guided" else replace(sampling, cfg_scale=1.0),

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from argrpo_cli.seeds import is_dropped, of_training
-from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.gathering import whole_model
@@ -117,7 +116,7 @@ class Rollout:
 
     def _draw(self, model: nn.Module, encoded: Encoded, seeds: Sequence[int], trainer: ImageGRPOTrainer) -> list[Drawn]:
         """Tokens and their log-probabilities, `CHUNK` images at a time."""
-        sampling, logp = Sampling(**self.recipe.sampling.model_dump()), self.recipe.grpo.logprob
+        sampling, logp = self.recipe.sampling, self.recipe.grpo.logprob
         parts = [slice(start, start + CHUNK) for start in range(0, len(seeds), CHUNK)]
         try:
             with trainer.accelerator.autocast():  # the precision of the training pass, or the ratio is not 1
