@@ -17,6 +17,7 @@ from argrpo_cli.nano.tokens import decode, load_held_out
 from argrpo_cli.rewards import load_rewards
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
+from tests.emoji import no_font  # noqa: F401
 
 DOG = Found("dog", (4.0, 8.0, 40.0, 36.0), 1.0, {"red": 1.0})
 TWO_CATS = [Found("cat", (2.0, 2.0, 30.0, 30.0), 1.0, {}), Found("cat", (34.0, 32.0, 62.0, 62.0), 1.0, {})]
@@ -115,3 +116,21 @@ def test_pictures_of_other_sizes_are_resized(held_out):
 def test_the_reward_refuses_what_genevals_templates_do_not_make():
     with pytest.raises(UserError, match="GenEval has no such prompt: 'a painting of a dog'"):
         load_rewards(["nano-geneval"]).check([Condition("a photo of a dog"), Condition("a painting of a dog")])
+
+
+def test_the_facts_of_a_detector_that_sees_the_truth_are_full(no_font):  # noqa: F811
+    _, made = t.make_scenes(seed=3, count=24)
+
+    class Sees:
+        def detect(self, images):
+            return [t.truth(scene) for scene in made]
+
+    assert t.detector_facts(Sees(), None, made).startswith("AP50 100.0%, captions right: ")
+    words = t.detector_facts(Sees(), None, made).split("right: ")[1].split(", ")
+    assert len(words) >= 4 and all(word.endswith(" 100.0%") for word in words), words
+
+    class Blind:
+        def detect(self, images):
+            return [[] for _ in made]
+
+    assert t.detector_facts(Blind(), None, made).startswith("AP50 0.0%")
