@@ -16,7 +16,7 @@ PER_CATEGORY, SEED = 72, 7  # of the set nano
 SHARED = ("single_object", "counting")  # the benchmark asks nearly all of their few captions: these are trained on, too
 
 
-def read_captions(given: str | list[str], column: str = "prompt") -> list[str]:
+def read_captions(source: str | list[str], column: str = "prompt") -> list[str]:
     """Captions from a list, a bundled name (`CAPTION_SETS`), a text file (one a line) or a .jsonl file.
 
     Args:
@@ -25,16 +25,16 @@ def read_captions(given: str | list[str], column: str = "prompt") -> list[str]:
     Raises:
         UserError: no such file, or no captions in it.
     """
-    if isinstance(given, list):
-        return given
-    if given == "nano":
+    if isinstance(source, list):
+        return source
+    if source == "nano":
         return nano_captions()
-    if given in CAPTION_SETS:
-        return [prompt.text for prompt in prompt_set(given)]
-    path = Path(given).expanduser()
+    if source in CAPTION_SETS:
+        return [prompt.text for prompt in prompt_set(source)]
+    path = Path(source).expanduser()
     if not path.is_file():
-        hint = did_you_mean(given, CAPTION_SETS)
-        raise UserError(f"no captions {given!r}: not a file, and the bundled ones are {', '.join(CAPTION_SETS)}{hint}")
+        hint = did_you_mean(source, CAPTION_SETS)
+        raise UserError(f"no captions {source!r}: not a file, and the bundled ones are {', '.join(CAPTION_SETS)}{hint}")
     if path.suffix == ".jsonl":
         rows = enumerate(read_jsonl(path), start=1)
         captions = [one for number, row in rows for one in captions_in(row, column, f"{path}, line {number}")]

@@ -215,14 +215,14 @@ def load_judge(folder: str | Path = WEIGHTS / "nano-judge", tokenizer: str | Pat
     path = Path(folder) / TOKENS_FILE
     if not path.is_file():
         raise UserError(f"tokens of the judge not found: {path}; install the package again or run `make nano`")
-    kept = load_file(path)
+    tokens = load_file(path)
     vq = load_tokenizer(tokenizer)
-    canonical = kept["canonical"].long()  # [classes, S, T]
+    canonical = tokens["canonical"].long()  # [classes, S, T]
     images = decode(vq, canonical.flatten(0, 1)).unflatten(0, canonical.shape[:2])
     return Judge(
         templates=[solve_template(one) for one in images],
         recogniser=load_recogniser(folder),
         tokenizer=vq,
-        reference_tokens=kept["reference"].long(),
-        reference_classes=kept["reference_classes"].long(),
+        reference_tokens=tokens["reference"].long(),
+        reference_classes=tokens["reference_classes"].long(),
     )

@@ -140,11 +140,11 @@ class Matcher:
     def _match(self, images: Tensor) -> Match:
         errors = self.errors(images, border_colour(images))
         best = errors.flatten(1).topk(min(CANDIDATES, errors[0].numel()), largest=False).indices
-        found = [
+        matches = [
             min(self._exact(image, *place) for place in zip(*np.unravel_index(row, errors.shape[1:]), strict=True))
             for image, row in zip(images, best.numpy(), strict=True)
         ]
-        error, area, sizes, x, y, mirrors, hues = (torch.tensor(column) for column in zip(*found, strict=True))
+        error, area, sizes, x, y, mirrors, hues = (torch.tensor(column) for column in zip(*matches, strict=True))
         mse = error / (3 * area)
         return Match(
             db=-10 * torch.log10(mse.clamp(min=FLOOR)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -112,10 +113,10 @@ def _sprites() -> list[Image.Image]:
     for emoji in EMOJI:
         canvas = Image.new("RGBA", (200, 180))
         ImageDraw.Draw(canvas).text((16, 16), emoji, font=font, embedded_color=True)
-        drawn = canvas.crop(canvas.getbbox())
-        side = max(drawn.size)
+        picture = canvas.crop(canvas.getbbox())
+        side = max(picture.size)
         square = Image.new("RGBA", (side, side))
-        square.paste(drawn, ((side - drawn.width) // 2, (side - drawn.height) // 2))
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         sprites.append(square)
     return sprites
 
@@ -180,18 +181,25 @@ def render(scene: Scene) -> np.ndarray:
     return (image * 255 + 0.5).astype(np.uint8)
 
 
+def render_all(made: Iterable[Scene]) -> np.ndarray:
+    """uint8 [B, 3, 64, 64]."""
+    return np.ascontiguousarray(np.stack([render(scene) for scene in made]).transpose(0, 3, 1, 2))
+
+
 def random_background(rng: np.random.Generator) -> tuple[float, float, float]:
     """A plain pastel."""
     return colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.08, 0.35), rng.uniform(0.88, 1.0))
 
 
+def random_hue(rng: np.random.Generator) -> float:
+    """A turn in degrees, from a grid of 13 so that turned colours can be cached."""
+    return float(rng.integers(-6, 7)) * HUE_RANGE / 6
+
+
 def class_scene(rng: np.random.Generator, class_id: int | None = None) -> Scene:
     """A scene of the class-conditional task: one object; position, size, mirror image, hue and background vary."""
     class_id = int(rng.integers(len(CLASS_NAMES))) if class_id is None else class_id
-    size = int(rng.integers(SINGLE_SIZES[0], SINGLE_SIZES[1] + 1))
-    x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - size + 1, 2))
-    hue = float(rng.integers(-6, 7)) * HUE_RANGE / 6  # a grid of 13, so that turned colours can be cached
-    placed = Placed(class_id, size, x, y, bool(rng.integers(2)), hue)
+    placed = _anywhere(rng, class_id)
     prompt = compose("single_object", (Requirement(CLASS_NAMES[class_id]),))
     return Scene((placed,), random_background(rng), prompt, class_id=class_id)
 
@@ -208,15 +216,13 @@ def caption_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
     if tag == "counting":
         count, class_id = int(rng.integers(1, MOST_OBJECTS + 1)), pick(1)[0]
         objects = tuple(_in_cell(rng, class_id, cell) for cell in _cells(rng, count))
-        wanted = Requirement(CLASS_NAMES[class_id], count)
+        include = (Requirement(CLASS_NAMES[class_id], count),)
         # GenEval counts from two; one is a single object.
-        return Scene(objects, background, compose(tag if count > 1 else "single_object", (wanted,)))
+        return Scene(objects, background, compose(tag if count > 1 else "single_object", include))
     if tag == "colors":
         class_id, color = pick(1)[0], list(COLORS)[rng.integers(len(COLORS))]
-        size = int(rng.integers(SINGLE_SIZES[0], SINGLE_SIZES[1] + 1))
-        x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - size + 1, 2))
-        placed = Placed(class_id, size, x, y, bool(rng.integers(2)), 0.0, color)
-        return Scene((placed,), background, compose(tag, (Requirement(CLASS_NAMES[class_id], color=color),)))
+        include = (Requirement(CLASS_NAMES[class_id], color=color),)
+        return Scene((_anywhere(rng, class_id, color),), background, compose(tag, include))
     pair = pick(2)
     first, second = (CLASS_NAMES[class_id] for class_id in pair)
     colors: list[str | None] = [None, None]
@@ -231,7 +237,7 @@ def caption_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
         if tag == "color_attr":
             colors = [list(COLORS)[i] for i in rng.choice(len(COLORS), 2, replace=False)]
         include = Requirement(first, color=colors[0]), Requirement(second, color=colors[1])
-    objects = tuple(_in_cell(rng, *placed) for placed in zip(pair, cells, colors, strict=True))
+    objects = tuple(_in_cell(rng, *one) for one in zip(pair, cells, colors, strict=True))
     return Scene(objects, background, compose(tag, include))
 
 
@@ -250,6 +256,14 @@ def _cells(rng: np.random.Generator, count: int, axis: str | None = None) -> lis
     return cells[:count]
 
 
+def _anywhere(rng: np.random.Generator, class_id: int, color: str | None = None) -> Placed:
+    """The only object of a scene."""
+    size = int(rng.integers(SINGLE_SIZES[0], SINGLE_SIZES[1] + 1))
+    x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - size + 1, 2))
+    hue = 0.0 if color else random_hue(rng)
+    return Placed(class_id, size, x, y, bool(rng.integers(2)), hue, color)
+
+
 def _in_cell(
     rng: np.random.Generator, class_id: int, cell: tuple[int, int, int, int], color: str | None = None
 ) -> Placed:
@@ -257,18 +271,17 @@ def _in_cell(
     side = min(x1 - x0, y1 - y0)
     size = int(rng.integers(max(22, side - 8), side + 1)) if side <= 32 else int(rng.integers(40, side + 1))
     x, y = int(rng.integers(x0, x1 - size + 1)), int(rng.integers(y0, y1 - size + 1))
-    hue = 0.0 if color else float(rng.integers(-6, 7)) * HUE_RANGE / 6
+    hue = 0.0 if color else random_hue(rng)
     return Placed(class_id, size, x, y, bool(rng.integers(2)), hue, color)
 
 
 def class_batch(rng: np.random.Generator, count: int, balanced: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [B, 3, 64, 64] and class ids int64 [B] of the class-conditional task."""
     ids = np.arange(count) % len(CLASS_NAMES) if balanced else rng.integers(len(CLASS_NAMES), size=count)
-    images = np.stack([render(class_scene(rng, int(i))) for i in ids])
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), ids.astype(np.int64)
+    return render_all(class_scene(rng, int(i)) for i in ids), ids.astype(np.int64)
 
 
 def caption_batch(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[Scene]]:
     """Images uint8 [B, 3, 64, 64] and their scenes, categories drawn uniformly."""
-    scenes = [caption_scene(rng) for _ in range(count)]
-    return np.ascontiguousarray(np.stack([render(s) for s in scenes]).transpose(0, 3, 1, 2)), scenes
+    made = [caption_scene(rng) for _ in range(count)]
+    return render_all(made), made

@@ -44,8 +44,8 @@ def load_held_out(task: str, folder: Path = WEIGHTS / "nano-val") -> tuple[Tenso
     """
     if not (folder / TOKENS_FILE).is_file():
         raise UserError(f"held-out scenes not found: {folder}; install the package again or run `make nano`")
-    held = load_file(folder / TOKENS_FILE)
+    tokens = load_file(folder / TOKENS_FILE)
     if task == "classes":
-        ids = held["class_ids"].tolist()
-        return held["classes"].long(), [Condition(class_prompt(NANO_OBJECTS[i]), i) for i in ids]
-    return held["captions"].long(), [Condition(row["prompt"]) for row in read_jsonl(folder / CAPTIONS_FILE)]
+        ids = tokens["class_ids"].tolist()
+        return tokens["classes"].long(), [Condition(class_prompt(NANO_OBJECTS[i]), i) for i in ids]
+    return tokens["captions"].long(), [Condition(row["prompt"]) for row in read_jsonl(folder / CAPTIONS_FILE)]

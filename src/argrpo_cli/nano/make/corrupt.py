@@ -73,15 +73,15 @@ def _sibling(rng: np.random.Generator, scene: scenes.Scene) -> scenes.Scene:
     """The same objects, colours and background, a little elsewhere, larger or smaller, sometimes mirrored."""
     alone = len(scene.objects) == 1
     reach, (low, high) = (10, scenes.SINGLE_SIZES) if alone else (4, SMALL_SIZES)
-    moved = []
+    objects = []
     for placed in scene.objects:
         size = int(np.clip(placed.size + rng.integers(-reach, reach + 1), low, high))
         x, y = (
             int(np.clip(v + rng.integers(-reach, reach + 1), 0, scenes.IMAGE_SIZE - size)) for v in (placed.x, placed.y)
         )
         mirror = placed.mirror != (rng.uniform() < 0.4)
-        moved.append(scenes.Placed(placed.class_id, size, x, y, mirror, placed.hue, placed.color))
-    return scenes.Scene(tuple(moved), scene.background, scene.prompt, class_id=scene.class_id)
+        objects.append(scenes.Placed(placed.class_id, size, x, y, mirror, placed.hue, placed.color))
+    return scenes.Scene(tuple(objects), scene.background, scene.prompt, class_id=scene.class_id)
 
 
 def _coverage(scene: scenes.Scene) -> np.ndarray:
@@ -100,24 +100,22 @@ def make_pool(
 
     `propose` takes tokens and the class ids, or captions, of their scenes to a policy's proposals (`study.proposer`).
     """
-    chosen: list[scenes.Scene] = []
+    made: list[scenes.Scene] = []
     for pair in range(count // 2):
         if task == "classes":
             first = scenes.class_scene(rng, pair % len(scenes.CLASS_NAMES))
         else:
             first = scenes.caption_scene(rng, TAGS[pair % len(TAGS)])
-        chosen += [first, _sibling(rng, first)]
-    raw = torch.from_numpy(np.stack([scenes.render(s) for s in chosen]).transpose(0, 3, 1, 2).copy())
-    tokens = encode(vq, raw)
-    asked = [scene.class_id if task == "classes" else scene.caption for scene in chosen]
-    class_ids = torch.tensor([s.objects[0].class_id for s in chosen])
+        made += [first, _sibling(rng, first)]
+    tokens = encode(vq, torch.from_numpy(scenes.render_all(made)))
+    labels = [scene.class_id if task == "classes" else scene.caption for scene in made]
     return Pool(
         tokens=tokens,
         images=decode(vq, tokens),
-        coverage=torch.from_numpy(np.stack([_coverage(s) for s in chosen])),
-        backgrounds=torch.tensor([s.background for s in chosen]),
-        class_ids=class_ids,
-        proposals=propose(tokens, asked) if propose else None,
+        coverage=torch.from_numpy(np.stack([_coverage(scene) for scene in made])),
+        backgrounds=torch.tensor([scene.background for scene in made]),
+        class_ids=torch.tensor([scene.objects[0].class_id for scene in made]),
+        proposals=propose(tokens, labels) if propose else None,
     )
 
 
@@ -326,12 +324,13 @@ def corrupt(
     mixture = mixture or (MIXTURE if pool.proposals is None else MIXTURE_WITH_PROPOSALS)
     names = list(mixture)
     shares = np.array([mixture[n] for n in names])
-    drawn = rng.choice(len(names), size=len(rows), p=shares / shares.sum())
+    kinds = rng.choice(len(names), size=len(rows), p=shares / shares.sum())
     tokens = pool.tokens[rows].clone()
     partners = rows.clone()
-    pixels: dict[int, Tensor] = {}  # pictures that keep their pixels
+    images = torch.empty((len(rows), *pool.images.shape[1:]), dtype=torch.uint8)
+    has_pixels = torch.zeros(len(rows), dtype=torch.bool)  # and is not tokenised again
     for index, name in enumerate(names):
-        at = np.flatnonzero(drawn == index)
+        at = np.flatnonzero(kinds == index)
         if len(at) == 0:
             continue
         own_rows = rows[at]
@@ -341,15 +340,12 @@ def corrupt(
         clean = pool.images[own_rows].float() / 255
         bent = PIXEL_KINDS[name][0](clean, pool.coverage[own_rows], pool.backgrounds[own_rows], rng).clamp(0, 1)
         bent = (bent * 255).round().to(torch.uint8)
-        kept = rng.uniform(size=len(at)) >= RETOKENISED
-        pixels.update({int(i): image for i, image in zip(at[kept], bent[kept], strict=True)})
-        if not kept.all():
-            tokens[at[~kept]] = encode(vq, bent[torch.from_numpy(~kept)])
-    images = torch.empty((len(rows), *pool.images.shape[1:]), dtype=torch.uint8)
-    decoded = torch.ones(len(rows), dtype=torch.bool)
-    for i, image in pixels.items():
-        images[i], decoded[i] = image, False
-    images[decoded] = decode(vq, tokens[decoded])
+        again = rng.uniform(size=len(at)) < RETOKENISED
+        images[at[~again]], has_pixels[at[~again]] = bent[~again], True
+        if again.any():
+            tokens[at[again]] = encode(vq, bent[again])
+    if not has_pixels.all():
+        images[~has_pixels] = decode(vq, tokens[~has_pixels])
     area = pool.coverage.flatten(1).sum(1)
     own = colour_error(images, pool.images[rows], area[rows])
     other = colour_error(images, pool.images[partners], area[partners])
@@ -360,5 +356,5 @@ def corrupt(
         damage=damage_of(nearest),
         nearest=torch.where(other < own, partners, rows),
         own=damage_of(torch.where(related, nearest, own)),
-        kind=[names[i] for i in drawn],
+        kind=[names[i] for i in kinds],
     )

@@ -89,13 +89,9 @@ def _balanced(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def canonical_tokens(vq: VQModel) -> Tensor:
     """Tokens int64 [classes, S, T] of the canonical scenes; needs the font."""
-    images = [
-        scenes.render(canonical_scene(class_id, x, y, background))
-        for class_id in range(len(scenes.CLASS_NAMES))
-        for x, y, background in canonical_layout()
-    ]
-    tokens = encode(vq, torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy()))
-    return tokens.view(len(scenes.CLASS_NAMES), len(canonical_layout()), -1)
+    ids = range(len(scenes.CLASS_NAMES))
+    images = scenes.render_all(canonical_scene(class_id, *place) for class_id in ids for place in canonical_layout())
+    return encode(vq, torch.from_numpy(images)).view(len(scenes.CLASS_NAMES), len(canonical_layout()), -1)
 
 
 def varied(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -170,8 +166,7 @@ def make_scenes(seed: int, count: int) -> tuple[Tensor, list[scenes.Scene]]:
     """Renderings uint8 [count, 3, 64, 64] and their scenes, half of the text task and half free, in turn."""
     rng = np.random.default_rng(seed)
     made = [free_scene(rng) if index % 2 else scenes.caption_scene(rng) for index in range(count)]
-    images = np.stack([scenes.render(scene) for scene in made]).transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(images)), made
+    return torch.from_numpy(scenes.render_all(made)), made
 
 
 def free_scene(rng: np.random.Generator) -> scenes.Scene:
@@ -188,7 +183,7 @@ def free_scene(rng: np.random.Generator) -> scenes.Scene:
             ]
             if max(covered, default=0.0) < 0.15:
                 color = list(scenes.COLORS)[rng.integers(len(scenes.COLORS))] if rng.integers(2) else None
-                hue = 0.0 if color else float(rng.integers(-6, 7)) * scenes.HUE_RANGE / 6
+                hue = 0.0 if color else scenes.random_hue(rng)
                 class_id = int(rng.integers(len(scenes.CLASS_NAMES)))
                 objects.append(scenes.Placed(class_id, size, x, y, bool(rng.integers(2)), hue, color))
                 break

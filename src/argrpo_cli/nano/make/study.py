@@ -63,15 +63,15 @@ def proposer(folder: str | Path, seed: int) -> Propose:
     generator = torch.Generator().manual_seed(seed)
 
     @torch.inference_mode()
-    def propose(tokens: Tensor, asked: Sequence[int | str]) -> Tensor:
+    def propose(tokens: Tensor, labels: Sequence[int | str]) -> Tensor:
         proposals = []
         for start in range(0, len(tokens), 100):
             part = tokens[start : start + 100]
-            encoded = policy.encode(policy.conditions(asked[start : start + 100]))
+            encoded = policy.encode(policy.conditions(labels[start : start + 100]))
             with torch.autocast("cpu", torch.bfloat16):
                 logits = policy.model.logits(encoded, part)
-            chosen = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
-            proposals.append(chosen.view_as(part))
+            codes = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
+            proposals.append(codes.view_as(part))
         return torch.cat(proposals)
 
     return propose
