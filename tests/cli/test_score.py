@@ -13,7 +13,7 @@ from PIL import Image
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.images import prompt_from_file_name
-from argrpo_cli.rewards import REWARDS, load_rewards
+from argrpo_cli.rewards import REWARDS, check_reward, load_rewards
 from argrpo_cli.rewards.custom import find_function
 from argrpo_cli.shapes import Result, Value
 from argrpo_cli.system.errors import UserError
@@ -24,7 +24,7 @@ class Rewards:
     """Brightness as a quality reward, and the length of the prompt as a conditional one."""
 
     family = {"bright": "quality", "words": "conditional"}  # noqa: RUF012
-    entries = {"bright": REWARDS["aesthetic"], "words": REWARDS["clip"]}  # noqa: RUF012
+    entries = {"bright": check_reward("aesthetic"), "words": check_reward("clip")}  # noqa: RUF012
 
     def __init__(self, names, device):
         self.names, self.batches, self.last_error = names, [], {}
@@ -397,9 +397,9 @@ def test_what_is_missing_is_asked_for_again(folder, rewards, monkeypatch):
 
 
 def test_a_reward_of_realism_that_reads_the_prompt_needs_one():
-    assert REWARDS["judge-quality"].reads_prompt and REWARDS["judge-quality"].family == "realism"
-    assert not REWARDS["judge-fake"].reads_prompt and not REWARDS["maniqa"].reads_prompt
-    assert all(entry.reads_prompt for entry in REWARDS.values() if entry.family == "conditional")
+    assert check_reward("judge-quality").reads_prompt and check_reward("judge-quality").family == "realism"
+    assert not check_reward("judge-fake").reads_prompt and not check_reward("maniqa").reads_prompt
+    assert all(entry.reads_prompt for entry in map(check_reward, REWARDS) if entry.family == "conditional")
 
 
 def test_scores_of_older_code_of_ones_own_are_not_kept(folder, fails, monkeypatch, tmp_path):

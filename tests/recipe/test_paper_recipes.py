@@ -10,7 +10,7 @@ from argrpo_cli import paper_numbers
 from argrpo_cli.cli.app import run
 from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.recipe import load_recipe
-from argrpo_cli.rewards import REWARDS
+from argrpo_cli.rewards import check_reward
 from argrpo_cli.rewards.shaping import reward_weights
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -44,8 +44,8 @@ def test_weights_are_the_published_factors_times_lambda(name):
     lambdas = {
         "conditional": section.lambda_conditional, "quality": section.lambda_quality, "realism": section.lambda_realism
     }  # fmt: skip
-    weights = reward_weights(section, {term: REWARDS[term].family for term in PAPER})
-    assert weights == {term: factor * lambdas[REWARDS[term].family] for term, factor in PAPER.items()}
+    weights = reward_weights(section, {term: check_reward(term).family for term in PAPER})
+    assert weights == {term: factor * lambdas[check_reward(term).family] for term, factor in PAPER.items()}
 
 
 def test_every_experiment_of_the_paper_has_one():

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from argrpo_cli.networks import clip as clip_model
+from argrpo_cli.networks import weights
 from argrpo_cli.networks.clip import build_open_clip
-from argrpo_cli.rewards import published
 
 DATA = Path(__file__).parents[1] / "data" / "hpsv2"
 WORDS = 49408  # of CLIP's tokenizer
@@ -137,5 +137,5 @@ def golden_clip() -> tuple[dict[str, Any], list[str], dict[str, Tensor], dict[st
 
 def patch_fetch(monkeypatch, fetch) -> None:
     """Let rewards fetch published files by `fetch(repo, file)`."""
-    for module in (clip_model, published):
+    for module in (clip_model, weights):
         monkeypatch.setattr(module, "fetch", fetch)

@@ -22,7 +22,7 @@ from argrpo_cli.networks.clip import (
     uninitialized,
 )
 from argrpo_cli.networks.pixels import Preprocess, resize
-from argrpo_cli.rewards.published import published_file, read_state
+from argrpo_cli.networks.weights import published_file, read_state
 from argrpo_cli.system.errors import UserError
 from tests.rewards.clips import CONFIG, PIXELS, patch_fetch, random_clip, register, transformers_config
 

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from argrpo_cli.networks import clip as clip_model
 from argrpo_cli.networks.clip import (
+    AestheticHead,
     ClipModel,
+    TransformersClip,
     build_open_clip,
     load_state,
     open_clip_config,
@@ -20,10 +22,7 @@ from argrpo_cli.networks.clip import (
     transformers_tokenizer,
 )
 from argrpo_cli.networks.pixels import Preprocess
-from argrpo_cli.rewards import aesthetic, pickscore
-from argrpo_cli.rewards.aesthetic import Aesthetic, AestheticHead
-from argrpo_cli.rewards.clip import Clip
-from argrpo_cli.rewards.pickscore import PickScore, build_pickscore
+from argrpo_cli.rewards.clip import Aesthetic, Clip, PickScore
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from tests.rewards.clips import CONFIG, patch_fetch, random_clip, register, to_transformers, transformers_config
@@ -139,7 +138,7 @@ def test_vit_b_32_runs_at_its_real_size():
 def test_aesthetic_is_a_chain_of_linear_layers(tmp_path, monkeypatch):
     config = {**CONFIG, "embed_dim": 768}
     register(monkeypatch, config=config)
-    monkeypatch.setattr(aesthetic, "CLIP", ("tiny", "openai"))
+    monkeypatch.setattr(Aesthetic, "model", ("tiny", "openai"))
     network, head = random_clip(config), AestheticHead()
     torch.save(network.state_dict(), tmp_path / "clip.pt")
     torch.save(head.state_dict(), tmp_path / "head.pth")
@@ -169,7 +168,7 @@ def test_the_aesthetic_head_is_opened_before_its_clip(tmp_path):
 
 def test_pickscore_is_the_scaled_cosine_similarity(tmp_path, monkeypatch):
     network = random_clip()  # plain GELU
-    monkeypatch.setattr(pickscore, "CONFIG", transformers_config(CONFIG, "gelu"))
+    monkeypatch.setattr(PickScore, "config", transformers_config(CONFIG, "gelu"))
     state = to_transformers(network.state_dict())
     state["logit_scale"] = torch.tensor(3.0)
     torch.save(state, tmp_path / "w.bin")
@@ -180,14 +179,14 @@ def test_pickscore_is_the_scaled_cosine_similarity(tmp_path, monkeypatch):
 
 def test_pickscore_has_the_names_and_sizes_of_vit_h_14_in_transformers_layout():
     with torch.device("meta"):
-        ours = build_pickscore().clip.state_dict()
+        ours = TransformersClip(PickScore.config).clip.state_dict()
         published = to_transformers(build_open_clip(clip_model.open_clip.get_model_config("ViT-H-14")).state_dict())
     assert sum(value.numel() for value in ours.values()) == 986_109_441
     assert {k: tuple(v.shape) for k, v in ours.items()} == {k: tuple(v.shape) for k, v in published.items()}
 
 
 def test_weights_of_another_network_are_told_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(pickscore, "CONFIG", transformers_config(CONFIG, "gelu"))
+    monkeypatch.setattr(PickScore, "config", transformers_config(CONFIG, "gelu"))
     torch.save(random_clip().state_dict(), tmp_path / "w.pt")
     with pytest.raises(UserError, match=r"weights do not fit: .*missing .* and \d+ more; unexpected ") as caught:
         PickScore(weights=tmp_path / "w.pt")
@@ -198,12 +197,10 @@ def test_weights_of_another_network_are_told_in_one_line(tmp_path, monkeypatch):
 
 def test_pickscore_has_the_heads_of_vit_h_14():
     """Their number changes the scores and no shape."""
-    from argrpo_cli.rewards.pickscore import CONFIG as PICKSCORE
-
     published = open_clip.get_model_config("ViT-H-14")
     vision, words = published["vision_cfg"], published["text_cfg"]
-    assert PICKSCORE["vision_config"]["num_attention_heads"] == vision["width"] // vision["head_width"]
-    assert PICKSCORE["text_config"]["num_attention_heads"] == words["heads"]
+    assert PickScore.config["vision_config"]["num_attention_heads"] == vision["width"] // vision["head_width"]
+    assert PickScore.config["text_config"]["num_attention_heads"] == words["heads"]
 
 
 def test_an_image_far_too_oblong_is_refused():

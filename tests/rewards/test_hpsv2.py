@@ -7,8 +7,9 @@ import open_clip
 import pytest
 import torch
 
-from argrpo_cli.rewards import hpsv2
-from argrpo_cli.rewards.hpsv2 import HPSv2, build_hpsv2, preprocess
+from argrpo_cli.networks.clip import build_open_clip
+from argrpo_cli.networks.pixels import letterbox
+from argrpo_cli.rewards.clip import HPSv2
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from tests.rewards.clips import DATA, golden_clip, patch_fetch, register
@@ -19,7 +20,7 @@ def tiny(tmp_path, monkeypatch):
     """The reward with the small golden network in the place of ViT-H-14, its prompts and the published results."""
     config, prompts, weights, results = golden_clip()
     register(monkeypatch, "tiny-hps", config)
-    monkeypatch.setattr(hpsv2, "ARCHITECTURE", "tiny-hps")
+    monkeypatch.setattr(HPSv2, "architecture", "tiny-hps")
     torch.save({"epoch": 1, "state_dict": weights}, tmp_path / "hps.pt")
     return tmp_path / "hps.pt", prompts, results
 
@@ -49,7 +50,7 @@ def test_tokens_are_the_published_ones_also_of_long_empty_and_foreign_prompts(ti
 def test_pixels_are_the_published_ones(index):
     golden = np.load(DATA / "preprocess.npz")
     image = torch.from_numpy(golden[f"image_{index}"]).permute(2, 0, 1)
-    ours = preprocess(torch.stack([image.flip(-1), image]))
+    ours = letterbox(torch.stack([image.flip(-1), image]))
     assert ours.shape == (2, 3, 224, 224)
     published = torch.from_numpy(golden[f"pixels_{index}"]).float()
     torch.testing.assert_close(ours[1, :, ::4, ::4], published, atol=2e-3, rtol=0)
@@ -58,7 +59,7 @@ def test_pixels_are_the_published_ones(index):
 def test_an_oblong_of_the_networks_width_is_padded_too():
     """The published code leaves it 224 x 160, which its network cannot read."""
     golden = np.load(DATA / "preprocess.npz")
-    ours = preprocess(torch.from_numpy(golden["image_5"]).permute(2, 0, 1)[None])[0]
+    ours = letterbox(torch.from_numpy(golden["image_5"]).permute(2, 0, 1)[None])[0]
     published = torch.from_numpy(golden["pixels_5"]).float()
     torch.testing.assert_close(ours[:, 32:192:4, ::4], published, atol=2e-3, rtol=0)
     black = -torch.tensor(open_clip.OPENAI_DATASET_MEAN) / torch.tensor(open_clip.OPENAI_DATASET_STD)
@@ -67,26 +68,26 @@ def test_an_oblong_of_the_networks_width_is_padded_too():
 
 
 def test_the_odd_pixel_of_a_border_is_at_the_bottom():
-    ours = preprocess(torch.full((1, 3, 223, 224), 255, dtype=torch.uint8))[0, 0]
+    ours = letterbox(torch.full((1, 3, 223, 224), 255, dtype=torch.uint8))[0, 0]
     assert (ours[:223] > 1).all() and (ours[223] < -1).all()
 
 
 def test_the_longest_side_decides_also_where_the_shortest_fits():
-    ours = preprocess(torch.full((1, 3, 300, 224), 255, dtype=torch.uint8))[0, 0]  # 224 x 167 and borders of 28 and 29
+    ours = letterbox(torch.full((1, 3, 300, 224), 255, dtype=torch.uint8))[0, 0]  # 224 x 167 and borders of 28 and 29
     assert (ours[:, 28:195] > 1).all() and (ours[:, :28] < -1).all() and (ours[:, 195:] < -1).all()
 
 
 def test_the_network_has_the_names_and_sizes_of_the_published_checkpoints():
     with torch.device("meta"):
-        state = build_hpsv2().state_dict()
+        network = build_open_clip(open_clip.get_model_config(HPSv2.architecture))
+    state = network.state_dict()
     assert len(state) == 686 and sum(value.numel() for value in state.values()) == 986_109_441
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     assert shapes["visual.conv1.weight"] == (1280, 3, 14, 14)
     assert shapes["visual.transformer.resblocks.31.mlp.c_fc.weight"] == (5120, 1280)
     assert shapes["transformer.resblocks.23.attn.in_proj_weight"] == (3072, 1024)
     assert shapes["text_projection"] == (1024, 1024) and shapes["logit_scale"] == ()
-    with torch.device("meta"):
-        assert not any("Quick" in type(module).__name__ for module in build_hpsv2().modules())
+    assert not any("Quick" in type(module).__name__ for module in network.modules())
 
 
 @pytest.mark.parametrize(("version", "file"), [("2.1", "HPS_v2.1_compressed.pt"), ("2.0", "HPS_v2_compressed.pt")])
@@ -98,5 +99,5 @@ def test_each_version_has_its_published_file(tiny, monkeypatch, version, file):
 
 
 def test_an_unknown_version_is_named():
-    with pytest.raises(UserError, match=r"no version '2'; there are 2.1, 2.0"):
+    with pytest.raises(UserError, match=r"version '2' is unknown; there are 2.1, 2.0"):
         HPSv2(version="2")

@@ -10,16 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from argrpo_cli.networks import blip
+from argrpo_cli.networks.blip import TEXT, VISION, build_network, from_published, load_network
 from argrpo_cli.networks.pixels import Preprocess
-from argrpo_cli.rewards import imagereward
-from argrpo_cli.rewards.imagereward import (
-    TEXT,
-    VISION,
-    ImageReward,
-    build_network,
-    from_published,
-    load_network,
-)
+from argrpo_cli.rewards.imagereward import ImageReward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
@@ -59,7 +53,7 @@ def small_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def small_network() -> imagereward.ImageRewardNetwork:
+def small_network() -> blip.ImageRewardNetwork:
     vision = {**VISION, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "image_size": 32}
     text = {**TEXT, "vocab_size": len(WORDS), "hidden_size": 24, "encoder_hidden_size": 32, "num_hidden_layers": 2}
     return build_network(vision, text | {"intermediate_size": 48, "max_position_embeddings": 40}, (32, 8, 6, 4, 1))
@@ -68,7 +62,7 @@ def small_network() -> imagereward.ImageRewardNetwork:
 @pytest.fixture
 def reward(tmp_path, monkeypatch) -> ImageReward:
     """The reward with a small network, from files as a user has them."""
-    monkeypatch.setattr(imagereward, "build_network", small_network)
+    monkeypatch.setattr(blip, "build_network", small_network)
     torch.save(small_state(), tmp_path / "ImageReward.pt")
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     return ImageReward(weights=tmp_path / "ImageReward.pt", vocabulary=tmp_path / "vocab.txt")

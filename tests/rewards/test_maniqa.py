@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from argrpo_cli.networks import weights
 from argrpo_cli.rewards import maniqa
 from argrpo_cli.rewards.maniqa import CROP, Maniqa, enlarged, grid_corners, pooled, random_corners
 from argrpo_cli.shapes import Condition
@@ -66,7 +67,7 @@ def test_real_network_gives_the_published_score(network, monkeypatch, tmp_path):
     state = formula_state(network)
     assert len(state) == 316
     monkeypatch.setattr(maniqa, "build_network", lambda: network)
-    monkeypatch.setattr(maniqa, "read_state", lambda path, wrappers: state)
+    monkeypatch.setattr(weights, "read_state", lambda path, wrappers: state)
     (tmp_path / "ckpt_koniq10k.pt").touch()
     reward = Maniqa(weights=tmp_path / "ckpt_koniq10k.pt")
     image = torch.from_numpy(np.array(Image.open(DATA / "image_256.png"))).permute(2, 0, 1)[None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import math
@@ -16,9 +15,10 @@ import pytest
 import torch
 
 from argrpo_cli.recipe.schema import RewardSection, RewardTerm
-from argrpo_cli.rewards import REWARDS, RewardSet, check_reward, load_reward, load_rewards
-from argrpo_cli.rewards.custom import Custom, find_function
-from argrpo_cli.rewards.shaping import quantize, reward_weights
+from argrpo_cli.rewards import REWARDS, Reward, RewardSet, check_reward, load_reward, load_rewards
+from argrpo_cli.rewards.clip import ClipQuantized
+from argrpo_cli.rewards.custom import find_function, reward_of
+from argrpo_cli.rewards.shaping import reward_weights
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training.objective import advantages
@@ -35,7 +35,7 @@ def conditions(count: int) -> list[Condition]:
     return [Condition(f"a photo of {index}") for index in range(count)]
 
 
-class Values:
+class Values(Reward):
     """A reward that gives each image the value at the place its pixels say."""
 
     def __init__(self, *values: float, most: int = 1000, remote: bool = False):
@@ -64,7 +64,7 @@ def test_scores_that_are_no_scores_are_missing_and_counted():
 
 
 def test_a_reward_with_the_wrong_number_of_scores_is_named():
-    class Short:
+    class Short(Reward):
         def score(self, images, conditions):
             return torch.zeros(1)
 
@@ -95,7 +95,7 @@ def test_a_processor_without_memory_halves_too(error):
                 raise error
             return super().score(images, conditions)
 
-    rewards = RewardSet({"aesthetic": Narrow(*range(6)), "ocr": Custom("ocr", Narrow(*[0.5] * 6).score)})
+    rewards = RewardSet({"aesthetic": Narrow(*range(6)), "ocr": reward_of("ocr", Narrow(*[0.5] * 6).score)()})
     scores = rewards.score(images(6), conditions(6))
     assert scores["aesthetic"].tolist() == list(range(6)) and scores["ocr"].tolist() == [0.5] * 6
 
@@ -117,7 +117,7 @@ def test_an_error_is_told_under_the_name_of_its_reward_or_tolerated():
 
 def test_ranges_let_published_scores_pass():
     """The range of each unit as its paper or its code has it."""
-    ranges = {name: (entry.low, entry.high) for name, entry in REWARDS.items()}
+    ranges = {name: (entry.low, entry.high) for name, entry in ((name, check_reward(name)) for name in REWARDS)}
     assert ranges["maniqa"] == (0, math.inf) and ranges["judge-quality"] == (0, 5)
     assert ranges["judge-fake"] == ranges["judge-weird"] == ranges["ocr"] == (0, 1)
     assert ranges["deqa"] == ranges["unified-reward"] == (1, 5)
@@ -133,7 +133,7 @@ def test_a_reward_of_ones_own_cannot_change_what_the_others_see():
         return [0.0] * len(images)
 
     given = images(3).clone()
-    rewards = RewardSet({"ocr": Custom("ocr", greedy), "aesthetic": Values(0.0, 1.0, 2.0)})
+    rewards = RewardSet({"ocr": reward_of("ocr", greedy)(), "aesthetic": Values(0.0, 1.0, 2.0)})
     assert rewards.score(given, conditions(3))["aesthetic"].tolist() == [0, 1, 2]
     assert torch.equal(given, images(3))
 
@@ -212,8 +212,7 @@ def test_the_documented_options_are_those_that_there_are():
     told = {name: row[7] for row in rows for name in re.findall(r"`([^`]+)`", row[1])}
     assert set(REWARDS) <= {*told, *(name for name in REWARDS if name.startswith("nano-"))}
     for name in ("clip", "hpsv2", "maniqa", "aesthetic", "pickscore", "imagereward", "geneval", "ocr"):
-        entry = REWARDS[name]
-        known = inspect.signature(getattr(importlib.import_module(entry.module), entry.class_name)).parameters
+        known = inspect.signature(check_reward(name)).parameters
         assert set(re.findall(r"`(\w+)`", told[name])) == set(known) - {"device"}, name
 
 
@@ -228,7 +227,7 @@ def test_the_documented_options_are_those_that_there_are():
         ("judge-fake", {"attempts": "x"}, "reward judge-fake: attempts is 'x'; expected int"),
         ("deqa", {"url": 5}, "reward deqa: url is 5; expected str | None"),
         ("unified-reward", {"timeout": "x"}, "reward unified-reward: timeout is 'x'; expected float"),
-        ("hpsv2", {"version": 3}, "hpsv2 has no version '3'"),
+        ("hpsv2", {"version": 3}, "hpsv2: version '3' is unknown"),
         ("aesthetic", {"dtype": 1}, "reward aesthetic: dtype is 1; expected str"),
         ("pickscore", {"dtype": 1}, "reward pickscore: dtype is 1; expected str"),
         ("imagereward", {"vocabulary": 1}, "reward imagereward: vocabulary is 1; expected"),
@@ -260,6 +259,7 @@ def test_quantised_scores_follow_the_paper_and_the_published_code():
     assert len(rows) > 100
     raw = torch.tensor([row["raw"] for row in rows])
     published = torch.tensor([row["clip_or_hpsv2"]["quantized"] for row in rows])
+    quantize = ClipQuantized.quantize
     assert torch.equal(quantize(raw, "code"), published)
     assert torch.equal(quantize(raw, "paper"), published.clamp(min=0.5))
     crashed = [row["raw"] for row in GOLDEN["rows"] if row["clip_or_hpsv2"]["quantized_error"] is not None]
@@ -273,7 +273,7 @@ def test_published_factors():
     section = RewardSection(
         terms=[RewardTerm(name=name) for name in ("clip", "hpsv2", "clip-quantized", "maniqa", "judge-quality")]
     )
-    weights = reward_weights(section, {term.name: REWARDS[term.name].family for term in section.terms})
+    weights = reward_weights(section, {term.name: check_reward(term.name).family for term in section.terms})
     for row in GOLDEN["rows"]:
         assert row["raw"] * weights["clip"] == pytest.approx(row["clip_or_hpsv2"]["scaled"])
         if row["maniqa"]["scaled_error"] is None:
@@ -281,7 +281,7 @@ def test_published_factors():
     for row in GOLDEN["vlm_judge"]:
         assert row["judge_score"] * weights["judge-quality"] == pytest.approx(row["reward"])
     assert weights["hpsv2"] == 5 and weights["clip-quantized"] == 1
-    assert {REWARDS[name].factor for name in ("judge-fake", "judge-weird")} == {0.25}
+    assert {check_reward(name).factor for name in ("judge-fake", "judge-weird")} == {0.25}
 
 
 @pytest.mark.parametrize("case", GOLDEN["group_advantage"])
@@ -310,7 +310,7 @@ def test_a_quantised_reward_is_made_of_the_scores_of_its_base():
 
 
 def test_every_family_is_known_and_unknown_names_are_told():
-    assert {entry.family for entry in REWARDS.values()} == {"conditional", "quality", "realism"}
+    assert {check_reward(name).family for name in REWARDS} == {"conditional", "quality", "realism"}
     with pytest.raises(UserError, match="did you mean 'maniqa'"):
         check_reward("manica")
     with pytest.raises(UserError, match="reward nano-clip: no option 'modle'"):

@@ -17,7 +17,7 @@ from torch import Tensor
 from argrpo_cli.captions import read_captions
 from argrpo_cli.evals.image_codes import CHUNK, PREPROCESSING, CodedImages, default_cache, tokenise
 from argrpo_cli.evals.imagenet_folder import LabelledImages, conditions_of, open_labelled
-from argrpo_cli.networks.loading import fingerprint
+from argrpo_cli.networks.weights import fingerprint
 from argrpo_cli.policy import Policy
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError

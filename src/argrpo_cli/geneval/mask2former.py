@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from argrpo_cli.geneval.grammar import OBJECT_NAMES
 from argrpo_cli.geneval.rules import Detection
-from argrpo_cli.networks.loading import load_pretrained
+from argrpo_cli.networks.weights import load_pretrained
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.hub import fetch
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from argrpo_cli.geneval.mask2former import NOT_NEEDED, build_mask2former
-from argrpo_cli.rewards.published import fit_state, read_state
+from argrpo_cli.networks.weights import fit_state, read_state
 from argrpo_cli.system.errors import UserError
 
 SOURCE = "evaluation/download_models.sh of https://github.com/djghosh13/geneval"

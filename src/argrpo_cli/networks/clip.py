@@ -1,4 +1,4 @@
-"""What the rewards on CLIP networks share: weights from files, features of images and of prompts.
+"""CLIP networks in open_clip's and in transformers' layout: weights from files, features of images and of prompts.
 
 from argrpo_cli.networks.clip import load_open_clip
 clip = load_open_clip("ViT-B-32-quickgelu", "openai")
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from argrpo_cli.networks.pixels import Preprocess
-from argrpo_cli.rewards.published import fit_state, published_file, read_state
-from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.networks.weights import fit_state, published_file, read_state
+from argrpo_cli.system.errors import UserError, did_you_mean, first_line
 from argrpo_cli.system.files import read_json
 from argrpo_cli.system.hub import fetch
 
@@ -124,7 +124,13 @@ def load_open_clip(
         repo, _, file = pixels["hf_hub"].rpartition("/")
         files = (file,) if file else OPEN_CLIP_FILES
     path = published_file(repo, files, weights)
-    prepare = preprocess_of(config, pixels, model)
+    return open_clip_from(config, path, preprocess_of(config, pixels, model), device, dtype)
+
+
+def open_clip_from(
+    config: Mapping[str, Any], path: Path, prepare: Callable[[Tensor], Tensor], device: str, dtype: str
+) -> ClipModel:
+    """A network of an open_clip configuration with the weights of a file; UserError where they do not fit."""
     with uninitialized():
         network = build_open_clip(config)
     load_state(network, path)
@@ -181,7 +187,7 @@ def tokenizer_of(text: Mapping[str, Any]) -> Tokenizer:
         mode = text.get("tokenizer_mode")
         return open_clip.tokenizer.HFTokenizer(name, context_length=length, tokenizer_mode=mode, **more)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot fetch the tokenizer {name}: {_first_line(error)}") from error
+        raise UserError(f"cannot fetch the tokenizer {name}: {first_line(error)}") from error
 
 
 def preprocess_of(config: Mapping[str, Any], pixels: Mapping[str, Any], model: str) -> Preprocess:
@@ -192,6 +198,29 @@ def preprocess_of(config: Mapping[str, Any], pixels: Mapping[str, Any], model: s
     if not isinstance(size, int) or prepare.resize_mode not in ("shortest", "squash"):
         raise UserError(f"{model} wants images of {size}, resize_mode {prepare.resize_mode!r}; not supported")
     return prepare
+
+
+class AestheticHead(nn.Module):
+    """Unit image features [B, width] to ratings [B]: linear layers without activations, as LAION published them.
+
+    The dropout between them is inert when scoring; it only keeps the published numbering of the layers.
+    """
+
+    def __init__(self, width: int = 768):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)[:, 0]
 
 
 # transformers
@@ -304,7 +333,3 @@ class _NoDraws(TorchFunctionMode):
 
 
 DRAWS = {"normal_", "uniform_", "kaiming_uniform_"}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

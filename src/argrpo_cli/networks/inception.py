@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from argrpo_cli.networks.loading import fingerprint
-from argrpo_cli.rewards.published import read_state
+from argrpo_cli.networks.weights import fingerprint, read_state
 from argrpo_cli.system.errors import UserError, first_line, out_of_memory
 
 if TYPE_CHECKING:

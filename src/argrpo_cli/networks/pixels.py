@@ -1,4 +1,4 @@
-"""CLIP's preprocessing on batches of tensors, equal to Pillow's on single images."""
+"""Preprocessing on batches of images: CLIP's as Pillow computes it, HPSv2's, that of the nano networks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import open_clip
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from argrpo_cli.system.errors import UserError
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
+NANO_SIZE = 64  # pixels, of the nano networks
 MOST_OBLONG = 50  # its long side over its short one: the whole picture is scaled before its centre is taken
 
 
@@ -25,8 +27,8 @@ class Preprocess:
     """
 
     size: int = 224
-    mean: Sequence[float] = open_clip.OPENAI_DATASET_MEAN
-    std: Sequence[float] = open_clip.OPENAI_DATASET_STD
+    mean: Sequence[float] = CLIP_MEAN
+    std: Sequence[float] = CLIP_STD
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
 
@@ -113,3 +115,37 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std for each channel of [B, 3, H, W]."""
     shape = (3, 1, 1)
     return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
+
+
+def letterbox(images: Tensor, size: int = 224) -> Tensor:
+    """HPSv2's preprocessing, on a batch: the longest side to `size`, black borders, no crop.
+
+    The floating-point image is resized (bicubic, antialiased, not clamped to [0, 1]) and padded in the centre, an odd
+    pixel at the right and the bottom, before it is normalised. The published code does not pad an image whose longest
+    side is `size` already; if it is not square, its own network refuses the result. Here it is padded too.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+
+    Returns:
+        float32 [B, 3, size, size].
+    """
+    x = images.float() / 255
+    longest = max(x.shape[-2:])
+    if longest != size:
+        shape = [max(1, round(side * size / longest)) for side in x.shape[-2:]]
+        x = F.interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False)
+    down, right = (size - side for side in x.shape[-2:])
+    x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
+    return normalize(x, CLIP_MEAN, CLIP_STD)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] to float32 [B, 3, 64, 64] in [-1, 1], the input of every nano network.
+
+    Pictures of another size are resized (means of areas), without regard to their proportions.
+    """
+    images = images.float()
+    if images.shape[-2:] != (NANO_SIZE, NANO_SIZE):
+        images = F.interpolate(images, (NANO_SIZE, NANO_SIZE), mode="area")
+    return images.div(127.5).sub(1)

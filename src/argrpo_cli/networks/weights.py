@@ -1,30 +1,168 @@
-"""Reward networks on disk: a folder with config.json and float16 weights in model.safetensors."""
+"""Weights on disk: files read without running pickled code, networks filled strictly, nothing ever half written.
+
+network = load_weights(QualityNet(**read_config(folder)), folder)            # a folder of the nano world
+fit_state(network, read_state(published_file(repo, file, weights)), file)    # what others published
+model = load_pretrained(LlamaGenForImageGeneration, folder, torch.float32)   # a folder of transformers
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import atomic_path, read_json, write_json
+from argrpo_cli.networks.pixels import to_unit  # noqa: F401
+from argrpo_cli.system.errors import UserError, first_line
+from argrpo_cli.system.files import atomic_path, cannot_write, open_to_all, read_json, write_json
+from argrpo_cli.system.hub import fetch
 
-INPUT_SIZE = 64  # pixels, of the nano networks
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Model = TypeVar("Model", bound="PreTrainedModel")
+
+
+# files of weights
+
+
+def published_file(
+    repo: str, files: str | Sequence[str], weights: str | Path | None = None, option: str = "weights"
+) -> Path:
+    """The local file `weights` when it is given, else the first of `files` that a hub repository has, fetched once.
+
+    Raises:
+        UserError: the local file is absent, or the hub's cannot be fetched.
+    """
+    names = [files] if isinstance(files, str) else list(files)
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise UserError(f"weights not found: {weights}; give the file {names[0]} of https://huggingface.co/{repo}")
+        return Path(weights)
+    first: UserError | None = None
+    for name in names:
+        try:
+            return fetch(repo, name)
+        except UserError as error:
+            first = first or UserError(str(error).replace("give the file instead", f"give it as the option {option}"))
+    raise first or ValueError("no file asked for")
+
+
+def read_state(path: str | Path, wrappers: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` file or a torch file (`weights_only`: no pickled code is run).
+
+    Args:
+        wrappers: keys under which a torch file may hold it; the first that is there is opened.
+
+    Raises:
+        UserError: the file is absent, damaged or something else.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # LlamaGen's trainer stored its command-line arguments beside the weights; Namespace is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError as error:
+        raise UserError(f"weights not found: {path}") from error
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        raise UserError(
+            f"{path} is not a readable file of weights: it is cut off, damaged or something else"
+        ) from error
+    for key in wrappers:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict of tensors")
+    return content
+
+
+def fit_state(
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str | Path,
+    *,
+    names: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give `network` all of `state`, in `dtype` where it is floating point; nothing may be missing or left over.
+
+    The network may live on the meta device: it takes the tensors as they are.
+
+    Args:
+        names: the network's own name of a key of `state`, where that is another one. Messages have those of `state`.
+
+    Raises:
+        UserError: `source`, and the keys that are missing, unexpected, of another shape or another kind of number.
+    """
+    names = names or {}
+    back = {own: key for key, own in names.items()}
+    expected = {back.get(key, key): value for key, value in network.state_dict().items()}
+    both = [(key, value, state[key]) for key, value in expected.items() if key in state]
+    problems = {
+        "missing": sorted(expected.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - expected.keys()),
+        "wrong shape": [
+            f"{key} is {list(new.shape)}, expected {list(own.shape)}"
+            for key, own, new in both
+            if own.shape != new.shape
+        ],
+        "wrong numbers": [
+            f"{key} is {new.dtype}"
+            for key, own, new in both
+            if own.is_floating_point() != new.is_floating_point() or new.layout != torch.strided
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{what} {_some(keys)}" for what, keys in problems.items() if keys)
+        raise UserError(f"weights do not fit: {source} ({told})")
+    values = {names.get(key, key): new.to(dtype) if own.is_floating_point() else new for key, own, new in both}
+    network.load_state_dict(values, assign=True)
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def fingerprint(modules: Iterable[nn.Module], settings: Mapping[str, Any] | None = None) -> str:
+    """A hash over a thousand numbers of every weight, and over plain `settings`: sixteen hexadecimal digits."""
+    digest = hashlib.sha256()
+    if settings:
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            flat = tensor.detach().flatten()
+            some = flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy()
+            digest.update(name.encode() + np.ascontiguousarray(some).tobytes())
+    return digest.hexdigest()[:16]
+
+
+# folders of the nano world: config.json and float16 weights in model.safetensors
 
 
 def save_network(folder: str | Path, network: nn.Module, config: dict[str, Any]) -> None:
     """Write `config` and the float16 weights of `network` into `folder`."""
     folder = Path(folder)
-    state = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).detach().contiguous()
-        for name, tensor in network.state_dict().items()
-    }
     write_json(folder / "config.json", config)
+    state = {
+        key: (value.half() if value.is_floating_point() else value).detach().contiguous()
+        for key, value in network.state_dict().items()
+    }
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
 
@@ -39,20 +177,72 @@ def load_weights(network: nn.Module, folder: str | Path, device: str = "cpu") ->
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise UserError(f"weights not found: {path}; install the package again or rebuild them with `make nano`")
-    try:
-        state = load_file(path)
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"weights do not fit: {path} ({str(error).splitlines()[0]})") from error
-    return network.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    fit_state(network, read_state(path), path)
+    return network.to(device).eval().requires_grad_(False)
 
 
-def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, H, W] to float32 [B, 3, 64, 64] in [-1, 1], the input of every nano network.
+# folders of transformers
 
-    Pictures of another size are resized (means of areas), without regard to their proportions.
+
+def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype, optional: tuple[str, ...] = ()) -> Model:
+    """`from_pretrained` from a local folder that accepts nothing less than the complete weights of this kind.
+
+    Args:
+        optional: ends of keys that may be missing or unexpected.
+
+    Raises:
+        UserError: files missing or damaged, another kind of model, keys or shapes that do not fit.
     """
-    images = images.float()
-    if images.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
-        images = F.interpolate(images, (INPUT_SIZE, INPUT_SIZE), mode="area")
-    return images.div(127.5).sub(1)
+    config = read_json(folder / "config.json")
+    expected = kind.config_class.model_type
+    if config.get("model_type") != expected:
+        raise UserError(f"{folder} holds a {config.get('model_type')!r} model; expected {expected!r}")
+    try:
+        with quiet_transformers():
+            model, info = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        why = first_line(error)
+        damaged = "; the file is damaged" if "deserializing" in why else ""
+        raise UserError(f"cannot load {folder}: {why}{damaged}") from error
+    for what in ("missing_keys", "unexpected_keys"):
+        if keys := sorted(key for key in info[what] if not key.endswith(optional)):
+            raise UserError(f"cannot load {folder}: {len(keys)} {what.replace('_', ' ')} such as {keys[0]}")
+    for key, saved, own in sorted(info["mismatched_keys"]):
+        raise UserError(f"cannot load {folder}: {key} is {list(saved)}, config.json says {list(own)}")
+    return model
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained` beside and then into a folder, so that no file in it is ever half written."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as fresh, quiet_transformers():
+            model.save_pretrained(fresh)
+            for file in sorted(Path(fresh).iterdir()):
+                open_to_all(file)
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())  # or a power cut may leave the name without the contents
+                os.replace(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error if isinstance(error, OSError) else OSError(str(error))) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load reports: loading either works or raises one line."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

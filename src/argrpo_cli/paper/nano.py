@@ -26,7 +26,7 @@ from argrpo_cli.evals.geneval import GenEvalSettings, run_geneval
 from argrpo_cli.evals.nano import Sampling, open_bench, open_nano_policy
 from argrpo_cli.geneval.nano_detector import load_detector
 from argrpo_cli.nano.judge import load_judge
-from argrpo_cli.networks.loading import fingerprint
+from argrpo_cli.networks.weights import fingerprint
 from argrpo_cli.paper.page import Results, draw_figures, page
 from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import dump_recipe, load_recipe

@@ -1,18 +1,139 @@
-"""What decides a reward's scores, so that kept ones are used again only where the same would come out."""
+"""What every reward is: a class that carries its facts, one score per image, and what decides the scores.
+
+Nothing heavy is imported here or by the modules of rewards themselves, so that a command line knows a reward, its
+options and its needs before torch is there; a reward imports its network when it is made.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, get_type_hints
 
 from argrpo_cli import __version__
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.hub import HubFile
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+FAMILIES = ("conditional", "quality", "realism")  # r_C, r_I, r_R of equations 7 to 9
+
+
+class Needs(NamedTuple):
+    """What a reward network needs before it can score; nothing for a bundled one.
+
+    Attributes:
+        files: of the hub.
+        packages: names to import, each with what pip installs for it.
+        weights: bytes of the network on the device; None where nobody knows before it is loaded.
+        working: bytes more while it scores, where it is more than a little.
+        network: what is loaded, so that rewards which share a network are counted once.
+        server: whether another machine scores; then all of the above is nothing.
+        missing: what the recipe has to say and does not.
+    """
+
+    files: tuple[HubFile, ...] = ()
+    packages: Mapping[str, str] = {}
+    weights: int | None = 0
+    working: int = 0
+    network: str = ""
+    server: bool = False
+    missing: str = ""
+
+    @classmethod
+    def of(cls, files: Mapping[str, HubFile], options: Mapping[str, Any], **needs: Any) -> Self:
+        """Needs with those of `files` for which the option that they stand under names no local one."""
+        return cls(tuple(file for option, file in files.items() if options.get(option) is None), **needs)
+
+
+def bytes_of(parameters: int, options: Mapping[str, Any]) -> int:
+    """The memory of a network by its option dtype."""
+    return (4 if options.get("dtype", "float32") == "float32" else 2) * parameters
+
+
+class Reward:
+    """A reward model: one raw score per image, in the reward's own unit.
+
+    A subclass takes `device` and, by keyword, its options. What it can say without its network are class attributes:
+
+    Attributes:
+        name: as on the command line.
+        family: one of `FAMILIES`; it decides which lambda applies.
+        low, high: the range of its scores; one outside it is taken for none.
+        factor: what brings the paper's own rewards to a like scale (appendix D).
+        reads_prompt: what the image should show is looked at, too.
+        label, unit, divisor: of its column in table 4: the heading, the unit there, and what a raw score is divided by.
+        steps_of: the reward whose scores this one turns into steps; it has no network of its own.
+        remote: another machine scores; the device is free meanwhile.
+        last_error: why the latest score that is missing is.
+    """
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = "conditional"
+    low: ClassVar[float] = -math.inf
+    high: ClassVar[float] = math.inf
+    factor: ClassVar[float] = 1.0
+    reads_prompt: ClassVar[bool] = True
+    label: ClassVar[str] = ""
+    unit: ClassVar[str] = "raw"
+    divisor: ClassVar[float] = 1.0
+    steps_of: ClassVar[str | None] = None
+    remote: bool = False
+    last_error: str = ""
+
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """What it needs with these options.
+
+        Args:
+            device: where it is to run; a judge takes half the memory on a GPU.
+
+        Raises:
+            UserError: an option that decides what is fetched has a value that there is not.
+        """
+        return Needs()
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """UserError for an option that it does not have, or a value of another type than its constructor says."""
+        from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+        known = [key for key in inspect.signature(cls).parameters if key not in ("device", "folder")]
+        hints = get_type_hints(cls.__init__, localns={"Tensor": Any})
+        for key, value in options.items():
+            if key not in known:
+                has = f"it has {', '.join(known)}" if known else "it has none"
+                raise UserError(f"reward {cls.name}: no option {key!r}; {has}{did_you_mean(key, known)}")
+            try:
+                TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
+            except ValidationError as error:
+                expected = getattr(hints[key], "__name__", str(hints[key])).replace("pathlib.", "")
+                raise UserError(f"reward {cls.name}: {key} is {value!r}; expected {expected}") from error
+
+    def check(self, conditions: Sequence[Condition]) -> None:
+        """Raise UserError for a condition that it cannot read."""
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """uint8 [B, 3, H, W] and B conditions to float32 [B]; NaN where there is no score."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Break off a `score` in another thread that waits for another machine."""
+
+
+def choose(name: str, option: str, value: str, allowed: Sequence[str]) -> None:
+    """UserError, with the values there are, for a value of an option that is none of them."""
+    if value not in allowed:
+        raise UserError(
+            f"{name}: {option} {value!r} is unknown; there are {', '.join(allowed)}{did_you_mean(value, allowed)}"
+        )
+
 
 OPERATIONAL = ("url", "timeout", "concurrency", "attempts", "backoff")  # options that change no score
 LIBRARIES = {"builtins", "torch", "transformers", "tokenizers", "open_clip", "httpx2", "PIL", "numpy"}
@@ -35,7 +156,7 @@ def identity_of(
         "argrpo": __version__,
     }
     if parts is not None:
-        from argrpo_cli.networks.loading import fingerprint
+        from argrpo_cli.networks.weights import fingerprint
 
         networks = _networks(list(parts), set())
         identity["weights"] = fingerprint(networks) if networks else None

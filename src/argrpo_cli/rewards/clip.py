@@ -1,23 +1,49 @@
-"""clip, the conditional reward and metric: cosine similarity of image and prompt in CLIP's space.
+"""The rewards on CLIP networks: clip, hpsv2, pickscore and aesthetic, and the steps of the first two.
 
-The published code takes openai/clip-vit-base-patch32 and multiplies by 5 in training; here the similarity is raw.
+The first three score how well an image fits its prompt by the cosine of their features in a network trained for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import open_clip
-import torch
-from torch import Tensor
-
-from argrpo_cli.networks.clip import HUB_PREFIX, load_open_clip, load_transformers_clip
+from argrpo_cli.rewards.base import Needs, Reward, bytes_of, choose
 from argrpo_cli.shapes import Condition
+from argrpo_cli.system.hub import HubFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from argrpo_cli.networks.clip import ClipModel
+
+B32, L14, H14 = 151_277_313, 427_616_513, 986_109_441  # parameters of open_clip's networks
+OPEN_CLIP_FILE = "open_clip_model.safetensors"
+OPENAI_FILES = {  # of open_clip's models with OpenAI's weights, and their parameters
+    "ViT-B-32": (HubFile("timm/vit_base_patch32_clip_224.openai", OPEN_CLIP_FILE, 4 * B32), B32),
+    "ViT-L-14": (HubFile("timm/vit_large_patch14_clip_224.openai", OPEN_CLIP_FILE, 4 * L14), L14),
+}
 
 
-class Clip:
-    """Cosine similarity of unit features (Radford et al. 2021, section 2.3), in [-1, 1], without factor.
+class ClipReward(Reward):
+    """Cosine similarity of the unit features of image and prompt, in [-1, 1]."""
+
+    low, high = -1.001, 1.001  # in half precision it passes 1 by a rounding
+    unit = "cosine"
+    clip: ClipModel
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """uint8 [B, 3, H, W] and B conditions to float32 [B]."""
+        return self.clip.cosine(images, [condition.prompt for condition in conditions])
+
+
+class Clip(ClipReward):
+    """CLIP's cosine similarity (Radford et al. 2021, section 2.3), without factor.
+
+    The published code takes openai/clip-vit-base-patch32 and multiplies by 5 in training.
 
     Args:
         model: a model of open_clip (`ViT-L-14`, also `ViT-L/14`; `hf-hub:owner/name` for one in its layout on the
@@ -30,6 +56,8 @@ class Clip:
         UserError: an unknown name, weights that are missing, damaged or of another network.
     """
 
+    name, factor, label = "clip", 5.0, "CLIP score"
+
     def __init__(
         self,
         device: str = "cpu",
@@ -39,6 +67,10 @@ class Clip:
         weights: str | Path | None = None,
         dtype: str = "float32",
     ):
+        import open_clip
+
+        from argrpo_cli.networks.clip import HUB_PREFIX, load_open_clip, load_transformers_clip
+
         dashed = model.replace("/", "-")  # OpenAI's own names have a slash
         if dashed in open_clip.list_models():
             model = dashed
@@ -47,7 +79,214 @@ class Clip:
         else:
             self.clip = load_open_clip(model, pretrained, weights, device, dtype)
 
-    @torch.inference_mode()
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """The weights of OpenAI's two models; of others the file alone is known."""
+        model, weights = options.get("model", "ViT-B-32-quickgelu"), options.get("weights")
+        known = model.replace("/", "-").removesuffix("-quickgelu")
+        if known in OPENAI_FILES and options.get("pretrained", "openai") == "openai":
+            file, parameters = OPENAI_FILES[known]
+            return Needs.of({"weights": file}, options, weights=bytes_of(parameters, options), network=known)
+        repo = model.removeprefix("hf-hub:")
+        if weights is not None or "/" not in repo:
+            return Needs(weights=None, network=model)
+        file = OPEN_CLIP_FILE if repo != model else "model.safetensors"
+        return Needs((HubFile(repo, file),), weights=None, network=model)
+
+
+class HPSv2(ClipReward):
+    """Human Preference Score v2.0 and v2.1 (Wu et al. 2023, arXiv 2306.09341; repository tgxs002/HPSv2).
+
+    A CLIP ViT-H-14 trained on which of two images people prefer for a prompt, in open_clip, whose names and shapes the
+    published checkpoints have. The score is `hpsv2.score`'s, a cosine without logit scale or factor; the published code
+    runs under float16 autocast and so rounds it to steps of 0.00024, float32 does not.
+
+    Args:
+        version: "2.1" or "2.0", which published checkpoint.
+        weights: a local file in its place.
+        dtype: float32, bfloat16 or float16, of the network.
+
+    Raises:
+        UserError: an unknown version, weights that are missing, damaged or of another network.
+    """
+
+    name, factor, label = "hpsv2", 5.0, "HPSv2"
+    architecture: ClassVar[str] = "ViT-H-14"
+    checkpoints: ClassVar[dict[str, HubFile]] = {
+        "2.1": HubFile("xswu/HPSv2", "HPS_v2.1_compressed.pt", 2 * H14),
+        "2.0": HubFile("xswu/HPSv2", "HPS_v2_compressed.pt", 2 * H14),
+    }
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        version: str | float = "2.1",
+        weights: str | Path | None = None,
+        dtype: str = "float32",
+    ):
+        import open_clip
+
+        from argrpo_cli.networks.clip import check_dtype, open_clip_from
+        from argrpo_cli.networks.pixels import letterbox
+        from argrpo_cli.networks.weights import published_file
+
+        file = self.checkpoint(version)
+        check_dtype(dtype)
+        path = published_file(file.repo, file.file, weights)
+        config = open_clip.get_model_config(self.architecture)
+        prepare = partial(letterbox, size=config["vision_cfg"]["image_size"])
+        self.clip = open_clip_from(config, path, prepare, device, dtype)
+
+    @classmethod
+    def checkpoint(cls, version: str | float) -> HubFile:
+        """The published file of a version; UserError for one that there is not."""
+        version = str(version)  # YAML reads 2.0 as a number
+        choose(cls.name, "version", version, list(cls.checkpoints))
+        return cls.checkpoints[version]
+
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """The checkpoint of the version."""
+        file = cls.checkpoint(options.get("version", "2.1"))
+        weights = bytes_of(H14, options)
+        return Needs.of({"weights": file}, options, weights=weights, network=f"ViT-H-14 of {file.repo}")
+
+
+class PickScore(ClipReward):
+    """PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569; repository yuvalkirstain/PickScore).
+
+    A CLIP ViT-H-14, in transformers' layout, trained on which of two images people picked for a prompt. The score is
+    exp(logit scale) times the cosine, the logit that the published example computes; AR-GRPO's tables divide it by 26.
+
+    Args:
+        weights: a local file in the place of the published one.
+        dtype: float32, bfloat16 or float16, of the network.
+
+    Raises:
+        UserError: weights that are missing, damaged or of another network.
+    """
+
+    name, factor, label = "pickscore", 1 / 26, "PickScore"
+    unit, divisor = "logit / 26", 26.0
+    low, high = -math.inf, math.inf
+    file: ClassVar[HubFile] = HubFile("yuvalkirstain/PickScore_v1", "model.safetensors", 4 * H14)
+    config: ClassVar[dict[str, Any]] = {
+        "projection_dim": 1024,
+        "text_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "hidden_act": "gelu",
+            "projection_dim": 1024,
+        },
+        "vision_config": {
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+            "projection_dim": 1024,
+        },
+    }
+
+    def __init__(self, device: str = "cpu", *, weights: str | Path | None = None, dtype: str = "float32"):
+        from argrpo_cli.networks.clip import TRANSFORMERS_FILES, check_dtype, transformers_clip
+        from argrpo_cli.networks.weights import published_file
+
+        check_dtype(dtype)
+        path = published_file(self.file.repo, TRANSFORMERS_FILES, weights)
+        self.clip = transformers_clip(self.config, path, device, dtype)
+
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """Its only checkpoint."""
+        weights = bytes_of(H14, options)
+        return Needs.of({"weights": cls.file}, options, weights=weights, network=f"ViT-H-14 of {cls.file.repo}")
+
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B]."""
-        return self.clip.cosine(images, [condition.prompt for condition in conditions])
+        scale = self.clip.network.clip.logit_scale.float().exp()
+        return scale * super().score(images, conditions)
+
+
+class Aesthetic(Reward):
+    """LAION's improved aesthetic predictor (repository christophschuhmann/improved-aesthetic-predictor).
+
+    A stack of linear layers on CLIP ViT-L/14's image feature, trained on ratings from 1 to 10, without bounds.
+
+    Args:
+        weights: a local file of the predictor in the place of the published one.
+        clip_weights: a local file of OpenAI's ViT-L/14 in open_clip's layout in the place of the published one.
+        dtype: float32, bfloat16 or float16, of the CLIP network; the predictor computes in float32.
+
+    Raises:
+        UserError: weights that are missing, damaged or of another network.
+    """
+
+    name, family, reads_prompt = "aesthetic", "quality", False
+    label, unit = "Aesthetic", "1 to 10"
+    # A copy of the published file, which lies in the repository above, under its name there. SHA-256 of the published
+    # one: 21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0.
+    file: ClassVar[HubFile] = HubFile(
+        "camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth", 4 * 925_425
+    )
+    model: ClassVar[tuple[str, str]] = ("ViT-L-14-quickgelu", "openai")
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        weights: str | Path | None = None,
+        clip_weights: str | Path | None = None,
+        dtype: str = "float32",
+    ):
+        from argrpo_cli.networks.clip import AestheticHead, load_open_clip, load_state
+        from argrpo_cli.networks.weights import published_file
+
+        self.head = AestheticHead()
+        load_state(self.head, published_file(self.file.repo, self.file.file, weights))
+        self.head.to(device).eval().requires_grad_(False)
+        self.clip = load_open_clip(*self.model, clip_weights, device, dtype)
+
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """The predictor and its CLIP."""
+        clip, parameters = OPENAI_FILES["ViT-L-14"]
+        files = {"weights": cls.file, "clip_weights": clip}
+        weights = bytes_of(parameters, options)
+        return Needs.of(files, options, weights=weights, network="ViT-L-14 and the aesthetic predictor")
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""
+        return self.head(self.clip.image_features(images))
+
+
+class ClipQuantized(Reward):
+    """CLIP's score in steps, which leave less to exploit (appendix D); they replace the scaled score."""
+
+    name, steps_of = "clip-quantized", "clip"
+    mappings: ClassVar[tuple[str, ...]] = ("paper", "code")
+
+    @staticmethod
+    def quantize(scores: Tensor, mapping: str = "paper") -> Tensor:
+        """The steps of raw float32 scores; NaN stays NaN.
+
+        - "paper": 0.5 below 0.3, 1 from 0.3, 1.5 from 0.6. The paper gives the three values, the edges are the code's.
+        - "code": the published code's, where a negative score gives -1. It fails at a score of 1 or more, which has no
+          bin; here that score is missing (NaN).
+        """
+        steps = scores.new_full(scores.shape, 0.5).masked_fill(scores >= 0.3, 1.0).masked_fill(scores >= 0.6, 1.5)
+        missing = scores.isnan()
+        if mapping == "code":
+            steps = steps.masked_fill(scores < 0, -1.0)
+            missing = missing | (scores >= 1)
+        return steps.masked_fill(missing, math.nan)
+
+
+class HPSv2Quantized(ClipQuantized):
+    """HPSv2's score in the same steps."""
+
+    name, steps_of = "hpsv2-quantized", "hpsv2"

@@ -21,14 +21,15 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from argrpo_cli.rewards import base
+from argrpo_cli.rewards.base import FAMILIES, Reward
+from argrpo_cli.rewards.base import source_digest as digest_of
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, out_of_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = "argrpo.rewards"
 
@@ -61,35 +62,62 @@ def find_function(name: str) -> Callable[..., Any] | None:
     return function
 
 
+def own_reward(name: str) -> type[Custom] | None:
+    """The class of a reward of one's own; None for a name that is none.
+
+    Raises:
+        UserError: as `find_function`, or its family is none.
+    """
+    function = find_function(name)
+    return None if function is None else reward_of(name, function)
+
+
+def reward_of(name: str, function: Callable[..., Any]) -> type[Custom]:
+    """A function as a class of rewards; UserError where its family is none."""
+    family = getattr(function, "family", "conditional")
+    if family not in FAMILIES:
+        raise UserError(f"reward {name!r}: its family is {family!r}; choose one of {', '.join(FAMILIES)}")
+    facts = {"name": name, "function": staticmethod(function), "family": family}
+    return type("Own", (Custom,), {**facts, "reads_prompt": family == "conditional"})
+
+
 def source_digest(name: str) -> str:
-    """A hash of the file with the function behind `name`, "" where there is none."""
-    return base.source_digest(find_function(name))
+    """Moved to `rewards.identity`."""
+    return digest_of(find_function(name))
 
 
-class Custom:
+class Custom(Reward):
     """A function as a reward; its options are passed on as keyword arguments."""
 
-    def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any] | None = None):
-        self.name, self.function, self.options = name, function, dict(options or {})
+    function: ClassVar[Callable[..., Any]]
+
+    def __init__(self, device: str = "cpu", /, **options: Any):  # a function may have an option "device"
+        self.check_options(options)
+        self.options = options
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """UserError for options that the function does not take."""
         try:
-            inspect.signature(function).bind(None, None, **self.options)
+            inspect.signature(cls.function).bind(None, None, **options)
         except TypeError as error:
-            raise UserError(f"reward {name} takes images, conditions and its options: {error}") from error
+            raise UserError(f"reward {cls.name} takes images, conditions and its options: {error}") from error
         except ValueError:
             pass  # written in C: it has no signature to look at
 
-    @torch.inference_mode()
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """Float32 [B] of what the function returns.
 
         Raises:
             UserError: the function failed or returned something else than B numbers; it names the reward.
         """
+        import torch
+
         try:
             result = self.function(images.clone(), list(conditions), **self.options)  # which it may write into
             if result is None:
                 raise TypeError("it returned None; return a score for each image")
-            if not isinstance(result, Tensor):
+            if not isinstance(result, torch.Tensor):
                 result = torch.tensor([math.nan if one is None else float(one) for one in result])
             scores = result.detach().float().flatten()
         except (Exception, SystemExit) as error:  # whatever its author's code raises

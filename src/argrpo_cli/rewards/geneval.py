@@ -6,24 +6,29 @@ The paper names task rewards as the way forward; this one is GenEval's own logic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.geneval.grammar import Prompt, parse_prompt
-from argrpo_cli.geneval.nano_detector import NanoObserver, load_detector
-from argrpo_cli.geneval.observing import Observer, OfficialObserver
 from argrpo_cli.geneval.rules import reward_score
+from argrpo_cli.rewards.base import Needs, Reward, choose
+from argrpo_cli.rewards.clip import OPENAI_FILES
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import WEIGHTS
+from argrpo_cli.system.hub import HubFile
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from argrpo_cli.geneval.observing import Observer
+
+REPO, PARAMETERS = "facebook/mask2former-swin-small-coco-instance", 68_741_083
 DETECTORS = ("mask2former", "nano")
 
 
-class GenEval:
+class GenEval(Reward):
     """The share of what a prompt asks for that is there, at most 1.
 
     As the published server counts: an object too many costs, too (so the score is negative where more than twice the
@@ -40,6 +45,8 @@ class GenEval:
         UserError: an unknown detector, weights that are missing, damaged or of another network.
     """
 
+    name = "geneval"
+
     def __init__(
         self,
         device: str = "cpu",
@@ -53,6 +60,20 @@ class GenEval:
         self.observer = load_observer(detector, device, weights, clip_weights)
         self._prompts: dict[str, Prompt] = {}
 
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """The detector and the CLIP that names colours; the nano world's are bundled."""
+        choose("geneval", "detector", options.get("detector", "mask2former"), DETECTORS)
+        if options.get("detector") == "nano":
+            return Needs()
+        detector = (HubFile(REPO, "config.json"), HubFile(REPO, "model.safetensors", 4 * PARAMETERS))
+        clip, parameters = OPENAI_FILES["ViT-L-14"]
+        files = (
+            *(() if options.get("weights") is not None else detector),
+            *(() if options.get("clip_weights") is not None else (clip,)),
+        )
+        return Needs(files, weights=4 * (PARAMETERS + parameters), network="Mask2Former Swin-S and ViT-L-14")
+
     def check(self, conditions: Sequence[Condition]) -> None:
         """Raise UserError for a prompt that GenEval's templates do not make."""
         for condition in conditions:
@@ -60,6 +81,8 @@ class GenEval:
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B], at most 1; UserError as `check` says."""
+        import torch
+
         prompts = [self._prompt(condition.prompt) for condition in conditions]
         rewards = [
             reward_score(prompt, detections, classify_color, self.observer.thresholds)
@@ -80,14 +103,15 @@ def load_observer(
     detector: str, device: str = "cpu", weights: str | Path | None = None, clip_weights: str | Path | None = None
 ) -> Observer:
     """What looks at the images, by the detector's name; UserError as `GenEval` says."""
+    choose("geneval", "detector", detector, DETECTORS)
     if detector == "nano":
+        from argrpo_cli.geneval.nano_detector import NanoObserver, load_detector
+
         if clip_weights is not None:
             raise UserError(f"geneval: clip_weights = {clip_weights}: the detector nano has no CLIP; leave it out")
         return NanoObserver(load_detector(WEIGHTS / "nano-detector" if weights is None else weights, device))
-    if detector == "mask2former":
-        from argrpo_cli.geneval.clip_colors import ClipColors, load_color_clip
-        from argrpo_cli.geneval.mask2former import load_mask2former
+    from argrpo_cli.geneval.clip_colors import ClipColors, load_color_clip
+    from argrpo_cli.geneval.mask2former import load_mask2former
+    from argrpo_cli.geneval.observing import OfficialObserver
 
-        return OfficialObserver(load_mask2former(device, weights), ClipColors(load_color_clip(device, clip_weights)))
-    hint = did_you_mean(detector, DETECTORS)
-    raise UserError(f"geneval: detector {detector!r} is unknown; there are {', '.join(DETECTORS)}{hint}")
+    return OfficialObserver(load_mask2former(device, weights), ClipColors(load_color_clip(device, clip_weights)))

@@ -1,123 +1,31 @@
 """ImageReward v1.0 (Xu et al., NeurIPS 2023, arXiv 2304.05977): how much people would prefer an image for a prompt.
 
-BLIP's ViT-L/16 sees the image, BLIP's text encoder reads the prompt with cross attention to it, and linear layers
-without activations turn the feature of [CLS] into r; the score is (r - mean) / std, with the constants of the published
-code (github.com/THUDM/ImageReward). The checkpoint's keys are renamed to those of transformers' BLIP.
+The network is `networks/blip.py`; the score is (r - mean) / std, with the constants of the published code
+(github.com/THUDM/ImageReward).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-
-from argrpo_cli.networks.pixels import Preprocess
-from argrpo_cli.rewards.published import fit_state, published_file, read_state
+from argrpo_cli.rewards.base import Needs, Reward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_text
+from argrpo_cli.system.hub import HubFile
 
-REPO, FILE = "THUDM/ImageReward", "ImageReward.pt"
-TOKENIZER_REPO, VOCABULARY = "google-bert/bert-base-uncased", "vocab.txt"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PARAMETERS = 446_206_689
+FILE = HubFile("THUDM/ImageReward", "ImageReward.pt", 4 * PARAMETERS)
+VOCABULARY = HubFile("google-bert/bert-base-uncased", "vocab.txt", 231_508)
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of r over the published training set
 MAX_TOKENS = 35
 
-# transformers' defaults are those of BLIP base at 384 pixels, with 8 heads and another epsilon.
-VISION = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 16,
-    "layer_norm_eps": 1e-6,
-}
-TEXT = {"vocab_size": 30524, "num_attention_heads": 12, "encoder_hidden_size": 1024, "layer_norm_eps": 1e-12}
-HEAD = (1024, 128, 64, 16, 1)
 
-# Published name -> ours, in this order. The head's numbers jump over the dropouts.
-RENAMES = [
-    (r"^blip\.visual_encoder\.(cls_token)$", "vision.embeddings.class_embedding"),
-    (r"^blip\.visual_encoder\.(pos_embed)$", "vision.embeddings.position_embedding"),
-    (r"^blip\.visual_encoder\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
-    (r"^blip\.visual_encoder\.norm\.", "vision.post_layernorm."),
-    (r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
-    (r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
-    (r"^blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision.encoder.layers.\1.layer_norm\2."),
-    (r"^blip\.visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision.encoder.layers.\1.mlp."),
-    (r"^blip\.text_encoder\.", "text."),
-    *((rf"^mlp\.layers\.{theirs}\.", f"head.{ours}.") for ours, theirs in enumerate((0, 2, 4, 6, 7))),
-]
-IGNORED = re.compile(  # the positions' numbers, and the projections of BLIP's contrastive loss
-    r"^blip\.(text_encoder\.embeddings\.position_ids|(vision|text)_proj\.(weight|bias))$"
-)
-
-
-class ImageRewardNetwork(nn.Module):
-    """Pixels and tokens to r, before it is normalised."""
-
-    def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig, head: Sequence[int]):
-        super().__init__()
-        self.vision = BlipVisionModel(vision)
-        self.text = BlipTextModel(text, add_pooling_layer=False)
-        widths = (text.hidden_size, *head)
-        self.head = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
-
-    def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, S, S], tokens int64 [B, T] and their mask (1 for a token) to [B]."""
-        image = self.vision(pixels).last_hidden_state
-        text = self.text(tokens, attention_mask=mask, encoder_hidden_states=image).last_hidden_state
-        return self.head(text[:, 0])[:, 0]
-
-
-def build_network(
-    vision: Mapping[str, Any] = VISION, text: Mapping[str, Any] = TEXT, head: Sequence[int] = HEAD
-) -> ImageRewardNetwork:
-    """The network without weights, on the meta device: fields of BlipVisionConfig and BlipTextConfig, head widths."""
-    with torch.device("meta"):
-        network = ImageRewardNetwork(BlipVisionConfig(**vision), BlipTextConfig(**text), head)
-    return network.eval().requires_grad_(False)
-
-
-def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's state dict with the names of `ImageRewardNetwork`.
-
-    What the score does not use (`IGNORED`) is left out; an unknown key keeps its name, so that `fit_state` tells it.
-    """
-    return {_renamed(key): value for key, value in state.items() if not IGNORED.match(key)}
-
-
-def _renamed(key: str) -> str:
-    for pattern, ours in RENAMES:
-        new, found = re.subn(pattern, ours, key)
-        if found:
-            return new
-    return key
-
-
-def load_network(network: ImageRewardNetwork, state: Mapping[str, Tensor], source: str | Path) -> ImageRewardNetwork:
-    """Fill a network of `build_network` with a published state dict; UserError where it does not fit."""
-    fit_state(network, from_published(state), source)
-    positions = torch.arange(network.text.config.max_position_embeddings)
-    network.text.embeddings.position_ids = positions[None]  # a buffer that is in no state dict
-    return network
-
-
-def load_tokenizer(path: str | Path) -> BertTokenizer:
-    """BERT's lower-case word pieces from a vocab.txt; UserError if it is none."""
-    vocabulary = {piece: index for index, piece in enumerate(read_text(path).removesuffix("\n").split("\n"))}
-    if lacking := [piece for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if piece not in vocabulary]:
-        raise UserError(f"{path} is not the vocabulary of {TOKENIZER_REPO}: {', '.join(lacking)} not in it")
-    return BertTokenizer(vocab=vocabulary)
-
-
-class ImageReward:
+class ImageReward(Reward):
     """Human preference, about -2 to 2 (mean 0, standard deviation 1 over the published training set); larger is better.
 
     Prompts are cut after 35 word pieces, as published.
@@ -130,11 +38,25 @@ class ImageReward:
         UserError: the weights or the vocabulary are missing or do not fit.
     """
 
+    name, label, unit = "imagereward", "ImageReward", "standardised"
+
     def __init__(self, device: str = "cpu", *, weights: str | Path | None = None, vocabulary: str | Path | None = None):
-        self.tokenizer = load_tokenizer(published_file(TOKENIZER_REPO, VOCABULARY, vocabulary, "vocabulary"))
-        path = published_file(REPO, FILE, weights)
-        self.network = load_network(build_network(), read_state(path), path).to(device)
+        from argrpo_cli.networks import blip
+        from argrpo_cli.networks.pixels import Preprocess
+        from argrpo_cli.networks.weights import published_file, read_state
+
+        words = published_file(VOCABULARY.repo, VOCABULARY.file, vocabulary, "vocabulary")
+        self.tokenizer = blip.load_tokenizer(words)
+        path = published_file(FILE.repo, FILE.file, weights)
+        self.network = blip.load_network(blip.build_network(), read_state(path), path).to(device)
+        self.prepare = Preprocess(self.network.vision.config.image_size)
         self.device = device
+
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """The checkpoint, always in float32, and BERT's vocabulary."""
+        files = {"weights": FILE, "vocabulary": VOCABULARY}
+        return Needs.of(files, options, weights=4 * PARAMETERS, network="BLIP of ImageReward")
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """UserError when a prompt is empty."""
@@ -142,13 +64,12 @@ class ImageReward:
             if not condition.prompt.strip():
                 raise UserError(f"imagereward: image {number} of {len(conditions)} has no prompt; give it one")
 
-    @torch.inference_mode()
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B]."""
         if not len(images):
-            return torch.zeros(0, device=self.device)
+            return images.new_zeros(0, device=self.device).float()
         prompts = [condition.prompt for condition in conditions]
         text = self.tokenizer(prompts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        pixels = Preprocess(self.network.vision.config.image_size)(images.to(self.device))
+        pixels = self.prepare(images.to(self.device))
         raw = self.network(pixels, text["input_ids"].to(self.device), text["attention_mask"].to(self.device))
         return (raw - MEAN) / STD

@@ -9,22 +9,24 @@ and pooling are ours, because pyiqa pools the patches of all crops together and 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from argrpo_cli.rewards.published import fit_state, published_file, read_state
+from argrpo_cli.rewards.base import Needs, Reward, bytes_of, choose
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.hub import HubFile
 
-REPO, FILE = "chaofengc/IQA-PyTorch-Weights", "ckpt_koniq10k.pt"
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PARAMETERS = 135_747_530  # of pyiqa's network
+FILE = HubFile("chaofengc/IQA-PyTorch-Weights", "ckpt_koniq10k.pt", 4 * PARAMETERS)
 SCALE = 0.8  # of the KonIQ-10k weights; the class's own default is PIPAL's
 CROP = 224
 CROPS = 20
@@ -69,6 +71,8 @@ def patch_maps(network: nn.Module, crops: Tensor) -> tuple[Tensor, Tensor]:
 
     The network's own `forward` would resample crops of this very size to 225 pixels, and run all of the ViT.
     """
+    import torch
+
     tokens = network.vit.forward_intermediates(
         crops * 2 - 1, indices=BLOCKS_READ, output_fmt="NLC", intermediates_only=True, stop_early=True
     )
@@ -116,6 +120,8 @@ def random_corners(generator: np.random.RandomState, height: int, width: int) ->
 
 def enlarged(images: Tensor) -> Tensor:
     """Images in [0, 1], [B, 3, H, W], with a short side of at least 224: smaller ones are enlarged, bicubic."""
+    import torch.nn.functional as F
+
     height, width = images.shape[-2:]
     if min(height, width) >= CROP:
         return images
@@ -123,7 +129,7 @@ def enlarged(images: Tensor) -> Tensor:
     return F.interpolate(images, size, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
-class Maniqa:
+class Maniqa(Reward):
     """Quality as people rated it in KonIQ-10k, about 0 to 1, larger is better; never negative.
 
     Args:
@@ -142,6 +148,9 @@ class Maniqa:
         UserError: pyiqa is not installed, an option has another value, or the weights are missing or do not fit.
     """
 
+    name, family, reads_prompt = "maniqa", "quality", False
+    low, factor = 0.0, 2.0  # its last layer is a ReLU
+
     def __init__(
         self,
         device: str = "cpu",
@@ -152,24 +161,35 @@ class Maniqa:
         dtype: Literal["float32", "bfloat16"] = "float32",
         crop_batch: int = 20,
     ):
-        for name, value, allowed in (
-            ("crops", crops, ("grid", "random")),
-            ("dtype", dtype, ("float32", "bfloat16")),
-        ):
-            if value not in allowed:
-                raise UserError(f"maniqa: {name} is {value!r}; it can be {', '.join(allowed)}")
+        choose("maniqa", "crops", crops, ("grid", "random"))
+        choose("maniqa", "dtype", dtype, ("float32", "bfloat16"))
         if crop_batch < 1:
             raise UserError(f"maniqa: crop_batch is {crop_batch}; it must be at least 1")
         if not 0 <= seed < 2**32:
             raise UserError(f"maniqa: seed is {seed}; it must be at least 0 and below 2^32")
+        import torch
+
+        from argrpo_cli.networks.weights import fit_state, published_file, read_state
+
         network = build_network()
-        path = published_file(REPO, FILE, weights)
+        path = published_file(FILE.repo, FILE.file, weights)
         fit_state(network, read_state(path, wrappers=("params",)), path)
         self.network = network.to(device, getattr(torch, dtype))
         self.device, self.dtype, self.crop_batch = device, getattr(torch, dtype), crop_batch
         self.seed = seed if crops == "random" else None
 
-    @torch.inference_mode()
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """The weights, and 0.2 GB for each of 20 crops at a time."""
+        return Needs.of(
+            {"weights": FILE},
+            options,
+            packages={"pyiqa": "pyiqa"},
+            weights=bytes_of(PARAMETERS, options),
+            working=4 * 10**9,
+            network="MANIQA of pyiqa",
+        )
+
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""
         unit = enlarged(images.to(self.device).float().div(255))
@@ -180,9 +200,10 @@ class Maniqa:
         corners = [random_corners(np.random.RandomState(seed), height, width) for seed in seeds]
         return self.crop_scores(unit, corners).mean(-1)
 
-    @torch.inference_mode()
     def crop_scores(self, images: Tensor, corners: Sequence[Sequence[Corner]]) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] and K corners for each to the score of every crop, float32 [B, K]."""
+        import torch
+
         places = [(image, top, left) for image, row in enumerate(corners) for top, left in row]
         parts, start = [], 0
         while start < len(places):

@@ -20,18 +20,20 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from argrpo_cli.rewards.base import Needs, Reward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A single quote opens after, and closes before, anything but a letter or digit: don't, dogs and the 90s are left alone.
 QUOTED = re.compile(
@@ -49,8 +51,16 @@ def quoted_texts(prompt: str) -> list[str]:
     Apostrophes inside words quote nothing, quotes inside quotes belong to the outer ones, and quotes around nothing
     are left out.
     """
-    found = (next(text for text in match.groups() if text is not None) for match in QUOTED.finditer(prompt))
-    return [text.strip() for text in found if comparable(text)]
+    texts = (next(text for text in match.groups() if text is not None) for match in QUOTED.finditer(prompt))
+    return [text.strip() for text in texts if comparable(text)]
+
+
+def quoted(prompt: str) -> str:
+    """All texts that a prompt quotes, in one; UserError where it quotes none."""
+    texts = quoted_texts(prompt)
+    if not texts:
+        raise UserError(f"ocr: no text is quoted in the prompt {prompt!r}; one it reads is 'a sign that says \"Open\"'")
+    return " ".join(texts)
 
 
 def comparable(text: str) -> str:
@@ -69,11 +79,11 @@ def edit_distance(a: str, b: str) -> int:
     return above[-1]
 
 
-def text_similarity(wanted: str, read: str) -> float:
+def text_similarity(text: str, read: str) -> float:
     """1 - edit distance / length of the longer text, in comparable form; 0 where nothing was read."""
-    wanted, read = comparable(wanted), comparable(read)
-    longer = max(len(wanted), len(read))
-    return 1 - edit_distance(wanted, read) / longer if read else 0.0
+    text, read = comparable(text), comparable(read)
+    longer = max(len(text), len(read))
+    return 1 - edit_distance(text, read) / longer if read else 0.0
 
 
 def reading_order(boxes: np.ndarray) -> list[int]:
@@ -102,19 +112,19 @@ def load_reader() -> Any:
     Raises:
         UserError: rapidocr or onnxruntime is not installed, or the model files are missing or damaged.
     """
-    for package in ("rapidocr", "onnxruntime"):
+    for package in Ocr.packages:
         if find_spec(package) is None:
             raise UserError(f"the reward ocr needs {package}; pip install rapidocr onnxruntime")
     import rapidocr
 
     folder = Path(rapidocr.__file__).parent / "models"
     files = {part: sorted(folder.glob(f"*_{part.lower()}_*.onnx")) for part in ("Det", "Rec")}
-    for part, found in files.items():
-        if len(found) != 1:
-            count = f"{len(found)} files" if found else "no file"
+    for part, paths in files.items():
+        if len(paths) != 1:
+            count = f"{len(paths)} files" if paths else "no file"
             raise UserError(f"{count} *_{part.lower()}_*.onnx in {folder}, expected one; pip install -U rapidocr")
     threads = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
-    models = {f"{part}.model_path": str(found[0]) for part, found in files.items()}
+    models = {f"{part}.model_path": str(paths[0]) for part, paths in files.items()}
     options = {"Global.log_level": "error", "Global.use_cls": False, "Global.text_score": 0.0}
     reader = rapidocr.RapidOCR(params={**options, **threads, **models})
     try:
@@ -126,7 +136,7 @@ def load_reader() -> Any:
     return reader
 
 
-class Ocr:
+class Ocr(Reward):
     """How well a picture shows the text that its prompt quotes, in [0, 1]; several quoted texts count as one, in order.
 
     Args:
@@ -134,21 +144,32 @@ class Ocr:
         threads: pictures read at the same time; by default as many as torch uses.
     """
 
+    name, low, high = "ocr", 0.0, 1.0
+    packages: ClassVar[Mapping[str, str]] = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime"}
+
     def __init__(self, device: str = "cpu", *, threads: int | None = None):
+        import torch
+
         if threads is not None and threads < 1:
             raise UserError(f"ocr: threads = {threads}: give 1 or more")
         self.device, self.threads = device, threads or torch.get_num_threads()
         self.reader = load_reader()
 
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """Packages alone: the weights come with them, and they run on the CPU."""
+        return Needs((), cls.packages, network="PP-OCR of rapidocr, CPU")
+
     def check(self, conditions: Sequence[Condition]) -> None:
         """Raise UserError for a prompt that quotes no text."""
         for condition in conditions:
-            _wanted(condition.prompt)
+            quoted(condition.prompt)
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B] in [0, 1]; UserError as `check` says."""
-        wanted = [_wanted(condition.prompt) for condition in conditions]
-        pairs = zip(wanted, self.read(images), strict=True)
+        import torch
+
+        pairs = zip([quoted(one.prompt) for one in conditions], self.read(images), strict=True)
         scores = [text_similarity(text, " ".join(lines)) for text, lines in pairs]
         return torch.tensor(scores, dtype=torch.float32, device=self.device)
 
@@ -159,17 +180,10 @@ class Ocr:
             return list(pool.map(self._read, pictures))
 
     def _read(self, picture: np.ndarray) -> list[str]:
-        found = self.reader(picture)
-        if found.boxes is None or not found.txts:
+        result = self.reader(picture)
+        if result.boxes is None or not result.txts:
             return []
-        return [found.txts[place] for place in reading_order(np.asarray(found.boxes))]
-
-
-def _wanted(prompt: str) -> str:
-    texts = quoted_texts(prompt)
-    if not texts:
-        raise UserError(f"ocr: no text is quoted in the prompt {prompt!r}; one it reads is 'a sign that says \"Open\"'")
-    return " ".join(texts)
+        return [result.txts[place] for place in reading_order(np.asarray(result.boxes))]
 
 
 def _specimen() -> np.ndarray:

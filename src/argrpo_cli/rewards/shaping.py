@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from argrpo_cli.rewards import FAMILIES, REWARDS
+from argrpo_cli.rewards import FAMILIES, REWARDS, check_reward
 from argrpo_cli.system.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-MAPPINGS = ("paper", "code")
 
 
 class Term(Protocol):
@@ -42,7 +37,7 @@ def reward_weights(section: Shaping, family: Mapping[str, str]) -> dict[str, flo
         UserError: all products are 0, so that nothing would be trained.
     """
     lambdas = {one: getattr(section, f"lambda_{one}") for one in FAMILIES}
-    weights = {term.name: lambdas[family[term.name]] * term.weight * _factor(term) for term in section.terms}
+    weights = {term.name: lambdas[family[term.name]] * term.weight * factor_of(term) for term in section.terms}
     if not any(weights.values()):
         raise UserError(
             "rewards: every reward has weight 0 (lambda x weight x factor), so there is nothing to train; "
@@ -51,27 +46,8 @@ def reward_weights(section: Shaping, family: Mapping[str, str]) -> dict[str, flo
     return weights
 
 
-def _factor(term: Term) -> float:
+def factor_of(term: Term) -> float:
+    """The factor of a recipe's term: the one it names, else the published one of its reward; 1 for one of one's own."""
     if term.factor is not None:
         return term.factor
-    return REWARDS[term.name].factor if term.name in REWARDS else 1.0
-
-
-def quantize(scores: Tensor, mapping: str = "paper") -> Tensor:
-    """CLIP or HPSv2 scores as steps, which leave less to exploit (appendix D); they replace the scaled score.
-
-    - "paper": 0.5 below 0.3, 1 from 0.3, 1.5 from 0.6. The paper gives the three values, the edges are the code's.
-    - "code": the published code's, where a negative score gives -1. It fails at a score of 1 or more, which has no
-      bin; here that score is missing (NaN).
-
-    Args:
-        scores: raw float32 scores; NaN stays NaN.
-    """
-    import torch
-
-    steps = torch.full_like(scores, 0.5).masked_fill(scores >= 0.3, 1.0).masked_fill(scores >= 0.6, 1.5)
-    missing = scores.isnan()
-    if mapping == "code":
-        steps = steps.masked_fill(scores < 0, -1.0)
-        missing = missing | (scores >= 1)
-    return steps.masked_fill(missing, float("nan"))
+    return check_reward(term.name).factor if term.name in REWARDS else 1.0

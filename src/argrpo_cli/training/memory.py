@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from argrpo_cli.policy.llamagen.outline import Outline
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.recipe.schema import LoraSection
-    from argrpo_cli.rewards.needs import Needs
+    from argrpo_cli.rewards.base import Needs
 
 CHUNK = 64  # images drawn at a time (grpo/rollout.py)
 HEAD_TOKENS, HEAD_WIDTH = 4096, 32768  # tile of logits in TRL's fused head

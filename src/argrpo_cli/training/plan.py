@@ -13,8 +13,8 @@ import torch
 from argrpo_cli.policy.adapters import check_targets
 from argrpo_cli.policy.llamagen.outline import Outline, outline_policy
 from argrpo_cli.policy.llamagen.policy import choose_trainable
-from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, networks_of
-from argrpo_cli.rewards.needs import Needs, needs_of
+from argrpo_cli.rewards import check_options, check_reward, load_rewards, networks_of
+from argrpo_cli.rewards.base import Needs
 from argrpo_cli.rewards.shaping import reward_weights
 from argrpo_cli.system.hub import HubFile, is_cached
 from argrpo_cli.training.memory import Part, estimate, trained_parameters
@@ -121,11 +121,8 @@ def _reward_needs(recipe: Recipe) -> tuple[dict[str, Needs], list[str]]:
     device = "cpu" if recipe.policy.device == "cpu" else "cuda"
     needs, packages = {}, []
     for name, given in models.items():
-        needs[name] = needs_of(name, given, device) if name in REWARDS else Needs()
-        lacking = [pip for module, pip in needs[name].packages.items() if find_spec(module) is None]
-        packages += lacking
-        if name in REWARDS and not lacking:
-            check_options(name, given)
+        needs[name] = check_options(name, given).needs(given, device)
+        packages += [pip for module, pip in needs[name].packages.items() if find_spec(module) is None]
     return needs, packages
 
 
@@ -163,5 +160,5 @@ def _asked(recipe: Recipe, outline: Outline) -> tuple[str, list[str]]:
 def _check_bundled_rewards(recipe: Recipe, conditions: Sequence) -> None:
     """Whether the rewards that are at hand can be loaded and read the conditions."""
     terms = [term for term in recipe.rewards.terms if check_reward(term.name).steps_of is None]
-    at_hand = {term.name: term.options for term in terms if needs_of(term.name, term.options) == Needs()}
+    at_hand = {term.name: term.options for term in terms if check_reward(term.name).needs(term.options) == Needs()}
     load_rewards(list(at_hand), options=at_hand).check(conditions)

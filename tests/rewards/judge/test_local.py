@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from argrpo_cli.rewards.judge import JudgeFake, JudgeQuality, JudgeWeird
 from argrpo_cli.rewards.judge.local import LocalJudge, load_local
 from argrpo_cli.rewards.judge.prompts import FAKE, FORCED_PREFIX, QUALITY
 from argrpo_cli.rewards.judge.replies import read_score
-from argrpo_cli.rewards.judge.rewards import JudgeFake, JudgeQuality, JudgeWeird, to_pil
+from argrpo_cli.rewards.judge.server import to_pil
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from tests.rewards.judge.tiny_vlm import tiny_model, tiny_processor

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import http.client
 import io
 import json
 import math
 import re
+import signal
+import threading
 import time
-from email.message import Message
+from asyncio import CancelledError
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
-from argrpo_cli.rewards.judge import server as server_module
-from argrpo_cli.rewards.judge.exchange import MAX_RETRY_AFTER, retry_after
-from argrpo_cli.rewards.judge.rewards import JudgeFake, JudgeQuality, JudgeWeird
-from argrpo_cli.rewards.judge.server import pause
-from argrpo_cli.rewards.judge.unified_reward import MODEL as UNIFIED
+from argrpo_cli.rewards.judge import JudgeFake, JudgeQuality, JudgeWeird
+from argrpo_cli.rewards.judge.server import MAX_RETRY_AFTER, pause, retry_after
 from argrpo_cli.rewards.judge.unified_reward import UnifiedReward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
@@ -157,16 +157,14 @@ def test_a_server_that_asks_for_patience_gets_it(server):
 
 def test_pauses_grow_and_are_bounded():
     def asked(value: str) -> float:
-        headers = http.client.HTTPMessage()
-        headers["Retry-After"] = value
-        return retry_after(headers)
+        return retry_after({"Retry-After": value})
 
     assert all(0.5 <= pause(1, 1.0) <= 1.0 and 2.0 <= pause(3, 1.0) <= 4.0 for _ in range(50))
     assert len({pause(1, 1.0) for _ in range(50)}) > 1
     assert pause(50, 1.0) <= 30 and pause(1, 1.0, asked=7.0) == 7.0
     assert asked("5") == 5 and asked("99999999999999999999") == MAX_RETRY_AFTER
     assert asked("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and asked("Wed, 21 Oct 2099 07:28:00 GMT") == MAX_RETRY_AFTER
-    assert asked("-3") == asked("soon") == asked("²") == retry_after(Message()) == 0
+    assert asked("-3") == asked("soon") == asked("²") == retry_after({}) == 0
 
 
 def test_a_reply_without_a_score_is_drawn_anew_not_asked_for_the_same(server):
@@ -241,7 +239,7 @@ def test_the_key_is_in_nothing_that_is_kept_or_printed(server, capfd, caplog):
     server.script = {value: [name] * 3 for value, name in enumerate([*FAULTS, *FINAL], start=1) if "drip" not in name}
     judge = JudgeQuality(url=server.url, **{**QUICK, "timeout": 0.2, "attempts": 1})
     judge.score(grey(*range(1, 26)), prompts(25))
-    seen = repr(judge) + repr(vars(judge)) + repr(vars(judge.server)) + str(judge.server.server) + judge.last_error
+    seen = repr(judge) + repr(vars(judge)) + repr(vars(judge.server)) + judge.server.url + judge.last_error
     seen += caplog.text + "".join(capfd.readouterr())
     assert judge.failures >= 20 and "Secret" not in seen
 
@@ -257,7 +255,7 @@ def test_no_part_of_the_key_is_left_where_a_text_is_cut(server):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"backend": "sever"}, "backend is 'sever'; it is local or server; did you mean 'server'"),
+        ({"backend": "sever"}, "backend 'sever' is unknown; there are local, server; did you mean 'server'"),
         ({"backend": "server"}, "url missing; give its url"),
         ({"url": "http://localhost:1"}, "backend is 'local' and url given"),
         ({"backend": "server", "url": "localhost:8000"}, "url is 'localhost:8000'; give one such as"),
@@ -265,7 +263,7 @@ def test_no_part_of_the_key_is_left_where_a_text_is_cut(server):
         ({"backend": "server", "url": "http://me:hunter2@host/v1"}, "the url has a user"),
         ({"backend": "server", "url": "http://host/v1?token=hunter2"}, "has a user, parameters"),
         ({"reading": "logit"}, "reading 'logit' is for the 0/1 questions"),
-        ({"reading": "guess"}, "reading is 'guess'; it is generate or logit"),
+        ({"reading": "guess"}, "reading 'guess' is unknown; there are generate, logit"),
         ({"attempts": 0}, "attempts is 0"),
         ({"backend": "server", "url": "http://host", "concurrency": 0}, "concurrency is 0"),
         ({"backend": "server", "url": "http://host", "timeout": 0}, "timeout is 0"),
@@ -290,28 +288,38 @@ def test_yes_no_questions_take_nothing_between(server):
     assert scores[0] == 0 and scores[1].isnan() and scores[2] == 1
 
 
-def test_breaking_off_does_not_wait_for_the_server(server, monkeypatch):
+@pytest.mark.parametrize("how", ["Ctrl-C", "stop"])
+def test_breaking_off_does_not_wait_for_the_server(server, how):
     server.script = {value: ["slow"] for value in range(8)}
     judge = JudgeFake(url=server.url, concurrency=4, **QUICK)
-    monkeypatch.setattr(server_module, "ThreadPoolExecutor", _Interrupted)
+    if how == "Ctrl-C":
+        kick, error = partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT), KeyboardInterrupt
+    else:  # from another thread
+        kick, error = judge.stop, CancelledError
+
+    def when_it_waits():
+        while server.now < 4 and not sum(server.attempts.values()):
+            server.closing.wait(0.01)
+        kick()
+
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
+    threading.Thread(target=when_it_waits, daemon=True).start()
+    with pytest.raises(error):
         judge.score(grey(*range(8)), prompts(8))
     assert time.monotonic() - start < 2.0
 
 
-class _Interrupted(server_module.ThreadPoolExecutor):
-    """A pool whose results are interrupted, as by Ctrl-C, while its threads wait for the server."""
+def test_it_can_be_asked_where_an_event_loop_runs(server):
+    async def notebook():
+        return score_one(JudgeQuality(url=server.url, **QUICK))
 
-    def map(self, *arguments):
-        results = super().map(*arguments)
-        time.sleep(0.3)
-        del results
-        raise KeyboardInterrupt
+    assert asyncio.run(notebook()) == 1
 
 
 def test_unified_reward_reads_the_final_score_of_a_512_pixel_image():
-    with FakeServer(lambda grey: f"It fits.\nFinal Score: {grey}", {"data": [{"id": UNIFIED}]}) as server:
+    with FakeServer(
+        lambda grey: f"It fits.\nFinal Score: {grey}", {"data": [{"id": UnifiedReward.published}]}
+    ) as server:
         reward = UnifiedReward(url=server.url, backoff=0.001, attempts=1)
         scores = reward.score(grey(1, 4, 6), [Condition("a [red]\ncar")] * 3)
         assert scores[:2].tolist() == [1, 4] and scores[2].isnan()

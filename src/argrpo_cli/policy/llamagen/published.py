@@ -247,7 +247,7 @@ def _multipliers(state: Mapping[str, Tensor], half: str, channels: int) -> list[
 
 def export(folder: str | Path, file: Path) -> None:
     """A policy's weights in the published layout, {"model": state dict}."""
-    from argrpo_cli.networks.loading import load_pretrained
+    from argrpo_cli.networks.weights import load_pretrained
     from argrpo_cli.policy import load_policy
     from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
-from argrpo_cli.networks.loading import load_pretrained, quiet_transformers, save_model
+from argrpo_cli.networks.weights import load_pretrained, quiet_transformers, save_model
 from argrpo_cli.policy.llamagen.caption_cleaning import published_caption
 from argrpo_cli.policy.llamagen.modeling import left_pad
 from argrpo_cli.system.devices import resolve_device

@@ -6,8 +6,7 @@ Prompts differ in length, so batches are padded on the left: the last position o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from argrpo_cli.networks.weights import quiet_transformers
 from argrpo_cli.rewards.judge.prompts import FORCED_PREFIX
 from argrpo_cli.rewards.judge.replies import UnusableReply
 from argrpo_cli.rewards.judge.server import MAX_TOKENS, RESAMPLING, Answer
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.hub import fetch
 
 if TYPE_CHECKING:
@@ -146,16 +146,15 @@ def _load(name: str, device: str) -> LocalJudge:
     folder = _folder(name)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     try:
-        with _quiet():
+        with quiet_transformers():
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"judge: cannot load the model {name!r}: {why}; give the hub name or the folder of an image-text-to-text "
-            "model of transformers"
+            f"judge: cannot load the model {name!r}: {first_line(error)}; give the hub name or the folder of an "
+            "image-text-to-text model of transformers"
         ) from error
     for what in ("missing_keys", "unexpected_keys"):
         if keys := sorted(info[what]):
@@ -177,21 +176,4 @@ def _folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"judge: cannot fetch the model {name!r}: {why}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and reports; what goes wrong is told in one line."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+        raise UserError(f"judge: cannot fetch the model {name!r}: {first_line(error)}") from error

@@ -1,38 +1,56 @@
-"""A judge behind any OpenAI-compatible server (vLLM, SGLang, a hosted one): `POST /v1/chat/completions` over HTTP.
+"""A judge behind any OpenAI-compatible server (vLLM, SGLang, a hosted one): `POST /v1/chat/completions` by httpx2.
 
-Many images at once in a bounded number of threads; every attempt bounded in time and in bytes; another attempt, after
-a growing pause, where another may help. What comes back is data: JSON of bounded size, read and never run. No
-redirect is followed and no proxy used. The key is read from the environment for every request, kept nowhere and cut
-out of every message; it is sent to the configured server alone.
+Many images at once, a bounded number; every attempt bounded in time and in bytes; another attempt, after a growing
+pause, where another may help. What comes back is data: JSON of bounded size, read and never run. No redirect is
+followed and no proxy used. The key is read from the environment for every request, kept nowhere and cut out of every
+message; it is sent to the configured server alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import email.utils
 import io
 import json
+import math
 import os
 import random
-from collections.abc import Callable, Sequence
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from urllib.parse import urlsplit
 
-import torch
-from torch import Tensor
-
-from argrpo_cli.rewards.judge.exchange import Exchanges, Fault, read_url, retry_after
+from argrpo_cli.rewards.base import Needs, Reward
 from argrpo_cli.rewards.judge.replies import UnusableReply
 from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.files import reason
 
 if TYPE_CHECKING:
+    from httpx2 import AsyncClient, Headers, Response
     from PIL.Image import Image
+    from torch import Tensor
 
 KEY_VARIABLES = ("ARGRPO_JUDGE_API_KEY", "OPENAI_API_KEY")  # the first that is set counts, also when it is empty
+MAX_REPLY = 1 << 20  # bytes of a response's body
+MAX_CONNECT = 10.0  # seconds
 MAX_PAUSE = 30.0  # seconds before another attempt, where the server asks for nothing else
+MAX_RETRY_AFTER = 60.0  # seconds that a server may ask for
 MAX_TOKENS = 512  # the published code's 256 cut many replies to the quality question
 RESAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 10}  # the published server path's settings
 RETRIED = (408, 425, 429)  # and every 5xx
+
+
+class Fault(Exception):
+    """An exchange without a reply: why, whether another attempt may help, the wait the server asks for, its status."""
+
+    def __init__(self, why: str, *, retry: bool, wait: float = 0.0, status: int = 0):
+        super().__init__(why)
+        self.retry, self.wait, self.status = retry, wait, status
 
 
 class Answer(NamedTuple):
@@ -75,18 +93,19 @@ class JudgeServer:
         for name, value, least in (("attempts", attempts, 1), ("concurrency", concurrency, 1)):
             if not value >= least:
                 raise UserError(f"judge: {name} is {value!r}; it must be at least {least}")
-        if not 0 < timeout < float("inf"):
+        if not 0 < timeout < math.inf:
             raise UserError(f"judge: timeout is {timeout!r}; give seconds above 0")
-        if not 0 <= temperature < float("inf"):
+        if not 0 <= temperature < math.inf:
             raise UserError(f"judge: temperature is {temperature!r}; it must be 0 or more")
         if image_format not in ("png", "jpeg"):
             raise UserError(f"judge: image_format is {image_format!r}; it is png or jpeg")
-        self.server, self.model = read_url(url, KEY_VARIABLES[0]), model
+        self.url, self.model = read_url(url), model
         self.attempts, self.concurrency, self.timeout, self.backoff = attempts, concurrency, timeout, backoff
         self.temperature, self.image_format = temperature, image_format
         self._top_k_accepted = True
-        self._exchanges: Exchanges | None = None
-        self._check_server()
+        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+        self._stopped = False
+        self._run(self._check_server())
 
     def ask(
         self, images: Sequence[Image], prompts: Sequence[tuple[str, str]], read: Callable[[str], float]
@@ -99,15 +118,16 @@ class JudgeServer:
         """
 
         def request(image: Image, prompt: tuple[str, str]) -> dict[str, Any]:
-            content = _content(prompt, data_url(image, self.image_format))
-            return {"messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS}
+            before, after = ([{"type": "text", "text": text}] if text else [] for text in prompt)
+            picture = {"type": "image_url", "image_url": {"url": data_url(image, self.image_format)}}
+            return {"messages": [{"role": "user", "content": [*before, picture, *after]}], "max_tokens": MAX_TOKENS}
 
         def text(response: Any) -> float:
-            reply = self._text(response)
+            reply = _text_of(response)
             try:
                 return read(reply)
             except UnusableReply as error:
-                raise UnusableReply(f"{error}: {self._excerpt(reply)}") from None
+                raise UnusableReply(f"{error}: {_excerpt(reply)}") from None
 
         jobs = zip(images, prompts, strict=True)
         return self.complete([partial(request, image, prompt) for image, prompt in jobs], text)
@@ -122,25 +142,68 @@ class JudgeServer:
             read: from the response's JSON to the score, or UnusableReply.
             resample: decode by `temperature`, and otherwise where a reply has no score; False leaves the body as it is.
         """
-        exchanges = self._exchanges = Exchanges(self.timeout)
-        pool = ThreadPoolExecutor(max(1, min(self.concurrency, len(requests))), thread_name_prefix="judge")
-        try:
-            return list(pool.map(lambda request: self._complete(exchanges, request(), read, resample), requests))
-        except BaseException:
-            exchanges.stop()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+        async def all_of_them() -> list[Answer]:
+            turns = asyncio.Semaphore(self.concurrency)
+
+            async def one(request: Callable[[], dict[str, Any]]) -> Answer:
+                async with turns:
+                    body = await asyncio.to_thread(request)
+                    return await self._complete(client, body, read, resample)
+
+            async with self._client() as client:
+                return await asyncio.gather(*map(one, requests))
+
+        return self._run(all_of_them())
 
     def stop(self) -> None:
         """Break off `complete` in another thread."""
-        if self._exchanges is not None:
-            self._exchanges.stop()
+        self._stopped = True
+        if self._running is not None:
+            loop, task = self._running
+            with suppress(RuntimeError):  # it has just ended
+                loop.call_soon_threadsafe(task.cancel)
 
-    def _complete(
-        self, exchanges: Exchanges, request: dict[str, Any], read: Callable[[Any], float], resample: bool
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """What `work` returns; in a thread of its own, so that Ctrl-C reaches this one, which then breaks it off."""
+
+        async def watched() -> Any:
+            self._running = asyncio.get_running_loop(), asyncio.current_task()
+            if self._stopped:
+                work.close()
+                raise asyncio.CancelledError
+            return await work
+
+        self._stopped = False
+        with ThreadPoolExecutor(1, thread_name_prefix="judge") as thread:
+            try:
+                return thread.submit(asyncio.run, watched()).result()
+            except BaseException:
+                self.stop()
+                raise
+            finally:
+                self._running = None
+
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[AsyncClient]:
+        import httpx2
+
+        timeout = httpx2.Timeout(None, connect=min(MAX_CONNECT, self.timeout))
+        async with httpx2.AsyncClient(
+            verify=ssl.create_default_context(),
+            timeout=timeout,
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
+            trust_env=False,  # no proxies
+            follow_redirects=False,
+        ) as client:
+            yield client
+
+    async def _complete(
+        self, client: AsyncClient, request: dict[str, Any], read: Callable[[Any], float], resample: bool
     ) -> Answer:
-        sampling: dict[str, float] = _sampling(self.temperature) if resample else {}
+        sampling: dict[str, float] = {}
+        if resample:  # the settings beside a temperature above 0 are the published ones
+            sampling = {**(RESAMPLING if self.temperature > 0 else {}), "temperature": self.temperature}
         why, attempt = "", 0
         while attempt < self.attempts:
             if not self._top_k_accepted:
@@ -148,45 +211,43 @@ class JudgeServer:
             body = {"model": self.model, **request, **sampling}
             wait = 0.0
             try:
-                return Answer(read(self._json(exchanges, "POST", "/chat/completions", body)))
+                return Answer(read(await self._json(client, "POST", "/chat/completions", body)))
             except UnusableReply as error:
-                why = self._clean(str(error))
+                why = _clean(str(error))
                 if resample:
                     sampling = dict(RESAMPLING)
             except Fault as fault:
-                why, wait = self._clean(str(fault)), fault.wait
+                why, wait = _clean(str(fault)), fault.wait
                 if fault.status in (400, 422) and "top_k" in sampling:  # OpenAI's own servers know no top_k
                     self._top_k_accepted = False
                     continue
                 if not fault.retry:
-                    return Answer(float("nan"), why)
+                    return Answer(math.nan, why)
             attempt += 1
-            if attempt < self.attempts and exchanges.pause(pause(attempt, self.backoff, wait)):
-                break
-        return Answer(float("nan"), f"{why} (attempt {attempt} of {self.attempts})")
+            if attempt < self.attempts:
+                await asyncio.sleep(pause(attempt, self.backoff, wait))
+        return Answer(math.nan, f"{why} (attempt {attempt} of {self.attempts})")
 
-    def _check_server(self) -> None:
-        exchanges = Exchanges(self.timeout)
-        for attempt in range(1, self.attempts + 1):
-            try:
-                listing = self._json(exchanges, "GET", "/models")
-                break
-            except Fault as fault:
-                if not fault.retry or attempt == self.attempts:
-                    raise UserError(f"judge server {self.server}: {self._clean(str(fault))}") from None
-                exchanges.pause(pause(attempt, self.backoff, fault.wait))
+    async def _check_server(self) -> None:
+        async with self._client() as client:
+            for attempt in range(1, self.attempts + 1):
+                try:
+                    listing = await self._json(client, "GET", "/models")
+                    break
+                except Fault as fault:
+                    if not fault.retry or attempt == self.attempts:
+                        raise UserError(f"judge server {self.url}: {_clean(str(fault))}") from None
+                    await asyncio.sleep(pause(attempt, self.backoff, fault.wait))
         try:
             names = [str(row["id"]) for row in listing["data"]]
         except (LookupError, TypeError):
-            raise UserError(
-                f"judge server {self.server}: its /models is no list of models; is the url right?"
-            ) from None
+            raise UserError(f"judge server {self.url}: its /models is no list of models; is the url right?") from None
         if self.model not in names:
-            has = self._clean(", ".join(names[:8])) or "none"
-            hint = self._clean(did_you_mean(self.model, names))
-            raise UserError(f"judge server {self.server} does not have the model {self.model!r}; it has {has}{hint}")
+            has = _clean(", ".join(names[:8])) or "none"
+            hint = _clean(did_you_mean(self.model, names))
+            raise UserError(f"judge server {self.url} does not have the model {self.model!r}; it has {has}{hint}")
 
-    def _json(self, exchanges: Exchanges, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    async def _json(self, client: AsyncClient, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The parsed body of a successful response; Fault for everything else."""
         headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Connection": "close"}
         if key := api_key():
@@ -195,59 +256,106 @@ class JudgeServer:
         if body is not None:
             headers["Content-Type"] = "application/json"
             payload = json.dumps(body).encode()
-        status, received, data = exchanges.exchange(self.server, method, path, payload, headers)
+        try:
+            async with asyncio.timeout(self.timeout):
+                status, received, data = await self._exchange(client, method, path, payload, headers)
+        except TimeoutError:
+            raise Fault(f"no full response within {self.timeout:g} s", retry=True) from None
         if status in (401, 403):
             said = f"the server refuses the key ({status})" if key else f"the server asks for a key ({status})"
             raise Fault(f"{said}; set {KEY_VARIABLES[0]} to one that it takes", retry=False)
         if 300 <= status < 400:
-            to = self._excerpt(received.get("Location", "another address"))
+            to = _excerpt(received.get("Location", "another address"))
             raise Fault(f"the server answers {status}, a redirect to {to}; give the final address as url", retry=False)
         if not 200 <= status < 300:
             retry = status in RETRIED or status >= 500
             hint = "; is this the right url?" if status in (404, 405) else ""
-            said = self._excerpt(data)
             wait = retry_after(received)
-            raise Fault(f"the server answers {status} {said}{hint}", retry=retry, wait=wait, status=status)
+            raise Fault(f"the server answers {status} {_excerpt(data)}{hint}", retry=retry, wait=wait, status=status)
         if not data.strip():
             raise Fault("the server sent an empty response", retry=True)
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
-            kind = self._excerpt(received.get("Content-Type", "no content type"))
-            raise Fault(f"the response is not JSON ({kind}): {self._excerpt(data)}", retry=True) from None
+            kind = _excerpt(received.get("Content-Type", "no content type"))
+            raise Fault(f"the response is not JSON ({kind}): {_excerpt(data)}", retry=True) from None
 
-    def _text(self, response: Any) -> str:
-        """choices[0].message.content of a chat completion; Fault where it is not there."""
+    async def _exchange(
+        self, client: AsyncClient, method: str, path: str, payload: bytes | None, headers: dict[str, str]
+    ) -> tuple[int, Headers, bytes]:
+        """Status, headers and body of a response; Fault where none came whole, or it is too large."""
+        import httpx2
+
         try:
-            text = response["choices"][0]["message"]["content"]
-        except (LookupError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            said = self._excerpt(json.dumps(response))
-            raise Fault(f"the response has no text in choices[0].message.content: {said}", retry=True)
-        return text
+            async with client.stream(method, self.url + path, content=payload, headers=headers) as response:
+                return response.status_code, response.headers, await _body(response)
+        except httpx2.ConnectTimeout:
+            raise Fault(f"no connection within {min(MAX_CONNECT, self.timeout):g} s", retry=True) from None
+        except httpx2.ConnectError as error:
+            for cause in _causes(error):
+                if isinstance(cause, ssl.SSLCertVerificationError):
+                    raise Fault(f"the server's certificate is not valid: {cause.verify_message}", retry=False) from None
+            raise Fault(f"the server is not reached: {_system_reason(error)}", retry=True) from None
+        except httpx2.RemoteProtocolError as error:  # its text may quote the response
+            if "without sending a response" in str(error):
+                raise Fault("the connection was dropped: there is no response", retry=True) from None
+            if "complete message body" in str(error) or "incomplete chunked" in str(error):
+                raise Fault("the connection was dropped: the response ends early", retry=True) from None
+            raise Fault("the response is not HTTP", retry=True) from None
+        except httpx2.TransportError as error:
+            raise Fault(f"the connection was dropped: {_system_reason(error)}", retry=True) from None
+        except (httpx2.InvalidURL, UnicodeError):
+            raise Fault("the host is no name that can be looked up", retry=False) from None
 
-    def _excerpt(self, text: str | bytes) -> str:
-        """The beginning of a text from the server, quoted. The key goes before the text is cut."""
-        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        text = " ".join(_without_key(text).split())
-        return repr(text if len(text) <= 80 else f"{text[:80]}…")
 
-    @staticmethod
-    def _clean(text: str) -> str:
-        """A message fit for one line: no key, nothing unprintable, no more than 400 characters."""
-        text = "".join(c if c.isprintable() else " " for c in _without_key(text))
-        return text if len(text) <= 400 else f"{text[:400]}…"
+class ServerReward(Reward):
+    """What rewards share that ask a server: its options, breaking off, and counting what has no score.
 
+    Args:
+        url: of the OpenAI-compatible server; `model` is its name there. The others are `JudgeServer`'s.
 
-class ServerReward:
-    """What rewards share that ask a server: breaking off, and counting what has no score."""
+    Raises:
+        UserError: no url, an option out of range, a server that is not there or does not have the model.
+    """
 
     remote = True
+    published: ClassVar[str]  # name of the model on the hub
     device: str
     server: JudgeServer
     failures = 0
-    last_error = ""
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        url: str | None = None,
+        model: str | None = None,
+        attempts: int = 3,
+        concurrency: int = 16,
+        timeout: float = 60.0,
+        image_format: str = "png",
+        backoff: float = 1.0,
+    ):
+        if url is None:
+            raise UserError(
+                f"{self.name}: url is missing; serve {self.published} with an OpenAI-compatible server and give its "
+                "url, such as http://localhost:8000/v1"
+            )
+        self.device = device
+        self.server = JudgeServer(
+            url,
+            model or self.published,
+            attempts=attempts,
+            concurrency=concurrency,
+            timeout=timeout,
+            image_format=image_format,
+            backoff=backoff,
+        )
+
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """Nothing here but the server's address."""
+        return server_needs(f"a server at {options.get('url', '?')}", options)
 
     def stop(self) -> None:
         """Break off `score` in another thread."""
@@ -255,10 +363,36 @@ class ServerReward:
 
     def scores_of(self, answers: Sequence[Answer]) -> Tensor:
         """float32 [B] on the reward's device, NaN where there is none, which is counted and the latest reason kept."""
+        import torch
+
         failed = [answer.reason for answer in answers if answer.reason]
         self.failures += len(failed)
         self.last_error = failed[-1] if failed else self.last_error
         return torch.tensor([answer.score for answer in answers], dtype=torch.float32, device=self.device)
+
+
+def server_needs(network: str, options: Mapping[str, Any]) -> Needs:
+    """The needs of a reward that a server computes."""
+    missing = "" if options.get("url") else "the option url, that of an OpenAI-compatible server that has the model"
+    return Needs(server=True, network=network, missing=missing)
+
+
+def read_url(url: str) -> str:
+    """The address of a server, no slash at its end; UserError for what is none, or holds what may be a secret."""
+    try:
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise UserError("judge: the url cannot be read; give one such as http://localhost:8000/v1") from None
+    if any(mark in url for mark in "@?#;"):  # the url is not repeated here
+        raise UserError(
+            f"judge: the url has a user, parameters or a query in it; give it without, and a key in {KEY_VARIABLES[0]}"
+        )
+    if parts.scheme not in ("http", "https") or not host or not all("!" <= one <= "~" for one in parts.path):
+        raise UserError(f"judge: url is {url!r}; give one such as http://localhost:8000/v1")
+    host = f"[{host}]" if ":" in host else host
+    path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
+    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{path}"
 
 
 def api_key() -> str:
@@ -275,21 +409,83 @@ def pause(attempt: int, backoff: float, asked: float = 0.0) -> float:
     return max(min(MAX_PAUSE, backoff * 2.0 ** (attempt - 1)) * random.Random().uniform(0.5, 1.0), asked)
 
 
-def data_url(image: Image, image_format: str) -> str:
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that a Retry-After header asks for, as a number or a date, from 0 to MAX_RETRY_AFTER."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        seconds = float(value[:9])
+    else:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            seconds = 0.0
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+
+
+def data_url(image: Image, image_format: str = "png") -> str:
     """An image as a data URL of a PNG or JPEG file."""
     buffer = io.BytesIO()
     image.save(buffer, format=image_format.upper())
     return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _sampling(temperature: float) -> dict[str, float]:
-    """The decoding settings of a request; those beside a temperature above 0 are the published ones."""
-    return {**RESAMPLING, "temperature": temperature} if temperature > 0 else {"temperature": 0.0}
+def to_pil(images: Tensor) -> list[Image]:
+    """uint8 [B, 3, H, W] on any device to B RGB images; one transfer."""
+    from PIL import Image
+
+    return [Image.fromarray(one) for one in images.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
-def _content(prompt: tuple[str, str], image: str) -> list[dict[str, Any]]:
-    before, after = ([{"type": "text", "text": text}] if text else [] for text in prompt)
-    return [*before, {"type": "image_url", "image_url": {"url": image}}, *after]
+async def _body(response: Response) -> bytes:
+    """The body of a response, at most MAX_REPLY bytes; Fault for more."""
+    length, data = response.headers.get("Content-Length", ""), bytearray()
+    if not (length.isdigit() and int(length) > MAX_REPLY):
+        async for part in response.aiter_raw():
+            data += part
+            if len(data) > MAX_REPLY:
+                break
+        else:
+            return bytes(data)
+    raise Fault(f"the response is larger than {MAX_REPLY} bytes", retry=True)
+
+
+def _text_of(response: Any) -> str:
+    """choices[0].message.content of a chat completion; Fault where it is not there."""
+    try:
+        text = response["choices"][0]["message"]["content"]
+    except (LookupError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        said = _excerpt(json.dumps(response))
+        raise Fault(f"the response has no text in choices[0].message.content: {said}", retry=True)
+    return text
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it, the last link first."""
+    while error is not None:
+        yield error
+        inner = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else None
+        error = inner or error.__cause__ or error.__context__
+
+
+def _system_reason(error: BaseException) -> str:
+    """The operating system's own words for a failed connection."""
+    *_, last = [error, *(one for one in _causes(error) if isinstance(one, OSError) and one.errno)]
+    return reason(last) if isinstance(last, OSError) else "the network fails"
+
+
+def _excerpt(text: str | bytes) -> str:
+    """The beginning of a text from the server, quoted. The key goes before the text is cut."""
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    text = " ".join(_without_key(text).split())
+    return repr(text if len(text) <= 80 else f"{text[:80]}…")
+
+
+def _clean(text: str) -> str:
+    """A message fit for one line: no key, nothing unprintable, no more than 400 characters."""
+    text = "".join(c if c.isprintable() else " " for c in _without_key(text))
+    return text if len(text) <= 400 else f"{text[:400]}…"
 
 
 def _without_key(text: str) -> str:

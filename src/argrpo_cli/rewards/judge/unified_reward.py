@@ -9,20 +9,18 @@ run against the real model. As the published evaluation: 512 x 512 pixels, tempe
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from PIL import Image
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from argrpo_cli.rewards.judge.prompts import plain
 from argrpo_cli.rewards.judge.replies import read_final_score
-from argrpo_cli.rewards.judge.rewards import to_pil
-from argrpo_cli.rewards.judge.server import JudgeServer, ServerReward
+from argrpo_cli.rewards.judge.server import ServerReward, to_pil
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 
-MODEL = "CodeGoat24/UnifiedReward-7b-v1.5"
-SIZE = 512  # pixels
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIZE = (512, 512)  # pixels
 QUESTION = """\
 You are given a text caption and a generated image based on that caption. \
 Your task is to evaluate this image based on two key criteria:
@@ -38,33 +36,9 @@ Text Caption: """
 class UnifiedReward(ServerReward):
     """1 to 5 by UnifiedReward; options as those of the judge's server backend."""
 
-    def __init__(
-        self,
-        device: str = "cpu",
-        *,
-        url: str | None = None,
-        model: str = MODEL,
-        attempts: int = 3,
-        concurrency: int = 16,
-        timeout: float = 60.0,
-        image_format: str = "png",
-        backoff: float = 1.0,
-    ):
-        if url is None:
-            raise UserError(
-                f"unified-reward: url is missing; serve {MODEL} with an OpenAI-compatible server and give its url, "
-                "such as http://localhost:8000/v1"
-            )
-        self.device = device
-        self.server = JudgeServer(
-            url,
-            model,
-            attempts=attempts,
-            concurrency=concurrency,
-            timeout=timeout,
-            image_format=image_format,
-            backoff=backoff,
-        )
+    name, low, high, factor = "unified-reward", 1.0, 5.0, 1 / 5
+    label, unit, divisor = "UnifiedReward", "score / 5, images at 512 pixels", 5.0
+    published = "CodeGoat24/UnifiedReward-7b-v1.5"
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """UserError where a prompt is empty, since there is nothing to hold the image against."""
@@ -73,12 +47,11 @@ class UnifiedReward(ServerReward):
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B] in 1 to 5; NaN where there was no score."""
-        if not len(images):
-            return torch.zeros(0, device=self.device)
-        pictures = [one.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for one in to_pil(images)]
+        from PIL import Image
+
+        pictures = [one.resize(SIZE, Image.Resampling.BICUBIC) for one in to_pil(images)]
         prompts = [("", question(condition.prompt)) for condition in conditions]
-        answers = self.server.ask(pictures, prompts, read_final_score)
-        return self.scores_of(answers)
+        return self.scores_of(self.server.ask(pictures, prompts, read_final_score))
 
 
 def question(caption: str) -> str:

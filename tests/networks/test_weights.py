@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from argrpo_cli.rewards.published import fit_state, published_file, read_state
+from argrpo_cli.networks.weights import fit_state, published_file, read_state
 from argrpo_cli.system.errors import UserError
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}

@@ -8,22 +8,19 @@ asked through an OpenAI-compatible server that returns the `top_logprobs` of the
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.rewards.judge.replies import UnusableReply
-from argrpo_cli.rewards.judge.server import JudgeServer, ServerReward
+from argrpo_cli.rewards.judge.server import ServerReward, data_url, to_pil
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.errors import UserError
 
-MODEL = "zhiyuanyou/DeQA-Score-Mix3"
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
 QUESTION = "How would you rate the quality of this image?"
 ANSWER = "The quality of the image is"
 LEVELS = {"excellent": 5.0, "good": 4.0, "fair": 3.0, "poor": 2.0, "bad": 1.0}
@@ -32,14 +29,13 @@ UNCERTAINTY = 0.05  # of the score, through levels that are not among the likeli
 BACKGROUND = (122, 116, 104)  # 255 x CLIP's mean, truncated: what published preprocessing makes images square with
 
 
-def build_request(image_url: str, model: str = MODEL) -> dict[str, Any]:
-    """The body of a chat completion that asks for the word after `ANSWER`; `image_url` may be a data URL.
+def build_request(image_url: str) -> dict[str, Any]:
+    """The body, without the model, of a chat completion that asks for the word after `ANSWER`.
 
     `continue_final_message` is an extension of the protocol that vLLM and SGLang have.
     """
     content = [{"type": "text", "text": QUESTION}, {"type": "image_url", "image_url": {"url": image_url}}]
     return {
-        "model": model,
         "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": ANSWER}],
         "continue_final_message": True,
         "add_generation_prompt": False,
@@ -54,11 +50,11 @@ def expected_level(logprobs: Mapping[str, float]) -> float:
     """The score, in [1, 5], of log-probabilities (or logits) of levels; a level that is not given has probability 0.
 
     Raises:
-        ValueError: there is none of the levels, or none is finite.
+        UnusableReply: there is none of the levels, or none is finite.
     """
     given = {level: logprobs[level] for level in LEVELS if level in logprobs and logprobs[level] > -math.inf}
     if not given or not all(math.isfinite(value) for value in given.values()):
-        raise ValueError("no log-probability of excellent, good, fair, poor or bad")
+        raise UnusableReply("no log-probability of excellent, good, fair, poor or bad")
     largest = max(given.values())
     mass = {level: math.exp(value - largest) for level, value in given.items()}
     return sum(LEVELS[level] * share for level, share in mass.items()) / sum(mass.values())
@@ -71,7 +67,7 @@ def score_of(reply: Mapping[str, Any]) -> float:
     by more than `UNCERTAINTY`, there is no score.
 
     Raises:
-        ValueError: the reply has another shape, or says too little of the levels.
+        UnusableReply: the reply has another shape, or says too little of the levels.
     """
     try:
         listed = [
@@ -79,9 +75,9 @@ def score_of(reply: Mapping[str, Any]) -> float:
             for one in reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         ]
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise ValueError("the reply has no top_logprobs; the server must return them for the next token") from error
+        raise UnusableReply("the reply has no top_logprobs; the server must return them for the next token") from error
     if not all(value < 1e-3 for _, value in listed):  # room for rounding; a NaN is not below it either
-        raise ValueError("the reply has numbers that are no log-probabilities")
+        raise UnusableReply("the reply has numbers that are no log-probabilities")
     logprobs: dict[str, float] = {}
     for token, value in listed:
         if token in LEVELS:
@@ -91,70 +87,32 @@ def score_of(reply: Mapping[str, Any]) -> float:
     known = sum(math.exp(value - largest) for value in logprobs.values())
     unlisted = (len(LEVELS) - len(logprobs)) * math.exp(least - largest)
     if 4 * unlisted / (known + unlisted) > UNCERTAINTY:  # the levels span 4
-        raise ValueError(f"only {', '.join(logprobs)} among the {len(listed)} likeliest tokens, which is too little")
+        raise UnusableReply(f"only {', '.join(logprobs)} among the {len(listed)} likeliest tokens, which is too little")
     return score
 
 
-def data_url(image: Tensor) -> str:
-    """uint8 [3, H, W] as a PNG in a data URL, made square around its centre as published preprocessing does."""
+def squared(image: Image) -> Image:
+    """The image made square around its centre, as published preprocessing does."""
     from PIL import Image
 
-    height, width = image.shape[-2:]
-    side = max(height, width)
-    square = torch.tensor(BACKGROUND, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
-    top, left = (side - height) // 2, (side - width) // 2
-    square[:, top : top + height, left : left + width] = image.cpu()
-    buffer = io.BytesIO()
-    Image.fromarray(square.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), BACKGROUND)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 class Deqa(ServerReward):
-    """Quality from 1 (bad) to 5 (excellent), by a model behind a server.
+    """Quality from 1 (bad) to 5 (excellent), by a model behind a server; options as those of the judge's."""
 
-    Args:
-        url: of the OpenAI-compatible server; `model` is its name there. The others are JudgeServer's.
-
-    Raises:
-        UserError: no url, an option out of range, a server that is not there or does not have the model.
-    """
-
-    def __init__(
-        self,
-        device: str = "cpu",
-        *,
-        url: str | None = None,
-        model: str = MODEL,
-        attempts: int = 3,
-        concurrency: int = 16,
-        timeout: float = 60.0,
-        backoff: float = 1.0,
-    ):
-        if url is None:
-            raise UserError(
-                f"deqa: url is missing; serve {MODEL} with an OpenAI-compatible server and give its url, such as "
-                "http://localhost:8000/v1"
-            )
-        self.device = device
-        self.server = JudgeServer(
-            url, model, attempts=attempts, concurrency=concurrency, timeout=timeout, backoff=backoff
-        )
+    name, family, reads_prompt = "deqa", "quality", False
+    low, high = 1.0, 5.0
+    label, unit, divisor = "DeQA", "score / 5", 5.0
+    published = "zhiyuanyou/DeQA-Score-Mix3"
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B], NaN where the server gave no score; the conditions are not looked at."""
-        if not len(images):
-            return torch.zeros(0, device=self.device)
-        requests = [partial(_request, image, self.server.model) for image in images.cpu()]
-        answers = self.server.complete(requests, _read, resample=False)
-        return self.scores_of(answers)
+        requests = [partial(self._request, image) for image in to_pil(images)]
+        return self.scores_of(self.server.complete(requests, score_of, resample=False))
 
-
-def _request(image: Tensor, model: str) -> dict[str, Any]:
-    return build_request(data_url(image), model)
-
-
-def _read(response: Any) -> float:
-    try:
-        return score_of(response)
-    except ValueError as error:
-        raise UnusableReply(str(error)) from error
+    def _request(self, image: Image) -> dict[str, Any]:
+        return build_request(data_url(squared(image), self.server.image_format))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from argrpo_cli.rewards.deqa import Deqa, build_request, data_url, expected_level, score_of
+from argrpo_cli.rewards.judge.deqa import Deqa, build_request, expected_level, score_of, squared
+from argrpo_cli.rewards.judge.server import data_url, to_pil
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from tests.rewards.judge.fake_server import FakeServer
@@ -88,20 +89,20 @@ def test_a_reply_without_a_score_is_an_error_and_never_a_number(broken):
 
 
 def test_the_request_is_the_published_prompt():
-    request = build_request("data:image/png;base64,AAAA", "some-model")
+    request = build_request("data:image/png;base64,AAAA")
     user, assistant = request["messages"]
     assert [part["type"] for part in user["content"]] == ["text", "image_url"]
     assert user["content"][0]["text"] == "How would you rate the quality of this image?"
     assert user["content"][1]["image_url"] == {"url": "data:image/png;base64,AAAA"}
     assert assistant == {"role": "assistant", "content": "The quality of the image is"}
-    assert (request["model"], request["max_tokens"], request["temperature"]) == ("some-model", 1, 0)
+    assert (request["max_tokens"], request["temperature"]) == (1, 0)
     assert (request["logprobs"], request["top_logprobs"]) == (True, 20)
     assert (request["continue_final_message"], request["add_generation_prompt"]) == (True, False)
 
 
 def test_images_travel_as_square_png():
     image = torch.randint(0, 256, (3, 4, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    head, data = data_url(image).split(",")
+    head, data = data_url(squared(to_pil(image[None])[0])).split(",")
     assert head == "data:image/png;base64"
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
     assert pixels.shape == (9, 9, 3)
@@ -124,7 +125,11 @@ def test_scores_by_a_server_come_in_order_and_what_is_missing_is_nan():
     assert scores[1:3].isnan().all() and deqa.failures == 2
     assert "500" in deqa.last_error and "attempt 3 of 3" in deqa.last_error
     assert len(server.bodies[8]) == 3, "asked again"
-    assert server.bodies[7][0]["top_logprobs"] == 20 and "top_p" not in server.bodies[8][2]
+    assert (
+        server.bodies[7][0]["top_logprobs"] == 20
+        and server.bodies[7][0]["model"] == "m"
+        and "top_p" not in server.bodies[8][2]
+    )
 
 
 def test_without_a_server_it_says_so():

@@ -1,0 +1,138 @@
+"""The rewards of the nano world, on bundled networks. They see pictures at 64x64 and were trained by `nano/make`.
+
+- nano-clip: does the picture show its prompt? A small open_clip CLIP that learned to name what it sees and, for the
+  right name, to fall with the damage of the picture, because a similarity that only names the object is satisfied by a
+  broken one.
+- nano-quality: how little is a picture damaged, without a reference? A convolutional network that learned from scenes
+  broken on purpose (bent, unfinished, joined, blurred, recoloured) how far each was from the truth.
+- nano-critic: could this picture be a real scene, or was it generated? A critic that learned scenes against samples of
+  the base policy. Its logit is bent softly into (-5, 5), so that no picture wins by an outlier.
+- nano-geneval: `geneval` on what the nano detector sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from argrpo_cli.rewards.base import Needs, Reward
+from argrpo_cli.rewards.geneval import GenEval
+from argrpo_cli.shapes import Condition
+from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.files import WEIGHTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class NanoClip(Reward):
+    """Cosine similarity in [-1, 1] of image and prompt."""
+
+    name, low, high = "nano-clip", -1.001, 1.001
+
+    def __init__(self, device: str = "cpu", folder: str | Path | None = None):
+        from argrpo_cli.nano.networks import build_clip
+        from argrpo_cli.networks.weights import load_weights, read_config
+
+        folder = folder or WEIGHTS / self.name
+        network, self.tokenizer = build_clip(read_config(folder))
+        self.network = load_weights(network, folder, device)
+        self.device = device
+        self._features: dict[str, Tensor] = {}  # prompts repeat: a class-conditional run has one per class
+
+    def check(self, conditions: Sequence[Condition]) -> None:
+        """Refuse prompts with words it never saw: what it would say of them means nothing.
+
+        Raises:
+            UserError: the first such word, with its prompt.
+        """
+        for prompt in dict.fromkeys(condition.prompt for condition in conditions):
+            for word in self.tokenizer.split(prompt):
+                if word not in self.tokenizer.ids:
+                    hint = did_you_mean(word, self.tokenizer.words)
+                    hint = hint or "; it reads captions of the nano world, such as 'a photo of two red cars'"
+                    raise UserError(f"nano-clip does not know the word {word!r} in the prompt {prompt!r}{hint}")
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Unit vectors [B, D]; UserError as `check` says."""
+        import torch
+
+        fresh = sorted(set(prompts) - self._features.keys())
+        if fresh:
+            self.check([Condition(prompt) for prompt in fresh])
+            features = self.network.encode_text(self.tokenizer(fresh).to(self.device), normalize=True)
+            self._features.update(zip(fresh, features, strict=True))
+        return torch.stack([self._features[prompt] for prompt in prompts])
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """uint8 [B, 3, H, W] and B conditions to float32 [B]."""
+        from argrpo_cli.networks.pixels import to_unit
+
+        features = self.network.encode_image(to_unit(images), normalize=True)
+        return (features * self.text_features([condition.prompt for condition in conditions])).sum(-1)
+
+
+class NanoQuality(Reward):
+    """Quality in [0, 1]; 1 is undamaged."""
+
+    name, family, reads_prompt = "nano-quality", "quality", False
+
+    def __init__(self, device: str = "cpu", folder: str | Path | None = None):
+        from argrpo_cli.nano.networks import QualityNet
+        from argrpo_cli.networks.weights import load_weights, read_config
+
+        folder = folder or WEIGHTS / self.name
+        self.network = load_weights(QualityNet(**read_config(folder)), folder, device)
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""
+        from argrpo_cli.networks.pixels import to_unit
+
+        return self.network(to_unit(images)).sigmoid()
+
+
+class NanoQualityT2I(NanoQuality):
+    """The same for scenes of several objects."""
+
+    name = "nano-quality-t2i"
+
+
+class NanoCritic(Reward):
+    """Softly bounded logit in (-5, 5); the higher, the more real."""
+
+    name, family, reads_prompt = "nano-critic", "realism", False
+
+    def __init__(self, device: str = "cpu", folder: str | Path | None = None):
+        from argrpo_cli.nano.networks import CriticNet
+        from argrpo_cli.networks.weights import load_weights, read_config
+
+        folder = folder or WEIGHTS / self.name
+        self.network = load_weights(CriticNet(**read_config(folder)), folder, device)
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""
+        from argrpo_cli.nano.networks import soft_limit
+        from argrpo_cli.networks.pixels import to_unit
+
+        return soft_limit(self.network(to_unit(images)))
+
+
+class NanoCriticT2I(NanoCritic):
+    """The same for scenes of several objects."""
+
+    name = "nano-critic-t2i"
+
+
+class NanoGenEval(GenEval):
+    """`GenEval` with the bundled detector."""
+
+    name = "nano-geneval"
+
+    def __init__(self, device: str = "cpu", folder: str | Path | None = None):
+        super().__init__(device, detector="nano", weights=folder)
+
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """Nothing: the detector is bundled."""
+        return Needs()

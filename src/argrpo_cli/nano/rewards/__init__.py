@@ -1,1 +1,0 @@
-"""The nano world's rewards."""
