@@ -119,7 +119,7 @@ class Fake:
         self.batches, self.fails, self.weights = [], False, tmp_path / "ckpt_koniq10k.pt"
         self.weights.touch()
         monkeypatch.setattr(maniqa, "build_network", nn.Identity)
-        monkeypatch.setattr(maniqa, "read_state", lambda path, wrappers: {})
+        monkeypatch.setattr(weights, "read_state", lambda path, wrappers: {})
         monkeypatch.setattr(maniqa, "patch_maps", self.patch_maps)
 
     def patch_maps(self, network, crops):
@@ -210,8 +210,8 @@ def test_network_runs_in_the_dtype_and_scores_are_float32(fake):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"crops": "centre"}, "crops is 'centre'; it can be grid, random"),
-        ({"dtype": "float16"}, "dtype is 'float16'; it can be float32, bfloat16"),
+        ({"crops": "centre"}, "crops 'centre' is unknown; there are grid, random"),
+        ({"dtype": "float16"}, "dtype 'float16' is unknown; there are float32, bfloat16"),
         ({"crop_batch": 0}, "crop_batch is 0"),
         ({"seed": -1}, "seed is -1"),
     ],

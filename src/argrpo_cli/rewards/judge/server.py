@@ -462,7 +462,7 @@ def _text_of(response: Any) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what led to it, the last link first."""
+    """An error and what led to it."""
     while error is not None:
         yield error
         inner = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else None
@@ -471,8 +471,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _system_reason(error: BaseException) -> str:
     """The operating system's own words for a failed connection."""
-    *_, last = [error, *(one for one in _causes(error) if isinstance(one, OSError) and one.errno)]
-    return reason(last) if isinstance(last, OSError) else "the network fails"
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno:  # asyncio puts an address in the place of its words
+            return os.strerror(cause.errno).lower() if cause.errno > 0 else reason(cause)
+    return "the network fails"
 
 
 def _excerpt(text: str | bytes) -> str:
