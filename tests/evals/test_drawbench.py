@@ -18,7 +18,7 @@ from argrpo_cli.evals.statistics import mean_of
 from argrpo_cli.evals.tables import table
 from argrpo_cli.images import read_image
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.rewards import RewardSet, load_rewards
+from argrpo_cli.rewards import Reward, RewardSet, check_reward, load_rewards
 from argrpo_cli.score import score_images
 from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
@@ -31,7 +31,7 @@ PROMPTS = d.PromptList("mine", ("a red dog", "a blue cat", "a dog"))
 DIVISORS = {"clip": 1, "deqa": 5, "pickscore": 26}
 
 
-class Brightness:
+class Brightness(Reward):
     """A reward between 1 and 2, so that it lies in every range that is asked for."""
 
     calls = 0
@@ -119,8 +119,8 @@ def test_columns_come_in_the_units_of_table_4(policies, tmp_path):
     assert own["deqa"].value == pytest.approx((1 + mean) / 5, abs=1e-6)
     assert own["pickscore"].value == pytest.approx((1 + mean) / 26, abs=1e-6)
     assert own["deqa"].error == pytest.approx(own["clip"].error / 5, abs=1e-7)
-    assert {d.TABLE_4[name][1] for name in ("clip", "hpsv2", "aesthetic", "imagereward")} == {1.0}
-    assert d.TABLE_4["unified-reward"][1] == 5
+    assert {check_reward(name).divisor for name in ("clip", "hpsv2", "aesthetic", "imagereward")} == {1.0}
+    assert check_reward("unified-reward").divisor == 5
     assert Result.load(tmp_path / "o" / "summary.json") == result
     assert result.paper["AR-GRPO"] == {"clip": 0.274, "deqa": 0.551, "pickscore": 0.769}
 

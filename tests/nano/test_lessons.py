@@ -19,9 +19,7 @@ from argrpo_cli.nano.make import build, fit, judges
 from argrpo_cli.nano.make.fit import Lesson, Setting
 from argrpo_cli.nano.make.policies import RunningCodebook
 from argrpo_cli.nano.make.study import base_policy
-from argrpo_cli.nano.rewards.nano_clip import NanoClip
-from argrpo_cli.nano.rewards.nano_critic import NanoCritic
-from argrpo_cli.nano.rewards.nano_quality import NanoQuality
+from argrpo_cli.nano.rewards import NanoClip, NanoCritic, NanoQuality
 from argrpo_cli.nano.tokens import load_held_out, load_tokenizer
 from argrpo_cli.policy import load_policy
 from argrpo_cli.system.errors import UserError
@@ -45,9 +43,9 @@ OPENERS = {
     "nano-vq": load_tokenizer,
     "nano-c2i": load_policy,
     "nano-t2i": base_policy,
-    "nano-clip": NanoClip,
-    "nano-quality": NanoQuality,
-    "nano-critic": NanoCritic,
+    "nano-clip": lambda folder: NanoClip(folder=folder),
+    "nano-quality": lambda folder: NanoQuality(folder=folder),
+    "nano-critic": lambda folder: NanoCritic(folder=folder),
     "nano-judge": load_recogniser,
     "nano-detector": load_detector,
 }

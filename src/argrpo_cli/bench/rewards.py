@@ -69,13 +69,12 @@ def random_weights(name: str, folder: Path) -> dict[str, Any]:
         return {}
     if name == "maniqa":
         from argrpo_cli.rewards.maniqa import build_network as build
-    elif name == "hpsv2":
-        from argrpo_cli.rewards.hpsv2 import build_hpsv2 as build
     else:
         import open_clip
 
         from argrpo_cli.networks.clip import build_open_clip
 
-        build = partial(build_open_clip, {**open_clip.get_model_config("ViT-B-32-quickgelu")})
+        architecture = "ViT-H-14" if name == "hpsv2" else "ViT-B-32-quickgelu"
+        build = partial(build_open_clip, open_clip.get_model_config(architecture))
     torch.save(build().state_dict(), folder / f"{name}.pt")
     return {"weights": str(folder / f"{name}.pt")}

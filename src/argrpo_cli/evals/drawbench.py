@@ -46,16 +46,7 @@ SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".json")
 PAPER_SIZE = 256  # pixels, of LlamaGen-XL in table 4
 MOST_MISSING = 0.05  # share of pictures without a score from which a mean would be one of other prompts
 
-# Reward to its column in the paper, and what a raw score is divided by to come into the paper's unit.
-TABLE_4 = {
-    "clip": (Column("CLIP score", "cosine", "higher"), 1.0),
-    "hpsv2": (Column("HPSv2", "cosine", "higher"), 1.0),
-    "aesthetic": (Column("Aesthetic", "1 to 10", "higher"), 1.0),
-    "deqa": (Column("DeQA", "score / 5", "higher"), 5.0),
-    "imagereward": (Column("ImageReward", "standardised", "higher"), 1.0),
-    "pickscore": (Column("PickScore", "logit / 26", "higher"), 26.0),
-    "unified-reward": (Column("UnifiedReward", "score / 5, images at 512 pixels", "higher"), 5.0),
-}
+TABLE_4 = ("clip", "hpsv2", "aesthetic", "deqa", "imagereward", "pickscore", "unified-reward")  # its columns
 
 
 class DrawBench(Benchmark):
@@ -75,7 +66,7 @@ class DrawBench(Benchmark):
     def __init__(
         self,
         prompts: PromptList,
-        rewards: Sequence[str] = tuple(TABLE_4),
+        rewards: Sequence[str] = TABLE_4,
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         self.asked, self.rewards, self.options = prompts, list(rewards), dict(options or {})
@@ -151,10 +142,14 @@ class DrawBench(Benchmark):
     def _mean(self, reward: str, subject: Subject) -> Measure:
         places = {prompt: place for place, prompt in enumerate(self.asked.prompts)}
         prompts = [places[shot.condition.prompt] for shot in subject.shots]
-        return self.scores[reward].mean(subject.name, prompts, TABLE_4.get(reward, (None, 1.0))[1])
+        return self.scores[reward].mean(subject.name, prompts, check_reward(reward).divisor)
 
     def columns(self) -> dict[str, Column]:
-        return {reward: TABLE_4[reward][0] if reward in TABLE_4 else Column(reward) for reward in self.rewards}
+        facts = {reward: check_reward(reward) for reward in self.rewards}
+        return {
+            reward: Column(one.label, one.unit, "higher") if one.label else Column(reward)
+            for reward, one in facts.items()
+        }
 
     def paper(self, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
         rows = paper_numbers.before_and_after(4)

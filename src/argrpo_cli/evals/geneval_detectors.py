@@ -11,7 +11,7 @@ from typing import Any
 from argrpo_cli import __version__
 from argrpo_cli.geneval.nano_detector import NanoObserver
 from argrpo_cli.geneval.observing import Observer, OfficialObserver
-from argrpo_cli.networks.loading import fingerprint
+from argrpo_cli.networks.weights import fingerprint
 from argrpo_cli.rewards.geneval import load_observer
 from argrpo_cli.system.errors import UserError, did_you_mean
 

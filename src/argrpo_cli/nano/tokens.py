@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from argrpo_cli.geneval.grammar import NANO_OBJECTS
-from argrpo_cli.networks.loading import load_pretrained
+from argrpo_cli.networks.weights import load_pretrained
 from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
 from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import UserError

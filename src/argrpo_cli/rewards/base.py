@@ -81,7 +81,7 @@ class Reward:
     factor: ClassVar[float] = 1.0
     reads_prompt: ClassVar[bool] = True
     label: ClassVar[str] = ""
-    unit: ClassVar[str] = "raw"
+    unit: ClassVar[str] = ""
     divisor: ClassVar[float] = 1.0
     steps_of: ClassVar[str | None] = None
     remote: bool = False

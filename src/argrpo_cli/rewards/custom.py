@@ -24,7 +24,6 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from argrpo_cli.rewards.base import FAMILIES, Reward
-from argrpo_cli.rewards.base import source_digest as digest_of
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, out_of_memory
 
@@ -79,11 +78,6 @@ def reward_of(name: str, function: Callable[..., Any]) -> type[Custom]:
         raise UserError(f"reward {name!r}: its family is {family!r}; choose one of {', '.join(FAMILIES)}")
     facts = {"name": name, "function": staticmethod(function), "family": family}
     return type("Own", (Custom,), {**facts, "reads_prompt": family == "conditional"})
-
-
-def source_digest(name: str) -> str:
-    """Moved to `rewards.identity`."""
-    return digest_of(find_function(name))
 
 
 class Custom(Reward):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from argrpo_cli.rewards import REWARDS
+from argrpo_cli.rewards import REWARDS, check_reward
 from argrpo_cli.runs import curves
 from argrpo_cli.runs.curves import COLOURS, NO_STAGE, STAGES, Panel, Record, Roles
 from argrpo_cli.runs.run import duration, now
@@ -96,7 +96,7 @@ def reward_roles(recipe: Recipe, notes: Mapping[str, Any]) -> Roles:
         return notes["rewards"]
     return {
         term.name: {
-            "family": REWARDS[term.name].family if term.name in REWARDS else None,
+            "family": check_reward(term.name).family if term.name in REWARDS else None,
             "weight": term.weight if term.factor is None else term.weight * term.factor,
         }
         for term in recipe.rewards.terms

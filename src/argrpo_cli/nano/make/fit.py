@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from argrpo_cli.nano.tokens import load_tokenizer
-from argrpo_cli.networks.loading import save_model
+from argrpo_cli.networks.weights import save_model
 from argrpo_cli.policy.llamagen.vq import VQModel
 from argrpo_cli.system.files import WEIGHTS, make_dir
 

@@ -13,9 +13,8 @@ from argrpo_cli.nano import scenes
 from argrpo_cli.nano.make.corrupt import damage_of
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups
 from argrpo_cli.nano.make.study import Study, augmented, base_policy, make_study, proposer, rank_agreement
-from argrpo_cli.nano.rewards.nano_clip import WordTokenizer, build_clip
-from argrpo_cli.nano.rewards.nano_critic import CriticNet, soft_limit
-from argrpo_cli.nano.rewards.nano_quality import NanoQuality, QualityNet
+from argrpo_cli.nano.networks import CriticNet, QualityNet, WordTokenizer, build_clip, soft_limit
+from argrpo_cli.nano.rewards import NanoQuality
 from argrpo_cli.nano.tokens import decode, encode
 from argrpo_cli.networks.weights import save_network, to_unit
 from argrpo_cli.policy import Policy
@@ -169,7 +168,7 @@ def quality(
     held = make_study(setting, 30_000, unseen, 2, propose, task)
     network = QualityNet(**QUALITY)
     if task == "captions":
-        network.load_state_dict(NanoQuality(setting.weights / "nano-quality").network.state_dict())
+        network.load_state_dict(NanoQuality(folder=setting.weights / "nano-quality").network.state_dict())
 
     def loss(step: int) -> Tensor:
         damaged = setting.rows(batch[1], len(study.rows))
@@ -258,7 +257,7 @@ def critic(
     held = make_study(setting, 50_000, unseen, 1, propose, task)
     held_generated = sampled(policy, 1, setting.seed, unseen)
     network = CriticNet(**CRITIC)
-    network.body.load_state_dict(NanoQuality(setting.weights / eye).network.body.state_dict())
+    network.body.load_state_dict(NanoQuality(folder=setting.weights / eye).network.body.state_dict())
 
     def loss(step: int) -> Tensor:
         material = (study.pool.images, generated, study.broken.images)

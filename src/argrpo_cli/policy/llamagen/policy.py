@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from argrpo_cli.networks.loading import fingerprint, load_pretrained, save_model
+from argrpo_cli.networks.weights import fingerprint, load_pretrained, save_model
 from argrpo_cli.policy.adapters import merge_adapter
 from argrpo_cli.policy.folder import (
     ADAPTER_OF,
