@@ -19,6 +19,7 @@ from argrpo_cli.policy.folder import glance
 from argrpo_cli.shapes import Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, cannot_write, make_dir, read_json, save_png, write_json, write_jsonl
+from argrpo_cli.system.progress import notice
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Card, Policy
@@ -108,6 +109,7 @@ def draw_samples(
         order.check_kind(seen.reads)
         seen.check(order.classes)
     _check_folder(out, overwrite)
+    notice(f"loading {order.policy} ...")
     from argrpo_cli.draw import draw_into
     from argrpo_cli.policy import load_policy
     from argrpo_cli.system.processes import join_team

@@ -21,6 +21,7 @@ from argrpo_cli.kept import Rows, in_batches, kept
 from argrpo_cli.shapes import Column, Condition, Result, Value
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import check_writable, make_dir, save_png, write_jsonl, write_text
+from argrpo_cli.system.progress import notice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,6 +78,7 @@ def score_images(
     images = find_items(sources, said or Said())
     items, target = images.items, out or images.folder
     check_writable(target)
+    notice(f"loading {', '.join(rewards)} ...")
     from argrpo_cli.rewards import load_rewards
     from argrpo_cli.system.devices import resolve_device
 

@@ -121,6 +121,7 @@ def check_policies(
     from argrpo_cli import seeds
     from argrpo_cli.kept import check_claim
     from argrpo_cli.policy.folder import glance
+    from argrpo_cli.system.progress import notice
 
     for policy in policies:
         glance(policy)
@@ -128,6 +129,7 @@ def check_policies(
         check_claim(out)
     if space:
         seeds.check(space, seed, n)
+    notice(f"loading {', '.join(policies)} ..." if policies else "loading ...")
 
 
 def check_rewards(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:

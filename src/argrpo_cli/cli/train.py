@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.progress import notice
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
@@ -83,6 +84,7 @@ def train(
         run_dir = out if out is not None else loaded.run_dir
     if resume is None:
         _check_names(loaded)
+    notice(f"loading {loaded.policy.checkpoint} ...")
     if dry_run:
         _dry_run(loaded, processes or 1)
         return

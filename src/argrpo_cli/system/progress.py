@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from argrpo_cli.system.processes import Team
 
 LINE_EVERY_SECONDS = 10.0
+
+
+def notice(text: str) -> None:
+    """A line on the terminal, from the first of several processes: what takes a while is under way."""
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
