@@ -14,6 +14,7 @@ import torch
 from argrpo_cli.nano.make import policies
 from argrpo_cli.nano.tokens import load_held_out
 from argrpo_cli.policy import Policy
+from argrpo_cli.policy.protocol import Drawn
 
 
 def save_captioned_policy(folder: Path, seed: int = 0) -> Path:
@@ -30,7 +31,7 @@ def save_captioned_policy(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def replayed(self: Policy, conditions, seeds, **rest) -> torch.Tensor:
+def replayed(self: Policy, conditions, sampling, seeds, **rest) -> Drawn:
     """Stands for `Policy.sample`: a held-out scene of the same caption where there is one, else any scene."""
     tokens, scenes = load_held_out("captions")
     places: dict[str, list[int]] = {}
@@ -41,11 +42,16 @@ def replayed(self: Policy, conditions, seeds, **rest) -> torch.Tensor:
         number = int(hashlib.sha256(f"{one.prompt}{seed}{len(self.base)}".encode()).hexdigest(), 16)
         own = places.get(one.prompt, range(len(scenes))) if number % 3 else range(len(scenes))
         chosen.append(own[number % len(own)])
-    return tokens[chosen]
+    return Drawn(tokens[chosen], None)
+
+
+def as_they_are(self: Policy, conditions, dropped=None):
+    """Stands for `Policy.encode` beside it."""
+    return list(conditions)
 
 
 if __name__ == "__main__":
     from argrpo_cli.cli.app import main
 
-    Policy.sample = replayed
+    Policy.sample, Policy.encode = replayed, as_they_are
     main()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import json
 import math
+import shutil
 import statistics
 
 import numpy as np
@@ -13,19 +14,23 @@ from PIL import Image
 from rich.console import Console
 
 from argrpo_cli.cli.app import run
+from argrpo_cli.evals import benchmark as b
 from argrpo_cli.evals import geneval as g
-from argrpo_cli.evals.geneval_scores import part_scores
-from argrpo_cli.evals.geneval_sheet import COLUMNS, PAD, SIDE, captions, failure_sheet
-from argrpo_cli.evals.geneval_table import table
+from argrpo_cli.evals.geneval_pictures import COLUMNS, PAD, SIDE, captions, failure_sheet
+from argrpo_cli.evals.tables import table
+from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS
 from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
-from tests.captioned import replayed, save_captioned_policy
+from tests.captioned import as_they_are, replayed, save_captioned_policy
 from tests.torchrun import ROOT, torchrun
 from tests.training.tiny import tiny_caption_policy
 
-SMALL = g.GenEvalSettings(per_prompt=1, sets=("geneval-nano",))
+
+def run_geneval(policies, out, sets=("geneval-nano",), n=1, **rest):
+    return b.run(g.GenEval(sets=sets), policies, out, n=n, **rest)
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +43,18 @@ def sampled():
     """Real scenes instead of what a policy that has learnt nothing draws."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Policy, "sample", replayed)
+        patch.setattr(Policy, "encode", as_they_are)
         yield
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, policy, sampled):
     out = tmp_path_factory.mktemp("geneval") / "out"
-    return out, g.run_geneval([policy], out, SMALL)
+    return out, run_geneval([policy], out)
 
 
 def name_of(result):
-    (name,) = result["scores"]
+    (name,) = result.rows
     return name
 
 
@@ -58,15 +64,16 @@ def test_what_is_written(finished):
     rows = read_jsonl(out / name / "results.jsonl")
     assert len(rows) == 84 == len(list((out / name / "images").iterdir()))
     assert 10 < sum(row["correct"] for row in rows) < 74, "scenes of the prompt and scenes of others"
-    assert json.loads((out / "summary.json").read_text()) == result
-    part = result["scores"][name]["geneval-nano"]
-    tags = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-    assert list(part) == [*tags, "overall"]
+    assert Result.load(out / "summary.json") == result
+    part = {key.partition("/")[2]: value for key, value in result.rows[name].items()}
+    tags = ["position", "colors", "color_attr", "counting", "single_object", "two_object"]
+    assert list(part) == [*tags, "overall", *g.TOTALS]
     counts = {tag: sum(row["tag"] == tag for row in rows) for tag in tags}
     for tag in tags:
         share = sum(row["correct"] for row in rows if row["tag"] == tag) / counts[tag]
-        assert part[tag]["mean"] == pytest.approx(share) and part[tag]["prompts"] == counts[tag]
-    assert part["overall"]["mean"] == pytest.approx(sum(part[tag]["mean"] for tag in tags) / 6)
+        assert part[tag].value == pytest.approx(share) and part[tag].count == counts[tag]
+    assert part["overall"].value == pytest.approx(sum(part[tag].value for tag in tags) / 6)
+    assert part["color_attr"].error is None, "one prompt has no error"
     assert all(bool(row["reason"]) != row["correct"] for row in rows)
     lines = read_jsonl(out / "prompts.jsonl")
     assert [line["index"] for line in lines] == [row["index"] for row in rows]
@@ -78,18 +85,18 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(finished, policy, 
     out, result = finished
     drawn = []
 
-    def stop_in_the_second_batch(self, conditions, **rest):
+    def stop_in_the_second_batch(self, encoded, *rest):
         if len(drawn) == 1:
             raise KeyboardInterrupt
-        drawn.append(len(conditions))
-        return replayed(self, conditions, **rest)
+        drawn.append(len(encoded))
+        return replayed(self, encoded, *rest)
 
     monkeypatch.setattr(Policy, "sample", stop_in_the_second_batch)
     with pytest.raises(KeyboardInterrupt):
-        g.run_geneval([policy], tmp_path / "o", SMALL, batch_size=50)
+        run_geneval([policy], tmp_path / "o", batch_size=50)
     left = []
-    monkeypatch.setattr(Policy, "sample", lambda self, c, **rest: left.append(len(c)) or replayed(self, c, **rest))
-    again = g.run_geneval([policy], tmp_path / "o", SMALL, batch_size=50)
+    monkeypatch.setattr(Policy, "sample", lambda self, e, *rest: left.append(len(e)) or replayed(self, e, *rest))
+    again = run_geneval([policy], tmp_path / "o", batch_size=50)
     assert left == [34]
     assert again == result
     for file in (f"{name_of(result)}/results.jsonl", "prompts.jsonl"):
@@ -97,13 +104,13 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(finished, policy, 
 
 
 def test_two_processes_find_what_one_does(policy, tmp_path):
-    alone = g.run_geneval([policy], tmp_path / "alone", g.GenEvalSettings(per_prompt=1))
+    alone = run_geneval([policy], tmp_path / "alone", None)
     done = torchrun(
         [str(ROOT / "tests/captioned.py"), "eval", "geneval", "--policy", policy, "--per-prompt", "1", "--device",
          "cpu", "--out", str(tmp_path / "out")]
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == alone
+    assert Result.load(tmp_path / "out" / "summary.json") == alone
     files = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*") if path.is_file()]
     assert len(files) > 224
     for file in files:
@@ -114,11 +121,11 @@ def test_two_processes_find_what_one_does(policy, tmp_path):
 def test_a_folder_is_not_used_for_two_evaluations(finished, policy, tmp_path):
     out, _ = finished
     with pytest.raises(UserError, match="holds an evaluation of something else \\("):
-        g.run_geneval([policy], out, g.GenEvalSettings(per_prompt=1, seed=1, sets=("geneval-nano",)))
+        run_geneval([policy], out, seed=1)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "file").write_text("")
     with pytest.raises(UserError, match="is not empty"):
-        g.run_geneval([policy], tmp_path / "x", SMALL)
+        run_geneval([policy], tmp_path / "x")
 
 
 def test_two_policies_are_compared_prompt_by_prompt_with_the_same_seeds(policy, tmp_path, monkeypatch):
@@ -126,59 +133,53 @@ def test_two_policies_are_compared_prompt_by_prompt_with_the_same_seeds(policy, 
     other.base = "another one"  # replays other scenes
     other.save(tmp_path / "other")
     seeds = []
-    monkeypatch.setattr(Policy, "sample", lambda self, c, **k: seeds.append(k["seeds"]) or replayed(self, c, **k))
+    monkeypatch.setattr(Policy, "sample", lambda self, e, how, s: seeds.append(s) or replayed(self, e, how, s))
     monkeypatch.chdir(tmp_path)
-    result = g.run_geneval([policy, "other"], tmp_path / "o", SMALL, batch_size=84)
-    assert seeds[0] == seeds[1]
-    scores, part = result["scores"], "geneval-nano"
-    (first, second), difference = scores, result["difference"][part]
+    result = run_geneval([policy, "other"], tmp_path / "o", batch_size=84)
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 84
+    first, second = result.rows
     assert second == "other"
-    for tag, score in difference.items():
-        assert score["mean"] == pytest.approx(scores[first][part][tag]["mean"] - scores[second][part][tag]["mean"])
-    assert difference["overall"]["mean"] != 0
+    for key, one in result.difference.items():
+        assert one.value == pytest.approx(result.rows[first][key].value - result.rows[second][key].value)
+    assert result.difference["geneval-nano/overall"].value != 0
     a, b = (read_jsonl(tmp_path / "o" / name / "results.jsonl") for name in (first, second))
     pairs = [x["correct"] - y["correct"] for x, y in zip(a, b, strict=True) if x["tag"] == "single_object"]
-    assert difference["single_object"]["error"] == pytest.approx(statistics.stdev(pairs) / math.sqrt(len(pairs)))
-
-
-def test_the_difference_of_a_category_has_the_error_of_its_prompts():
-    prompts = SMALL.prompts
-    good = [{"index": p.index, "correct": 1.0} for p in prompts]
-    bad = [{"index": p.index, "correct": float(i % 2)} for i, p in enumerate(prompts)]
-    difference = [{**a, "correct": a["correct"] - b["correct"]} for a, b in zip(good, bad, strict=True)]
-    part = part_scores(difference, SMALL.prompts)
-    singles = [row["correct"] for row, p in zip(difference, prompts, strict=True) if p.tag == "single_object"]
-    mean = sum(singles) / len(singles)
-    spread = sum((v - mean) ** 2 for v in singles) / (len(singles) - 1)
-    assert part["single_object"]["mean"] == pytest.approx(mean)
-    assert part["single_object"]["error"] == pytest.approx(math.sqrt(spread / len(singles)))
-    assert part["color_attr"]["error"] is None, "one prompt has no error"
-
-
-def test_seeds_differ_between_images():
-    settings = g.GenEvalSettings(per_prompt=4)
-    seeds = [settings.image_seed(place, sample) for place in range(224) for sample in range(4)]
-    assert len(set(seeds)) == 896 and min(seeds) == g.FIRST_SEED
-    assert g.GenEvalSettings(seed=1).image_seed(0, 0) > max(seeds)
+    error = result.difference["geneval-nano/single_object"].error
+    assert error == pytest.approx(statistics.stdev(pairs) / math.sqrt(len(pairs)))
 
 
 def test_the_table_names_the_baseline_first(finished):
     _, result = finished
-    own = result["scores"][name_of(result)]
-    both = {**result, "scores": {"mine": own, "base": own}, "difference": own}
+    own = result.rows[name_of(result)]
+    both = dataclasses.replace(result, rows={"mine": own, "base": own}, difference=own)
     console = Console(width=150, record=True, file=io.StringIO())
-    console.print(table(both))
+    console.print(table(both, 150))
     text = console.export_text()
     assert text.index("base") < text.index("mine") < text.index("difference")
-    assert "nano-detector" in text and "color_attr" in text
+    assert "nano-detector" in text and "color attr" in text
+
+
+def test_figures_stay_whole_on_a_narrow_terminal(finished):
+    _, result = finished
+    own = result.rows[name_of(result)]
+    rows = {"runs-a-long-name-of-a-run-policy": own, "nano-t2i": own}
+    both = dataclasses.replace(result, rows=rows, difference=own, paper={"AR-GRPO": {}, "LlamaGen (base)": {}})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(both, 80))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    (line,) = (line for line in lines if "single object ↑" in line)
+    value = own["geneval-nano/single_object"]
+    assert line.count(f"{100 * value.value:.1f}") == 3
+    assert lines[lines.index(line) + 1].count(f"± {100 * value.error:.1f} %") == 3
 
 
 def test_the_sheet_has_a_cell_for_every_failure(finished):
     out, result = finished
     folder = out / name_of(result)
     rows = [row for row in read_jsonl(folder / "results.jsonl") if not row["correct"]][:7]
-    sheet = failure_sheet(rows, folder / "images")
-    one = failure_sheet(rows[:1], folder / "images")
+    sheet = failure_sheet(rows, folder / "images", NANO_THRESHOLDS)
+    one = failure_sheet(rows[:1], folder / "images", NANO_THRESHOLDS)
     assert (sheet.width, sheet.height) == (COLUMNS * one.width, 2 * one.height)
 
 
@@ -194,12 +195,12 @@ def test_a_label_stays_in_its_picture(tmp_path):
     Image.new("RGB", (64, 64), (0, 0, 255)).save(tmp_path / "a.png")
     found = {"class": "traffic light", "box": [55.0, 60.0, 64.0, 64.0], "score": 0.9, "color": "purple"}
     row = {"file": "a.png", "tag": "colors", "prompt": "a photo", "reason": "", "objects": [found]}
-    sheet = np.asarray(failure_sheet([row], tmp_path)).astype(int)
+    sheet = np.asarray(failure_sheet([row], tmp_path, NANO_THRESHOLDS)).astype(int)
     outside = np.ones(sheet.shape[:2], bool)
     outside[PAD : PAD + SIDE, PAD : PAD + SIDE] = False
     outside[PAD + SIDE :] = False  # the captions
     assert (sheet[outside] == 255).all(), "nothing is drawn over the edge"
-    bare = np.asarray(failure_sheet([{**row, "objects": []}], tmp_path)).astype(int)
+    bare = np.asarray(failure_sheet([{**row, "objects": []}], tmp_path, NANO_THRESHOLDS)).astype(int)
     changed = np.flatnonzero((sheet != bare).any((0, 2)))
     assert changed[0] < PAD + 0.6 * SIDE, "the label was moved to the left of its box"
 
@@ -210,7 +211,7 @@ def test_a_label_stays_in_its_picture(tmp_path):
         (["--policy", "nano-c2i"], "nano-c2i draws classes"),
         (["--policy", "nano-t2j"], "no policy 'nano-t2j'"),
         (["--baseline", "POLICY"], "the same policy"),
-        (["--n", "0"], "--n 0: give 1 to 446 images per prompt"),
+        (["--n", "0"], "--n 0: give 1 to 446 images of each of 224 prompts"),
         (["--n", "447"], "--n 447: give 1 to 446"),
         (["--seed", "10000"], "--seed 10000: give 0 to 9999"),
         (["--out", "file"], "it is a file, not a folder"),
@@ -228,13 +229,14 @@ def test_bad_input_is_one_line_and_writes_nothing(policy, tmp_path, monkeypatch,
 def test_a_policy_of_another_world_is_refused(tmp_path):
     tiny_caption_policy().save(tmp_path / "tiny")
     with pytest.raises(UserError, match="does not draw the nano world"):
-        g.run_geneval([str(tmp_path / "tiny")], tmp_path / "o", SMALL)
+        run_geneval([str(tmp_path / "tiny")], tmp_path / "o")
 
 
-def test_torn_results_are_named(finished, policy, tmp_path):
+def test_a_finished_evaluation_is_told_again_and_a_torn_one_named(finished, policy, tmp_path, monkeypatch):
     out = tmp_path / "o"
-    (out / name_of(finished[1])).mkdir(parents=True)
-    (out / "settings.json").write_text((finished[0] / "settings.json").read_text())
-    (out / name_of(finished[1]) / "results.jsonl").write_text('{"file": ')
-    with pytest.raises(UserError, match=r"results\.jsonl, line 1: not JSON"):
-        g.run_geneval([policy], out, SMALL)
+    shutil.copytree(finished[0], out)
+    monkeypatch.setattr(Policy, "sample", lambda *_: pytest.fail("drawn again"))
+    assert run_geneval([policy], out) == finished[1]
+    (out / "summary.json").write_text('{"format": ')
+    with pytest.raises(UserError, match=r"cannot read .*summary\.json: it is not JSON"):
+        run_geneval([policy], out)

@@ -12,11 +12,12 @@ from PIL import Image
 from transformers import Mask2FormerForUniversalSegmentation
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.evals.geneval_detectors import open_judge
-from argrpo_cli.geneval import clip_colors, mask2former, mmdet_weights
+from argrpo_cli.evals.geneval import open_judge
+from argrpo_cli.geneval import colors, detector
 from argrpo_cli.geneval.grammar import COLORS
+from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_json, read_jsonl
+from argrpo_cli.system.files import read_jsonl
 from tests.geneval.test_clip_colors import clip  # noqa: F401
 from tests.geneval.test_mask2former import tiny_config
 from tests.geneval.test_mmdet_weights import tiny_network, tiny_state
@@ -27,8 +28,8 @@ PROMPTS = ("a photo of a bench", "a photo of a red car and a blue dog")
 @pytest.fixture(autouse=True)
 def small(monkeypatch, clip):  # noqa: F811
     """Colours by a tiny CLIP, and a quick input."""
-    monkeypatch.setattr(clip_colors, "load_color_clip", lambda device, weights=None: clip)
-    monkeypatch.setattr(mask2former, "SHORT_EDGE", 64)
+    monkeypatch.setattr(colors, "load_color_clip", lambda device, weights=None: clip)
+    monkeypatch.setattr(detector, "SHORT_EDGE", 64)
 
 
 @pytest.fixture
@@ -66,17 +67,18 @@ def test_rendered_scenes_are_judged_end_to_end_and_again_alike(folder, tmp_path,
     assert {one["class"] for one in objects} >= {"car", "dog"}
     named = [one["color"] for row in a for one in row["objects"] if row["index"] != 0]
     assert any(color in COLORS for color in named) and None in named, "colours of those that the prompt asks them of"
-    assert {"transformers", "open_clip_torch"} <= set(read_json(tmp_path / "a" / "summary.json")["versions"])
+    versions = Result.load(tmp_path / "a" / "summary.json").protocol["versions"]
+    assert {"transformers", "open_clip_torch"} <= set(versions)
 
 
 def test_the_benchmarks_own_file_is_known_by_its_hash(tmp_path, monkeypatch):
-    monkeypatch.setattr(mmdet_weights, "build_mask2former", tiny_network)
+    monkeypatch.setattr(detector, "build_mask2former", tiny_network)
     path = tmp_path / "mask2former_swin-s.pth"
     torch.save({"state_dict": tiny_state()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     label = open_judge(str(path), "cpu").label
     assert (label["source"], label["sha256"], label["benchmarks_own"]) == (path.name, digest, False)
-    monkeypatch.setattr("argrpo_cli.evals.geneval_detectors.BENCHMARKS_OWN", digest[:8])
+    monkeypatch.setattr("argrpo_cli.geneval.detector.BENCHMARKS_OWN", digest[:8])
     judge = open_judge(str(path), "cpu", detector_batch_size=3)
     assert judge.label["benchmarks_own"] and judge.observer.detector.batch_size == 3
     assert judge.label["weights"] == label["weights"] != judge.label["colors"]["weights"]

@@ -13,18 +13,18 @@ from PIL import Image
 from rich.console import Console
 
 from argrpo_cli.cli.app import run
+from argrpo_cli.evals import benchmark as b
 from argrpo_cli.evals import geneval as g
-from argrpo_cli.evals import geneval_drawing
-from argrpo_cli.evals.geneval_detectors import Judge
-from argrpo_cli.evals.geneval_folders import read_pictures
-from argrpo_cli.evals.geneval_table import table
+from argrpo_cli.evals.geneval import Judge
+from argrpo_cli.evals.geneval_pictures import read_pictures
+from argrpo_cli.evals.tables import table
 from argrpo_cli.geneval import prompts as prompt_sets
+from argrpo_cli.geneval.detector import Objects, OfficialObserver
 from argrpo_cli.geneval.grammar import COLORS
-from argrpo_cli.geneval.mask2former import Objects
-from argrpo_cli.geneval.observing import OfficialObserver
 from argrpo_cli.geneval.prompts import official_jsonl, official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL, Detection
 from argrpo_cli.policy import Policy
+from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, read_jsonl
 from tests.geneval import goldens
@@ -68,9 +68,17 @@ def stand_ins():
         return policy
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geneval_drawing, "load_policy", load)
-        patch.setattr(g, "open_judge", lambda *given: Judge(PixelObserver(), LABEL, least_told=0.1))
+        patch.setattr(b, "load_policy", load)
+        patch.setattr(g, "open_judge", lambda *given: Judge(PixelObserver(), LABEL, least_score=0.1))
         yield
+
+
+def run_geneval(out, policies=("t2i",), n=1, batch_size=64, **rest):
+    return b.run(g.GenEval(), policies, out, n=n, batch_size=batch_size, device="cpu", **rest)
+
+
+def judge_folder(folder, out):
+    return b.run(g.GenEval(), [], out, images=folder, device="cpu")
 
 
 @pytest.fixture
@@ -81,12 +89,12 @@ def few(monkeypatch):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("official") / "out"
-    return out, g.run_geneval(["t2i"], out, g.GenEvalSettings(per_prompt=1, cfg_scale=7.5, top_k=20), device="cpu")
+    return out, run_geneval(out, sampling=Sampling(cfg_scale=7.5, top_k=20))
 
 
 def text_of(result):
     console = Console(width=170, record=True, file=io.StringIO())
-    console.print(table(result))
+    console.print(table(result, 170))
     return " ".join(console.export_text().split())
 
 
@@ -110,24 +118,21 @@ def test_the_results_are_those_that_the_official_summary_reads(finished):
         assert (out / "t2i" / row["filename"]).is_file()
         for boxes in json.loads(row["details"]).values():
             assert all(len(box) == 5 and box[4] > (0.9 if row["tag"] == "counting" else 0.3) for box in boxes)
-    part = result["scores"]["t2i"]["geneval"]
+    part = {key.partition("/")[2]: value.value for key, value in result.rows["t2i"].items()}
     means = {tag: statistics.mean(values) for tag, values in by_tag.items()}
-    assert {tag: part[tag]["mean"] for tag in means} == pytest.approx(means)
-    assert part["overall"]["mean"] == pytest.approx(statistics.mean(means.values())) and len(means) == 6
-    assert 0.1 < part["overall"]["mean"] < 0.9
-    assert result["totals"]["t2i"]["correct_images"] == pytest.approx(sum(row["correct"] for row in rows) / 553)
+    assert {tag: part[tag] for tag in means} == pytest.approx(means)
+    assert part["overall"] == pytest.approx(statistics.mean(means.values())) and len(means) == 6
+    assert 0.1 < part["overall"] < 0.9
+    assert part["correct images"] == pytest.approx(sum(row["correct"] for row in rows) / 553)
+    assert part["prompts with a correct image"] == part["correct images"], "one image a prompt"
 
 
 def test_a_result_says_how_it_was_made(finished):
     out, result = finished
-    assert json.loads((out / "summary.json").read_text()) == result
-    assert result["settings"]["detector"] == LABEL and result["settings"]["thresholds"]["counting_threshold"] == 0.9
-    assert result["settings"]["sets"] == ["geneval"] and {"argrpo", "torch"} <= set(result["versions"])
-    assert result["differs_from_paper"] == [
-        "images per prompt 1 (paper 4)",
-        "cfg-scale 7.5 (paper 2)",
-        "top-k 20 (paper 0)",
-    ]
+    assert Result.load(out / "summary.json") == result
+    assert result.protocol["detector"] == LABEL and result.protocol["thresholds"]["counting_threshold"] == 0.9
+    assert result.protocol["sets"] == ["geneval"] and {"argrpo", "torch"} <= set(result.protocol["versions"])
+    assert result.departures == ["images per prompt 1 (paper 4)", "cfg-scale 7.5 (paper 2)", "top-k 20 (paper 0)"]
     row = next(row for row in read_jsonl(out / "t2i" / "results.jsonl") if row["tag"] == "colors")
     assert row["objects"] and all(one["color"] for one in row["objects"]), "toothbrush at 0.05 is left out"
     assert Image.open(out / "failures.png").width > 400
@@ -135,18 +140,14 @@ def test_a_result_says_how_it_was_made(finished):
 
 def test_the_table_stands_beside_the_papers_and_names_the_detector(finished):
     text = text_of(finished[1])
-    assert "paper, LlamaGen (base)" in text and "paper, AR-GRPO" in text and "55.0 % │ 59.3 %" in text
+    assert "paper: LlamaGen (base)" in text and "paper: AR-GRPO" in text and "55.0 % │ 59.3 %" in text
     assert "Mask2Former Swin-S, somewhere (not the benchmark's own weights)" in text
     assert "not as in the paper: images per prompt 1 (paper 4), cfg-scale 7.5 (paper 2), top-k 20 (paper 0)" in text
 
 
-def test_the_papers_protocol_is_the_default():
-    assert g.GenEvalSettings().departures == []
-
-
 def test_stopped_while_drawing_and_while_judging_it_goes_on_to_the_same_bytes(few, tmp_path, monkeypatch):
-    settings = g.GenEvalSettings(per_prompt=2)
-    whole = g.run_geneval(["t2i"], tmp_path / "whole", settings, 20, "cpu")
+    whole = run_geneval(tmp_path / "whole", n=2, batch_size=20)
+    assert whole.departures == ["images per prompt 2 (paper 4)"], "all else is the paper's"
     sample, observe, calls = Policy.sample, PixelObserver.observe, []
 
     def stop(calls_until):
@@ -165,9 +166,9 @@ def test_stopped_while_drawing_and_while_judging_it_goes_on_to_the_same_bytes(fe
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(owner, name, stop(2)(method))
-            g.run_geneval(["t2i"], tmp_path / "again", settings, 20, "cpu")
+            run_geneval(tmp_path / "again", n=2, batch_size=20)
     (tmp_path / "again" / "t2i" / FEW_SAMPLE).unlink()  # a picture that was lost is drawn again in its batch
-    again = g.run_geneval(["t2i"], tmp_path / "again", settings, 7, "cpu")  # with the batch size it was begun with
+    again = run_geneval(tmp_path / "again", n=2, batch_size=7)  # with the batch size it was begun with
     assert again == whole
     files = {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()}
     assert files == {path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()}
@@ -187,14 +188,14 @@ def test_a_finished_folder_gives_the_same_figures_whatever_its_names(finished, t
         (folder / "samples" / "0000.png").write_bytes((out / "t2i" / row["file"]).read_bytes())
         (folder / "metadata.jsonl").write_text((out / "t2i" / row["file"][:5] / "metadata.jsonl").read_text())
         (folder / "grid.png").write_bytes(b"")
-    again = g.judge_folder(out / "t2i", tmp_path / "a", device="cpu")
-    assert again["scores"] == result["scores"] and again["totals"] == result["totals"] and again["prompts_absent"] == 0
-    part = g.judge_folder(other, tmp_path / "b", device="cpu")
+    again = judge_folder(out / "t2i", tmp_path / "a")
+    assert again.rows == result.rows and again.warnings == []
+    part = judge_folder(other, tmp_path / "b")
     own = [row["correct"] for row in read_jsonl(out / "t2i" / "results.jsonl")[:60]]
     assert [row["correct"] for row in read_jsonl(tmp_path / "b" / "elsewhere" / "results.jsonl")] == own
-    assert part["prompts_absent"] == 493 and "493 of the 553 official prompts have no image" in text_of(part)
+    assert part.warnings == ["493 of the 553 official prompts have no image: overall is not the paper's"]
     with pytest.raises(UserError, match="holds an evaluation of something else"):
-        g.judge_folder(other, tmp_path / "a", device="cpu")
+        judge_folder(other, tmp_path / "a")
 
 
 def written(folder, texts, count=1, pixels=None):
@@ -212,11 +213,11 @@ def written(folder, texts, count=1, pixels=None):
 def test_a_folder_may_ask_what_the_grammar_allows(tmp_path):
     folder = written(tmp_path / "own", ["a photo of a bench", "a photo of four toothbrushs", "a photo of a bench"], 2)
     pictures = read_pictures(folder)
-    assert [one.prompt.index for one in pictures] == [0, 0, 554, 554, 0, 0]
-    result = g.judge_folder(folder, tmp_path / "out", device="cpu")
-    part = result["scores"]["own"]["prompts of these images"]
-    assert part["single_object"]["prompts"] == 1 and part["single_object"]["images"] == 4
-    assert "paper, AR-GRPO" not in text_of(result)
+    assert [prompt.index for _, prompt in pictures] == [0, 0, 554, 554, 0, 0]
+    result = judge_folder(folder, tmp_path / "out")
+    single = result.rows["own"]["prompts of these images/single_object"]
+    assert single.count == 4 and single.error is None, "of one prompt"
+    assert "AR-GRPO" not in text_of(result)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_a_faulty_folder_is_told_in_one_line(tmp_path, change, message):
     folder = written(tmp_path / "f", ["a photo of a bench", "a photo of a cow"], 2)
     change(folder)
     with pytest.raises(UserError, match=message) as caught:
-        g.judge_folder(folder, tmp_path / "out", device="cpu")
+        judge_folder(folder, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "summary.json").exists()
 
@@ -263,8 +264,8 @@ def test_the_crops_whose_colours_clip_is_asked_are_the_official_ones(tmp_path, m
         judge = Judge(OfficialObserver(Found(), Seen()), LABEL)
         monkeypatch.setattr(g, "open_judge", lambda *given, judge=judge: judge)
         folder = written(tmp_path / f"f{number}", ["a photo of a red car"], pixels=case["image"])
-        result = g.judge_folder(folder, tmp_path / f"o{number}", device="cpu")
-        assert result["totals"][f"f{number}"]["correct_images"] == 1
+        result = judge_folder(folder, tmp_path / f"o{number}")
+        assert result.rows[f"f{number}"]["geneval/correct images"].value == 1
         np.testing.assert_array_equal(seen[0], case["crop"])
     assert number > 2
 
@@ -274,7 +275,7 @@ def test_the_crops_whose_colours_clip_is_asked_are_the_official_ones(tmp_path, m
     [
         (["--detector", "nano"], "it knows the nano world alone; leave it out, or give mask2former"),
         (["--top-p", "0"], "--top-p 0: must be above 0"),
-        (["--n", "181"], "--n 181: give 1 to 180 images per prompt"),
+        (["--n", "181"], "--n 181: give 1 to 180 images of each of 553 prompts"),
         (["--images", "nowhere", "--cfg-scale", "3"], "--images measures finished pictures; leave out --cfg-scale"),
         (["--images", "nowhere"], "no folder nowhere"),
         (["--images", "."], "GenEval's lie as 00000/samples/00000.png"),
@@ -289,11 +290,11 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
 
 
 def test_two_worlds_are_not_compared(monkeypatch, tmp_path):
-    monkeypatch.setattr(g, "draws_nano_world", lambda policy: policy.base == "nano")
+    monkeypatch.setattr(g, "draws_nano_world", lambda card: card.base == "nano")
     with pytest.raises(UserError, match="t2i and nano draw different worlds"):
-        g.run_geneval(["t2i", "nano"], tmp_path / "o", device="cpu")
+        run_geneval(tmp_path / "o", ["t2i", "nano"])
 
 
 def test_settings_are_kept_with_the_batch_size(finished):
     held = read_json(finished[0] / "settings.json")
-    assert held.pop("batch_size") == 64 and held == finished[1]["settings"]
+    assert held["batch_size"] == 64 and held["sampling"]["cfg_scale"] == 7.5 and held["detector"] == LABEL

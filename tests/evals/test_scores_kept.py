@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argrpo_cli.evals import geneval
+from argrpo_cli.evals import benchmark, geneval
 from argrpo_cli.evals.benchmark import Subject
 from argrpo_cli.evals.drawbench import DrawBench, PromptList
-from argrpo_cli.evals.geneval_detectors import Judge
-from argrpo_cli.evals.geneval_folders import planned
-from argrpo_cli.evals.geneval_judging import OFFICIAL_RESULTS, RESULTS, judge_pictures
+from argrpo_cli.evals.geneval import OFFICIAL_RESULTS, RESULTS, GenEval, Judge
 from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS
 from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL, Detection
@@ -122,11 +120,14 @@ class Found:
 
 def judged(folder, observer):
     """Rows of results.jsonl and of the official format, for a dark picture and a bright one of two objects."""
-    pictures = planned([COUNTING], 2, True)
-    for picture, value in zip(pictures, (10, 250), strict=True):
-        save_picture(folder / picture.file, value)
-    rows = judge_pictures(pictures, folder, folder / "out", Judge(observer, {}), 8, ALONE)
-    assert rows == read_jsonl(folder / "out" / RESULTS)
+    shots = [Shot(Condition(COUNTING.text), 0, f"{number}.png") for number in range(2)]
+    for shot, value in zip(shots, (10, 250), strict=True):
+        save_picture(folder / shot.file, value)
+    bench = GenEval()
+    bench.asked, bench.judge = [COUNTING] * 2, Judge(observer, {})
+    bench.measure(Subject("a", "a", folder / "out", folder, shots, None, {}), 8, ALONE)
+    rows = read_jsonl(folder / "out" / RESULTS)
+    assert rows == bench.rows["a"]
     return rows, read_jsonl(folder / "out" / OFFICIAL_RESULTS)
 
 
@@ -151,17 +152,21 @@ def test_official_results_have_the_boxes_that_counted(tmp_path):
     assert [json.loads(row["details"]) for row in rows] == [{name: two[:1]}] * 2
 
 
+def judge_folder(folder, out):
+    return benchmark.run(GenEval(), [], out, images=folder, device="cpu")
+
+
 def test_a_folder_whose_prompts_changed_places_does_not_get_its_old_verdicts(tmp_path, monkeypatch):
     monkeypatch.setattr(geneval, "open_judge", lambda *given: Judge(Found(), {"name": "found"}))
     folder, asked = tmp_path / "pictures", [prompt.text for prompt in official_prompts()[:2]]
     for number, place in enumerate((0, 1, 0)):
         save_picture(folder / f"0000{number}/samples/00000.png", 10)
         (folder / f"0000{number}" / "metadata.jsonl").write_text(json.dumps({"prompt": asked[place]}))
-    result = geneval.judge_folder(folder, tmp_path / "out", device="cpu")
-    assert result["differs_from_paper"] == ["images per prompt 1 or 2 (paper 4)"]
+    result = judge_folder(folder, tmp_path / "out")
+    assert result.departures == ["images per prompt 1 or 2 (paper 4)"]
     (folder / "00002" / "metadata.jsonl").write_text(json.dumps({"prompt": asked[1]}))
     with pytest.raises(UserError, match=r"out holds an evaluation of something else \(images.files\)"):
-        geneval.judge_folder(folder, tmp_path / "out", device="cpu")
+        judge_folder(folder, tmp_path / "out")
 
 
 def test_a_folder_whose_pictures_changed_does_not_get_its_old_verdicts(tmp_path, monkeypatch):
@@ -172,7 +177,7 @@ def test_a_folder_whose_pictures_changed_does_not_get_its_old_verdicts(tmp_path,
     (folder / "00000" / "metadata.jsonl").write_text(json.dumps({"prompt": COUNTING.text}))
 
     def correct(out):
-        return geneval.judge_folder(folder, tmp_path / out, device="cpu")["totals"]["pictures"]["correct_images"]
+        return judge_folder(folder, tmp_path / out).rows["pictures"]["geneval/correct images"].value
 
     assert correct("first") == 1.0 == correct("first")
     status = (folder / files[0]).stat()

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from argrpo_cli.geneval.colors import pick_colors
+from argrpo_cli.geneval.colors import crop_for_color, pick_colors
 from argrpo_cli.geneval.grammar import Prompt
 from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.rules import ClassifyColor, Detection
@@ -73,3 +73,13 @@ def classifier_of(case: dict[str, Any]) -> ClassifyColor:
 def _lines(name: str) -> list[dict[str, Any]]:
     with gzip.open(DATA / name, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def color_classifier(image, masks, color_logits):
+    """The colours of one image's objects, crop by crop; `masks[name][detection.index]` is a detection's mask."""
+
+    def classify(name, detections):
+        crops = [crop_for_color(image, masks[name][one.index], one.box) for one in detections]
+        return pick_colors(color_logits(name, crops))
+
+    return classify

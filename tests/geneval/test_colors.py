@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from argrpo_cli.geneval.colors import GREY, color_classifier, color_texts, crop_for_color, pick_colors
+from argrpo_cli.geneval.colors import GREY, color_texts, crop_for_color, pick_colors
 from argrpo_cli.geneval.grammar import COLORS
-from argrpo_cli.geneval.rules import Detection
 from tests.geneval import goldens
 
 BACKGROUNDS = {"original": None, "#fff": (255, 255, 255)}
@@ -67,18 +66,3 @@ def test_the_largest_logit_is_the_colour_and_the_first_of_equals():
     logits = np.zeros((3, 10))
     logits[1, 9], logits[2, 4], logits[2, 6] = 1, 2, 2
     assert pick_colors(logits) == ["red", "white", "blue"]
-
-
-def test_a_classifier_gives_the_network_the_crops_of_the_detections_it_is_asked_about():
-    masks = {"dog": [np.ones((8, 6), bool), np.zeros((8, 6), bool)]}
-    given = []
-
-    def color_logits(name, crops):
-        given.append((name, crops))
-        return np.eye(10)[[8] * len(crops)]
-
-    classify = color_classifier(IMAGE, masks, color_logits)
-    assert classify("dog", [Detection((0, 0, 6, 8), 0.9, 1), Detection((1, 1, 3, 3), 0.8, 0)]) == ["black", "black"]
-    ((name, crops),) = given
-    assert name == "dog" and (crops[0] == 0x99).all()
-    np.testing.assert_array_equal(crops[1], IMAGE[1:3, 1:3])

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from argrpo_cli.geneval import mask2former
-from argrpo_cli.geneval.grammar import OBJECT_NAMES
-from argrpo_cli.geneval.mask2former import (
+from argrpo_cli.geneval import detector
+from argrpo_cli.geneval.detector import (
     NOT_NEEDED,
     Mask2Former,
     build_mask2former,
@@ -26,6 +25,7 @@ from argrpo_cli.geneval.mask2former import (
     resize_bytes,
     scaled_size,
 )
+from argrpo_cli.geneval.grammar import OBJECT_NAMES
 from argrpo_cli.system.errors import UserError
 from tests.geneval.goldens import DATA
 from tests.geneval.mask2former_files import Widths, published_shapes
@@ -192,10 +192,10 @@ def test_a_query_may_give_several_classes_and_an_empty_mask_scores_nothing():
 def test_memory_for_masks_is_bounded_and_changes_nothing(monkeypatch):
     logits = torch.from_numpy(blobs(11, 8, 8, 5))
     whole = measure_masks(logits, (32, 32), (30, 32), (20, 24))
-    taken, interpolate = [], mask2former.F.interpolate
-    monkeypatch.setattr(mask2former, "MASK_PIXELS", 3 * 32 * 32 + 5)
+    taken, interpolate = [], detector.F.interpolate
+    monkeypatch.setattr(detector, "MASK_PIXELS", 3 * 32 * 32 + 5)
     monkeypatch.setattr(
-        mask2former.F, "interpolate", lambda x, *rest, **more: taken.append(x.shape[1]) or interpolate(x, *rest, **more)
+        detector.F, "interpolate", lambda x, *rest, **more: taken.append(x.shape[1]) or interpolate(x, *rest, **more)
     )
     for own, other in zip(measure_masks(logits, (32, 32), (30, 32), (20, 24)), whole, strict=True):
         torch.testing.assert_close(own, other)
@@ -203,7 +203,7 @@ def test_memory_for_masks_is_bounded_and_changes_nothing(monkeypatch):
 
 
 def test_detection_with_a_network_is_that_of_its_outputs_image_by_image(monkeypatch):
-    monkeypatch.setattr(mask2former, "SHORT_EDGE", 72)
+    monkeypatch.setattr(detector, "SHORT_EDGE", 72)
     torch.manual_seed(0)
     network = Mask2FormerForUniversalSegmentation(tiny_config()).eval()
     with torch.no_grad():

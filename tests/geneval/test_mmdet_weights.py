@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from argrpo_cli.geneval.mask2former import NOT_NEEDED, build_mask2former
-from argrpo_cli.geneval.mmdet_weights import COMPUTED, fill, from_mmdet, load_mmdet, merged_pixels
+from argrpo_cli.geneval import detector
+from argrpo_cli.geneval.detector import NOT_NEEDED, build_mask2former, fill, load_mmdet
+from argrpo_cli.geneval.mmdet_weights import COMPUTED, from_mmdet, merged_pixels
 from argrpo_cli.system.errors import UserError
 from tests.formula import formula_tensor, formula_weights
 from tests.geneval.goldens import DATA
@@ -99,9 +100,7 @@ def test_the_indices_that_are_left_out_are_the_networks_own():
 
 
 def test_a_file_is_read_whole_and_nothing_else_passes(tmp_path, monkeypatch):
-    from argrpo_cli.geneval import mmdet_weights
-
-    monkeypatch.setattr(mmdet_weights, "build_mask2former", tiny_network)
+    monkeypatch.setattr(detector, "build_mask2former", tiny_network)
     state, path = tiny_state(), tmp_path / "mask2former.pth"
     torch.save({"meta": {"CLASSES": ("person", "bicycle"), "iter": 368750}, "state_dict": state}, path)
     loaded = load_mmdet(path).state_dict()

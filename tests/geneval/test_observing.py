@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from argrpo_cli.geneval.colors import color_classifier
+from argrpo_cli.geneval.detector import Objects, OfficialObserver
 from argrpo_cli.geneval.grammar import COLORS, Requirement, compose, parse_prompt
-from argrpo_cli.geneval.mask2former import Objects
-from argrpo_cli.geneval.observing import OfficialObserver
 from argrpo_cli.geneval.rules import Detection, Thresholds, colored_objects, judge_image, reward_score
 from tests.geneval import goldens
 
@@ -81,7 +79,7 @@ def test_verdicts_are_those_of_every_image_by_itself_from_one_batch_of_crops(ima
     for prompt, image, own, (detections, classify) in zip(PROMPTS, images, scenes, seen, strict=True):
         assert detections == own.detections
         masks = {name: [mask.numpy() for mask in rows] for name, rows in own.masks.items()}
-        alone = color_classifier(image.permute(1, 2, 0).numpy(), masks, colors.color_logits)
+        alone = goldens.color_classifier(image.permute(1, 2, 0).numpy(), masks, colors.color_logits)
         assert judge_image(prompt, detections, classify) == judge_image(prompt, detections, alone)
         assert reward_score(prompt, detections, classify) == reward_score(prompt, detections, alone)
         answers += [classify(name, [one]) for name, one in colored_objects(prompt, detections)]

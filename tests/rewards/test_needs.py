@@ -59,7 +59,7 @@ sys.exit(f"imported: {heavy}" if heavy else 0)
 
 
 def test_the_files_are_those_that_the_rewards_fetch() -> None:
-    from argrpo_cli.geneval.mask2former import FILES, REPO
+    from argrpo_cli.geneval.detector import FILES, REPO
 
     large = (open_clip_config("ViT-L-14-quickgelu", "openai")[1]["hf_hub"].rstrip("/"), OPEN_CLIP_FILES[0])
     base = open_clip_config("ViT-B-32-quickgelu", "openai")[1]["hf_hub"].rstrip("/")
@@ -78,7 +78,7 @@ def test_the_files_are_those_that_the_rewards_fetch() -> None:
 
 
 def test_the_sizes_are_those_of_the_networks() -> None:
-    from argrpo_cli.geneval.mask2former import build_mask2former
+    from argrpo_cli.geneval.detector import build_mask2former
 
     with torch.device("meta"):
         assert count(build_open_clip(open_clip_config("ViT-B-32-quickgelu", "openai")[0])) == clip.B32

@@ -77,7 +77,7 @@ def nano(
         print(f"the numbers are in {out}")
 
 
-@draws(without=("cfg_interval",))
+@draws()
 def geneval(
     context: typer.Context,
     policy: CaptionPolicyOption = "nano-t2i",
@@ -118,27 +118,16 @@ def geneval(
         check_policies([], out)
     else:
         check_policies(policies, out, "geneval", drawing.seed, n)
-    from rich.console import Console
+    from argrpo_cli.evals.benchmark import run
+    from argrpo_cli.evals.geneval import GenEval
+    from argrpo_cli.evals.tables import show
 
-    from argrpo_cli.evals.geneval import MASK2FORMER, GenEvalSettings, judge_folder, run_geneval
-    from argrpo_cli.evals.geneval_table import table
-
-    judge = {"colors": colors, "detector_batch_size": detector_batch_size}
-    shared = (drawing.batch_size, drawing.device)
-    if images is not None:
-        result = judge_folder(images, out, *shared, detector=detector or MASK2FORMER, **judge)
-    else:
-        one = drawing.sampling
-        settings = GenEvalSettings(
-            n, one.cfg_scale, one.temperature, drawing.seed, None, one.top_k, one.top_p, one.dtype
-        )
-        text_device = drawing.text_device
-        result = run_geneval(policies, out, settings, *shared, detector=detector, text_device=text_device, **judge)
-    if result is None:  # the first of several processes tells
-        return
-    Console().print(table(result))
-    failed = " and the failures as a picture (failures.png)" if (out / "failures.png").is_file() else ""
-    print(f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
+    benchmark = GenEval(detector, colors, detector_batch_size)
+    result = run(benchmark, policies, out, n=n, images=images, **vars(drawing))
+    if result is not None:  # the first of several processes tells
+        show(result)
+        failed = " and the failures as a picture (failures.png)" if (out / "failures.png").is_file() else ""
+        print(f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
 
 
 @draws(without=("text_device",))

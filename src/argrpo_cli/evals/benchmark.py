@@ -190,6 +190,9 @@ class Benchmark:
         """In the first process: write the files of one's own, and the result as it is to be saved."""
         return result
 
+    def clean(self, subjects: Sequence[Subject]) -> None:
+        """In the first process, when the result is saved: remove what only served to go on."""
+
 
 def run(
     benchmark: Benchmark,
@@ -241,8 +244,8 @@ def run(
     paths = list(zip(names, policies, strict=True))
     subjects = team.together(load)
     drawing = {benchmark.counted: n, "sampling": {**asdict(sampling), "seed": seed}} if images is None else {}
-    kind = "policies" if images is None else "images"
-    identity = {"benchmark": benchmark.name, **drawing, kind: [one.identity for one in subjects]}
+    own = [one.identity for one in subjects]
+    identity = {"benchmark": benchmark.name, **drawing, **({"images": own[0]} if images else {"policies": own})}
     batch_size = team.from_lead(lambda: claim(out, {**identity, **benchmark.identity()}, batch_size))
     if benchmark.final and team.from_lead((out / SUMMARY).is_file):
         return team.lead(lambda: Result.load(out / SUMMARY))
@@ -268,6 +271,7 @@ def run(
         result = tell(benchmark, subjects, measured, protocol, departures, warnings)
         result = benchmark.finish(result, subjects, out)
         result.save(out / SUMMARY)
+        benchmark.clean(subjects)
         return result
 
     return team.lead(finish)

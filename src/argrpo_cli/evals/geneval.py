@@ -2,258 +2,396 @@
 
 Prompts, decision rules and averaging are GenEval's (`argrpo_cli.geneval`). A policy of the nano world is asked the nano
 prompts and judged by the nano world's detector; any other one the benchmark's 553 prompts, judged by Mask2Former and
-CLIP (`geneval_detectors.py`). Two policies draw the same prompts with the same seeds. Everything lies in one folder,
-written as it comes, so that an interrupted evaluation goes on where it stopped; several processes share the work:
+CLIP. Finished pictures are those of the benchmark's layout. Beside what every benchmark writes (`benchmark.py`):
 
-    settings.json                what is measured; a folder is not used for two things
-    POLICY/...                   the pictures, official ones as the benchmark's own evaluator reads them
-                                 (`geneval_folders.py`), those of the nano world as images/00007-0.png
-    POLICY/results.jsonl         verdict and objects of each image; results.official.jsonl: in the evaluator's format
-    prompts.jsonl                correct images of each prompt, policy by policy
-    summary.json, failures.png
+    POLICY/...             the pictures, official ones as the benchmark's own evaluator reads them
+                           (`geneval_pictures.py`), those of the nano world as images/00007-0.png
+    POLICY/results.jsonl   verdict and objects of each image; results.official.jsonl: in the evaluator's format
+    prompts.jsonl          correct images of each prompt, policy by policy
+    failures.png           some pictures that do not show it, with the boxes that were found
 
-`judge_folder` measures finished pictures in the benchmark's layout.
+Errors cover the choice of the prompts as well as that of the seeds: they are clustered by prompt.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from argrpo_cli.evals.folders import check_claim, claim, policy_folders
-from argrpo_cli.evals.geneval_detectors import MASK2FORMER, NANO, Judge, open_judge
-from argrpo_cli.evals.geneval_drawing import draw_pictures, draws_nano_world, open_captioned
-from argrpo_cli.evals.geneval_folders import OFFICIAL_SET, absent, planned, read_pictures, write_metadata
-from argrpo_cli.evals.geneval_judging import judge_pictures
-from argrpo_cli.evals.geneval_scores import Rows, by_prompt, difference, part_scores, set_scores, totals
-from argrpo_cli.evals.geneval_sheet import failure_sheet
-from argrpo_cli.geneval.grammar import Prompt
+import numpy as np
+import torch
+
+from argrpo_cli import paper_numbers
+from argrpo_cli.evals.benchmark import Benchmark, Subject
+from argrpo_cli.evals.geneval_pictures import (
+    OFFICIAL_SET,
+    absent,
+    failure_sheet,
+    official_file,
+    official_row,
+    read_pictures,
+    write_metadata,
+)
+from argrpo_cli.evals.statistics import Measure, average, mean_of
+from argrpo_cli.geneval.detector import DETECTORS, MASK2FORMER, NANO, OfficialObserver, describe, load_observer
+from argrpo_cli.geneval.grammar import NANO_OBJECTS, Prompt
 from argrpo_cli.geneval.prompts import official_jsonl, prompt_set
-from argrpo_cli.policy import Policy
-from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import save_png, write_json, write_jsonl
-from argrpo_cli.system.processes import join_team
+from argrpo_cli.geneval.rules import ClassifyColor, Detection, Detections, judge_image
+from argrpo_cli.images import read_image
+from argrpo_cli.kept import Rows, kept
+from argrpo_cli.shapes import Column, Condition, Result, Shot
+from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.files import save_png, write_jsonl
+
+if TYPE_CHECKING:
+    from argrpo_cli.geneval.detector import Observer
+    from argrpo_cli.policy.protocol import Card, Policy
+    from argrpo_cli.shapes import Sampling
+    from argrpo_cli.system.processes import Team
 
 NANO_SETS, OFFICIAL_SETS = ("geneval-nano", "geneval-nano-extra"), (OFFICIAL_SET,)
-FIRST_SEED, SEED_STRIDE, MOST_SEEDS = 400_000_000, 100_000, 10_000  # `eval nano` and `entropy` draw others
+NANO_SIZE = 64  # pixels a side of the nano world's pictures
+THESE_IMAGES = "prompts of these images"
+RESULTS, OFFICIAL_RESULTS, JOURNAL = "results.jsonl", "results.official.jsonl", ".judging"
 MOST_FAILURES = 40  # on the sheet
-# The paper's protocol; its authors' scripts start from cfg 7.5 and top-k 2000.
-PAPER = {"per_prompt": 4, "cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+ERRORS = (
+    "overall is the plain mean of the categories, as published; errors are clustered by prompt (none where a category "
+    "has one)"
+)
 
 
 @dataclass(frozen=True)
-class GenEvalSettings:
-    """What decides the result, beside the policies and the detector; `sets` None is by the policy's world."""
+class Judge:
+    """An observer, and what the results say of it.
 
-    per_prompt: int = 4
-    cfg_scale: float = 2.0
-    temperature: float = 1.0
-    seed: int = 0
-    sets: tuple[str, ...] | None = None
-    top_k: int = 0
-    top_p: float = 1.0
-    dtype: str = "float32"
+    Attributes:
+        label: name, source and hash of the weights, of the network for colours too; identifies the figures.
+        least_score: objects of a lower score are left out of results.jsonl; they cannot have counted.
+        names_every_color: colours are known of all objects, not only of those that a prompt asks them of.
+    """
 
-    @property
-    def prompts(self) -> list[Prompt]:
-        """In the order in which they are asked; those of the nano world where no sets are named."""
-        return [prompt for name in self.sets or NANO_SETS for prompt in prompt_set(name)]
-
-    def image_seed(self, place: int, sample: int) -> int:
-        """Seed of an image: `place` of its prompt in the list, `sample` of that prompt."""
-        return FIRST_SEED + self.seed * SEED_STRIDE + place * self.per_prompt + sample
-
-    @property
-    def departures(self) -> list[str]:
-        """Where these differ from the paper's, in words."""
-        words = {name: name.replace("_", "-") for name in PAPER} | {"per_prompt": "images per prompt"}
-        return [
-            f"{words[name]} {getattr(self, name):g} (paper {value:g})"
-            for name, value in PAPER.items()
-            if getattr(self, name) != value
-        ]
+    observer: Observer
+    label: dict[str, Any]
+    packages: tuple[str, ...] = ()
+    least_score: float = 0.0
+    names_every_color: bool = False
 
 
-def run_geneval(
-    policies: Sequence[str],
-    out: Path,
-    settings: GenEvalSettings = GenEvalSettings(),
-    batch_size: int = 64,
-    device: str = "auto",
-    *,
-    detector: str | None = None,
-    colors: Path | None = None,
-    detector_batch_size: int = 8,
-    text_device: str = "same",
-) -> dict[str, Any] | None:
-    """Draw, detect, judge and average; one policy, or two of which the second is the baseline.
+def open_judge(
+    detector: str, device: str = "cpu", colors: str | Path | None = None, detector_batch_size: int = 8
+) -> Judge:
+    """The judge of a name or of weights.
+
+    Args:
+        detector: `nano`, `mask2former` for the published weights, the benchmark's own .pth file, or a folder of
+            transformers' Mask2Former.
+        colors: a local file of CLIP ViT-L/14 in the place of the published one.
+        detector_batch_size: images in Mask2Former at a time.
+
+    Raises:
+        UserError: no such detector, weights that are missing, damaged or of another network.
+    """
+    local = None if detector in DETECTORS else Path(detector)
+    if local is not None and not local.exists():
+        names = f"give {NANO}, {MASK2FORMER}, the benchmark's .pth file or a folder of transformers' Mask2Former"
+        raise UserError(f"--detector {detector}: no such file or folder; {names}{did_you_mean(detector, DETECTORS)}")
+    if detector == NANO and colors is not None:
+        raise UserError(f"--colors {colors}: the detector nano names colours itself; leave it out")
+    observer = load_observer(MASK2FORMER if local else detector, device, local, colors)
+    label = describe(observer, local, colors)
+    if not isinstance(observer, OfficialObserver):
+        return Judge(observer, label, names_every_color=True)
+    observer.detector.batch_size = detector_batch_size
+    return Judge(observer, label, ("transformers", "open_clip_torch"), least_score=0.1)
+
+
+class GenEval(Benchmark):
+    """Prompts of GenEval's grammar and a detector.
 
     Args:
         detector, colors, detector_batch_size: see `open_judge`; by default the detector is that of the policy's world.
+        sets: of prompts; by default those of the policy's world.
+    """
 
-    Returns:
-        What summary.json holds: `scores` {policy: {set: {category or "overall": {mean, error, images, prompts}}}},
-        `totals` {policy: {correct_images, correct_prompts}}, for two policies `difference` of the shape of a policy's
-        scores (errors paired by prompt), the settings, versions, and where they differ from the paper's. None in all
-        but the first of several processes.
+    name, title, reads, example, n = "geneval", "GenEval", "captions", "nano-t2i", 4
+    final = True
+
+    def __init__(
+        self,
+        detector: str | None = None,
+        colors: Path | None = None,
+        detector_batch_size: int = 8,
+        sets: Sequence[str] | None = None,
+    ):
+        self.detector, self.colors, self.detector_batch_size, self.sets = detector, colors, detector_batch_size, sets
+        self.asked: list[Prompt] = []  # of each picture
+        self.rows: dict[str, list[dict[str, Any]]] = {}  # policy to verdicts
+        self.judge: Judge
+
+    # --- before anything is drawn
+
+    def open(self, cards: Sequence[Card], team: Team) -> None:
+        """Prompts and detector by the policies' world.
+
+        Raises:
+            UserError: policies of two worlds, prompts or a detector of another one, or see `open_judge`.
+        """
+        nano = {card.name: draws_nano_world(card) for card in cards}
+        if len(set(nano.values())) > 1 and self.sets is None:
+            raise UserError(f"{' and '.join(nano)} draw different worlds; give another baseline")
+        if cards and self.sets is None:
+            self.sets = NANO_SETS if all(nano.values()) else OFFICIAL_SETS
+        official = not cards or tuple(self.sets) == OFFICIAL_SETS
+        for path, fits in nano.items():
+            if not fits and not official:
+                raise UserError(
+                    f"policy {path} does not draw the nano world's objects, so its judges cannot measure it"
+                )
+        detector = self.detector or (MASK2FORMER if official else NANO)
+        if cards and official and detector == NANO:
+            raise UserError(f"--detector {NANO}: it knows the nano world alone; leave it out, or give {MASK2FORMER}")
+        self.judge = open_judge(detector, team.device, self.colors, self.detector_batch_size)
+        self.packages = self.judge.packages
+
+    @property
+    def official(self) -> bool:
+        """Whether the benchmark's own prompts are drawn."""
+        return self.sets is not None and tuple(self.sets) == OFFICIAL_SETS
+
+    def chosen(self) -> list[Prompt]:
+        """The prompts, in the order in which they are asked."""
+        return [prompt for name in self.sets for prompt in prompt_set(name)]
+
+    def prompts(self) -> Sequence[str]:
+        return [prompt.text for prompt in self.chosen()]
+
+    def shots(self, policy: Policy, n: int, seed: int) -> list[Shot]:
+        shots = super().shots(policy, n, seed)
+        self.asked = [prompt for prompt in self.chosen() for _ in range(n)]
+        return shots
+
+    def file(self, prompt: int, sample: int) -> str:
+        index = self.chosen()[prompt].index
+        return official_file(index, sample) if self.official else f"{index:05d}-{sample}.png"
+
+    def finished(self, images: Path) -> list[Shot]:
+        pictures = read_pictures(images)
+        self.asked = [prompt for _, prompt in pictures]
+        return [Shot(Condition(prompt.text), -1, file) for file, prompt in pictures]
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            **({} if self.sets is None else {"sets": list(self.sets)}),
+            "prompts": hashlib.sha256(official_jsonl(dict.fromkeys(self.asked)).encode()).hexdigest(),
+            "detector": self.judge.label,
+            "thresholds": asdict(self.judge.observer.thresholds),
+        }
+
+    # --- the work
+
+    def folder_of_pictures(self, folder: Path) -> Path:
+        return folder if self.official else folder / "images"
+
+    def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
+        if self.official:
+            team.lead(lambda: write_metadata(subject.pictures, dict.fromkeys(self.asked)))
+        super().gather(policy, subject, sampling, batch_size, team)
+
+    def measure(self, subject: Subject, batch_size: int, team: Team) -> dict[str, Measure]:
+        """Verdicts of all pictures, written to results.jsonl and results.official.jsonl, and their shares."""
+        pairs = list(zip(subject.shots, self.asked, strict=True))
+        store = self._store(subject)
+        judge = partial(judge_batch, subject.pictures, self.judge)
+        kept(pairs, judge, store, batch_size=batch_size, label=f"judging {subject.name}", team=team)
+        verdicts = store.read(pairs)
+        self.rows[subject.name] = rows = [one["row"] for one in verdicts]
+
+        def write() -> None:
+            lines = [
+                official_row(shot.file, prompt, one["row"]["correct"], one["row"]["reason"], one["kept"])
+                for (shot, prompt), one in zip(pairs, verdicts, strict=True)
+            ]
+            write_jsonl(subject.folder / OFFICIAL_RESULTS, lines)
+            write_jsonl(subject.folder / RESULTS, rows)
+
+        team.lead(write)
+        measures = {}
+        for part, chosen in self._parts().items():
+            own = [(prompt, row["correct"]) for prompt, row in zip(self.asked, rows, strict=True) if prompt in chosen]
+            measures |= {f"{part}/{tag}": one for tag, one in shares(own).items()}
+        return measures
+
+    def _store(self, subject: Subject) -> Rows:
+        identity = [self.judge.label, asdict(self.judge.observer.thresholds)]
+        return Rows(subject.folder / JOURNAL, identity, lambda pair: [pair[0].file, pair[1].text])
+
+    def _parts(self) -> dict[str, set[Prompt]]:
+        """The first of the sets of prompts and, where there are more, all together."""
+        asked = set(self.asked)
+        if self.sets is None:
+            return {OFFICIAL_SET if asked <= set(prompt_set(OFFICIAL_SET)) else THESE_IMAGES: asked}
+        parts = {self.sets[0]: set(prompt_set(self.sets[0]))}
+        return parts if len(self.sets) == 1 else {**parts, " + ".join(self.sets): asked}
+
+    # --- what is told
+
+    def columns(self) -> dict[str, Column]:
+        """The categories of each part in the paper's order, overall, and the two totals of the official summary."""
+        order = [*paper_numbers.before_and_after(3)[paper_numbers.AFTER], *TOTALS]
+        return {
+            f"{part}/{tag}": Column(tag.replace("_", " "), "", "higher", 1, True, part)
+            for part, chosen in self._parts().items()
+            for tag in order
+            if tag in ("overall", *TOTALS) or any(prompt.tag == tag for prompt in chosen)
+        }
+
+    def paper(self, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
+        if OFFICIAL_SET not in self._parts():
+            return {}
+        return {
+            name: {f"{OFFICIAL_SET}/{tag}": number for tag, number in row.items()}
+            for name, row in paper_numbers.before_and_after(3).items()
+        }
+
+    def protocol(self, subjects: Sequence[Subject]) -> dict[str, Any]:
+        return {**self.identity(), "about": detector_line(self.judge.label), "errors": ERRORS}
+
+    def departures(self, subjects: Sequence[Subject]) -> list[str]:
+        if subjects[0].card is not None:
+            return []
+        other = sorted({count for count in Counter(self.asked).values() if count != self.n})
+        return [f"images per prompt {' or '.join(map(str, other))} (paper {self.n})"] if other else []
+
+    def warnings(self, subjects: Sequence[Subject]) -> list[str]:
+        count = absent(self.asked) if subjects[0].card is None else 0
+        return [f"{count} of the 553 official prompts have no image: overall is not the paper's"] if count else []
+
+    def finish(self, result: Result, subjects: Sequence[Subject], out: Path) -> Result:
+        write_jsonl(out / "prompts.jsonl", by_prompt(self.rows, list(dict.fromkeys(self.asked))))
+        failures = [row for row in self.rows[subjects[0].name] if not row["correct"]]
+        if failures:
+            count = min(MOST_FAILURES, len(failures))
+            chosen = [failures[index * len(failures) // count] for index in range(count)]
+            sheet = failure_sheet(chosen, subjects[0].pictures, self.judge.observer.thresholds)
+            save_png(out / "failures.png", sheet)
+        return result
+
+    def clean(self, subjects: Sequence[Subject]) -> None:
+        for subject in subjects:
+            self._store(subject).remove()
+
+
+def draws_nano_world(card: Card) -> bool:
+    """Whether a policy of captions knows the nano world's objects and draws pictures of its size."""
+    words = {word for name in NANO_OBJECTS for word in name.split()}
+    return card.image_size == NANO_SIZE and words <= set(card.words or ())
+
+
+TOTALS = ("correct images", "prompts with a correct image")
+
+
+def shares(verdicts: Sequence[tuple[Prompt, float]]) -> dict[str, Measure]:
+    """The share of correct images in each category, in the order of its first prompt; "overall", their plain mean; and
+    the official summary's totals.
+
+    Args:
+        verdicts: (prompt, is its image correct), one for each image.
 
     Raises:
-        UserError: no such policy or detector, a policy that reads no captions or knows too few words, settings out of
-            range, an `out` used for something else.
+        UserError: there are none.
     """
-    names = policy_folders(policies)
-    _check(settings)
-    team = join_team(device)
-    team.lead(lambda: check_claim(out))
+    if not verdicts:
+        raise UserError("there are no images to summarise")
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in verdicts))}
 
-    def load() -> dict[str, Policy]:
-        given = (team.device, settings.dtype, text_device)
-        return {name: open_captioned(path, *given) for name, path in zip(names, policies, strict=True)}
+    def mean(rows: Sequence[tuple[Prompt, float]]) -> Measure:
+        return mean_of([float(value) for _, value in rows], [places[prompt] for prompt, _ in rows])
 
-    loaded = team.together(load)
-    settings, detector = team.together(lambda: _by_world(policies, loaded.values(), settings, detector))
-    prompts, official = settings.prompts, settings.sets == OFFICIAL_SETS
-    judge = team.together(lambda: open_judge(detector, team.device, colors, detector_batch_size))
-    identity = {
-        **asdict(settings),
-        "sets": list(settings.sets),
-        "policies": [policy.fingerprint() for policy in loaded.values()],
-        "prompts": hashlib.sha256(official_jsonl(prompts).encode()).hexdigest(),
-        "detector": judge.label,
-        "thresholds": asdict(judge.observer.thresholds),
+    tags = dict.fromkeys(prompt.tag for prompt, _ in verdicts)
+    by_tag = {tag: mean([row for row in verdicts if row[0].tag == tag]) for tag in tags}
+    best = dict.fromkeys(places, 0.0)
+    for prompt, value in verdicts:
+        best[prompt] = max(best[prompt], float(value))
+    totals = (mean(verdicts), mean_of(list(best.values())))
+    return by_tag | {"overall": average(list(by_tag.values()))} | dict(zip(TOTALS, totals, strict=True))
+
+
+def by_prompt(rows: dict[str, list[dict[str, Any]]], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """A line per prompt: how many of its images are correct, and why not, policy by policy."""
+    own: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in rows}
+    for name, verdicts in rows.items():
+        for row in verdicts:
+            own[name].setdefault(row["index"], []).append(row)
+    lines = []
+    for prompt in prompts:
+        line: dict[str, Any] = {"index": prompt.index, "tag": prompt.tag, "prompt": prompt.text}
+        for name in rows:
+            images = own[name].get(prompt.index, [])
+            reasons = [row["reason"] for row in images if row["reason"]]
+            line[name] = {"correct": sum(row["correct"] for row in images), "images": len(images), "reasons": reasons}
+        lines.append(line)
+    return lines
+
+
+def detector_line(label: dict[str, Any]) -> str:
+    """The detector in words."""
+    if "source" not in label:
+        return f"detector: {label['name']}"
+    own = "the benchmark's own weights" if label["benchmarks_own"] else "not the benchmark's own weights"
+    return f"detector: {label['name']}, {label['source']} ({own}); colours: {label['colors']['name']}"
+
+
+def judge_batch(folder: Path, judge: Judge, pairs: Sequence[tuple[Shot, Prompt]]) -> list[dict[str, Any]]:
+    """Of each picture its row of results.jsonl and the boxes that counted; those of one size are looked at together."""
+    pixels = [read_image(folder / shot.file) for shot, _ in pairs]
+    verdicts: dict[int, dict[str, Any]] = {}
+    for shape in dict.fromkeys(one.shape for one in pixels):
+        places = [place for place, one in enumerate(pixels) if one.shape == shape]
+        images = torch.from_numpy(np.stack([pixels[place] for place in places]))
+        seen = judge.observer.observe(images, [pairs[place][1] for place in places])
+        for place, (detections, classify) in zip(places, seen, strict=True):
+            shot, prompt = pairs[place]
+            verdicts[place] = _verdict(shot.file, prompt, detections, classify, judge)
+    return [verdicts[place] for place in range(len(pairs))]
+
+
+def _verdict(
+    file: str, prompt: Prompt, detections: Detections, classify: ClassifyColor, judge: Judge
+) -> dict[str, Any]:
+    colors: dict[tuple[str, int | None], str] = {}
+
+    def classify_and_note(name: str, objects: Sequence[Detection]) -> Sequence[str]:
+        answers = classify(name, objects)
+        colors.update({(name, one.index): color for one, color in zip(objects, answers, strict=True)})
+        return answers
+
+    verdict = judge_image(prompt, detections, classify_and_note, judge.observer.thresholds)
+    if judge.names_every_color:
+        for name, objects in detections.items():
+            classify_and_note(name, objects)
+    pairs = [(name, one) for name, objects in detections.items() for one in objects if one.score > judge.least_score]
+    pairs.sort(key=lambda pair: -pair[1].score)
+    row = {
+        "file": file,
+        "index": prompt.index,
+        "tag": prompt.tag,
+        "prompt": prompt.text,
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "objects": [
+            {
+                "class": name,
+                "box": [round(side, 1) for side in one.box],
+                "score": round(one.score, 4),
+                "color": colors.get((name, one.index)),
+            }
+            for name, one in pairs
+        ],
     }
-    batch_size = team.from_lead(lambda: claim(out, identity, batch_size))
-    pictures = planned(prompts, settings.per_prompt, official)
-    folders = {name: out / name if official else out / name / "images" for name in names}
-    for name, policy in loaded.items():
-        if official:
-            team.lead(lambda name=name: write_metadata(folders[name], prompts))
-        draw_pictures(policy, settings, pictures, folders[name], name, batch_size, team)
-    loaded.clear()
-    rows = {name: judge_pictures(pictures, folders[name], out / name, judge, batch_size, team) for name in names}
-    result: dict[str, Any] = {
-        "scores": {name: set_scores(own, prompts, settings.sets) for name, own in rows.items()},
-        "totals": {name: totals(own, prompts) for name, own in rows.items()},
-    }
-    if len(names) == 2:
-        result["difference"] = set_scores(difference(rows[names[0]], rows[names[1]]), prompts, settings.sets)
-    result |= {"settings": identity, "versions": judge.versions}
-    if official:
-        result["differs_from_paper"] = settings.departures
-    team.lead(lambda: _finish(result, rows, prompts, folders[names[0]], out, judge))
-    return result if team.index == 0 else None
-
-
-def judge_folder(
-    folder: Path,
-    out: Path,
-    batch_size: int = 64,
-    device: str = "auto",
-    *,
-    detector: str = MASK2FORMER,
-    colors: Path | None = None,
-    detector_batch_size: int = 8,
-) -> dict[str, Any] | None:
-    """Measure the pictures of a folder in the benchmark's layout, whoever drew them; as `run_geneval` otherwise.
-
-    Returns:
-        As `run_geneval`, for one "policy" of the folder's name; the set of prompts is `geneval` where all are official
-        ones, and `prompts_absent` how many of those have no picture.
-
-    Raises:
-        UserError: see `read_pictures` and `open_judge`.
-    """
-    name = policy_folders([str(folder.resolve().name)])[0]
-    team = join_team(device)
-    team.lead(lambda: check_claim(out))
-    pictures = team.together(lambda: read_pictures(folder))
-    judge = team.together(lambda: open_judge(detector, team.device, colors, detector_batch_size))
-    prompts = list(dict.fromkeys(one.prompt for one in pictures))
-    listed = "".join(f"{one.file} {one.prompt.text} {_stamp(folder / one.file)}\n" for one in pictures)
-    identity = {
-        "images": {"count": len(pictures), "files": hashlib.sha256(listed.encode()).hexdigest()},
-        "prompts": hashlib.sha256(official_jsonl(prompts).encode()).hexdigest(),
-        "detector": judge.label,
-        "thresholds": asdict(judge.observer.thresholds),
-    }
-    batch_size = team.from_lead(lambda: claim(out, identity, batch_size))
-    rows = judge_pictures(pictures, folder, out / name, judge, batch_size, team)
-    official = {prompt.index for prompt in prompt_set(OFFICIAL_SET)}
-    part = OFFICIAL_SET if all(prompt.index in official for prompt in prompts) else "prompts of these images"
-    result = {
-        "scores": {name: {part: part_scores(rows, prompts)}},
-        "totals": {name: totals(rows, prompts)},
-        "settings": identity,
-        "versions": judge.versions,
-        "prompts_absent": absent(pictures),
-    }
-    counts = Counter(one.prompt for one in pictures)
-    if other := sorted({count for count in counts.values() if count != PAPER["per_prompt"]}):
-        result["differs_from_paper"] = [f"images per prompt {' or '.join(map(str, other))} (paper 4)"]
-    team.lead(lambda: _finish(result, {name: rows}, prompts, folder, out, judge))
-    return result if team.index == 0 else None
-
-
-def _check(settings: GenEvalSettings) -> None:
-    if settings.per_prompt < 1 or settings.sets is not None:  # else the most depends on the policies, see `_by_world`
-        _check_count(settings)
-    if not 0 <= settings.seed < MOST_SEEDS:
-        raise UserError(f"--seed {settings.seed}: give 0 to {MOST_SEEDS - 1}")
-    if not 0 < settings.top_p <= 1:
-        raise UserError(f"--top-p {settings.top_p:g}: must be above 0, at most 1")
-
-
-def _check_count(settings: GenEvalSettings) -> None:
-    most = SEED_STRIDE // len(settings.prompts)
-    if not 1 <= settings.per_prompt <= most:
-        raise UserError(f"--n {settings.per_prompt}: give 1 to {most} images per prompt")
-
-
-def _by_world(
-    paths: Sequence[str], policies: Iterable[Policy], settings: GenEvalSettings, detector: str | None
-) -> tuple[GenEvalSettings, str]:
-    """The settings with their sets of prompts, and the detector, where they are left to the policies."""
-    policies = dict(zip(paths, policies, strict=True))
-    nano = {path: draws_nano_world(policy) for path, policy in policies.items()}
-    sets = settings.sets or (NANO_SETS if all(nano.values()) else OFFICIAL_SETS)
-    if len(set(nano.values())) > 1 and settings.sets is None:
-        first, second = paths
-        raise UserError(f"{first} and {second} draw different worlds; give another baseline")
-    detector = detector or (NANO if sets != OFFICIAL_SETS else MASK2FORMER)
-    for path, fits in nano.items():
-        if not fits and sets != OFFICIAL_SETS:
-            raise UserError(f"policy {path} does not draw the nano world's objects, so its judges cannot measure it")
-    if detector == NANO and sets == OFFICIAL_SETS:
-        raise UserError(f"--detector {NANO}: it knows the nano world alone; leave it out, or give {MASK2FORMER}")
-    settings = replace(settings, sets=sets)
-    _check_count(settings)
-    for policy in policies.values():
-        policy.conditions([prompt.text for prompt in settings.prompts])  # are all words known?
-    return settings, detector
-
-
-def _stamp(path: Path) -> str:
-    status = path.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _finish(
-    result: dict[str, Any],
-    rows: dict[str, Rows],
-    prompts: Sequence[Prompt],
-    folder: Path,
-    out: Path,
-    judge: Judge,
-) -> None:
-    """The files of which there is one; the summary last."""
-    write_jsonl(out / "prompts.jsonl", by_prompt(rows, prompts))
-    failures = [row for row in next(iter(rows.values())) if not row["correct"]]
-    if failures:
-        count = min(MOST_FAILURES, len(failures))
-        chosen = [failures[index * len(failures) // count] for index in range(count)]
-        save_png(out / "failures.png", failure_sheet(chosen, folder, judge.observer.thresholds))
-    write_json(out / "summary.json", result)
+    boxes = {name: [[*one.box, one.score] for one in objects] for name, objects in verdict.kept.items()}
+    return {"row": row, "kept": boxes}

@@ -1,23 +1,36 @@
 """GenEval's question about colour: the crop of an object that CLIP sees, the texts it is compared with, the answer.
 
-The network is left to the caller: `color_logits(name, crops)` gives an array [crops, 10] for the colours in the order
-of COLORS. The official one is OpenAI's CLIP ViT-L/14 (QuickGELU): 100 times the cosine of the image with, for each
-colour, the normalised mean of the normalised features of its `color_texts`.
+    colors = ClipColors(load_color_clip("cuda"))
+    colors.classify(["car", "dog"], [crop_of_a_car, crop_of_a_dog])      # ["red", "black"]
+
+OpenAI's CLIP ViT-L/14 looks at the crop. The class feature of a colour is the normalised mean of the normalised
+features of its three texts (`color_texts`), as in clip_benchmark's zero-shot classifier; the answer is the colour of
+the largest cosine. Computed in float32, where the benchmark has half precision. Weights: open_clip's
+`ViT-L-14-quickgelu`, `openai` (under the name `ViT-L-14` open_clip 3 builds another activation for them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
 from argrpo_cli.geneval.grammar import COLORS
-from argrpo_cli.geneval.rules import ClassifyColor, Detection
+
+if TYPE_CHECKING:
+    from argrpo_cli.networks.clip import ClipModel
+
+MODEL, PRETRAINED = "ViT-L-14-quickgelu", "openai"
+LOGIT_SCALE = 100.0
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 GREY = (0x99, 0x99, 0x99)  # what CLIP sees where the object is not
-
-ColorLogits = Callable[[str, list[np.ndarray]], np.ndarray]
 
 
 def color_texts(name: str) -> list[list[str]]:
@@ -54,13 +67,51 @@ def crop_for_color(
     return crop
 
 
-def color_classifier(
-    image: np.ndarray, masks: Mapping[str, Sequence[np.ndarray]], color_logits: ColorLogits
-) -> ClassifyColor:
-    """The `classify_color` of one image for `judge_image`; `masks[name][detection.index]` is a detection's mask."""
+class ClipColors:
+    """Which of GenEval's ten colours have these objects? Their crops may be of any sizes.
 
-    def classify(name: str, detections: Sequence[Detection]) -> list[str]:
-        crops = [crop_for_color(image, masks[name][found.index], found.box) for found in detections]
-        return pick_colors(color_logits(name, crops))
+    Args:
+        batch_size: crops in the network at a time.
+    """
 
-    return classify
+    def __init__(self, clip: ClipModel, batch_size: int = 64):
+        import open_clip
+
+        self.clip, self.batch_size = clip, batch_size
+        pixels = clip.prepare
+        self.transform = open_clip.image_transform(
+            pixels.size, is_train=False, mean=tuple(pixels.mean), std=tuple(pixels.std), resize_mode=pixels.resize_mode
+        )
+        self._classes: dict[str, Tensor] = {}
+
+    def classify(self, names: Sequence[str], crops: Sequence[np.ndarray]) -> list[str]:
+        """The colours of objects of classes `names` on their `crops`, uint8 [H, W, 3] as `crop_for_color` cuts them."""
+        return pick_colors(self.logits(names, crops).cpu().numpy())
+
+    @torch.inference_mode()
+    def logits(self, names: Sequence[str], crops: Sequence[np.ndarray]) -> Tensor:
+        """float32 [crops, 10], on the device of the network: 100 times the cosines, in the order of COLORS."""
+        rows = [torch.zeros(0, len(COLORS), device=self.clip.device)]
+        for start in range(0, len(crops), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            pixels = torch.stack([self.transform(Image.fromarray(crop)) for crop in crops[part]])
+            pixels = pixels.to(self.clip.device, self.clip.dtype)
+            images = F.normalize(self.clip.network.encode_image(pixels).float(), dim=-1)
+            classes = torch.stack([self._class_features(name) for name in names[part]])
+            rows.append(LOGIT_SCALE * torch.einsum("bd,bcd->bc", images, classes))
+        return torch.cat(rows)
+
+    def _class_features(self, name: str) -> Tensor:
+        """float32 [10, D], a unit vector for each colour of a class."""
+        if name not in self._classes:
+            texts = color_texts(name)
+            features = self.clip.text_features([text for row in texts for text in row])
+            self._classes[name] = F.normalize(features.unflatten(0, (len(texts), -1)).mean(1), dim=-1)
+        return self._classes[name]
+
+
+def load_color_clip(device: str = "cpu", weights: str | Path | None = None) -> ClipModel:
+    """The published network, from a local file in open_clip's layout or fetched once; UserError when it cannot be."""
+    from argrpo_cli.networks.clip import load_open_clip
+
+    return load_open_clip(MODEL, PRETRAINED, weights, device)

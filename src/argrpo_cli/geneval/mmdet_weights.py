@@ -1,6 +1,5 @@
-"""The benchmark's own detector file, `mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco*.pth`, in transformers' network.
-
-    network = load_mmdet("mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth")   # Mask2FormerForUniversalSegmentation
+"""The names of the benchmark's own detector file, `mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco*.pth`, in
+transformers' network.
 
 mmdet 2.x and transformers compute the same from the same numbers under other names, but for three things:
 
@@ -18,15 +17,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from argrpo_cli.geneval.mask2former import NOT_NEEDED, build_mask2former
-from argrpo_cli.networks.weights import fit_state, read_state
-from argrpo_cli.system.errors import UserError
-
-SOURCE = "evaluation/download_models.sh of https://github.com/djghosh13/geneval"
 MERGED_PIXELS = (0, 2, 1, 3)  # transformers' order of the four pixels, in mmdet's numbers
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 FUSED = re.compile(r"(.*)\.(?:qkv\.|in_proj_)(weight|bias)")
@@ -83,33 +76,6 @@ NAMES = {
         for layer in range(3)
     },
 }
-
-
-def load_mmdet(path: str | Path) -> nn.Module:
-    """The detector of a file of mmdet 2.x, float32, in transformers' network; no pickled code is run.
-
-    Raises:
-        UserError: the file is absent, damaged, or of another network.
-    """
-    state = read_state(path, ("state_dict",))
-    if not any(key.startswith("panoptic_head.") for key in state):
-        raise UserError(f"{path} is no Mask2Former of mmdet 2.x; give the benchmark's own file, see {SOURCE}")
-    network = build_mask2former()
-    fill(network, state, path)
-    return network
-
-
-def fill(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Give transformers' Mask2Former all numbers of mmdet's.
-
-    Raises:
-        UserError: `source`, and what is missing, left over or of another shape.
-    """
-    mapped = from_mmdet(state)
-    for key, value in network.state_dict().items():  # Swin's last norm and the loss have no part in a prediction
-        if key.endswith(NOT_NEEDED) or key.startswith("criterion."):
-            mapped[key] = value
-    fit_state(network, mapped, source)
 
 
 def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

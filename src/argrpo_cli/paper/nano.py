@@ -20,11 +20,13 @@ from typing import Any
 from safetensors.torch import load_file
 
 from argrpo_cli.captions import read_captions
+from argrpo_cli.evals.benchmark import run
 from argrpo_cli.evals.entropy import Question, Subject, subjects_of_run
 from argrpo_cli.evals.entropy import measure as measure_entropy
-from argrpo_cli.evals.geneval import GenEvalSettings, run_geneval
+from argrpo_cli.evals.geneval import NANO_SETS, RESULTS, GenEval
 from argrpo_cli.evals.nano import Sampling, open_bench, open_nano_policy
 from argrpo_cli.geneval.nano_detector import load_detector
+from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.networks.weights import fingerprint
 from argrpo_cli.paper.page import Results, draw_figures, page
@@ -105,10 +107,9 @@ class Workplace:
     def geneval(self, policy: str) -> list[tuple[Any, float]]:
         """Prompt and verdict of every image, official and added prompts together."""
         out = self.root / "geneval" / load_policy(policy).fingerprint()[:16]
-        settings = GenEvalSettings(per_prompt=self.per_prompt, seed=SEED)
-        run_geneval([policy], out, settings)
-        prompts = {one.index: one for one in settings.prompts}
-        (table,) = out.glob("*/results.jsonl")
+        run(GenEval(sets=NANO_SETS), [policy], out, n=self.per_prompt, seed=SEED)
+        prompts = {one.index: one for name in NANO_SETS for one in prompt_set(name)}
+        (table,) = out.glob(f"*/{RESULTS}")
         return [(prompts[row["index"]], float(row["correct"])) for row in read_jsonl(table)]
 
     def entropy(self, subjects: list[Subject], question: Question) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from argrpo_cli import paper_numbers
 from argrpo_cli.captions import SHARED
+from argrpo_cli.evals.geneval import TOTALS, shares
 from argrpo_cli.evals.nano_sets import CORRECTED
 from argrpo_cli.evals.tables import markdown_table
-from argrpo_cli.geneval.summary import tag_scores
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.system.files import atomic_path
 
@@ -212,8 +212,7 @@ def _mean_verdicts(runs: list[Verdicts]) -> Verdicts:
 
 
 def _categories(verdicts: Verdicts) -> dict[str, Value]:
-    by_tag, overall = tag_scores(verdicts)
-    return {tag: (score.mean, score.error) for tag, score in {**by_tag, "overall": overall}.items()}
+    return {tag: (one.value, one.error) for tag, one in shares(verdicts).items() if tag not in TOTALS}
 
 
 def _difference(one: list[Units], other: list[Units], key: str) -> Value:

@@ -15,14 +15,10 @@ from argrpo_cli.geneval.rules import reward_score
 from argrpo_cli.rewards.base import Needs, Reward, choose
 from argrpo_cli.rewards.clip import OPENAI_FILES
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import WEIGHTS
 from argrpo_cli.system.hub import HubFile
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from argrpo_cli.geneval.observing import Observer
 
 REPO, PARAMETERS = "facebook/mask2former-swin-small-coco-instance", 68_741_083
 DETECTORS = ("mask2former", "nano")
@@ -56,6 +52,8 @@ class GenEval(Reward):
         weights: str | Path | None = None,
         clip_weights: str | Path | None = None,
     ):
+        from argrpo_cli.geneval.detector import load_observer
+
         self.device, self.strict = device, strict
         self.observer = load_observer(detector, device, weights, clip_weights)
         self._prompts: dict[str, Prompt] = {}
@@ -97,21 +95,3 @@ class GenEval(Reward):
         if text not in self._prompts:
             self._prompts[text] = parse_prompt(text)
         return self._prompts[text]
-
-
-def load_observer(
-    detector: str, device: str = "cpu", weights: str | Path | None = None, clip_weights: str | Path | None = None
-) -> Observer:
-    """What looks at the images, by the detector's name; UserError as `GenEval` says."""
-    choose("geneval", "detector", detector, DETECTORS)
-    if detector == "nano":
-        from argrpo_cli.geneval.nano_detector import NanoObserver, load_detector
-
-        if clip_weights is not None:
-            raise UserError(f"geneval: clip_weights = {clip_weights}: the detector nano has no CLIP; leave it out")
-        return NanoObserver(load_detector(WEIGHTS / "nano-detector" if weights is None else weights, device))
-    from argrpo_cli.geneval.clip_colors import ClipColors, load_color_clip
-    from argrpo_cli.geneval.mask2former import load_mask2former
-    from argrpo_cli.geneval.observing import OfficialObserver
-
-    return OfficialObserver(load_mask2former(device, weights), ClipColors(load_color_clip(device, clip_weights)))

@@ -1,8 +1,8 @@
-"""GenEval's detector: Mask2Former with a Swin-S backbone, trained on COCO's instances.
+"""GenEval's detector, Mask2Former with a Swin-S backbone trained on COCO's instances; and what looks at images.
 
-    detector = load_mask2former("cuda")
-    for objects in detector.detect(images):                     # uint8 [B, 3, H, W], images of one size
-        objects.detections["dog"][0].score, objects.masks["dog"][0]
+    observer = load_observer("mask2former", "cuda")             # or "nano", see `nano_detector.py`
+    for prompt, (detections, classify_color) in zip(prompts, observer.observe(images, prompts)):
+        judge_image(prompt, detections, classify_color, observer.thresholds)
 
 The benchmark runs mmdet 2.x (`mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco`). This is its test pipeline and its
 post-processing around transformers' Mask2Former. With the benchmark's own file (`load_mask2former(weights="....pth")`)
@@ -20,22 +20,37 @@ Which of them count, `rules.Thresholds` says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argrpo_cli.geneval.grammar import OBJECT_NAMES
-from argrpo_cli.geneval.rules import Detection
-from argrpo_cli.networks.weights import load_pretrained
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.geneval.colors import MODEL, PRETRAINED, crop_for_color
+from argrpo_cli.geneval.grammar import OBJECT_NAMES, Prompt
+from argrpo_cli.geneval.mmdet_weights import from_mmdet
+from argrpo_cli.geneval.nano_detector import NanoObserver, load_detector
+from argrpo_cli.geneval.rules import OFFICIAL, ClassifyColor, Detection, Detections, Thresholds, colored_objects
+from argrpo_cli.networks.weights import fingerprint, fit_state, load_pretrained, read_state
+from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.files import WEIGHTS
 from argrpo_cli.system.hub import fetch
+
+if TYPE_CHECKING:
+    from argrpo_cli.geneval.colors import ClipColors
+
+NANO, MASK2FORMER = "nano", "mask2former"
+DETECTORS = (MASK2FORMER, NANO)
 
 REPO, FILES = "facebook/mask2former-swin-small-coco-instance", ("config.json", "model.safetensors")
 MMDET_FILES = (".pth", ".pt")
+MMDET_SOURCE = "evaluation/download_models.sh of https://github.com/djghosh13/geneval"
+BENCHMARKS_OWN = "743b7d99"  # how the SHA-256 of the benchmark's file begins, as its name says
 LONG_EDGE, SHORT_EDGE, DIVISOR = 1333, 800, 32
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, in 0..255
 PADDING = 128  # before normalisation
@@ -190,8 +205,6 @@ def load_mask2former(device: str = "cpu", weights: str | Path | None = None) -> 
     from transformers import Mask2FormerForUniversalSegmentation
 
     if weights is not None and Path(weights).suffix in MMDET_FILES:
-        from argrpo_cli.geneval.mmdet_weights import load_mmdet
-
         return Mask2Former(load_mmdet(weights), device)
     if weights is None:
         weights = [fetch(REPO, file) for file in FILES][-1].parent
@@ -204,6 +217,33 @@ def load_mask2former(device: str = "cpu", weights: str | Path | None = None) -> 
     if network.config.num_labels != len(OBJECT_NAMES):
         raise UserError(f"{folder} tells {network.config.num_labels} classes apart, expected COCO's 80; use {REPO}")
     return Mask2Former(network, device)
+
+
+def load_mmdet(path: str | Path) -> nn.Module:
+    """The detector of a file of mmdet 2.x, float32, in transformers' network; no pickled code is run.
+
+    Raises:
+        UserError: the file is absent, damaged, or of another network.
+    """
+    state = read_state(path, ("state_dict",))
+    if not any(key.startswith("panoptic_head.") for key in state):
+        raise UserError(f"{path} is no Mask2Former of mmdet 2.x; give the benchmark's own file, see {MMDET_SOURCE}")
+    network = build_mask2former()
+    fill(network, state, path)
+    return network
+
+
+def fill(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Give transformers' Mask2Former all numbers of mmdet's.
+
+    Raises:
+        UserError: `source`, and what is missing, left over or of another shape.
+    """
+    mapped = from_mmdet(state)
+    for key, value in network.state_dict().items():  # Swin's last norm and the loss have no part in a prediction
+        if key.endswith(NOT_NEEDED) or key.startswith("criterion."):
+            mapped[key] = value
+    fit_state(network, mapped, source)
 
 
 def _bounds(masks: Tensor) -> Tensor:
@@ -226,3 +266,86 @@ def _objects(
         own.append(Detection(tuple(box), score, len(own)))
         objects.masks.setdefault(name, []).append(masks[query])
     return objects
+
+
+class Observer(Protocol):
+    """A detector and a judge of colours, with the thresholds for its scores."""
+
+    thresholds: Thresholds
+
+    def observe(self, images: Tensor, prompts: Sequence[Prompt]) -> list[tuple[Detections, ClassifyColor]]:
+        """uint8 [B, 3, H, W] and B prompts to what `judge_image` and `reward_score` take."""
+        ...
+
+
+class OfficialObserver:
+    """Mask2Former, and CLIP for the colours: the crops of all images go through it together."""
+
+    def __init__(self, detector: Mask2Former, colors: ClipColors, thresholds: Thresholds = OFFICIAL):
+        self.detector, self.colors, self.thresholds = detector, colors, thresholds
+
+    def observe(self, images: Tensor, prompts: Sequence[Prompt]) -> list[tuple[Detections, ClassifyColor]]:
+        """uint8 [B, 3, H, W] and B prompts; colours are known of the objects that the prompts ask them of."""
+        pictures = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        found: list[Detections] = []
+        asked: list[tuple[int, str, int]] = []  # image, class, index of the detection
+        crops: list[np.ndarray] = []
+        for place, (prompt, objects) in enumerate(zip(prompts, self.detector.detect(images), strict=True)):
+            found.append(objects.detections)
+            for name, detection in colored_objects(prompt, objects.detections, self.thresholds):
+                mask = objects.masks[name][detection.index].cpu().numpy()
+                asked.append((place, name, detection.index))
+                crops.append(crop_for_color(pictures[place], mask, detection.box))
+        answers = dict(zip(asked, self.colors.classify([name for _, name, _ in asked], crops), strict=True))
+
+        def classifier(place: int) -> ClassifyColor:
+            def classify(name: str, detections: Sequence[Detection]) -> list[str]:
+                return [answers[place, name, detection.index] for detection in detections]
+
+            return classify
+
+        return [(detections, classifier(place)) for place, detections in enumerate(found)]
+
+
+def load_observer(
+    detector: str, device: str = "cpu", weights: str | Path | None = None, clip_weights: str | Path | None = None
+) -> Observer:
+    """What looks at the images, by the detector's name.
+
+    Args:
+        weights: a local folder of the detector in the place of the published or bundled one, or the benchmark's own
+            .pth file.
+        clip_weights: a local file of OpenAI's ViT-L/14 in open_clip's layout in the place of the published one.
+
+    Raises:
+        UserError: an unknown detector, weights that are missing, damaged or of another network.
+    """
+    if detector == NANO:
+        if clip_weights is not None:
+            raise UserError(f"geneval: clip_weights = {clip_weights}: the detector nano has no CLIP; leave it out")
+        return NanoObserver(load_detector(WEIGHTS / "nano-detector" if weights is None else weights, device))
+    if detector == MASK2FORMER:
+        from argrpo_cli.geneval.colors import ClipColors, load_color_clip
+
+        return OfficialObserver(load_mask2former(device, weights), ClipColors(load_color_clip(device, clip_weights)))
+    hint = did_you_mean(detector, DETECTORS)
+    raise UserError(f"geneval: detector {detector!r} is unknown; there are {', '.join(DETECTORS)}{hint}")
+
+
+def describe(observer: Observer, weights: Path | None = None, clip_weights: str | Path | None = None) -> dict[str, Any]:
+    """What identifies an observer's figures: name, source and hash of the weights, of the network for colours too.
+
+    Args:
+        weights, clip_weights: what it was loaded with. Whether they are the benchmark's own, the file's hash says.
+    """
+    own = {"weights": fingerprint([observer.detector.network])}
+    if isinstance(observer, NanoObserver):
+        return {"name": "nano-detector", **own}
+    source: dict[str, Any] = {"source": REPO if weights is None else weights.name, "benchmarks_own": False}
+    if weights is not None and not weights.is_dir():
+        with open(weights, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        source |= {"sha256": digest, "benchmarks_own": digest.startswith(BENCHMARKS_OWN)}
+    name = f"CLIP {MODEL}, {PRETRAINED if clip_weights is None else Path(clip_weights).name}"
+    colors = {"name": name, "weights": fingerprint([observer.colors.clip.network])}
+    return {"name": "Mask2Former Swin-S", **source, **own, "colors": colors}

@@ -1,4 +1,4 @@
-"""GenEval's pictures on disk: the benchmark's own layout, written and read, and the nano world's.
+"""GenEval's pictures: the benchmark's own layout on disk, written and read, and the sheet of the failures.
 
 The benchmark's generation script writes, and its evaluator reads,
 
@@ -12,39 +12,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw, ImageFont
+
 from argrpo_cli.geneval.grammar import Prompt, parse_prompt
 from argrpo_cli.geneval.prompts import official_prompts
+from argrpo_cli.geneval.rules import Thresholds
+from argrpo_cli.images import read_image
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, reason, write_text
 
 METADATA, SAMPLES = "metadata.jsonl", "samples"
 SAMPLE = re.compile(r"(\d+)\.png")
 OFFICIAL_SET = "geneval"
+# Of the sheet.
+COLUMNS, SIDE, PAD, LINES, CHARACTERS = 5, 224, 8, 6, 36
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+BOX, DOUBTFUL = (220, 30, 60), (150, 150, 150)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One picture to be judged: `file` in its folder, what it should show, and which of its prompt's it is."""
-
-    file: str
-    prompt: Prompt
-    sample: int
+def official_file(index: int, sample: int) -> str:
+    """Where the picture `sample` of the prompt `index` lies in the benchmark's layout."""
+    return f"{index:05d}/{SAMPLES}/{sample:05d}.png"
 
 
-def planned(prompts: Sequence[Prompt], per_prompt: int, official: bool) -> list[Picture]:
-    """The pictures of prompts in the benchmark's layout, or in one folder."""
-    name = "{0:05d}/" + SAMPLES + "/{1:05d}.png" if official else "{0:05d}-{1}.png"
-    return [
-        Picture(name.format(prompt.index, sample), prompt, sample) for prompt in prompts for sample in range(per_prompt)
-    ]
-
-
-def write_metadata(folder: Path, prompts: Sequence[Prompt]) -> None:
+def write_metadata(folder: Path, prompts: Iterable[Prompt]) -> None:
     """The prompt of each folder of the benchmark's layout."""
     for prompt in prompts:
         path = folder / f"{prompt.index:05d}" / METADATA
@@ -52,8 +48,8 @@ def write_metadata(folder: Path, prompts: Sequence[Prompt]) -> None:
             write_text(path, json.dumps(prompt.metadata()) + "\n")
 
 
-def read_pictures(folder: Path) -> list[Picture]:
-    """The pictures of a folder in the benchmark's layout, whoever wrote it; prompts keep their official numbers.
+def read_pictures(folder: Path) -> list[tuple[str, Prompt]]:
+    """File and prompt of each picture of a folder in the benchmark's layout; prompts keep their official numbers.
 
     Raises:
         UserError: no such folder or layout, a prompt that GenEval has not, pictures that are missing.
@@ -78,14 +74,13 @@ def read_pictures(folder: Path) -> list[Picture]:
     pictures = []
     for path, samples in there.items():
         prompt = _prompt(path, known)
-        for sample, name in enumerate(samples):
-            pictures.append(Picture(f"{path.name}/{SAMPLES}/{name}", prompt, sample))
+        pictures += [(f"{path.name}/{SAMPLES}/{name}", prompt) for name in samples]
     return pictures
 
 
-def absent(pictures: Sequence[Picture]) -> int:
-    """How many of the official prompts have no picture."""
-    return len(official_prompts()) - len({one.prompt.text for one in pictures} & {p.text for p in official_prompts()})
+def absent(prompts: Iterable[Prompt]) -> int:
+    """How many of the official prompts are not among these."""
+    return len({one.text for one in official_prompts()} - {one.text for one in prompts})
 
 
 def official_row(file: str, prompt: Prompt, correct: bool, why: str, details: dict[str, Any]) -> dict[str, Any]:
@@ -125,3 +120,45 @@ def _prompt(folder: Path, known: dict[str, Prompt]) -> Prompt:
     if any(key in row and row[key] != value for key, value in prompt.metadata().items()):
         raise UserError(f"{path}: tag, include and exclude are not those of GenEval's prompt {text!r}")
     return prompt
+
+
+def failure_sheet(rows: Sequence[dict[str, Any]], folder: Path, thresholds: Thresholds) -> Image.Image:
+    """Rows of results.jsonl whose images lie in `folder` as one picture: boxes that were found, and the reasons."""
+    font, small = ImageFont.load_default(13), ImageFont.load_default(11)
+    line = 16
+    cell = (SIDE + 2 * PAD, SIDE + 2 * PAD + LINES * line)
+    height = -(-len(rows) // COLUMNS)
+    sheet = Image.new("RGB", (min(COLUMNS, len(rows)) * cell[0], height * cell[1]), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for index, row in enumerate(rows):
+        x, y = (index % COLUMNS) * cell[0] + PAD, (index // COLUMNS) * cell[1] + PAD
+        pixels = read_image(folder / row["file"])
+        height, width = pixels.shape[-2:]
+        scale = SIDE / max(height, width)
+        filtered = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        sheet.paste(Image.fromarray(pixels.transpose(1, 2, 0)).resize(size, filtered), (x, y))
+        least = thresholds.least(row["tag"])
+        for one in row["objects"]:
+            sure = one["score"] > least  # others did not count and are drawn thin
+            corners = [
+                min(max(v * scale, 0), SIDE - 1) + origin for v, origin in zip(one["box"], (x, y, x, y), strict=True)
+            ]
+            draw.rectangle(corners, outline=BOX if sure else DOUBTFUL, width=2 if sure else 1)
+            if sure:
+                color = f"{one['color']} " if one["color"] else ""  # known only where the prompt asks for it
+                label = f"{color}{one['class']} {one['score']:.2f}"
+                width = draw.textlength(label, font=small)
+                at = min(corners[0] + 2, x + SIDE - width - 1), min(corners[1] + 1, y + SIDE - 14)
+                draw.rectangle(draw.textbbox(at, label, font=small), fill=PAPER)
+                draw.text(at, label, fill=BOX, font=small)
+        for place, (text, ink) in enumerate(captions(row)):
+            draw.text((x, y + SIDE + 2 + place * line), text, fill=ink, font=font)
+    return sheet
+
+
+def captions(row: dict[str, Any]) -> list[tuple[str, tuple[int, int, int]]]:
+    """The prompt and the reason in lines that fit below a picture, each with its colour."""
+    words = textwrap.wrap(row["prompt"], CHARACTERS)
+    reason = [part for text in row["reason"].splitlines() for part in textwrap.wrap(text, CHARACTERS)]
+    return [*((text, INK) for text in words), *((text, BOX) for text in reason)][:LINES]
