@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from argrpo_cli import seeds
+from argrpo_cli.draw import draw_into
 from argrpo_cli.evals import benchmark as b
 from argrpo_cli.evals.statistics import mean_of
 from argrpo_cli.images import read_image
@@ -68,7 +69,7 @@ def test_it_draws_measures_pairs_and_tells(policies, tmp_path):
 
 def test_it_goes_on_where_it_stopped(policies, tmp_path, monkeypatch):
     whole = run(policies[:1], tmp_path / "whole", batch_size=3)
-    draw, calls = b.draw_into, []
+    draw, calls = draw_into, []
 
     def stop(folder, policy, shots, *given, **rest):
         calls.append(1)
@@ -76,7 +77,7 @@ def test_it_goes_on_where_it_stopped(policies, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(b, "draw_into", stop)
+        patch.setattr("argrpo_cli.draw.draw_into", stop)
         run(policies[:1], tmp_path / "o", batch_size=3)
     assert run(policies[:1], tmp_path / "o", batch_size=8) == whole, "with the batch size it was begun with"
     with pytest.raises(UserError, match=r"holds an evaluation of something else \(sampling.seed\)"):

@@ -68,7 +68,7 @@ def stand_ins():
         return policy
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(b, "load_policy", load)
+        patch.setattr("argrpo_cli.policy.load_policy", load)
         patch.setattr(g, "open_judge", lambda *given: Judge(PixelObserver(), LABEL, least_score=0.1))
         yield
 
@@ -281,9 +281,11 @@ def test_the_crops_whose_colours_clip_is_asked_are_the_official_ones(tmp_path, m
         (["--images", "."], "GenEval's lie as 00000/samples/00000.png"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, tmp_path_factory, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    policy = [] if "--images" in arguments else ["--policy", "t2i"]
+    folder = tmp_path_factory.mktemp("policy")
+    tiny_caption_policy().save(folder)
+    policy = [] if "--images" in arguments else ["--policy", str(folder)]
     assert run(["eval", "geneval", "--device", "cpu", *policy, *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.evals import benchmark, drawbench, geneval
+from argrpo_cli.evals import drawbench, geneval
 from argrpo_cli.evals.geneval import Judge
 from argrpo_cli.geneval import prompts as prompt_sets
 from argrpo_cli.geneval.prompts import official_prompts
@@ -92,7 +92,7 @@ def test_geneval_draws_each_file_as_asked(drawn, tmp_path, monkeypatch):
 
     blind = SimpleNamespace(thresholds=OFFICIAL, observe=lambda images, prompts: [({}, None)] * len(images))
     few = official_prompts()[50:500:90]
-    monkeypatch.setattr(benchmark, "load_policy", load)
+    monkeypatch.setattr("argrpo_cli.policy.load_policy", load)
     monkeypatch.setattr(geneval, "open_judge", lambda *given: Judge(blind, {"name": "blind"}))
     monkeypatch.setitem(prompt_sets.SETS, "geneval", lambda: few)
     tiny_caption_policy().save(tmp_path / "policy")
