@@ -242,14 +242,19 @@ def detector_facts(detector: Detector, images: Tensor, made: list[scenes.Scene])
     """How well a detector does on scenes whose truth is known, in words.
 
     AP50: average precision at an overlap of 0.5, the mean over classes (PASCAL VOC 2010: area under the monotone
-    precision-recall curve). For each of GenEval's categories the share of its captions that the benchmark's rules find
-    right.
+    precision-recall curve). Counted right: scenes in which every class is found exactly as often as it is there, at
+    GenEval's threshold for counting. Colours: of the coloured objects that are found. For each of GenEval's categories
+    the share of its captions that the benchmark's rules find right.
     """
+    threshold = NANO_THRESHOLDS.counting_threshold
     hits: dict[str, list[tuple[float, bool]]] = {name: [] for name in scenes.CLASS_NAMES}
     there = Counter(scenes.CLASS_NAMES[placed.class_id] for scene in made for placed in scene.objects)
     right: dict[str, list[bool]] = {tag: [] for tag in TAGS}
+    counted, colors = [], []
     for objects, scene in zip(detector.detect(images), made, strict=True):
         known = truth(scene)
+        sure = Counter(one.name for one in objects if one.score > threshold)
+        counted.append(sure == Counter(one.name for one in known))
         for one in objects:
             same = [other for other in known if other.name == one.name]
             best = max(same, key=lambda other: overlap(one.box, other.box), default=None)
@@ -257,12 +262,17 @@ def detector_facts(detector: Detector, images: Tensor, made: list[scenes.Scene])
             hits[one.name].append((one.score, hit))
             if hit:
                 known.remove(best)
+                if best.colors and one.score > threshold:
+                    colors.append(one.color == best.color)
         if scene.prompt is not None:
             verdict = judge_image(scene.prompt, by_class(objects), color_of(objects), NANO_THRESHOLDS)
             right[scene.prompt.tag].append(verdict.correct)
     precision = np.mean([average_precision(hits[name], there[name]) for name in there])
     shares = [f"{tag} {np.mean(verdicts):.1%}" for tag, verdicts in right.items() if verdicts]
-    return f"AP50 {precision:.1%}, captions right: {', '.join(shares)}"
+    return (
+        f"AP50 {precision:.1%}, counted right {np.mean(counted):.1%}, "
+        f"colours right {np.mean(colors or [np.nan]):.1%}, captions right: {', '.join(shares)}"
+    )
 
 
 def shared_area(a: Box, b: Box) -> float:
