@@ -19,9 +19,9 @@ from argrpo_cli.nano.make import build, fit, judges
 from argrpo_cli.nano.make.fit import Lesson, Setting
 from argrpo_cli.nano.make.policies import RunningCodebook
 from argrpo_cli.nano.make.study import base_policy
-from argrpo_cli.nano.rewards import NanoClip, NanoCritic, NanoQuality
 from argrpo_cli.nano.tokens import load_held_out, load_tokenizer
 from argrpo_cli.policy import load_policy
+from argrpo_cli.rewards.nano import NanoClip, NanoCritic, NanoQuality
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import WEIGHTS
 from tests.emoji import no_font  # noqa: F401

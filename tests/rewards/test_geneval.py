@@ -7,8 +7,8 @@ import torch
 
 from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS
 from argrpo_cli.geneval.rules import OFFICIAL
-from argrpo_cli.nano.rewards import NanoGenEval
 from argrpo_cli.rewards.geneval import GenEval
+from argrpo_cli.rewards.nano import NanoGenEval
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from tests.geneval import goldens

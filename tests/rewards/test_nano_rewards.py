@@ -9,9 +9,9 @@ import torch
 from argrpo_cli.geneval.grammar import parse_prompt
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.make import corrupt as c
-from argrpo_cli.nano.networks import PAD, UNKNOWN, WordTokenizer
 from argrpo_cli.nano.scenes import CLASS_NAMES
 from argrpo_cli.nano.tokens import load_held_out
+from argrpo_cli.networks.nano import PAD, UNKNOWN, WordTokenizer
 from argrpo_cli.networks.weights import load_weights, save_network
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.policy import class_prompt

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "REWARDS", "Reward", "RewardSet", "check_reward", "identity", "load_reward", "load_rewards"]
 
 REWARDS = {  # name to the class that carries all else that is to be known of it
-    "nano-clip": "argrpo_cli.nano.rewards:NanoClip",
-    "nano-geneval": "argrpo_cli.nano.rewards:NanoGenEval",
-    "nano-quality": "argrpo_cli.nano.rewards:NanoQuality",
-    "nano-quality-t2i": "argrpo_cli.nano.rewards:NanoQualityT2I",
-    "nano-critic": "argrpo_cli.nano.rewards:NanoCritic",
-    "nano-critic-t2i": "argrpo_cli.nano.rewards:NanoCriticT2I",
+    "nano-clip": "argrpo_cli.rewards.nano:NanoClip",
+    "nano-geneval": "argrpo_cli.rewards.nano:NanoGenEval",
+    "nano-quality": "argrpo_cli.rewards.nano:NanoQuality",
+    "nano-quality-t2i": "argrpo_cli.rewards.nano:NanoQualityT2I",
+    "nano-critic": "argrpo_cli.rewards.nano:NanoCritic",
+    "nano-critic-t2i": "argrpo_cli.rewards.nano:NanoCriticT2I",
     "clip": "argrpo_cli.rewards.clip:Clip",
     "clip-quantized": "argrpo_cli.rewards.clip:ClipQuantized",
     "hpsv2": "argrpo_cli.rewards.clip:HPSv2",

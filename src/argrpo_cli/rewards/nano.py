@@ -32,7 +32,7 @@ class NanoClip(Reward):
     name, low, high = "nano-clip", -1.001, 1.001
 
     def __init__(self, device: str = "cpu", folder: str | Path | None = None):
-        from argrpo_cli.nano.networks import build_clip
+        from argrpo_cli.networks.nano import build_clip
         from argrpo_cli.networks.weights import load_weights, read_config
 
         folder = folder or WEIGHTS / self.name
@@ -79,7 +79,7 @@ class NanoQuality(Reward):
     name, family, reads_prompt = "nano-quality", "quality", False
 
     def __init__(self, device: str = "cpu", folder: str | Path | None = None):
-        from argrpo_cli.nano.networks import QualityNet
+        from argrpo_cli.networks.nano import QualityNet
         from argrpo_cli.networks.weights import load_weights, read_config
 
         folder = folder or WEIGHTS / self.name
@@ -104,7 +104,7 @@ class NanoCritic(Reward):
     name, family, reads_prompt = "nano-critic", "realism", False
 
     def __init__(self, device: str = "cpu", folder: str | Path | None = None):
-        from argrpo_cli.nano.networks import CriticNet
+        from argrpo_cli.networks.nano import CriticNet
         from argrpo_cli.networks.weights import load_weights, read_config
 
         folder = folder or WEIGHTS / self.name
@@ -112,7 +112,7 @@ class NanoCritic(Reward):
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""
-        from argrpo_cli.nano.networks import soft_limit
+        from argrpo_cli.networks.nano import soft_limit
         from argrpo_cli.networks.pixels import to_unit
 
         return soft_limit(self.network(to_unit(images)))
