@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from argrpo_cli.cli.options import BatchSizeOption, DeviceOption, check_rewards, names_in, reward_options
+from argrpo_cli.shapes import Value
 from argrpo_cli.system.errors import UserError
-
-if TYPE_CHECKING:
-    from argrpo_cli.shapes import Result
 
 
 def score(
@@ -51,6 +50,7 @@ def score(
     Prompts come from the folder's metadata.jsonl, else from --prompt, --class or --prompts, else from the file names.
     The same command after an interruption keeps the scores that are there.
     """
+    from argrpo_cli.evals.tables import show
     from argrpo_cli.images import Said
     from argrpo_cli.score import SHEET, score_images
 
@@ -66,28 +66,14 @@ def score(
         batch_size=batch_size,
         device=device,
     )
-    _print_table(scored.result)
-    for remark in (*scored.result.warnings, scored.note):
-        if remark:
-            print(remark)
-    for name, row in scored.result.protocol["rewards"].items():
+    result, ranges = scored.result, scored.result.protocol["rewards"]
+    (means,) = result.rows.values()
+    ends = {end: {name: Value(row[end]) for name, row in ranges.items()} for end in ("min", "max")}
+    show(replace(result, rows={"mean": means, **ends}))
+    if scored.note:
+        print(scored.note)
+    for name, row in ranges.items():
         if row["min"] is None:
-            count = scored.result.protocol["images"]
-            raise UserError(f"{name} scored none of the {count} images: {row['last_error']}")
+            raise UserError(f"{name} scored none of the {result.protocol['images']} images: {row['last_error']}")
     kept = f" ({scored.kept} were scored before)" if scored.kept else ""
     print(f"scores{kept} in {scored.folder}, best and worst in {scored.folder / SHEET}")
-
-
-def _print_table(result: Result) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("reward", "family", title=f"{result.protocol['images']} images, raw scores")
-    for heading in ("mean", "std. error", "min", "max"):
-        table.add_column(heading, justify="right")
-    (values,) = result.rows.values()
-    for name, value in values.items():
-        row = result.protocol["rewards"][name]
-        numbers = (value.value, value.error, row["min"], row["max"])
-        table.add_row(name, row["family"], *("–" if one is None else f"{one:.4f}" for one in numbers))
-    Console().print(table)
