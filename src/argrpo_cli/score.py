@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,13 +87,13 @@ def score_images(
     _check_conditions(reward_set, items)
     with _alone_in(target):
         store = Rows(
-            target / PARTIAL, reward_set.identity(options), _key, complete=lambda row: None not in row.values()
+            target / PARTIAL, reward_set.identity(options), item_key, complete=lambda row: None not in row.values()
         )
         before = score_items(reward_set, items, store, batch_size)
         scores = store.read(items)
         columns = {name: [row[name] for row in scores] for name in rewards}
         result = _result(str(sources[0] if len(sources) == 1 else images.folder), reward_set, columns)
-        rows = [_row(item, row) for item, row in zip(items, scores, strict=True)]
+        rows = [row_of(item, row) for item, row in zip(items, scores, strict=True)]
         write_jsonl(make_dir(target) / SCORES, rows)
         write_text(target / TABLE, _csv(rows, list(rewards)))
         save_png(target / SHEET, best_and_worst(items, columns))
@@ -105,19 +106,21 @@ def score_images(
 
 def score_items(reward_set: RewardSet, items: Sequence[Item], store: Rows, batch_size: int) -> int:
     """Score what the store has no complete row for, {reward: score or None} of each image; how many it had before."""
+    return kept(items, partial(score_rows, reward_set), store, batch_size=batch_size, label="scoring", whole=False)
+
+
+def score_rows(reward_set: RewardSet, items: Sequence[Item]) -> list[dict[str, float | None]]:
+    """{reward: raw score, or None where it has none} of each image; they are read here, and may differ in size."""
     import torch
 
-    def make(batch: Sequence[Item]) -> list[dict[str, float | None]]:
-        rows: list[dict[str, float | None]] = []
-        for run, pixels in _runs(batch):
-            conditions = [item.condition or Condition("") for item in run]
-            scores = reward_set.score(torch.from_numpy(pixels), conditions, batch_size=batch_size)
-            table = zip(*(scores[name].tolist() for name in reward_set.names), strict=True)
-            values = ([None if math.isnan(score) else score for score in row] for row in table)
-            rows += [dict(zip(reward_set.names, row, strict=True)) for row in values]
-        return rows
-
-    return kept(items, make, store, batch_size=batch_size, label="scoring", whole=False)
+    rows: list[dict[str, float | None]] = []
+    for run, pixels in _runs(items):
+        conditions = [item.condition or Condition("") for item in run]
+        scores = reward_set.score(torch.from_numpy(pixels), conditions, batch_size=len(run))
+        table = zip(*(scores[name].tolist() for name in reward_set.names), strict=True)
+        values = ([None if math.isnan(score) else score for score in row] for row in table)
+        rows += [dict(zip(reward_set.names, row, strict=True)) for row in values]
+    return rows
 
 
 @contextmanager
@@ -222,11 +225,13 @@ def _runs(items: Sequence[Item]) -> Iterator[tuple[list[Item], np.ndarray]]:
     yield run, np.stack(pixels)
 
 
-def _key(item: Item) -> list[Any]:
+def item_key(item: Item) -> list[Any]:
+    """What an image is known by among the scores: it changes when the image, or what it should show, does."""
     return [item.file, item.stamp, item.condition and [item.condition.prompt, item.condition.class_id]]
 
 
-def _row(item: Item, scores: dict[str, float | None]) -> dict[str, Any]:
+def row_of(item: Item, scores: Mapping[str, float | None]) -> dict[str, Any]:
+    """A line of scores.jsonl."""
     said = {"prompt": item.condition.prompt, "class_id": item.condition.class_id} if item.condition else {}
     return {"file": item.file, **said, **item.extra, "scores": scores}
 

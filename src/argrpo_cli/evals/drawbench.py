@@ -19,18 +19,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli import paper_numbers
 from argrpo_cli.captions import CAPTION_SETS, read_captions
-from argrpo_cli.evals.benchmark import SUMMARY, Benchmark, Subject, stamp
-from argrpo_cli.images import METADATA, read_image
+from argrpo_cli.evals.benchmark import SUMMARY, Benchmark, Subject
+from argrpo_cli.images import METADATA, Item, file_item
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.rewards import REWARDS, RewardSet, check_options, check_reward, identity, load_rewards
 from argrpo_cli.sample import file_name
-from argrpo_cli.shapes import Column, Result, Sampling, Shot
+from argrpo_cli.score import item_key, row_of, score_rows
+from argrpo_cli.shapes import Column, Result, Sampling
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import read_jsonl, read_text, write_jsonl
 
@@ -114,11 +114,12 @@ class DrawBench(Benchmark):
         scorer = Scorer(reward, options, team.device)
 
         def open_stores() -> list[Rows]:
-            return [Rows(one.folder / "scores", known, partial(_key, one.pictures)) for one in subjects]
+            return [Rows(one.folder / "scores", known, item_key) for one in subjects]
 
         def read() -> list[list[tuple[float, str | None] | None]]:
-            return [store.read(one.shots) for store, one in zip(stores, subjects, strict=True)]
+            return [store.read(own) for store, own in zip(stores, items, strict=True)]
 
+        items = [_items(one) for one in subjects]
         stores = open_stores()
         rows = team.from_lead(read)
         weights = {None if row is None else (row[1],) for part in rows for row in part}  # None: not scored
@@ -127,10 +128,9 @@ class DrawBench(Benchmark):
             if not scorer.fault and weights - {None, (scorer.weights,)}:
                 team.lead(lambda: [store.remove() for store in stores])
                 stores = open_stores()
-            for store, one in zip(stores, subjects, strict=True):
-                score = partial(scorer.score, pictures=one.pictures)
+            for store, one, own in zip(stores, subjects, items, strict=True):
                 label = f"{reward} of {one.name}"
-                kept(one.shots, score, store, batch_size=batch_size, label=label, team=team, whole=False)
+                kept(own, scorer.score, store, batch_size=batch_size, label=label, team=team, whole=False)
             rows = team.from_lead(read)
         reports = team.exchange((scorer.fault, scorer.missing))
         fault, missing = (next(filter(None, texts), "") for texts in zip(*reports, strict=True))
@@ -257,19 +257,14 @@ class Scorer:
             self._rewards = load_rewards([self.reward], self.device, self.options)
             self.weights = self._rewards.identity(self.options)[self.reward]["weights"]
 
-    def score(self, batch: Sequence[Shot], pictures: Path) -> list[tuple[float, str | None] | None]:
+    def score(self, batch: Sequence[Item]) -> list[tuple[float, str | None] | None]:
         """Of each picture its score and the hash of the weights; None where there is no score."""
-        import numpy as np
-        import torch
-
-        scores = [math.nan] * len(batch)
+        scores: list[float | None] = [None] * len(batch)
         with self._noted():
             if not self.fault:
-                conditions = [shot.condition for shot in batch]
-                self._rewards.check(conditions)
-                images = torch.from_numpy(np.stack([read_image(pictures / shot.file) for shot in batch]))
-                scores = self._rewards.score(images, conditions, len(batch))[self.reward].tolist()
-        return [(score, self.weights) if math.isfinite(score) else None for score in scores]
+                self._rewards.check([item.condition for item in batch])
+                scores = [row[self.reward] for row in score_rows(self._rewards, batch)]
+        return [None if score is None else (score, self.weights) for score in scores]
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
@@ -281,18 +276,18 @@ class Scorer:
             self.fault = f"{type(error).__name__}: {first_line(error)}"
 
 
-def _key(pictures: Path, shot: Shot) -> list[str]:
-    return [shot.file, stamp(pictures / shot.file), shot.condition.prompt]
+def _items(subject: Subject) -> list[Item]:
+    return [file_item(subject.pictures, shot.file, shot.condition, seed=shot.seed) for shot in subject.shots]
 
 
 def _write_scores(subject: Subject, scores: Mapping[str, Sequence[float]]) -> None:
-    """scores.jsonl: what each picture got, from this call and earlier ones, raw."""
+    """scores.jsonl, as `argrpo score` writes it: raw, from this call and earlier ones."""
     path = subject.folder / "scores" / "scores.jsonl"
     earlier = {row["file"]: row["scores"] for row in read_jsonl(path)} if path.is_file() else {}
     rows = []
-    for place, shot in enumerate(subject.shots):
+    for place, item in enumerate(_items(subject)):
         own = {reward: None if math.isnan(values[place]) else values[place] for reward, values in scores.items()}
-        rows.append({"file": shot.file, "prompt": shot.condition.prompt, "scores": earlier.get(shot.file, {}) | own})
+        rows.append(row_of(item, earlier.get(item.file, {}) | own))
     write_jsonl(path, rows)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from argrpo_cli import __version__
-from argrpo_cli.evals.tables import ARROWS, TITLES, markdown_table
+from argrpo_cli.evals.tables import ARROWS, TITLES, cell, markdown_table
 from argrpo_cli.shapes import Column, Result, Value
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import write_text
@@ -131,10 +131,7 @@ def _cells(values: Mapping[str, Value], columns: Collection[str]) -> dict[str, V
 
 
 def _texts(cells: Mapping[str, Value], columns: Mapping[str, Column], absent: str, sign: str = "") -> list[str]:
-    return [
-        cells[key].text(column.digits, column.percent, sign) if key in cells else absent
-        for key, column in columns.items()
-    ]
+    return [cell(cells[key], column, sign) if key in cells else absent for key, column in columns.items()]
 
 
 def _protocol(result: Result, row: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ TITLES = {
     "score": "Reward scores",
 }
 ARROWS = {"higher": " ↑", "lower": " ↓"}
+TITLE_WIDTH = 70  # characters that a title and a caption have at least, where the terminal does
 LABEL_WIDTH = 12  # characters of the first column that must fit beside the figures
 FRAME = 3  # characters between two columns
 
@@ -39,7 +40,8 @@ def table(result: Result, width: int = 80) -> Table:
         cells = {key: ["" if counts[key] is None else str(counts[key]), *own] for key, own in cells.items()}
     if sum(_widths(cells.values())) + FRAME * (len(heads) + 1) + LABEL_WIDTH > width:
         cells = {key: [text.replace(" ± ", "\n± ") for text in own] for key, own in cells.items()}
-    out = Table(title=title(result, counts), caption=caption(result))
+    least = min(width, TITLE_WIDTH)
+    out = Table(title=title(result, counts), caption=caption(result), min_width=least, caption_justify="left")
     out.add_column("", min_width=LABEL_WIDTH)
     for head, least in zip(heads, _widths(cells.values()), strict=True):
         style = "dim" if head.startswith("paper: ") else None
@@ -111,7 +113,7 @@ def caption(result: Result) -> str:
     lines = [result.protocol[key] for key in ("about", "errors") if key in result.protocol]
     if result.departures:
         lines.append(f"not as in the paper: {', '.join(result.departures)}")
-    return "; ".join(lines)
+    return "\n".join(lines)
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
