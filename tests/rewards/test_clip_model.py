@@ -13,18 +13,17 @@ from torch import nn
 from argrpo_cli.networks import clip as clip_model
 from argrpo_cli.networks.clip import (
     ClipModel,
-    TransformersClip,
     build_open_clip,
     load_open_clip,
     load_state,
     open_clip_config,
+    open_clip_from,
     tokenizer_of,
-    uninitialized,
 )
 from argrpo_cli.networks.pixels import Preprocess, resize
 from argrpo_cli.networks.weights import published_file, read_state
 from argrpo_cli.system.errors import UserError
-from tests.rewards.clips import CONFIG, PIXELS, patch_fetch, random_clip, register, transformers_config
+from tests.rewards.clips import CONFIG, PIXELS, patch_fetch, random_clip, register
 
 
 def pictures(height: int, width: int, count: int = 2) -> torch.Tensor:
@@ -245,13 +244,9 @@ def test_no_code_in_a_file_is_run(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_uninitialized_draws_nothing_and_keeps_what_is_computed():
-    state = torch.get_rng_state()
-    with uninitialized():
-        network = build_open_clip(CONFIG)
-        TransformersClip(transformers_config(CONFIG, "gelu"))
-    assert torch.equal(torch.get_rng_state(), state)
+def test_a_network_filled_from_a_file_keeps_what_is_computed(tmp_path):
+    torch.save(random_clip().state_dict(), tmp_path / "w.pt")
+    network = open_clip_from(CONFIG, tmp_path / "w.pt", Preprocess(32), "cpu", "float32").network
     assert torch.equal(network.attn_mask, build_open_clip(CONFIG).attn_mask)
-    network.load_state_dict(random_clip().state_dict())
     tokens = tokenizer_of(CONFIG["text_cfg"])(["a cat"])
-    assert torch.equal(network.eval().encode_text(tokens), random_clip().encode_text(tokens))
+    assert torch.equal(network.encode_text(tokens), random_clip().encode_text(tokens))

@@ -71,7 +71,7 @@ def test_the_files_are_those_that_the_rewards_fetch() -> None:
     assert places("hpsv2") != places("hpsv2", version="2.0")
     assert places("aesthetic")[1] == large
     assert len(places("imagereward")) == 2
-    assert clip.PickScore.file.file == TRANSFORMERS_FILES[0]
+    assert clip.PickScore.files["weights"].file == TRANSFORMERS_FILES[0]
     assert places("geneval") == [*((REPO, file) for file in FILES), large]
     assert {repo for repo, _ in places("judge-fake")} == {MODEL}
     assert clip.Clip.__init__.__kwdefaults__["model"] == "ViT-B-32-quickgelu"

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -71,8 +71,8 @@ class ImageRewardNetwork(nn.Module):
 def build_network(
     vision: Mapping[str, Any] = VISION, text: Mapping[str, Any] = TEXT, head: Sequence[int] = HEAD
 ) -> ImageRewardNetwork:
-    """The network without weights, on the meta device: fields of BlipVisionConfig and BlipTextConfig, head widths."""
-    with torch.device("meta"):
+    """The network without weights, which `load_network` brings: fields of BLIP's two configurations, head widths."""
+    with init_empty_weights():  # tables that are computed stay
         network = ImageRewardNetwork(BlipVisionConfig(**vision), BlipTextConfig(**text), head)
     return network.eval().requires_grad_(False)
 
@@ -96,8 +96,6 @@ def _renamed(key: str) -> str:
 def load_network(network: ImageRewardNetwork, state: Mapping[str, Tensor], source: str | Path) -> ImageRewardNetwork:
     """Fill a network of `build_network` with a published state dict; UserError where it does not fit."""
     fit_state(network, from_published(state), source)
-    positions = torch.arange(network.text.config.max_position_embeddings)
-    network.text.embeddings.position_ids = positions[None]  # a buffer that is in no state dict
     return network
 
 

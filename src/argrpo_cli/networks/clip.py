@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from argrpo_cli.networks.pixels import Preprocess
 from argrpo_cli.networks.weights import fit_state, published_file, read_state
@@ -131,7 +130,7 @@ def open_clip_from(
     config: Mapping[str, Any], path: Path, prepare: Callable[[Tensor], Tensor], device: str, dtype: str
 ) -> ClipModel:
     """A network of an open_clip configuration with the weights of a file; UserError where they do not fit."""
-    with uninitialized():
+    with init_empty_weights():  # parameters alone: tables that are computed stay
         network = build_open_clip(config)
     load_state(network, path)
     return ClipModel(network, tokenizer_of(config["text_cfg"]), prepare, device, dtype)
@@ -274,7 +273,7 @@ def load_transformers_clip(
 
 def transformers_clip(config: Mapping[str, Any], path: Path, device: str, dtype: str) -> ClipModel:
     """A CLIP of a transformers configuration with the weights of a file; UserError where they do not fit."""
-    with uninitialized():
+    with init_empty_weights():  # parameters alone: tables that are computed stay
         network = TransformersClip(config)
     load_state(network.clip, path)
     known = network.clip.config
@@ -313,23 +312,3 @@ def load_state(network: nn.Module, path: Path) -> None:
         if key in own and value.numel() == own[key].numel() == 1:
             state[key] = value.reshape(own[key].shape)
     fit_state(network, state, path)
-
-
-@contextmanager
-def uninitialized() -> Iterator[None]:
-    """Build networks without drawing random weights, for those whose weights are all loaded afterwards."""
-    with _NoDraws():
-        yield
-
-
-class _NoDraws(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in DRAWS:  # by name: transformers puts functions of its own in their place
-            return args[0] if args else kwargs["tensor"]
-        if func is torch.randn:
-            return torch.empty(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-DRAWS = {"normal_", "uniform_", "kaiming_uniform_"}

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_type_hints
 
 from argrpo_cli import __version__
 from argrpo_cli.shapes import Condition
@@ -46,16 +46,6 @@ class Needs(NamedTuple):
     server: bool = False
     missing: str = ""
 
-    @classmethod
-    def of(cls, files: Mapping[str, HubFile], options: Mapping[str, Any], **needs: Any) -> Self:
-        """Needs with those of `files` for which the option that they stand under names no local one."""
-        return cls(tuple(file for option, file in files.items() if options.get(option) is None), **needs)
-
-
-def bytes_of(parameters: int, options: Mapping[str, Any]) -> int:
-    """The memory of a network by its option dtype."""
-    return (4 if options.get("dtype", "float32") == "float32" else 2) * parameters
-
 
 class Reward:
     """A reward model: one raw score per image, in the reward's own unit.
@@ -70,6 +60,9 @@ class Reward:
         reads_prompt: what the image should show is looked at, too.
         label, unit, divisor: of its column in table 4: the heading, the unit there, and what a raw score is divided by.
         steps_of: the reward whose scores this one turns into steps; it has no network of its own.
+        files: of the hub, under the option that names a local file in its place.
+        parameters, network_name: of what is loaded, in the number format of the option dtype.
+        packages, working: see `Needs`.
         remote: another machine scores; the device is free meanwhile.
         last_error: why the latest score that is missing is.
     """
@@ -84,6 +77,11 @@ class Reward:
     unit: ClassVar[str] = ""
     divisor: ClassVar[float] = 1.0
     steps_of: ClassVar[str | None] = None
+    files: ClassVar[Mapping[str, HubFile]] = {}
+    packages: ClassVar[Mapping[str, str]] = {}
+    parameters: ClassVar[int] = 0
+    working: ClassVar[int] = 0
+    network_name: ClassVar[str] = ""
     remote: bool = False
     last_error: str = ""
 
@@ -97,15 +95,29 @@ class Reward:
         Raises:
             UserError: an option that decides what is fetched has a value that there is not.
         """
-        return Needs()
+        return cls.network_needs(options, cls.files, cls.parameters, cls.network_name)
+
+    @classmethod
+    def network_needs(
+        cls, options: Mapping[str, Any], files: Mapping[str, HubFile], parameters: int | None, network: str
+    ) -> Needs:
+        """The needs of a network with those of `files` for which no option names a local one."""
+        width = 4 if options.get("dtype", "float32") == "float32" else 2
+        return Needs(
+            tuple(file for option, file in files.items() if options.get(option) is None),
+            cls.packages,
+            None if parameters is None else width * parameters,
+            cls.working,
+            network,
+        )
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """UserError for an option that it does not have, or a value of another type than its constructor says."""
         from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-        known = [key for key in inspect.signature(cls).parameters if key not in ("device", "folder")]
-        hints = get_type_hints(cls.__init__, localns={"Tensor": Any})
+        hints = option_types(cls)
+        known = list(hints)
         for key, value in options.items():
             if key not in known:
                 has = f"it has {', '.join(known)}" if known else "it has none"
@@ -125,6 +137,18 @@ class Reward:
 
     def stop(self) -> None:
         """Break off a `score` in another thread that waits for another machine."""
+
+
+def option_types(reward: type[Reward]) -> dict[str, Any]:
+    """Options to their types: the keywords of its constructor and, where that passes others on, of those before it."""
+    types: dict[str, Any] = {}
+    for one in reward.__mro__:
+        if constructor := vars(one).get("__init__"):
+            parameters, hints = inspect.signature(constructor).parameters.values(), get_type_hints(constructor)
+            types |= {each.name: hints[each.name] for each in parameters if each.kind is each.KEYWORD_ONLY}
+            if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+                break
+    return types
 
 
 def choose(name: str, option: str, value: str, allowed: Sequence[str]) -> None:

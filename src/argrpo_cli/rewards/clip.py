@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from argrpo_cli.rewards.base import Needs, Reward, bytes_of, choose
+from argrpo_cli.rewards.base import Needs, Reward, choose
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.hub import HubFile
 
@@ -82,16 +82,14 @@ class Clip(ClipReward):
     @classmethod
     def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
         """The weights of OpenAI's two models; of others the file alone is known."""
-        model, weights = options.get("model", "ViT-B-32-quickgelu"), options.get("weights")
+        model = options.get("model", "ViT-B-32-quickgelu")
         known = model.replace("/", "-").removesuffix("-quickgelu")
         if known in OPENAI_FILES and options.get("pretrained", "openai") == "openai":
             file, parameters = OPENAI_FILES[known]
-            return Needs.of({"weights": file}, options, weights=bytes_of(parameters, options), network=known)
+            return cls.network_needs(options, {"weights": file}, parameters, known)
         repo = model.removeprefix("hf-hub:")
-        if weights is not None or "/" not in repo:
-            return Needs(weights=None, network=model)
-        file = OPEN_CLIP_FILE if repo != model else "model.safetensors"
-        return Needs((HubFile(repo, file),), weights=None, network=model)
+        file = HubFile(repo, OPEN_CLIP_FILE if repo != model else "model.safetensors")
+        return cls.network_needs(options, {"weights": file} if "/" in repo else {}, None, model)
 
 
 class HPSv2(ClipReward):
@@ -149,8 +147,7 @@ class HPSv2(ClipReward):
     def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
         """The checkpoint of the version."""
         file = cls.checkpoint(options.get("version", "2.1"))
-        weights = bytes_of(H14, options)
-        return Needs.of({"weights": file}, options, weights=weights, network=f"ViT-H-14 of {file.repo}")
+        return cls.network_needs(options, {"weights": file}, H14, f"ViT-H-14 of {file.repo}")
 
 
 class PickScore(ClipReward):
@@ -170,7 +167,8 @@ class PickScore(ClipReward):
     name, factor, label = "pickscore", 1 / 26, "PickScore"
     unit, divisor = "logit / 26", 26.0
     low, high = -math.inf, math.inf
-    file: ClassVar[HubFile] = HubFile("yuvalkirstain/PickScore_v1", "model.safetensors", 4 * H14)
+    files: ClassVar = {"weights": HubFile("yuvalkirstain/PickScore_v1", "model.safetensors", 4 * H14)}
+    parameters, network_name = H14, "ViT-H-14 of yuvalkirstain/PickScore_v1"
     config: ClassVar[dict[str, Any]] = {
         "projection_dim": 1024,
         "text_config": {
@@ -197,14 +195,8 @@ class PickScore(ClipReward):
         from argrpo_cli.networks.weights import published_file
 
         check_dtype(dtype)
-        path = published_file(self.file.repo, TRANSFORMERS_FILES, weights)
+        path = published_file(self.files["weights"].repo, TRANSFORMERS_FILES, weights)
         self.clip = transformers_clip(self.config, path, device, dtype)
-
-    @classmethod
-    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
-        """Its only checkpoint."""
-        weights = bytes_of(H14, options)
-        return Needs.of({"weights": cls.file}, options, weights=weights, network=f"ViT-H-14 of {cls.file.repo}")
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B]."""
@@ -228,11 +220,13 @@ class Aesthetic(Reward):
 
     name, family, reads_prompt = "aesthetic", "quality", False
     label, unit = "Aesthetic", "1 to 10"
-    # A copy of the published file, which lies in the repository above, under its name there. SHA-256 of the published
-    # one: 21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0.
-    file: ClassVar[HubFile] = HubFile(
-        "camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth", 4 * 925_425
-    )
+    # The first is a copy of the published file, which lies in the repository above, under its name there. SHA-256 of
+    # the published one: 21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0.
+    files: ClassVar = {
+        "weights": HubFile("camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth", 4 * 925_425),
+        "clip_weights": OPENAI_FILES["ViT-L-14"][0],
+    }
+    parameters, network_name = L14, "ViT-L-14 and the aesthetic predictor"
     model: ClassVar[tuple[str, str]] = ("ViT-L-14-quickgelu", "openai")
 
     def __init__(
@@ -247,17 +241,10 @@ class Aesthetic(Reward):
         from argrpo_cli.networks.weights import published_file
 
         self.head = AestheticHead()
-        load_state(self.head, published_file(self.file.repo, self.file.file, weights))
+        file = self.files["weights"]
+        load_state(self.head, published_file(file.repo, file.file, weights))
         self.head.to(device).eval().requires_grad_(False)
         self.clip = load_open_clip(*self.model, clip_weights, device, dtype)
-
-    @classmethod
-    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
-        """The predictor and its CLIP."""
-        clip, parameters = OPENAI_FILES["ViT-L-14"]
-        files = {"weights": cls.file, "clip_weights": clip}
-        weights = bytes_of(parameters, options)
-        return Needs.of(files, options, weights=weights, network="ViT-L-14 and the aesthetic predictor")
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from argrpo_cli.geneval.grammar import Prompt, parse_prompt
 from argrpo_cli.geneval.rules import reward_score
 from argrpo_cli.rewards.base import Needs, Reward, choose
-from argrpo_cli.rewards.clip import OPENAI_FILES
+from argrpo_cli.rewards.clip import L14, OPENAI_FILES
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.hub import HubFile
 
@@ -42,6 +42,11 @@ class GenEval(Reward):
     """
 
     name = "geneval"
+    files: ClassVar = {
+        "weights": HubFile(REPO, "model.safetensors", 4 * PARAMETERS),
+        "clip_weights": OPENAI_FILES["ViT-L-14"][0],
+    }
+    parameters, network_name = PARAMETERS + L14, "Mask2Former Swin-S and ViT-L-14"
 
     def __init__(
         self,
@@ -64,13 +69,9 @@ class GenEval(Reward):
         choose("geneval", "detector", options.get("detector", "mask2former"), DETECTORS)
         if options.get("detector") == "nano":
             return Needs()
-        detector = (HubFile(REPO, "config.json"), HubFile(REPO, "model.safetensors", 4 * PARAMETERS))
-        clip, parameters = OPENAI_FILES["ViT-L-14"]
-        files = (
-            *(() if options.get("weights") is not None else detector),
-            *(() if options.get("clip_weights") is not None else (clip,)),
-        )
-        return Needs(files, weights=4 * (PARAMETERS + parameters), network="Mask2Former Swin-S and ViT-L-14")
+        config = () if options.get("weights") is not None else (HubFile(REPO, "config.json"),)
+        needs = super().needs(options, device)
+        return needs._replace(files=config + needs.files)
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """Raise UserError for a prompt that GenEval's templates do not make."""

@@ -6,11 +6,11 @@ The network is `networks/blip.py`; the score is (r - mean) / std, with the const
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
-from argrpo_cli.rewards.base import Needs, Reward
+from argrpo_cli.rewards.base import Reward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.hub import HubFile
@@ -39,6 +39,8 @@ class ImageReward(Reward):
     """
 
     name, label, unit = "imagereward", "ImageReward", "standardised"
+    files: ClassVar = {"weights": FILE, "vocabulary": VOCABULARY}
+    parameters, network_name = PARAMETERS, "BLIP of ImageReward"
 
     def __init__(self, device: str = "cpu", *, weights: str | Path | None = None, vocabulary: str | Path | None = None):
         from argrpo_cli.networks import blip
@@ -51,12 +53,6 @@ class ImageReward(Reward):
         self.network = blip.load_network(blip.build_network(), read_state(path), path).to(device)
         self.prepare = Preprocess(self.network.vision.config.image_size)
         self.device = device
-
-    @classmethod
-    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
-        """The checkpoint, always in float32, and BERT's vocabulary."""
-        files = {"weights": FILE, "vocabulary": VOCABULARY}
-        return Needs.of(files, options, weights=4 * PARAMETERS, network="BLIP of ImageReward")
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """UserError when a prompt is empty."""

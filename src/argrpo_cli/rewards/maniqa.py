@@ -9,15 +9,15 @@ and pooling are ours, because pyiqa pools the patches of all crops together and 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from argrpo_cli.rewards.base import Needs, Reward, bytes_of, choose
+from argrpo_cli.rewards.base import Reward, choose
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.hub import HubFile
@@ -150,6 +150,10 @@ class Maniqa(Reward):
 
     name, family, reads_prompt = "maniqa", "quality", False
     low, factor = 0.0, 2.0  # its last layer is a ReLU
+    files: ClassVar = {"weights": FILE}
+    packages: ClassVar = {"pyiqa": "pyiqa"}
+    parameters, network_name = PARAMETERS, "MANIQA of pyiqa"
+    working = 4 * 10**9  # 20 crops of 0.2 GB
 
     def __init__(
         self,
@@ -177,18 +181,6 @@ class Maniqa(Reward):
         self.network = network.to(device, getattr(torch, dtype))
         self.device, self.dtype, self.crop_batch = device, getattr(torch, dtype), crop_batch
         self.seed = seed if crops == "random" else None
-
-    @classmethod
-    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
-        """The weights, and 0.2 GB for each of 20 crops at a time."""
-        return Needs.of(
-            {"weights": FILE},
-            options,
-            packages={"pyiqa": "pyiqa"},
-            weights=bytes_of(PARAMETERS, options),
-            working=4 * 10**9,
-            network="MANIQA of pyiqa",
-        )
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from argrpo_cli.rewards.base import Needs, Reward
+from argrpo_cli.rewards.base import Reward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 
@@ -145,7 +145,8 @@ class Ocr(Reward):
     """
 
     name, low, high = "ocr", 0.0, 1.0
-    packages: ClassVar[Mapping[str, str]] = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime"}
+    packages: ClassVar = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime"}  # which bring the weights
+    network_name = "PP-OCR of rapidocr, CPU"
 
     def __init__(self, device: str = "cpu", *, threads: int | None = None):
         import torch
@@ -154,11 +155,6 @@ class Ocr(Reward):
             raise UserError(f"ocr: threads = {threads}: give 1 or more")
         self.device, self.threads = device, threads or torch.get_num_threads()
         self.reader = load_reader()
-
-    @classmethod
-    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
-        """Packages alone: the weights come with them, and they run on the CPU."""
-        return Needs((), cls.packages, network="PP-OCR of rapidocr, CPU")
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """Raise UserError for a prompt that quotes no text."""

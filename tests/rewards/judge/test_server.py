@@ -239,7 +239,7 @@ def test_the_key_is_in_nothing_that_is_kept_or_printed(server, capfd, caplog):
     server.script = {value: [name] * 3 for value, name in enumerate([*FAULTS, *FINAL], start=1) if "drip" not in name}
     judge = JudgeQuality(url=server.url, **{**QUICK, "timeout": 0.2, "attempts": 1})
     judge.score(grey(*range(1, 26)), prompts(25))
-    seen = repr(judge) + repr(vars(judge)) + repr(vars(judge.server)) + judge.server.url + judge.last_error
+    seen = repr(judge) + repr(vars(judge)) + judge.url + judge.last_error
     seen += caplog.text + "".join(capfd.readouterr())
     assert judge.failures >= 20 and "Secret" not in seen
 

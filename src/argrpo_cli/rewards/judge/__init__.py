@@ -7,6 +7,7 @@ or behind a server (`server.py`). An image that the judge gives no score to is N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from argrpo_cli.rewards.base import Needs, choose
 from argrpo_cli.rewards.judge.prompts import FAKE, QUALITY, WEIRD, Question
 from argrpo_cli.rewards.judge.replies import read_score
-from argrpo_cli.rewards.judge.server import JudgeServer, ServerReward, server_needs, to_pil
+from argrpo_cli.rewards.judge.server import ServerReward, server_needs, to_pil
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.hub import HubFile
@@ -45,7 +46,9 @@ class Judge(ServerReward):
         reading: "generate" reads the score from the reply's JSON, as the paper. "logit", for the 0/1 questions and
             the local backend, is P("1") against P("0") where the reply has its digit: one forward pass.
         attempts: replies asked for one image at most.
-        concurrency, timeout, temperature, image_format, backoff: of the server backend, see JudgeServer.
+        temperature: of a server's first attempt. 0 gives the same score again. Where a reply has no score, asking again
+            at 0 would give the same reply, so that further attempts take the settings of the published server path.
+        server: further options of the server backend, see `ServerReward`.
 
     Raises:
         UserError: an option that is not one, a model that cannot be loaded, a server that is not there.
@@ -53,6 +56,7 @@ class Judge(ServerReward):
 
     family, factor, reads_prompt = "realism", 0.25, False
     low, high = 0.0, 1.0
+    published = MODEL
     question: ClassVar[Question]
 
     def __init__(
@@ -64,11 +68,8 @@ class Judge(ServerReward):
         url: str | None = None,
         reading: str = "generate",
         attempts: int = 3,
-        concurrency: int = 16,
-        timeout: float = 60.0,
         temperature: float = 0.0,
-        image_format: str = "png",
-        backoff: float = 1.0,
+        **server: Any,
     ):
         name = self.name
         choose(name, "backend", backend, BACKENDS)
@@ -84,19 +85,12 @@ class Judge(ServerReward):
             raise UserError(f"{name}: backend is {backend!r} and url {'missing' if url is None else 'given'}; {mend}")
         if attempts < 1:
             raise UserError(f"{name}: attempts is {attempts}; it must be at least 1")
-        self.device, self.reading, self.attempts = device, reading, attempts
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"judge: temperature is {temperature!r}; it must be 0 or more")
+        self.device, self.reading, self.attempts, self.temperature = device, reading, attempts, temperature
         self.remote = backend == "server"  # a scheduler may ask it while the device is at other work
-        if url is not None:
-            self.server = JudgeServer(
-                url,
-                model,
-                attempts=attempts,
-                concurrency=concurrency,
-                timeout=timeout,
-                temperature=temperature,
-                image_format=image_format,
-                backoff=backoff,
-            )
+        if self.remote:
+            super().__init__(device, url=url, model=model, attempts=attempts, **server)
         else:
             from argrpo_cli.rewards.judge.local import load_local
 
@@ -114,11 +108,6 @@ class Judge(ServerReward):
         files = (HubFile(model, "config.json"),) if "/" in model else ()
         return Needs(files, weights=None, working=WORKING, network=model)
 
-    def stop(self) -> None:
-        """Break off `score` in another thread, where a server is asked."""
-        if self.remote:
-            super().stop()
-
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B] in the judge's own unit; NaN where it gave no score.
 
@@ -132,7 +121,7 @@ class Judge(ServerReward):
             return self.local.probability_of_one(pictures, prompts)
         read = partial(read_score, question=self.question)
         if self.remote:
-            answers = self.server.ask(pictures, prompts, read)
+            answers = self.ask_server(pictures, prompts, read)
         else:
             answers = self.local.ask(pictures, prompts, read, self.attempts)
         return self.scores_of(answers)

@@ -112,7 +112,7 @@ class Deqa(ServerReward):
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B], NaN where the server gave no score; the conditions are not looked at."""
         requests = [partial(self._request, image) for image in to_pil(images)]
-        return self.scores_of(self.server.complete(requests, score_of, resample=False))
+        return self.scores_of(self.complete(requests, score_of, resample=False))
 
     def _request(self, image: Image) -> dict[str, Any]:
-        return build_request(data_url(squared(image), self.server.image_format))
+        return build_request(data_url(squared(image), self.image_format))

@@ -60,54 +60,66 @@ class Answer(NamedTuple):
     reason: str = ""
 
 
-class JudgeServer:
-    """One model behind one server. Making it asks the server whether it is there and has the model.
+class ServerReward(Reward):
+    """A reward that a model behind a server gives. Making it asks the server whether it is there and has the model.
 
     Args:
         url: such as http://localhost:8000/v1; without a path, /v1 is meant.
+        model: by the name that the server lists.
         attempts: requests for one image at most.
         concurrency: requests at the same time at most.
         timeout: seconds for one attempt from beginning to end.
-        temperature: of the first attempt. 0 gives the same score again. Where a reply has no score, asking again at
-            0 would give the same reply, so that further attempts take the settings of the published server path.
         image_format: "png" is lossless; "jpeg" as the published code.
         backoff: seconds of the first pause; each further one is twice as long, with jitter.
 
     Raises:
-        UserError: an option out of range, a key that cannot be sent, a server that is not reached, refuses the key,
-            or does not have the model.
+        UserError: no url, an option out of range, a key that cannot be sent, a server that is not reached, refuses the
+            key, or does not have the model.
     """
+
+    remote = True
+    published: ClassVar[str]  # name of the model on the hub
+    temperature = 0.0
+    failures = 0
+    _top_k_accepted = True
+    _running: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+    _stopped = False
 
     def __init__(
         self,
-        url: str,
-        model: str,
+        device: str = "cpu",
         *,
+        url: str | None = None,
+        model: str | None = None,
         attempts: int = 3,
         concurrency: int = 16,
         timeout: float = 60.0,
-        temperature: float = 0.0,
         image_format: str = "png",
         backoff: float = 1.0,
     ):
+        if url is None:
+            raise UserError(
+                f"{self.name}: url is missing; serve {self.published} with an OpenAI-compatible server and give its "
+                "url, such as http://localhost:8000/v1"
+            )
         for name, value, least in (("attempts", attempts, 1), ("concurrency", concurrency, 1)):
             if not value >= least:
                 raise UserError(f"judge: {name} is {value!r}; it must be at least {least}")
         if not 0 < timeout < math.inf:
             raise UserError(f"judge: timeout is {timeout!r}; give seconds above 0")
-        if not 0 <= temperature < math.inf:
-            raise UserError(f"judge: temperature is {temperature!r}; it must be 0 or more")
         if image_format not in ("png", "jpeg"):
             raise UserError(f"judge: image_format is {image_format!r}; it is png or jpeg")
-        self.url, self.model = read_url(url), model
+        self.device, self.url, self.model = device, read_url(url), model or self.published
         self.attempts, self.concurrency, self.timeout, self.backoff = attempts, concurrency, timeout, backoff
-        self.temperature, self.image_format = temperature, image_format
-        self._top_k_accepted = True
-        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
-        self._stopped = False
+        self.image_format = image_format
         self._run(self._check_server())
 
-    def ask(
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """Nothing here but the server's address."""
+        return server_needs(f"a server at {options.get('url', '?')}", options)
+
+    def ask_server(
         self, images: Sequence[Image], prompts: Sequence[tuple[str, str]], read: Callable[[str], float]
     ) -> list[Answer]:
         """Ask about every image and read the replies, in the order of the images.
@@ -157,7 +169,7 @@ class JudgeServer:
         return self._run(all_of_them())
 
     def stop(self) -> None:
-        """Break off `complete` in another thread."""
+        """Break off a `score` in another thread."""
         self._stopped = True
         if self._running is not None:
             loop, task = self._running
@@ -202,7 +214,7 @@ class JudgeServer:
         self, client: AsyncClient, request: dict[str, Any], read: Callable[[Any], float], resample: bool
     ) -> Answer:
         sampling: dict[str, float] = {}
-        if resample:  # the settings beside a temperature above 0 are the published ones
+        if resample:  # the settings beside a temperature above 0 are the published ones; see `Judge`
             sampling = {**(RESAMPLING if self.temperature > 0 else {}), "temperature": self.temperature}
         why, attempt = "", 0
         while attempt < self.attempts:
@@ -306,60 +318,6 @@ class JudgeServer:
             raise Fault(f"the connection was dropped: {_system_reason(error)}", retry=True) from None
         except (httpx2.InvalidURL, UnicodeError):
             raise Fault("the host is no name that can be looked up", retry=False) from None
-
-
-class ServerReward(Reward):
-    """What rewards share that ask a server: its options, breaking off, and counting what has no score.
-
-    Args:
-        url: of the OpenAI-compatible server; `model` is its name there. The others are `JudgeServer`'s.
-
-    Raises:
-        UserError: no url, an option out of range, a server that is not there or does not have the model.
-    """
-
-    remote = True
-    published: ClassVar[str]  # name of the model on the hub
-    device: str
-    server: JudgeServer
-    failures = 0
-
-    def __init__(
-        self,
-        device: str = "cpu",
-        *,
-        url: str | None = None,
-        model: str | None = None,
-        attempts: int = 3,
-        concurrency: int = 16,
-        timeout: float = 60.0,
-        image_format: str = "png",
-        backoff: float = 1.0,
-    ):
-        if url is None:
-            raise UserError(
-                f"{self.name}: url is missing; serve {self.published} with an OpenAI-compatible server and give its "
-                "url, such as http://localhost:8000/v1"
-            )
-        self.device = device
-        self.server = JudgeServer(
-            url,
-            model or self.published,
-            attempts=attempts,
-            concurrency=concurrency,
-            timeout=timeout,
-            image_format=image_format,
-            backoff=backoff,
-        )
-
-    @classmethod
-    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
-        """Nothing here but the server's address."""
-        return server_needs(f"a server at {options.get('url', '?')}", options)
-
-    def stop(self) -> None:
-        """Break off `score` in another thread."""
-        self.server.stop()
 
     def scores_of(self, answers: Sequence[Answer]) -> Tensor:
         """float32 [B] on the reward's device, NaN where there is none, which is counted and the latest reason kept."""

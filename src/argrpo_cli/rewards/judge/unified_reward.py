@@ -34,7 +34,7 @@ Text Caption: """
 
 
 class UnifiedReward(ServerReward):
-    """1 to 5 by UnifiedReward; options as those of the judge's server backend."""
+    """1 to 5 by UnifiedReward; options as those of `ServerReward`."""
 
     name, low, high, factor = "unified-reward", 1.0, 5.0, 1 / 5
     label, unit, divisor = "UnifiedReward", "score / 5, images at 512 pixels", 5.0
@@ -51,7 +51,7 @@ class UnifiedReward(ServerReward):
 
         pictures = [one.resize(SIZE, Image.Resampling.BICUBIC) for one in to_pil(images)]
         prompts = [("", question(condition.prompt)) for condition in conditions]
-        return self.scores_of(self.server.ask(pictures, prompts, read_final_score))
+        return self.scores_of(self.ask_server(pictures, prompts, read_final_score))
 
 
 def question(caption: str) -> str:
