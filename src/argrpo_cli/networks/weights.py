@@ -181,21 +181,30 @@ def load_weights(network: nn.Module, folder: str | Path, device: str = "cpu") ->
     return network.to(device).eval().requires_grad_(False)
 
 
+def load_network(kind: type[nn.Module], folder: str | Path, device: str = "cpu") -> nn.Module:
+    """A network of the configuration and with the weights of `folder`, as `load_weights`."""
+    return load_weights(kind(**read_config(folder)), folder, device)
+
+
 # folders of transformers
 
 
-def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype, optional: tuple[str, ...] = ()) -> Model:
+def load_pretrained(
+    kind: type[Model], folder: Path, dtype: torch.dtype, optional: tuple[str, ...] = (), **more: Any
+) -> Model:
     """`from_pretrained` from a local folder that accepts nothing less than the complete weights of this kind.
 
     Args:
+        kind: a class of models, or of transformers' classes that choose one.
         optional: ends of keys that may be missing or unexpected.
+        more: for `from_pretrained`.
 
     Raises:
         UserError: files missing or damaged, another kind of model, keys or shapes that do not fit.
     """
     config = read_json(folder / "config.json")
-    expected = kind.config_class.model_type
-    if config.get("model_type") != expected:
+    expected = getattr(getattr(kind, "config_class", None), "model_type", None)
+    if expected is not None and config.get("model_type") != expected:
         raise UserError(f"{folder} holds a {config.get('model_type')!r} model; expected {expected!r}")
     try:
         with quiet_transformers():
@@ -205,8 +214,9 @@ def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype, optiona
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # reported below, in one line
                 output_loading_info=True,
+                **more,
             )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         why = first_line(error)
         damaged = "; the file is damaged" if "deserializing" in why else ""
         raise UserError(f"cannot load {folder}: {why}{damaged}") from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.rewards.base import Needs, Reward
+from argrpo_cli.rewards.clip import ClipReward
 from argrpo_cli.rewards.geneval import GenEval
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean
@@ -26,20 +27,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class NanoClip(Reward):
+class NanoClip(ClipReward):
     """Cosine similarity in [-1, 1] of image and prompt."""
 
-    name, low, high = "nano-clip", -1.001, 1.001
+    name = "nano-clip"
 
     def __init__(self, device: str = "cpu", folder: str | Path | None = None):
+        from argrpo_cli.networks.clip import ClipModel
         from argrpo_cli.networks.nano import build_clip
+        from argrpo_cli.networks.pixels import to_unit
         from argrpo_cli.networks.weights import load_weights, read_config
 
         folder = folder or WEIGHTS / self.name
-        network, self.tokenizer = build_clip(read_config(folder))
-        self.network = load_weights(network, folder, device)
-        self.device = device
-        self._features: dict[str, Tensor] = {}  # prompts repeat: a class-conditional run has one per class
+        network, tokenizer = build_clip(read_config(folder))
+        self.clip = ClipModel(load_weights(network, folder, device), tokenizer, to_unit, device)
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """Refuse prompts with words it never saw: what it would say of them means nothing.
@@ -48,29 +49,16 @@ class NanoClip(Reward):
             UserError: the first such word, with its prompt.
         """
         for prompt in dict.fromkeys(condition.prompt for condition in conditions):
-            for word in self.tokenizer.split(prompt):
-                if word not in self.tokenizer.ids:
-                    hint = did_you_mean(word, self.tokenizer.words)
+            for word in self.clip.tokenizer.split(prompt):
+                if word not in self.clip.tokenizer.ids:
+                    hint = did_you_mean(word, self.clip.tokenizer.words)
                     hint = hint or "; it reads captions of the nano world, such as 'a photo of two red cars'"
                     raise UserError(f"nano-clip does not know the word {word!r} in the prompt {prompt!r}{hint}")
 
-    def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors [B, D]; UserError as `check` says."""
-        import torch
-
-        fresh = sorted(set(prompts) - self._features.keys())
-        if fresh:
-            self.check([Condition(prompt) for prompt in fresh])
-            features = self.network.encode_text(self.tokenizer(fresh).to(self.device), normalize=True)
-            self._features.update(zip(fresh, features, strict=True))
-        return torch.stack([self._features[prompt] for prompt in prompts])
-
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] and B conditions to float32 [B]."""
-        from argrpo_cli.networks.pixels import to_unit
-
-        features = self.network.encode_image(to_unit(images), normalize=True)
-        return (features * self.text_features([condition.prompt for condition in conditions])).sum(-1)
+        """uint8 [B, 3, H, W] and B conditions to float32 [B]; UserError as `check` says."""
+        self.check(conditions)
+        return super().score(images, conditions)
 
 
 class NanoQuality(Reward):
@@ -80,10 +68,9 @@ class NanoQuality(Reward):
 
     def __init__(self, device: str = "cpu", folder: str | Path | None = None):
         from argrpo_cli.networks.nano import QualityNet
-        from argrpo_cli.networks.weights import load_weights, read_config
+        from argrpo_cli.networks.weights import load_network
 
-        folder = folder or WEIGHTS / self.name
-        self.network = load_weights(QualityNet(**read_config(folder)), folder, device)
+        self.network = load_network(QualityNet, folder or WEIGHTS / self.name, device)
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""
@@ -105,10 +92,9 @@ class NanoCritic(Reward):
 
     def __init__(self, device: str = "cpu", folder: str | Path | None = None):
         from argrpo_cli.networks.nano import CriticNet
-        from argrpo_cli.networks.weights import load_weights, read_config
+        from argrpo_cli.networks.weights import load_network
 
-        folder = folder or WEIGHTS / self.name
-        self.network = load_weights(CriticNet(**read_config(folder)), folder, device)
+        self.network = load_network(CriticNet, folder or WEIGHTS / self.name, device)
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""

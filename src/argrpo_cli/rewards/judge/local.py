@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from torch import Tensor
 
-from argrpo_cli.networks.weights import quiet_transformers
+from argrpo_cli.networks.weights import load_pretrained, quiet_transformers
 from argrpo_cli.rewards.judge.prompts import FORCED_PREFIX
 from argrpo_cli.rewards.judge.replies import UnusableReply
 from argrpo_cli.rewards.judge.server import MAX_TOKENS, RESAMPLING, Answer
@@ -148,17 +147,12 @@ def _load(name: str, device: str) -> LocalJudge:
     try:
         with quiet_transformers():
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
+        model = load_pretrained(AutoModelForImageTextToText, folder, dtype, use_safetensors=True)
+    except (OSError, RuntimeError, ValueError, ImportError, UserError) as error:
         raise UserError(
             f"judge: cannot load the model {name!r}: {first_line(error)}; give the hub name or the folder of an "
             "image-text-to-text model of transformers"
         ) from error
-    for what in ("missing_keys", "unexpected_keys"):
-        if keys := sorted(info[what]):
-            raise UserError(f"judge: cannot load {name!r}: {len(keys)} {what.replace('_', ' ')} such as {keys[0]}")
     if getattr(processor, "chat_template", None) is None or not hasattr(processor, "tokenizer"):
         raise UserError(f"judge: the model {name!r} has no chat template; give one that is trained to chat")
     return LocalJudge(model.to(device).eval().requires_grad_(False), processor)
