@@ -8,8 +8,8 @@ import torch
 
 from argrpo_cli.nano import judge as j
 from argrpo_cli.nano import scenes
-from argrpo_cli.nano.make import corrupt as c
 from argrpo_cli.nano.matching import Match
+from argrpo_cli.nano.tokens import decode, encode
 from argrpo_cli.system.errors import UserError
 from tests.nano.test_scenes import needs_font
 
@@ -41,7 +41,7 @@ def test_wrong_tokens_lower_the_match_the_more_the_worse(judge):
     for share in (0.0, 0.1, 0.3, 0.7):
         wrong = torch.randint(0, judge.tokenizer.config.codebook_size, tokens.shape, generator=generator)
         mask = torch.rand(tokens.shape, generator=generator) < share
-        images = c.decode(judge.tokenizer, torch.where(mask, wrong, tokens))
+        images = decode(judge.tokenizer, torch.where(mask, wrong, tokens))
         means.append(judge.match(images, ids).db.mean().item())
     assert means == sorted(means, reverse=True)
     assert means[0] - means[1] > 2
@@ -93,7 +93,7 @@ def test_the_truth_of_fresh_scenes_is_found(judge):
     rng = np.random.default_rng(7)
     drawn = [scenes.class_scene(rng, i) for i in range(len(scenes.CLASS_NAMES))]
     raw = torch.from_numpy(np.stack([scenes.render(s) for s in drawn]).transpose(0, 3, 1, 2).copy())
-    images = c.decode(judge.tokenizer, c.encode(judge.tokenizer, raw))
+    images = decode(judge.tokenizer, encode(judge.tokenizer, raw))
     match = judge.match(images, torch.arange(len(drawn)))
     truth = [s.objects[0] for s in drawn]
     assert np.mean([abs(a - b.size) <= 1 for a, b in zip(match.size.tolist(), truth, strict=True)]) > 0.9

@@ -105,7 +105,7 @@ def test_pictures_get_their_own_class_back_whatever_the_order():
     together = match_classes(matchers, images, torch.tensor(ids))
     for row, k in enumerate(ids):
         alone = matchers[k].match(images[row : row + 1])
-        for name, value in vars(alone).items():
+        for name, value in alone._asdict().items():
             torch.testing.assert_close(getattr(together, name)[row], value[0], msg=f"{name} of row {row}")
     assert together.db.min() > 45
 

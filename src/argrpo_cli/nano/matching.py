@@ -18,7 +18,8 @@ win by having more of it. match = -10 log10(squared error per object pixel and c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +36,7 @@ CANDIDATES = 16  # renderings of each picture that the search hands to the exact
 FLOOR = 1e-6  # squared error below which a match is perfect (60 dB)
 
 
-@dataclass
-class Match:
+class Match(NamedTuple):
     """The best rendering of each picture, tensors [B].
 
     db: the match; mse: squared error per object pixel and channel, colours in [0, 1]; picture_mse: the same per pixel
@@ -135,7 +135,7 @@ class Matcher:
     def match(self, images: Tensor) -> Match:
         """The best rendering of each uint8 [B, 3, 64, 64]."""
         parts = [self._match(chunk.float() / 255) for chunk in images.split(AT_ONCE)]
-        return joined(parts)
+        return Match(*map(torch.cat, zip(*parts, strict=True)))
 
     def _match(self, images: Tensor) -> Match:
         errors = self.errors(images, border_colour(images))
@@ -176,17 +176,8 @@ def exact_error(image: Tensor, colour: Tensor, alpha: Tensor, y: int, x: int) ->
     return error.item(), alpha.sum().item()
 
 
-def joined(parts: Sequence[Match]) -> Match:
-    """Several matches as one."""
-    return Match(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Match)})
-
-
 def match_classes(matchers: dict[int, Matcher], images: Tensor, class_ids: Tensor) -> Match:
     """The best rendering of each picture's own class; uint8 [B, 3, 64, 64] and int64 [B]."""
-    order = torch.argsort(class_ids, stable=True)
-    parts = []
-    for one in class_ids.unique().tolist():  # in ascending order, as `order`
-        parts.append(matchers[one].match(images[class_ids == one]))
-    back = torch.argsort(order)
-    together = joined(parts)
-    return Match(**{f.name: getattr(together, f.name)[back] for f in fields(Match)})
+    parts = [matchers[one].match(images[class_ids == one]) for one in class_ids.unique().tolist()]  # in ascending order
+    back = torch.argsort(torch.argsort(class_ids, stable=True))
+    return Match(*(torch.cat(values)[back] for values in zip(*parts, strict=True)))
