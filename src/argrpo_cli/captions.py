@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from argrpo_cli.geneval.grammar import TAGS, content, mirrored
-from argrpo_cli.geneval.prompts import prompt_set
+from argrpo_cli.geneval.prompts import SETS, prompt_set
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import read_jsonl, read_text
 
-CAPTION_SETS = ("nano", "geneval", "geneval-nano", "geneval-nano-extra")
+CAPTION_SETS = ("nano", *SETS)
 PER_CATEGORY, SEED = 72, 7  # of the set nano
 SHARED = ("single_object", "counting")  # the benchmark asks nearly all of their few captions: these are trained on, too
 
@@ -29,7 +29,7 @@ def read_captions(source: str | list[str], column: str = "prompt") -> list[str]:
         return source
     if source == "nano":
         return nano_captions()
-    if source in CAPTION_SETS:
+    if source in SETS:
         return [prompt.text for prompt in prompt_set(source)]
     path = Path(source).expanduser()
     if not path.is_file():
