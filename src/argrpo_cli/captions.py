@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,10 @@ SHARED = ("single_object", "counting")  # the benchmark asks nearly all of their
 
 
 def read_captions(source: str | list[str], column: str = "prompt") -> list[str]:
-    """Captions from a list, a bundled name (`CAPTION_SETS`), a text file (one a line) or a .jsonl file.
+    """Captions from a list, a bundled name (`CAPTION_SETS`), or a file: see `file_rows`.
 
     Args:
-        column: of a .jsonl file; several captions in it count each, and a row without any is left out.
+        column: of a file with columns; several captions in it count each, and a row without any is left out.
 
     Raises:
         UserError: no such file, or no captions in it.
@@ -35,14 +38,35 @@ def read_captions(source: str | list[str], column: str = "prompt") -> list[str]:
     if not path.is_file():
         hint = did_you_mean(source, CAPTION_SETS)
         raise UserError(f"no captions {source!r}: not a file, and the bundled ones are {', '.join(CAPTION_SETS)}{hint}")
-    if path.suffix == ".jsonl":
-        rows = enumerate(read_jsonl(path), start=1)
-        captions = [one for number, row in rows for one in captions_in(row, column, f"{path}, line {number}")]
-    else:
-        captions = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    captions: list[str] = []
+    for number, row in enumerate(file_rows(path), start=1):
+        where = f"{path}, {'line' if path.suffix == '.jsonl' else 'row'} {number}"
+        captions += [row.strip()] if isinstance(row, str) else captions_in(row, column, where)
     if not captions:
         raise UserError(f"{path} holds no captions; write one a line")
     return captions
+
+
+def file_rows(path: Path) -> list[str | dict[str, Any]]:
+    """The texts, or rows with columns, of a .jsonl, .csv or .tsv file, of a list in a .json file, or of lines of text.
+
+    Raises:
+        UserError: a file that cannot be read, or that its name does not tell the kind of.
+    """
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    text = read_text(path)
+    if path.suffix in (".csv", ".tsv"):
+        return list(csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ","))
+    if path.suffix != ".json":
+        return [line for line in text.splitlines() if line.strip()]
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, str | dict) for row in rows):
+        raise UserError(f"cannot read {path}: expected a list of texts or of objects")
+    return rows
 
 
 def nano_captions(per_category: int = PER_CATEGORY, seed: int = SEED) -> list[str]:

@@ -174,6 +174,10 @@ def test_captions_come_from_files_and_bundled_sets(tmp_path: Path) -> None:
     assert read_captions(str(tmp_path / "a.txt")) == ["a dog", "a cat"]
     (tmp_path / "b.jsonl").write_text('{"prompt": "a dog", "more": 1}\n')
     assert read_captions(str(tmp_path / "b.jsonl")) == ["a dog"]
+    (tmp_path / "b.csv").write_text('prompt,more\n"a dog, red",1\n')
+    assert read_captions(str(tmp_path / "b.csv")) == ["a dog, red"]
+    (tmp_path / "b.json").write_text('["a dog", "a cat"]')
+    assert read_captions(str(tmp_path / "b.json")) == ["a dog", "a cat"]
     (tmp_path / "c.jsonl").write_text('{"prompt": "a dog"}\n{"text": "a cat"}\n')
     with pytest.raises(UserError, match=r"c\.jsonl, line 2: 'prompt' is missing; there are text"):
         read_captions(str(tmp_path / "c.jsonl"))

@@ -31,7 +31,11 @@ def score(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", metavar="FILE", help="A caption for each image: .txt (one a line) or .jsonl."),
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="A caption for each image: .txt (one a line), .jsonl, .csv, ...",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,

@@ -11,19 +11,16 @@ SHA-256 of each is here, of the list that the AR-GRPO authors evaluate.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli import paper_numbers
-from argrpo_cli.captions import CAPTION_SETS, read_captions
+from argrpo_cli.captions import CAPTION_SETS, file_rows, read_captions
 from argrpo_cli.evals.benchmark import SUMMARY, Benchmark, Subject
 from argrpo_cli.images import METADATA, Item, file_item
 from argrpo_cli.kept import Rows, kept
@@ -32,7 +29,7 @@ from argrpo_cli.sample import file_name
 from argrpo_cli.score import item_key, row_of, score_rows
 from argrpo_cli.shapes import Column, Result, Sampling
 from argrpo_cli.system.errors import UserError, first_line
-from argrpo_cli.system.files import read_jsonl, read_text, write_jsonl
+from argrpo_cli.system.files import read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from argrpo_cli.evals.statistics import Measure
@@ -374,9 +371,9 @@ def read_prompts(given: str, limit: int | None = None) -> PromptList:
     """
     path = Path(given).expanduser()
     if given in CAPTION_SETS:
-        texts: Iterable[str] = read_captions(given)
+        texts = read_captions(given)
     elif path.is_file():
-        texts = _of_file(path)
+        texts = _texts(file_rows(path), path)
     elif path.suffix in SUFFIXES or given.count("/") != 1:
         raise UserError(
             f"no prompts {given!r}: give a file ({', '.join(SUFFIXES)}), a data set of the hub such as {HUB}, "
@@ -390,46 +387,25 @@ def read_prompts(given: str, limit: int | None = None) -> PromptList:
     return PromptList(given, tuple(prompts[:limit]))
 
 
-def _of_file(path: Path) -> list[str]:
-    if path.suffix == ".jsonl":
-        return _of_rows(read_jsonl(path), path)
-    if path.suffix in (".csv", ".tsv"):
-        reader = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t" if path.suffix == ".tsv" else ",")
-        return _of_rows(list(reader), path)
-    if path.suffix == ".json":
-        return _of_json(path)
-    return read_text(path).splitlines()
-
-
-def _of_json(path: Path) -> list[str]:
-    try:
-        rows = json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
-    if not isinstance(rows, list) or not all(isinstance(row, str | dict) for row in rows):
-        raise UserError(f"cannot read {path}: expected a list of texts or of objects")
-    if all(isinstance(row, str) for row in rows):
-        return rows
-    return _of_rows([row if isinstance(row, dict) else {"prompt": row} for row in rows], path)
-
-
-def _of_rows(rows: Sequence[Mapping[str, Any]], source: object) -> list[str]:
+def _texts(rows: Sequence[str | Mapping[str, Any]], source: Path) -> list[str]:
     """The prompts of rows: under a name of `PROMPT_COLUMNS`, or what the human says first in `conversations`."""
-    if rows and "conversations" in rows[0]:
+    if all(isinstance(row, str) for row in rows):
+        return list(rows)
+    rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
+    if "conversations" in rows[0]:
         turns = [row.get("conversations") for row in rows]
-        said = [turn[0].get("value") if isinstance(turn, list) and turn else None for turn in turns]
+        texts = [turn[0].get("value") if isinstance(turn, list) and turn else None for turn in turns]
     else:
-        column = next((name for name in PROMPT_COLUMNS if rows and name in rows[0]), None)
+        column = next((name for name in PROMPT_COLUMNS if name in rows[0]), None)
         if column is None:
-            has = f"it has {', '.join(map(str, rows[0]))}" if rows else "it is empty"
-            raise UserError(
-                f"{source}: no column of prompts ({has}); name it {PROMPT_COLUMNS[0]} or {PROMPT_COLUMNS[3]}"
-            )
-        said = [row.get(column) for row in rows]
-    bad = next((number for number, text in enumerate(said, 1) if not isinstance(text, str)), None)
+            names = f"{PROMPT_COLUMNS[0]} or {PROMPT_COLUMNS[3]}"
+            has = ", ".join(map(str, rows[0]))
+            raise UserError(f"{source}: no column of prompts (it has {has}); name it {names}")
+        texts = [row.get(column) for row in rows]
+    bad = next((number for number, text in enumerate(texts, 1) if not isinstance(text, str)), None)
     if bad is not None:
         raise UserError(f"{source}, row {bad}: its prompt is missing or not text")
-    return said
+    return texts
 
 
 def _of_hub(name: str) -> list[str]:
