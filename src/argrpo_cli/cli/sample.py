@@ -37,7 +37,7 @@ def sample(
         typer.Option(
             "--prompts",
             metavar="SET|FILE",
-            help="Captions of a set (nano, geneval-nano, geneval-nano-extra, geneval) or a file (.txt, .jsonl, .csv, ...).",
+            help="Captions of a set (nano, geneval-nano, geneval-nano-extra, geneval), a .txt, .jsonl, .csv ...",
         ),
     ] = None,
     n: Annotated[
