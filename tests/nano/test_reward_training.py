@@ -10,7 +10,7 @@ from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.make.corrupt import damage_of
 from argrpo_cli.nano.make.rewards import critic_loss, local_damage, quality_loss
 from argrpo_cli.networks.nano import CriticNet, QualityNet
-from argrpo_cli.networks.weights import to_unit
+from argrpo_cli.networks.pixels import to_unit
 
 STEPS = 40
 

@@ -123,6 +123,7 @@ class FakeRewards:
         families = ["conditional", "quality", "realism"]
         self.family = {name: families[index % 3] for index, name in enumerate(self.names)}
         self.calls, self.tolerated = 0, set()
+        self.last_error: dict[str, str] = {}
         self.on_batch: Callable[[int], None] = lambda number: None
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:

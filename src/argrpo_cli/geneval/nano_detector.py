@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from argrpo_cli.geneval.grammar import NANO_COLORS, NANO_OBJECTS, Prompt
 from argrpo_cli.geneval.rules import ClassifyColor, Detection, Detections, Thresholds
-from argrpo_cli.networks.weights import load_weights, read_config, to_unit
+from argrpo_cli.networks.pixels import to_unit
+from argrpo_cli.networks.weights import load_network
 from argrpo_cli.system.files import WEIGHTS
 
 STRIDE = 4
@@ -134,7 +135,7 @@ def color_of(objects: Sequence[Found]) -> ClassifyColor:
 
 def load_detector(folder: str | Path = WEIGHTS / "nano-detector", device: str = "cpu") -> Detector:
     """The bundled detector; UserError when its files are missing."""
-    return Detector(load_weights(DetectorNet(**read_config(folder)), folder), device)
+    return Detector(load_network(DetectorNet, folder), device)
 
 
 class NanoObserver:

@@ -67,12 +67,12 @@ class ClipModel:
     @torch.inference_mode()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors, float32 [B, D]."""
-        asked = list(dict.fromkeys(prompts))
-        if fresh := [prompt for prompt in asked if prompt not in self._texts]:
+        texts = list(dict.fromkeys(prompts))
+        if fresh := [prompt for prompt in texts if prompt not in self._texts]:
             features = self.network.encode_text(self.tokenizer(fresh).to(self.device)).float()
             self._texts.update(zip(fresh, F.normalize(features, dim=-1), strict=True))
         rows = torch.stack([self._texts[prompt] for prompt in prompts])
-        for prompt in asked:
+        for prompt in texts:
             self._texts[prompt] = self._texts.pop(prompt)
         for prompt in list(self._texts)[: max(0, len(self._texts) - REMEMBERED)]:
             del self._texts[prompt]

@@ -1,6 +1,6 @@
 """Weights on disk: files read without running pickled code, networks filled strictly, nothing ever half written.
 
-network = load_weights(QualityNet(**read_config(folder)), folder)            # a folder of the nano world
+network = load_network(QualityNet, folder)                                   # a folder of the nano world
 fit_state(network, read_state(published_file(repo, file, weights)), file)    # what others published
 model = load_pretrained(LlamaGenForImageGeneration, folder, torch.float32)   # a folder of transformers
 """
@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from argrpo_cli.networks.pixels import to_unit  # noqa: F401
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import atomic_path, cannot_write, open_to_all, read_json, write_json
 from argrpo_cli.system.hub import fetch
@@ -128,8 +127,8 @@ def fit_state(
         ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{what} {_some(keys)}" for what, keys in problems.items() if keys)
-        raise UserError(f"weights do not fit: {source} ({told})")
+        listing = "; ".join(f"{what} {_some(keys)}" for what, keys in problems.items() if keys)
+        raise UserError(f"weights do not fit: {source} ({listing})")
     values = {names.get(key, key): new.to(dtype) if own.is_floating_point() else new for key, own, new in both}
     network.load_state_dict(values, assign=True)
 

@@ -145,13 +145,13 @@ class RewardSet:
         remote = {name: reward for name, reward in self.rewards.items() if reward.remote}
         parts: dict[str, list[Tensor]] = {name: [] for name in self.rewards if name not in remote}
         with ThreadPoolExecutor(max_workers=max(1, len(remote))) as waiting:
-            asked = {name: waiting.submit(self._asked, name, images, conditions) for name in remote}
+            pending = {name: waiting.submit(self._scores, name, images, conditions) for name in remote}
             try:
                 for start in range(0, len(images), batch_size):
                     chunk = images[start : start + batch_size].to(self.device)
                     for name in parts:
-                        parts[name].append(self._asked(name, chunk, conditions[start : start + batch_size]))
-                answers = {name: answer.result().to(self.device) for name, answer in asked.items()}
+                        parts[name].append(self._scores(name, chunk, conditions[start : start + batch_size]))
+                answers = {name: answer.result().to(self.device) for name, answer in pending.items()}
             except BaseException:  # Ctrl-C comes here, and not to the threads that wait for a server
                 for reward in remote.values():
                     reward.stop()
@@ -161,18 +161,18 @@ class RewardSet:
         raw = {name: self._trusted(name, raw[name].float(), len(images)) for name in self.rewards}
         return raw | self._quantized(raw)
 
-    def _asked(self, name: str, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+    def _scores(self, name: str, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """The scores of one reward; its error is told under its name, or noted where it is tolerated."""
         import torch
 
         try:
             return self._score(name, images, conditions)
         except (UserError, RuntimeError) as error:
-            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
-            told = told if name in told else f"reward {name} failed: {told}"
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+            why = why if name in why else f"reward {name} failed: {why}"
             if name not in self.tolerated:
-                raise UserError(told) from error
-            self._why[name] = told
+                raise UserError(why) from error
+            self._why[name] = why
             return torch.full((len(images),), math.nan)
 
     def _score(self, name: str, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
@@ -208,8 +208,8 @@ class RewardSet:
         if wrong.any():
             self.missing[name] += int(wrong.sum())
             value = scores[wrong][-1].item()
-            told = self._why.pop(name, "") or self.rewards[name].last_error
-            self.last_error[name] = (math.isnan(value) and told) or f"a score of {value:g}"
+            why = self._why.pop(name, "") or self.rewards[name].last_error
+            self.last_error[name] = (math.isnan(value) and why) or f"a score of {value:g}"
         return scores.masked_fill(wrong, math.nan)
 
     def _quantized(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -234,10 +234,9 @@ def load_rewards(
         UserError: a name or option is unknown, or weights are missing.
     """
     models, steps = networks_of(names, options)
-    for name, given in models.items():
-        check_options(name, given)
-    loaded = {name: load_reward(name, device, given) for name, given in models.items()}
-    return RewardSet(loaded, device, steps)
+    for name, own in models.items():
+        check_options(name, own)
+    return RewardSet({name: load_reward(name, device, own) for name, own in models.items()}, device, steps)
 
 
 def identity(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
@@ -254,8 +253,8 @@ def _identity(
 ) -> dict[str, Any]:
     reward = check_reward(name)
     # Options of a quantised reward may stand at its base.
-    given = {**(options.get(reward.steps_of, {}) if reward.steps_of else {}), **options.get(name, {})}
-    return identity_of(given, reward.function if name not in REWARDS else None, parts)
+    own = {**(options.get(reward.steps_of, {}) if reward.steps_of else {}), **options.get(name, {})}
+    return identity_of(own, reward.function if name not in REWARDS else None, parts)
 
 
 def networks_of(
@@ -269,7 +268,7 @@ def networks_of(
     Raises:
         UserError: a name is unknown, or options contradict each other.
     """
-    options = {name: dict(given) for name, given in (options or {}).items()}
+    options = {name: dict(own) for name, own in (options or {}).items()}
     steps: dict[str, tuple[str, str]] = {}
     for name in names:
         entry = check_reward(name)
@@ -279,9 +278,9 @@ def networks_of(
                 known = ", ".join(entry.mappings)
                 raise UserError(f"reward {name}: mapping {mapping!r} is unknown; choose one of {known}")
             steps[name] = (entry.steps_of, mapping)
-            given, base = options.pop(name, {}), options.get(entry.steps_of, {})
-            if given and base and given != base:
+            own, base = options.pop(name, {}), options.get(entry.steps_of, {})
+            if own and base and own != base:
                 raise UserError(f"{name} is made of the scores of {entry.steps_of}; give options to one of them")
-            options[entry.steps_of] = base or given
+            options[entry.steps_of] = base or own
     models = dict.fromkeys([*(name for name in names if name not in steps), *(of for of, _ in steps.values())])
     return {name: options.get(name, {}) for name in models}, steps

@@ -55,7 +55,7 @@ def find_function(name: str) -> Callable[..., Any] | None:
         function = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:  # whatever its author's code raises while it is imported
         where = f" (looked in {os.getcwd()} and among what is installed)" if isinstance(error, ImportError) else ""
-        raise UserError(f"reward {name}: cannot import {module}: {_told(error)}{where}") from error
+        raise UserError(f"reward {name}: cannot import {module}: {_in_words(error)}{where}") from error
     if not callable(function):
         raise UserError(f"reward {name}: {module} has no function {attribute!r}")
     return function
@@ -117,13 +117,13 @@ class Custom(Reward):
         except (Exception, SystemExit) as error:  # whatever its author's code raises
             if out_of_memory(error):
                 raise  # the caller halves the batch
-            raise UserError(f"reward {self.name} failed: {_told(error)}") from error
+            raise UserError(f"reward {self.name} failed: {_in_words(error)}") from error
         if len(scores) != len(images):
             raise UserError(f"reward {self.name} returned {len(scores)} scores for {len(images)} images")
         return scores
 
 
-def _told(error: BaseException) -> str:
+def _in_words(error: BaseException) -> str:
     """What was raised, and the line of the author's file where."""
     frames = traceback.extract_tb(error.__traceback__)
     inner = next((one for one in reversed(frames) if one.filename != __file__), None)

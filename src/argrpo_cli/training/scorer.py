@@ -41,6 +41,7 @@ class Rewards(Protocol):
     names: Sequence[str]
     family: dict[str, str]
     tolerated: set[str]  # rewards that are only measured: one that fails has no score, and stops nothing
+    last_error: dict[str, str]  # why the latest missing score of a reward is missing
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """Raw scores, float32 [B] each, of images uint8 [B, 3, H, W]; NaN where there is none."""
@@ -132,6 +133,6 @@ class BatchScorer:
             self.weights.items(), torch.stack(list(self._missing)).mean(dim=0), strict=True
         ):
             if weight and share > self.max_missing:
-                last = getattr(self.rewards, "last_error", {}).get(name, "")
+                last = self.rewards.last_error.get(name, "")
                 why = f" (the latest: {last})" if last else ""
                 self.fail(f"reward {name} lacks {share:.0%} of the scores of the last {WINDOW} batches{why}")

@@ -161,7 +161,7 @@ def test_pauses_grow_and_are_bounded():
 
     assert all(0.5 <= pause(1, 1.0) <= 1.0 and 2.0 <= pause(3, 1.0) <= 4.0 for _ in range(50))
     assert len({pause(1, 1.0) for _ in range(50)}) > 1
-    assert pause(50, 1.0) <= 30 and pause(1, 1.0, asked=7.0) == 7.0
+    assert pause(50, 1.0) <= 30 and pause(1, 1.0, least=7.0) == 7.0
     assert asked("5") == 5 and asked("99999999999999999999") == MAX_RETRY_AFTER
     assert asked("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and asked("Wed, 21 Oct 2099 07:28:00 GMT") == MAX_RETRY_AFTER
     assert asked("-3") == asked("soon") == asked("²") == retry_after({}) == 0

@@ -18,7 +18,8 @@ from argrpo_cli.nano.judge import RecognitionNet, canonical_layout, canonical_sc
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups
 from argrpo_cli.nano.make.study import augmented
 from argrpo_cli.nano.tokens import CAPTIONS_FILE, TOKENS_FILE, decode, encode
-from argrpo_cli.networks.weights import save_network, to_unit
+from argrpo_cli.networks.pixels import to_unit
+from argrpo_cli.networks.weights import save_network
 from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
 from argrpo_cli.system.files import save_tensors, write_jsonl
 

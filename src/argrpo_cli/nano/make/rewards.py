@@ -15,7 +15,8 @@ from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups
 from argrpo_cli.nano.make.study import Study, augmented, base_policy, make_study, proposer, rank_agreement
 from argrpo_cli.nano.tokens import decode, encode
 from argrpo_cli.networks.nano import CriticNet, QualityNet, WordTokenizer, build_clip, soft_limit
-from argrpo_cli.networks.weights import save_network, to_unit
+from argrpo_cli.networks.pixels import to_unit
+from argrpo_cli.networks.weights import save_network
 from argrpo_cli.policy import Policy
 from argrpo_cli.rewards.nano import NanoQuality
 from argrpo_cli.seeds import of as seed_of

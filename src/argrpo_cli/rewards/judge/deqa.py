@@ -52,11 +52,11 @@ def expected_level(logprobs: Mapping[str, float]) -> float:
     Raises:
         UnusableReply: there is none of the levels, or none is finite.
     """
-    given = {level: logprobs[level] for level in LEVELS if level in logprobs and logprobs[level] > -math.inf}
-    if not given or not all(math.isfinite(value) for value in given.values()):
+    known = {level: logprobs[level] for level in LEVELS if level in logprobs and logprobs[level] > -math.inf}
+    if not known or not all(math.isfinite(value) for value in known.values()):
         raise UnusableReply("no log-probability of excellent, good, fair, poor or bad")
-    largest = max(given.values())
-    mass = {level: math.exp(value - largest) for level, value in given.items()}
+    largest = max(known.values())
+    mass = {level: math.exp(value - largest) for level, value in known.items()}
     return sum(LEVELS[level] * share for level, share in mass.items()) / sum(mass.values())
 
 

@@ -54,17 +54,17 @@ class LocalJudge:
                 of the published server path, since a greedy one would be the same again.
         """
         answers = [Answer(float("nan"))] * len(images)
-        left = list(range(len(images)))
+        unscored = list(range(len(images)))
         for attempt in range(attempts):
-            if not left:
+            if not unscored:
                 break
-            replies = self.generate([images[i] for i in left], [prompts[i] for i in left], sample=attempt)
-            for i, reply in zip(left, replies, strict=True):
+            replies = self.generate([images[i] for i in unscored], [prompts[i] for i in unscored], sample=attempt)
+            for i, reply in zip(unscored, replies, strict=True):
                 try:
                     answers[i] = Answer(read(reply))
                 except UnusableReply as error:
                     answers[i] = Answer(float("nan"), f"{error} (attempt {attempt + 1} of {attempts})")
-            left = [i for i in left if answers[i].reason]
+            unscored = [i for i in unscored if answers[i].reason]
         return answers
 
     @torch.inference_mode()

@@ -104,10 +104,10 @@ def _last_scores(reply: str) -> list[Any]:
     while (opening := _OPENING.search(reply, reader.position)) is not None:
         reader.position = opening.start()
         value = reader.value()
-        found = _scores(value)
-        if reader.cut and not found and _keys(value):
+        scores = _scores(value)
+        if reader.cut and not scores and _keys(value):
             raise UnusableReply("the reply ends before its score")
-        last = found or last
+        last = scores or last
     if not last:
         raise UnusableReply("the reply has no JSON object with a score")
     if last == [_Reader.CUT]:

@@ -274,8 +274,8 @@ class ServerReward(Reward):
         except TimeoutError:
             raise Fault(f"no full response within {self.timeout:g} s", retry=True) from None
         if status in (401, 403):
-            said = f"the server refuses the key ({status})" if key else f"the server asks for a key ({status})"
-            raise Fault(f"{said}; set {KEY_VARIABLES[0]} to one that it takes", retry=False)
+            why = f"the server refuses the key ({status})" if key else f"the server asks for a key ({status})"
+            raise Fault(f"{why}; set {KEY_VARIABLES[0]} to one that it takes", retry=False)
         if 300 <= status < 400:
             to = _excerpt(received.get("Location", "another address"))
             raise Fault(f"the server answers {status}, a redirect to {to}; give the final address as url", retry=False)
@@ -362,9 +362,9 @@ def api_key() -> str:
     return key
 
 
-def pause(attempt: int, backoff: float, asked: float = 0.0) -> float:
-    """Seconds to wait after the failed attempt `attempt` (from 1): doubling, with jitter, and no less than asked."""
-    return max(min(MAX_PAUSE, backoff * 2.0 ** (attempt - 1)) * random.Random().uniform(0.5, 1.0), asked)
+def pause(attempt: int, backoff: float, least: float = 0.0) -> float:
+    """Seconds to wait after the failed attempt `attempt` (from 1): doubling, with jitter, and no less than `least`."""
+    return max(min(MAX_PAUSE, backoff * 2.0 ** (attempt - 1)) * random.Random().uniform(0.5, 1.0), least)
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -414,8 +414,8 @@ def _text_of(response: Any) -> str:
     except (LookupError, TypeError):
         text = None
     if not isinstance(text, str):
-        said = _excerpt(json.dumps(response))
-        raise Fault(f"the response has no text in choices[0].message.content: {said}", retry=True)
+        excerpt = _excerpt(json.dumps(response))
+        raise Fault(f"the response has no text in choices[0].message.content: {excerpt}", retry=True)
     return text
 
 
