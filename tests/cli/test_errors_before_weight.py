@@ -31,10 +31,16 @@ MISTAKES = [  # a command line, and what the error names
     (["train", "nano/c2i", "--set", "policy.checkpoint=nano-c3i", "--dry-run"], "no policy 'nano-c3i'"),
     (["train", "nano/c2i", "--set", "policy.checkpoint=nano-t2i"], "set conditions.source: captions"),
     (["train", "nano/c2i", "--set", "conditions.classes=[dgo]"], "no class 'dgo'"),
+    (["train", "nano/c2i", "--out", "used"], "used is not empty and not a run"),
     (["eval", "nano", "--policy", "nano-c3i"], "no policy 'nano-c3i'"),
     (["eval", "geneval", "--baseline", "nano-c3i"], "no policy 'nano-c3i'"),
     (["eval", "geneval", "--n", "0"], "--n 0: give 1"),
+    (["eval", "geneval", "--images", "gone"], "no folder gone"),
+    (["eval", "geneval", "--detector", "gone"], "--detector gone: no such file or folder"),
     (["eval", "imagenet"], "nothing to measure"),
+    (["eval", "imagenet", "--images", "gone"], "no folder or .npz file gone"),
+    (["eval", "imagenet", "--policy", "nano-c2i", "--reference", "gone"], "no folder or .npz file gone"),
+    (["eval", "imagenet", "--policy", "nano-c2i", "--out", "used"], "used is not empty"),
     (["eval", "imagenet", "--policy", "nano-c2i", "--seed", "99999"], "--seed 99999: give 0"),
     (["eval", "drawbench", "--columns", "clop"], "reward 'clop' is unknown"),
     (["eval", "drawbench", "--columns", "clip", "--set", "clip.x=1"], "no option 'x'"),
@@ -54,6 +60,8 @@ for arguments in json.load(sys.stdin):
 
 
 def test_a_mistake_is_told_without_torch(tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").touch()
     done = subprocess.run(
         [sys.executable, "-c", EACH],
         input=json.dumps([arguments for arguments, _ in MISTAKES]),
@@ -68,4 +76,4 @@ def test_a_mistake_is_told_without_torch(tmp_path):
         code, has_torch, told = json.loads(line)
         assert code == 2 and message in told and told.count("\n") == 1, (arguments, told)
         assert not has_torch, f"{arguments} loads torch before it says: {told}"
-    assert list(tmp_path.iterdir()) == []
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["used", "used/thesis.tex"]

@@ -16,9 +16,9 @@ from argrpo_cli.cli.options import (
     draws,
     given,
     names_in,
-    refuse_drawing,
     reward_options,
 )
+from argrpo_cli.geneval import check_detector
 from argrpo_cli.system.errors import UserError
 
 CaptionPolicyOption = Annotated[
@@ -29,6 +29,7 @@ ImagesOption = Annotated[
     typer.Option("--images", help="Measure these pictures instead of a policy: a folder, or an .npz with arr_0."),
 ]
 NANO_IMAGES = 2016
+ADM = "adm-256"
 DRAWBENCH_COLUMNS = "clip,hpsv2,aesthetic,deqa,imagereward,pickscore,unified-reward"
 
 
@@ -50,11 +51,9 @@ def nano(
 
     Of a policy, alone or against a baseline with the same seeds, or of a set of finished pictures.
     """
-    policies = _both(policy or "nano-c2i", baseline)
-    if images is not None:
-        refuse_drawing(context)
-    else:
-        check_policies(policies)
+    policies = _both(policy or "nano-c2i", baseline) if images is None else []
+    _check_images(context, images)
+    check_policies(policies)
     _check_file(out)
     from rich.console import Console
 
@@ -112,12 +111,11 @@ def geneval(
     The nano prompts for a policy of the nano world, else the benchmark's 553. Interrupted, the same command goes on
     where it stopped.
     """
-    policies = _both(policy, baseline)
-    if images is not None:
-        refuse_drawing(context)
-        check_policies([], out)
-    else:
-        check_policies(policies, out, "geneval", drawing.seed, n)
+    policies = _both(policy, baseline) if images is None else []
+    _check_images(context, images, "folder")
+    if detector is not None:
+        check_detector(detector)
+    check_policies(policies, out, "geneval", drawing.seed, n)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.geneval import GenEval
     from argrpo_cli.evals.tables import show
@@ -145,7 +143,7 @@ def imagenet(
             metavar="adm-256|PATH",
             help="ADM's batch (fetched, 2 GB), a folder of pictures, an .npz of images or of statistics, or both.",
         ),
-    ] = "adm-256",
+    ] = ADM,
     n: Annotated[int, typer.Option("--n", "--total", help="Images per policy.")] = 50_000,
     resize: Annotated[
         int | None,
@@ -171,13 +169,14 @@ def imagenet(
     Of a policy, alone or against a baseline with the same seeds, or of finished pictures. Interrupted, the same command
     goes on where it stopped; `torchrun --nproc_per_node=2 -m argrpo_cli eval imagenet ...` splits the work.
     """
-    if images is not None:
-        refuse_drawing(context)
+    _check_images(context, images)
     if policy is None and images is None and (statistics is None or given(context, OF_A_POLICY)):
         raise UserError("nothing to measure; give --policy, such as c2i-b-256, or --images")
     policies = _both(policy, baseline) if policy is not None else []
     if policies or images is not None:
         check_policies(policies, out, "imagenet", drawing.seed, n)
+    if reference != ADM and not Path(reference).exists():
+        raise UserError(f"no folder or .npz file {reference}")
     _check_file(statistics)
     from rich.console import Console
 
@@ -295,6 +294,16 @@ BENCHMARKS = {"nano": nano, "geneval": geneval, "imagenet": imagenet, "drawbench
 
 def _both(policy: str, baseline: str | None) -> list[str]:
     return [policy] if baseline is None else [policy, baseline]
+
+
+def _check_images(context: typer.Context, images: Path | None, kind: str = "folder or .npz file") -> None:
+    """UserError where finished pictures, if any, are not there, or an option says how a policy draws some."""
+    if images is None:
+        return
+    for name in given(context, OF_A_POLICY):
+        raise UserError(f"--images measures finished pictures; leave out --{name.replace('_', '-')}")
+    if not images.exists():
+        raise UserError(f"no {kind} {images}")
 
 
 def _check_file(path: Path | None) -> None:

@@ -104,12 +104,6 @@ def given(context: typer.Context, names: Iterable[str]) -> list[str]:
     return [name for name in names if name in context.params and context.get_parameter_source(name).name != "DEFAULT"]
 
 
-def refuse_drawing(context: typer.Context) -> None:
-    """UserError where --images are measured and an option says how a policy draws some."""
-    for name in given(context, OF_A_POLICY):
-        raise UserError(f"--images measures finished pictures; leave out --{name.replace('_', '-')}")
-
-
 def check_policies(
     policies: Sequence[str], out: Path | None = None, space: str = "", seed: int = 0, n: int = 1
 ) -> None:

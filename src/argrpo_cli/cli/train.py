@@ -62,6 +62,7 @@ def train(
     `--processes 8` starts accelerate's launcher; `accelerate launch -m argrpo_cli train RECIPE` works as well.
     """
     from argrpo_cli.recipe import load_recipe
+    from argrpo_cli.runs.run import refuse_used
 
     if resume is not None:
         if recipe is not None or out is not None:
@@ -84,6 +85,8 @@ def train(
         run_dir = out if out is not None else loaded.run_dir
     if resume is None:
         _check_names(loaded)
+    if resume is None and not dry_run:
+        refuse_used(run_dir)
     notice(f"loading {loaded.policy.checkpoint} ...")
     if dry_run:
         _dry_run(loaded, processes or 1)
@@ -95,7 +98,7 @@ def train(
     if processes is not None and processes > 1:
         what = [str(recipe), "--out", str(run_dir)] if resume is None else ["--resume", str(resume)]
         again = ["train", *what, *(f"--set={text}" for text in set_ or ())]
-        return _together(again, loaded, None if resume else run_dir, processes, accelerate_config or "ddp")
+        return _together(again, loaded, processes, accelerate_config or "ddp")
 
     from argrpo_cli.training.train import run_training
 
@@ -127,21 +130,14 @@ def _check_names(recipe: Recipe) -> None:
             class_id(asked, seen.names)
 
 
-def _together(arguments: list[str], recipe: Recipe, new: Path | None, processes: int, config: str) -> None:
-    """The command by several processes; what can be checked cheaply is checked once, before they start.
-
-    Args:
-        new: the folder of a new run.
-    """
-    from argrpo_cli.runs.run import refuse_used
+def _together(arguments: list[str], recipe: Recipe, processes: int, config: str) -> None:
+    """The command by several processes; what can be checked cheaply is checked once, before they start."""
     from argrpo_cli.training.launch import check_processes, config_file, launch
     from argrpo_cli.training.shares import images_per_process
 
     config_file(config)
     cpu = check_processes(processes, recipe.policy.device, config)
     images_per_process(recipe.grpo, processes)
-    if new is not None:
-        refuse_used(new)
     code = launch(arguments, processes, config, cpu)
     if code:
         raise SystemExit(code)

@@ -38,14 +38,15 @@ from argrpo_cli.evals.geneval_pictures import (
     write_metadata,
 )
 from argrpo_cli.evals.statistics import Measure, average, mean_of
-from argrpo_cli.geneval.detector import DETECTORS, MASK2FORMER, NANO, OfficialObserver, describe, load_observer
+from argrpo_cli.geneval import DETECTORS, MASK2FORMER, NANO, check_detector
+from argrpo_cli.geneval.detector import OfficialObserver, describe, load_observer
 from argrpo_cli.geneval.grammar import NANO_OBJECTS, Prompt
 from argrpo_cli.geneval.prompts import official_jsonl, prompt_set
 from argrpo_cli.geneval.rules import ClassifyColor, Detection, Detections, judge_image
 from argrpo_cli.images import read_image
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.shapes import Column, Condition, Result, Shot
-from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import save_png, write_jsonl
 
 if TYPE_CHECKING:
@@ -96,10 +97,8 @@ def open_judge(
     Raises:
         UserError: no such detector, weights that are missing, damaged or of another network.
     """
+    check_detector(detector)
     local = None if detector in DETECTORS else Path(detector)
-    if local is not None and not local.exists():
-        names = f"give {NANO}, {MASK2FORMER}, the benchmark's .pth file or a folder of transformers' Mask2Former"
-        raise UserError(f"--detector {detector}: no such file or folder; {names}{did_you_mean(detector, DETECTORS)}")
     if detector == NANO and colors is not None:
         raise UserError(f"--colors {colors}: the detector nano names colours itself; leave it out")
     observer = load_observer(MASK2FORMER if local else detector, device, local, colors)

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from argrpo_cli.geneval import DETECTORS, MASK2FORMER, NANO
 from argrpo_cli.geneval.colors import MODEL, PRETRAINED, crop_for_color
 from argrpo_cli.geneval.grammar import OBJECT_NAMES, Prompt
 from argrpo_cli.geneval.mmdet_weights import from_mmdet
@@ -44,8 +45,6 @@ from argrpo_cli.system.hub import fetch
 if TYPE_CHECKING:
     from argrpo_cli.geneval.colors import ClipColors
 
-NANO, MASK2FORMER = "nano", "mask2former"
-DETECTORS = (MASK2FORMER, NANO)
 
 REPO, FILES = "facebook/mask2former-swin-small-coco-instance", ("config.json", "model.safetensors")
 MMDET_FILES = (".pth", ".pt")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from argrpo_cli.geneval import DETECTORS
 from argrpo_cli.geneval.grammar import Prompt, parse_prompt
 from argrpo_cli.geneval.rules import reward_score
 from argrpo_cli.rewards.base import Needs, Reward, choose
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REPO, PARAMETERS = "facebook/mask2former-swin-small-coco-instance", 68_741_083
-DETECTORS = ("mask2former", "nano")
 
 
 class GenEval(Reward):
