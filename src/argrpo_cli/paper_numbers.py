@@ -33,8 +33,8 @@ def before_and_after(number: int, policy: str | None = None) -> dict[str, Row]:
     Without a policy, those of the only one in the table.
     """
     names, rows = _facts()["policies"], table(number)
-    known = [one for recipe, one in rows.items() if names[recipe] == policy or (policy is None and len(rows) == 1)]
-    return {BEFORE: known[0]["base"], AFTER: known[0]["trained"]} if known else {}
+    own = [one for recipe, one in rows.items() if names[recipe] == policy or (policy is None and len(rows) == 1)]
+    return {BEFORE: own[0]["base"], AFTER: own[0]["trained"]} if own else {}
 
 
 def ablation(number: int) -> dict[str, Row]:

@@ -19,7 +19,7 @@ from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
 from tests.geneval.test_clip_colors import clip  # noqa: F401
-from tests.geneval.test_mask2former import tiny_config
+from tests.geneval.test_detector import tiny_config
 from tests.geneval.test_mmdet_weights import tiny_network, tiny_state
 
 PROMPTS = ("a photo of a bench", "a photo of a red car and a blue dog")

@@ -124,7 +124,7 @@ def judged(folder, observer):
     for shot, value in zip(shots, (10, 250), strict=True):
         save_picture(folder / shot.file, value)
     bench = GenEval()
-    bench.asked, bench.judge = [COUNTING] * 2, Judge(observer, {})
+    bench.targets, bench.judge = [COUNTING] * 2, Judge(observer, {})
     bench.measure(Subject("a", "a", folder / "out", folder, shots, None, {}), 8, ALONE)
     rows = read_jsonl(folder / "out" / RESULTS)
     assert rows == bench.rows["a"]

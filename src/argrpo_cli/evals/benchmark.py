@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli import __version__, seeds
+from argrpo_cli.images import file_item
 from argrpo_cli.kept import check_claim, claim
 from argrpo_cli.shapes import Column, Result, Sampling, Shot
 from argrpo_cli.system.errors import UserError
@@ -118,7 +119,9 @@ class Benchmark:
 
     def about(self, images: Path, shots: Sequence[Shot]) -> dict[str, Any]:
         """Plain data that changes when finished pictures, or what they show, do."""
-        listed = "".join(f"{shot.file} {shot.condition.prompt} {stamp(images / shot.file)}\n" for shot in shots)
+        listed = "".join(
+            f"{shot.file} {shot.condition.prompt} {file_item(images, shot.file).stamp}\n" for shot in shots
+        )
         return {"count": len(shots), "files": hashlib.sha256(listed.encode()).hexdigest()}
 
     def identity(self) -> dict[str, Any]:
@@ -329,18 +332,12 @@ def policy_folders(policies: Sequence[str]) -> list[str]:
     return names
 
 
-def stamp(path: Path) -> str:
-    """Size and time of a file, which change when it does."""
-    status = path.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
 def versions(packages: Sequence[str] = ()) -> dict[str, str]:
     """Of argrpo, torch and those of some packages that are installed."""
-    known = {"argrpo": __version__}
+    numbers = {"argrpo": __version__}
     for name in ("torch", *packages):
         try:
-            known[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             continue
-    return known
+    return numbers

@@ -66,7 +66,7 @@ class DrawBench(Benchmark):
         rewards: Sequence[str] = TABLE_4,
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        self.asked, self.rewards, self.options = prompts, list(rewards), dict(options or {})
+        self.prompt_list, self.rewards, self.options = prompts, list(rewards), dict(options or {})
         if not rewards:
             raise UserError("--columns is empty; name at least one reward")
         for reward in rewards:
@@ -78,13 +78,13 @@ class DrawBench(Benchmark):
         self.scores: dict[str, Scores] = {}
 
     def prompts(self) -> Sequence[str]:
-        return self.asked.prompts
+        return self.prompt_list.prompts
 
     def file(self, prompt: int, sample: int) -> str:
-        return file_name(prompt, self.asked.prompts[prompt], sample)
+        return file_name(prompt, self.prompt_list.prompts[prompt], sample)
 
     def identity(self) -> dict[str, Any]:
-        return {"prompts": self.asked.sha256}
+        return {"prompts": self.prompt_list.sha256}
 
     def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
         """The pictures, and then metadata.jsonl: its presence means that they are complete."""
@@ -107,11 +107,11 @@ class DrawBench(Benchmark):
         A reward that cannot be loaded, or fails on the way, gives a `fault` and no error.
         """
         options = {reward: self.options.get(reward, {})}
-        known = {"reward": reward, **identity([reward], options)[reward]}
+        question = {"reward": reward, **identity([reward], options)[reward]}
         scorer = Scorer(reward, options, team.device)
 
         def open_stores() -> list[Rows]:
-            return [Rows(one.folder / "scores", known, item_key) for one in subjects]
+            return [Rows(one.folder / "scores", question, item_key) for one in subjects]
 
         def read() -> list[list[tuple[float, str | None] | None]]:
             return [store.read(own) for store, own in zip(stores, items, strict=True)]
@@ -137,7 +137,7 @@ class DrawBench(Benchmark):
         return Scores(by_name, hashes[0] if hashes else None, fault, missing)
 
     def _mean(self, reward: str, subject: Subject) -> Measure:
-        places = {prompt: place for place, prompt in enumerate(self.asked.prompts)}
+        places = {prompt: place for place, prompt in enumerate(self.prompt_list.prompts)}
         prompts = [places[shot.condition.prompt] for shot in subject.shots]
         return self.scores[reward].mean(subject.name, prompts, check_reward(reward).divisor)
 
@@ -150,11 +150,11 @@ class DrawBench(Benchmark):
 
     def paper(self, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
         rows = paper_numbers.before_and_after(4)
-        known = [reward for reward in self.rewards if reward in TABLE_4]
-        return {name: {reward: row[reward] for reward in known} for name, row in rows.items()} if known else {}
+        columns = [reward for reward in self.rewards if reward in TABLE_4]
+        return {name: {reward: row[reward] for reward in columns} for name, row in rows.items()} if columns else {}
 
     def protocol(self, subjects: Sequence[Subject]) -> dict[str, Any]:
-        prompts = self.asked
+        prompts = self.prompt_list
         return {
             "prompts": {
                 "source": prompts.source,
@@ -178,7 +178,7 @@ class DrawBench(Benchmark):
         ]
 
     def warnings(self, subjects: Sequence[Subject]) -> list[str]:
-        return [text for text in (self.asked.remark(),) if text]
+        return [text for text in (self.prompt_list.remark(),) if text]
 
     def late_warnings(self, subjects: Sequence[Subject]) -> list[str]:
         return [text for reward, own in self.scores.items() for text in own.warnings(reward)]
@@ -356,7 +356,7 @@ def published_hashes() -> set[str]:
     return set(FINGERPRINT.read_text("ascii").split())
 
 
-def read_prompts(given: str, limit: int | None = None) -> PromptList:
+def read_prompts(source: str, limit: int | None = None) -> PromptList:
     """Prompts of a file, a bundled set of captions (`captions.CAPTION_SETS`), or a data set of the hub.
 
     Files: .txt (one a line), .jsonl, .csv or .tsv with a column of `PROMPT_COLUMNS`, .json with a list of texts, of
@@ -369,22 +369,22 @@ def read_prompts(given: str, limit: int | None = None) -> PromptList:
     Raises:
         UserError: no such file or set, no prompts in it, the hub is not reached.
     """
-    path = Path(given).expanduser()
-    if given in CAPTION_SETS:
-        texts = read_captions(given)
+    path = Path(source).expanduser()
+    if source in CAPTION_SETS:
+        texts = read_captions(source)
     elif path.is_file():
         texts = _texts(file_rows(path), path)
-    elif path.suffix in SUFFIXES or given.count("/") != 1:
+    elif path.suffix in SUFFIXES or source.count("/") != 1:
         raise UserError(
-            f"no prompts {given!r}: give a file ({', '.join(SUFFIXES)}), a data set of the hub such as {HUB}, "
+            f"no prompts {source!r}: give a file ({', '.join(SUFFIXES)}), a data set of the hub such as {HUB}, "
             f"or one of {', '.join(CAPTION_SETS)}"
         )
     else:
-        texts = _of_hub(given)
+        texts = _of_hub(source)
     prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
     if not prompts:
-        raise UserError(f"{given} holds no prompts")
-    return PromptList(given, tuple(prompts[:limit]))
+        raise UserError(f"{source} holds no prompts")
+    return PromptList(source, tuple(prompts[:limit]))
 
 
 def _texts(rows: Sequence[str | Mapping[str, Any]], source: Path) -> list[str]:

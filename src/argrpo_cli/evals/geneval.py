@@ -128,7 +128,8 @@ class GenEval(Benchmark):
         sets: Sequence[str] | None = None,
     ):
         self.detector, self.colors, self.detector_batch_size, self.sets = detector, colors, detector_batch_size, sets
-        self.asked: list[Prompt] = []  # of each picture
+        self.questions: list[Prompt] = []  # in the order in which they are asked
+        self.targets: list[Prompt] = []  # what each picture must show
         self.rows: dict[str, list[dict[str, Any]]] = {}  # policy to verdicts
         self.judge: Judge
 
@@ -156,37 +157,34 @@ class GenEval(Benchmark):
             raise UserError(f"--detector {NANO}: it knows the nano world alone; leave it out, or give {MASK2FORMER}")
         self.judge = open_judge(detector, team.device, self.colors, self.detector_batch_size)
         self.packages = self.judge.packages
+        self.questions = [prompt for name in self.sets or () for prompt in prompt_set(name)]
 
     @property
     def official(self) -> bool:
         """Whether the benchmark's own prompts are drawn."""
         return self.sets is not None and tuple(self.sets) == OFFICIAL_SETS
 
-    def chosen(self) -> list[Prompt]:
-        """The prompts, in the order in which they are asked."""
-        return [prompt for name in self.sets for prompt in prompt_set(name)]
-
     def prompts(self) -> Sequence[str]:
-        return [prompt.text for prompt in self.chosen()]
+        return [prompt.text for prompt in self.questions]
 
     def shots(self, policy: Policy, n: int, seed: int) -> list[Shot]:
         shots = super().shots(policy, n, seed)
-        self.asked = [prompt for prompt in self.chosen() for _ in range(n)]
+        self.targets = [prompt for prompt in self.questions for _ in range(n)]
         return shots
 
     def file(self, prompt: int, sample: int) -> str:
-        index = self.chosen()[prompt].index
+        index = self.questions[prompt].index
         return official_file(index, sample) if self.official else f"{index:05d}-{sample}.png"
 
     def finished(self, images: Path) -> list[Shot]:
         pictures = read_pictures(images)
-        self.asked = [prompt for _, prompt in pictures]
+        self.targets = [prompt for _, prompt in pictures]
         return [Shot(Condition(prompt.text), -1, file) for file, prompt in pictures]
 
     def identity(self) -> dict[str, Any]:
         return {
             **({} if self.sets is None else {"sets": list(self.sets)}),
-            "prompts": hashlib.sha256(official_jsonl(dict.fromkeys(self.asked)).encode()).hexdigest(),
+            "prompts": hashlib.sha256(official_jsonl(dict.fromkeys(self.targets)).encode()).hexdigest(),
             "detector": self.judge.label,
             "thresholds": asdict(self.judge.observer.thresholds),
         }
@@ -198,12 +196,12 @@ class GenEval(Benchmark):
 
     def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
         if self.official:
-            team.lead(lambda: write_metadata(subject.pictures, dict.fromkeys(self.asked)))
+            team.lead(lambda: write_metadata(subject.pictures, dict.fromkeys(self.targets)))
         super().gather(policy, subject, sampling, batch_size, team)
 
     def measure(self, subject: Subject, batch_size: int, team: Team) -> dict[str, Measure]:
         """Verdicts of all pictures, written to results.jsonl and results.official.jsonl, and their shares."""
-        pairs = list(zip(subject.shots, self.asked, strict=True))
+        pairs = list(zip(subject.shots, self.targets, strict=True))
         store = self._store(subject)
         judge = partial(judge_batch, subject.pictures, self.judge)
         kept(pairs, judge, store, batch_size=batch_size, label=f"judging {subject.name}", team=team)
@@ -220,8 +218,10 @@ class GenEval(Benchmark):
 
         team.lead(write)
         measures = {}
-        for part, chosen in self._parts().items():
-            own = [(prompt, row["correct"]) for prompt, row in zip(self.asked, rows, strict=True) if prompt in chosen]
+        for part, prompts in self._parts().items():
+            own = [
+                (target, row["correct"]) for target, row in zip(self.targets, rows, strict=True) if target in prompts
+            ]
             measures |= {f"{part}/{tag}": one for tag, one in shares(own).items()}
         return measures
 
@@ -231,11 +231,11 @@ class GenEval(Benchmark):
 
     def _parts(self) -> dict[str, set[Prompt]]:
         """The first of the sets of prompts and, where there are more, all together."""
-        asked = set(self.asked)
+        prompts = set(self.targets)
         if self.sets is None:
-            return {OFFICIAL_SET if asked <= set(prompt_set(OFFICIAL_SET)) else THESE_IMAGES: asked}
+            return {OFFICIAL_SET if prompts <= set(prompt_set(OFFICIAL_SET)) else THESE_IMAGES: prompts}
         parts = {self.sets[0]: set(prompt_set(self.sets[0]))}
-        return parts if len(self.sets) == 1 else {**parts, " + ".join(self.sets): asked}
+        return parts if len(self.sets) == 1 else {**parts, " + ".join(self.sets): prompts}
 
     # --- what is told
 
@@ -244,9 +244,9 @@ class GenEval(Benchmark):
         order = [*paper_numbers.before_and_after(3)[paper_numbers.AFTER], *TOTALS]
         return {
             f"{part}/{tag}": Column(tag.replace("_", " "), "", "higher", 1, True, part)
-            for part, chosen in self._parts().items()
+            for part, prompts in self._parts().items()
             for tag in order
-            if tag in ("overall", *TOTALS) or any(prompt.tag == tag for prompt in chosen)
+            if tag in ("overall", *TOTALS) or any(prompt.tag == tag for prompt in prompts)
         }
 
     def paper(self, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
@@ -263,20 +263,20 @@ class GenEval(Benchmark):
     def departures(self, subjects: Sequence[Subject]) -> list[str]:
         if subjects[0].card is not None:
             return []
-        other = sorted({count for count in Counter(self.asked).values() if count != self.n})
+        other = sorted({count for count in Counter(self.targets).values() if count != self.n})
         return [f"images per prompt {' or '.join(map(str, other))} (paper {self.n})"] if other else []
 
     def warnings(self, subjects: Sequence[Subject]) -> list[str]:
-        count = absent(self.asked) if subjects[0].card is None else 0
+        count = absent(self.targets) if subjects[0].card is None else 0
         return [f"{count} of the 553 official prompts have no image: overall is not the paper's"] if count else []
 
     def finish(self, result: Result, subjects: Sequence[Subject], out: Path) -> Result:
-        write_jsonl(out / "prompts.jsonl", by_prompt(self.rows, list(dict.fromkeys(self.asked))))
+        write_jsonl(out / "prompts.jsonl", by_prompt(self.rows, list(dict.fromkeys(self.targets))))
         failures = [row for row in self.rows[subjects[0].name] if not row["correct"]]
         if failures:
             count = min(MOST_FAILURES, len(failures))
-            chosen = [failures[index * len(failures) // count] for index in range(count)]
-            sheet = failure_sheet(chosen, subjects[0].pictures, self.judge.observer.thresholds)
+            some = [failures[index * len(failures) // count] for index in range(count)]
+            sheet = failure_sheet(some, subjects[0].pictures, self.judge.observer.thresholds)
             save_png(out / "failures.png", sheet)
         return result
 
@@ -352,8 +352,8 @@ def judge_batch(folder: Path, judge: Judge, pairs: Sequence[tuple[Shot, Prompt]]
     for shape in dict.fromkeys(one.shape for one in pixels):
         places = [place for place, one in enumerate(pixels) if one.shape == shape]
         images = torch.from_numpy(np.stack([pixels[place] for place in places]))
-        seen = judge.observer.observe(images, [pairs[place][1] for place in places])
-        for place, (detections, classify) in zip(places, seen, strict=True):
+        observations = judge.observer.observe(images, [pairs[place][1] for place in places])
+        for place, (detections, classify) in zip(places, observations, strict=True):
             shot, prompt = pairs[place]
             verdicts[place] = _verdict(shot.file, prompt, detections, classify, judge)
     return [verdicts[place] for place in range(len(pairs))]

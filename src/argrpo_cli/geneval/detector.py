@@ -286,16 +286,16 @@ class OfficialObserver:
     def observe(self, images: Tensor, prompts: Sequence[Prompt]) -> list[tuple[Detections, ClassifyColor]]:
         """uint8 [B, 3, H, W] and B prompts; colours are known of the objects that the prompts ask them of."""
         pictures = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        found: list[Detections] = []
-        asked: list[tuple[int, str, int]] = []  # image, class, index of the detection
+        by_image: list[Detections] = []
+        questions: list[tuple[int, str, int]] = []  # image, class, index of the detection
         crops: list[np.ndarray] = []
         for place, (prompt, objects) in enumerate(zip(prompts, self.detector.detect(images), strict=True)):
-            found.append(objects.detections)
+            by_image.append(objects.detections)
             for name, detection in colored_objects(prompt, objects.detections, self.thresholds):
                 mask = objects.masks[name][detection.index].cpu().numpy()
-                asked.append((place, name, detection.index))
+                questions.append((place, name, detection.index))
                 crops.append(crop_for_color(pictures[place], mask, detection.box))
-        answers = dict(zip(asked, self.colors.classify([name for _, name, _ in asked], crops), strict=True))
+        answers = dict(zip(questions, self.colors.classify([name for _, name, _ in questions], crops), strict=True))
 
         def classifier(place: int) -> ClassifyColor:
             def classify(name: str, detections: Sequence[Detection]) -> list[str]:
@@ -303,7 +303,7 @@ class OfficialObserver:
 
             return classify
 
-        return [(detections, classifier(place)) for place, detections in enumerate(found)]
+        return [(detections, classifier(place)) for place, detections in enumerate(by_image)]
 
 
 def load_observer(
