@@ -149,9 +149,9 @@ def check_resize(resize: int | None) -> None:
 def _shots(policy: Policy, order: Order) -> list[Shot]:
     """The images to draw, condition by condition in the order asked for, each condition once."""
     order.check_kind(policy.card.reads)
-    asked: Sequence[str | int] = order.prompts or order.classes or range(len(policy.card.names))
+    names: Sequence[str | int] = order.prompts or order.classes or range(len(policy.card.names))
     shots = []
-    for place, condition in enumerate(dict.fromkeys(policy.conditions(list(asked)))):
+    for place, condition in enumerate(dict.fromkeys(policy.conditions(list(names)))):
         number = place if condition.class_id is None else condition.class_id
         for seed in range(order.seed, order.seed + order.n):
             file = file_name(number, _name(Shot(condition, seed), policy.card), seed)

@@ -52,8 +52,8 @@ def _benchmark(context: typer.Context) -> None:
         raise UserError(f"eval needs a BENCHMARK: {', '.join(BENCHMARKS)}")
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(show: bool) -> None:
+    if show:
         print(f"argrpo {__version__}")
         raise typer.Exit()
 

@@ -14,9 +14,9 @@ from argrpo_cli.cli.options import (
     check_policies,
     check_rewards,
     draws,
-    given,
     names_in,
     reward_options,
+    set_options,
 )
 from argrpo_cli.geneval import check_detector
 from argrpo_cli.system.errors import UserError
@@ -170,7 +170,7 @@ def imagenet(
     goes on where it stopped; `torchrun --nproc_per_node=2 -m argrpo_cli eval imagenet ...` splits the work.
     """
     _check_images(context, images)
-    if policy is None and images is None and (statistics is None or given(context, OF_A_POLICY)):
+    if policy is None and images is None and (statistics is None or set_options(context, OF_A_POLICY)):
         raise UserError("nothing to measure; give --policy, such as c2i-b-256, or --images")
     policies = _both(policy, baseline) if policy is not None else []
     if policies or images is not None:
@@ -394,7 +394,7 @@ def _check_images(context: typer.Context, images: Path | None, kind: str = "fold
     """UserError where finished pictures, if any, are not there, or an option says how a policy draws some."""
     if images is None:
         return
-    for name in given(context, OF_A_POLICY):
+    for name in set_options(context, OF_A_POLICY):
         raise UserError(f"--images measures finished pictures; leave out --{name.replace('_', '-')}")
     if not images.exists():
         raise UserError(f"no {kind} {images}")

@@ -99,8 +99,8 @@ def draws(without: Iterable[str] = (), **defaults: Any) -> Callable[[Callable[..
     return decorate
 
 
-def given(context: typer.Context, names: Iterable[str]) -> list[str]:
-    """Those of a command's options that were given, and not left at their defaults."""
+def set_options(context: typer.Context, names: Iterable[str]) -> list[str]:
+    """Those of a command's options that are on the command line, and not left at their defaults."""
     return [name for name in names if name in context.params and context.get_parameter_source(name).name != "DEFAULT"]
 
 
@@ -130,9 +130,9 @@ def check_rewards(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]
     """Refuse before torch is loaded rewards that there are not, and options that they do not have."""
     from argrpo_cli.rewards import REWARDS, check_options, networks_of
 
-    for name, given in networks_of(names, options)[0].items():
-        if given and name in REWARDS:
-            check_options(name, given)
+    for name, own in networks_of(names, options)[0].items():
+        if own and name in REWARDS:
+            check_options(name, own)
 
 
 def names_in(text: str) -> list[str]:

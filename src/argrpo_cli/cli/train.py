@@ -126,8 +126,8 @@ def _check_names(recipe: Recipe) -> None:
     section, seen = recipe.conditions, glance(recipe.policy.checkpoint)
     if seen is not None:
         check_source(section, seen.reads, recipe.policy.checkpoint)
-        for asked in (*(section.classes if section.classes != "all" else ()), *section.weights):
-            class_id(asked, seen.names)
+        for name in (*(section.classes if section.classes != "all" else ()), *section.weights):
+            class_id(name, seen.names)
 
 
 def _together(arguments: list[str], recipe: Recipe, processes: int, config: str) -> None:
