@@ -340,6 +340,19 @@ def test_the_documented_reward_of_ones_own(own):
     assert rewards.score(images(3), conditions(3))[name].tolist() == pytest.approx([0, 1 / 255, 2 / 255])
 
 
+def test_the_documented_reward_of_the_package(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text("utf-8")
+    (tmp_path / "sharpness_documented.py").write_text(text.split("```python\n")[2].split("```")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(REWARDS, "sharpness", "sharpness_documented:Sharpness")
+    rewards = load_rewards(["sharpness"], options={"sharpness": {"step": 2}})
+    assert rewards.family == {"sharpness": "quality"}
+    stripes = torch.tensor([0, 0, 255, 255], dtype=torch.uint8).expand(1, 3, 4, 4)
+    assert rewards.score(stripes, conditions(1))["sharpness"].tolist() == [1.0]
+    with pytest.raises(UserError, match="reward sharpness: step is 'x'; expected int"):
+        load_rewards(["sharpness"], options={"sharpness": {"step": "x"}})
+
+
 def test_it_may_return_a_list_with_gaps_and_take_options(own):
     name = own(
         """
