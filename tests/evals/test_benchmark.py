@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from itertools import pairwise
 
 import pytest
 import torch
+from rich.console import Console
 
 from argrpo_cli import seeds
 from argrpo_cli.draw import draw_into
 from argrpo_cli.evals import benchmark as b
+from argrpo_cli.evals.report import sections
 from argrpo_cli.evals.statistics import mean_of
+from argrpo_cli.evals.tables import table
 from argrpo_cli.images import read_image
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, Value
@@ -19,12 +23,15 @@ from tests.training.tiny import CLASSES, save_tiny_policy
 
 
 class Brightness(b.Benchmark):
-    """How bright the pictures of each class are."""
+    """How bright the pictures of each class are: all that a benchmark needs, and the line of its seeds below."""
 
     name, title, reads, example, n = "brightness", "Brightness", "classes", "nano-c2i", 2
 
+    def open(self, cards, team):
+        self.names = cards[0].names if cards else ()
+
     def prompts(self):
-        return ["ant", "bee", "cat", "dog"]
+        return self.names
 
     def measure(self, subject, batch_size, team):
         def look(batch):
@@ -65,6 +72,18 @@ def test_it_draws_measures_pairs_and_tells(policies, tmp_path):
     assert (result.difference["bright"].value, result.difference["bright"].error) == (0, 0), "the same weights"
     assert result.protocol["sampling"]["seed"] == 1 and result.departures == []
     assert len(list((tmp_path / "o" / first / "images").iterdir())) == 8
+
+
+def test_a_bundled_policy_is_measured_and_reported(tmp_path):
+    result = run(["nano-c2i"], tmp_path / "o", n=1)
+    value = result.rows["nano-c2i"]["bright"]
+    assert value.count == 24 and 0.2 < value.value < 1 and result.protocol["measured"]["nano-c2i"]["image_size"] == 64
+    ((title, columns, lines),) = [(one.title, one.columns, one.lines) for one in sections({"x": result})]
+    assert (title, columns) == ("brightness", ["brightness"])
+    assert lines == [("nano-c2i", [f"{100 * value.value:.3f} ± {100 * value.error:.3f} %"], "measured")]
+    text = io.StringIO()
+    Console(file=text, width=80).print(table(result, 80))
+    assert f"{100 * value.value:.3f} ± {100 * value.error:.3f} %" in text.getvalue()
 
 
 def test_it_goes_on_where_it_stopped(policies, tmp_path, monkeypatch):

@@ -205,7 +205,7 @@ class GenEval(Benchmark):
         store = self._store(subject)
         judge = partial(judge_batch, subject.pictures, self.judge)
         kept(pairs, judge, store, batch_size=batch_size, label=f"judging {subject.name}", team=team)
-        verdicts = store.read(pairs)
+        verdicts = team.from_lead(lambda: store.read(pairs))
         self.rows[subject.name] = rows = [one["row"] for one in verdicts]
 
         def write() -> None:
