@@ -61,13 +61,7 @@ class Workplace:
             UserError: it holds results of others.
         """
         recipes = "".join(dump_recipe(load_recipe(f"nano/paper/{name}")) for name in (*C2I, *T2I))
-        networks = [load_judge().recogniser.network, load_detector().network]
-        networks += [
-            one.network
-            for one in load_rewards(
-                [n for n in REWARDS if n.startswith("nano-") and n != "nano-geneval"]
-            ).rewards.values()
-        ]
+        rewards = load_rewards([name for name in REWARDS if name.startswith("nano-") and name != "nano-geneval"])
         identity = {
             "images": self.images,
             "per_prompt": self.per_prompt,
@@ -75,7 +69,8 @@ class Workplace:
             "recipes": hashlib.sha256(recipes.encode()).hexdigest(),
             "captions": hashlib.sha256("\n".join(read_captions("nano")).encode()).hexdigest(),
             "policies": [load_policy(name).fingerprint() for name in ("nano-c2i", "nano-t2i")],
-            "networks": fingerprint(networks),
+            "networks": fingerprint([load_judge().recogniser.network, load_detector().network]),
+            "rewards": {name: one["weights"] for name, one in rewards.identity().items()},
         }
         if self.images < LEAST_IMAGES:
             raise UserError(f"--n {self.images}: give {LEAST_IMAGES} or more")

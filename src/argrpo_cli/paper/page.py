@@ -13,11 +13,12 @@ from argrpo_cli import paper_numbers
 from argrpo_cli.captions import SHARED
 from argrpo_cli.evals.geneval import TOTALS, shares
 from argrpo_cli.evals.nano_sets import CORRECTED
+from argrpo_cli.evals.statistics import mean_of
 from argrpo_cli.evals.tables import markdown_table
 from argrpo_cli.recipe import load_recipe
+from argrpo_cli.shapes import Value
 from argrpo_cli.system.files import atomic_path
 
-Value = tuple[float, float | None]  # mean and standard error
 Units = dict[str, Any]  # measure to its values over units, a tensor [U]
 Verdicts = Sequence[tuple[Any, float]]  # prompt and 1 or 0 for each image
 
@@ -119,7 +120,7 @@ def findings(results: Results) -> list[str]:
         runs = results.t2i[one], results.t2i[other]
         trained = [len(own) for own, name in zip(runs, (one, other), strict=True) if name != "base"]
         pick = lambda verdicts: [row for row in verdicts if row[0].tag in tags]  # noqa: E731
-        spread = _spread([_categories(pick(run))["overall"][0] for run in results.t2i["t2i"]])
+        spread = _spread([_categories(pick(run))["overall"].value for run in results.t2i["t2i"]])
         pairs = zip(*(pick(_mean_verdicts(own)) for own in runs), strict=True)
         difference = _categories([(prompt, x - y) for (prompt, x), (_, y) in pairs])["overall"]
         return _verdict(claim, difference, _of_training(spread, trained), sign)
@@ -176,7 +177,8 @@ def draw_figures(results: Results, path: Path) -> None:
     ):
         second = axes.twinx()
         for own, key, color in ((axes, "fid", "tab:blue"), (second, IS, "tab:orange")):
-            means, errors = zip(*(_fidelity_row(runs)[key] for runs in rows), strict=True)
+            values = [_fidelity_row(runs)[key] for runs in rows]
+            means, errors = [one.value for one in values], [one.error for one in values]
             own.errorbar(x, means, errors, color=color, marker="o", capsize=3)
             own.set_ylabel(FIDELITY[key], color=color)
         axes.set_xlabel(label)
@@ -193,17 +195,13 @@ def _is_scale(name: str) -> bool:
     return name == "c2i" or "cfg" in name
 
 
-def _mean(values: Any) -> Value:
-    return values.double().mean().item(), (values.double().std() / len(values) ** 0.5).item()
-
-
 def _corrected(units: Units, key: str) -> Any:
     """Values over units; those of FID and sFID without their bias."""
     return units.get(f"{key}{CORRECTED}", units[key]).double()
 
 
 def _fidelity_row(runs: list[Units]) -> dict[str, Value]:
-    return {key: _mean(sum(units[key].double() for units in runs) / len(runs)) for key in MEASURES}
+    return {key: mean_of(sum(units[key].double() for units in runs) / len(runs)).summary() for key in MEASURES}
 
 
 def _mean_verdicts(runs: list[Verdicts]) -> Verdicts:
@@ -212,13 +210,13 @@ def _mean_verdicts(runs: list[Verdicts]) -> Verdicts:
 
 
 def _categories(verdicts: Verdicts) -> dict[str, Value]:
-    return {tag: (one.value, one.error) for tag, one in shares(verdicts).items() if tag not in TOTALS}
+    return {tag: one.summary() for tag, one in shares(verdicts).items() if tag not in TOTALS}
 
 
 def _difference(one: list[Units], other: list[Units], key: str) -> Value:
     """Difference of the means over runs, with the error of drawing the samples, unit by unit."""
     means = [sum(_corrected(units, key) for units in runs) / len(runs) for runs in (one, other)]
-    return _mean(means[0] - means[1])
+    return mean_of(means[0] - means[1]).summary()
 
 
 def _entropy_change(rows: list[dict[str, Any]]) -> tuple[Value, float]:
@@ -226,7 +224,7 @@ def _entropy_change(rows: list[dict[str, Any]]) -> tuple[Value, float]:
     rows = [row for row in rows if row["mode"] == "conditional" and "change" in row]
     changes = [row["change"] for row in rows]
     spread = _of_training(_spread(changes), [len(rows)]) if len(rows) > 1 else 0.0
-    return (sum(changes) / len(rows), max(row["change_error"] for row in rows)), spread
+    return Value(sum(changes) / len(rows), max(row["change_error"] for row in rows)), spread
 
 
 def _spread(means: Sequence[float]) -> float:
@@ -240,7 +238,7 @@ def _of_training(spread: float, runs: list[int]) -> float:
 
 
 def _verdict(claim: str, difference: Value, of_training: float, sign: int) -> str:
-    mean, error = difference[0], math.hypot(difference[1], of_training)
+    mean, error = difference.value, math.hypot(difference.error, of_training)
     word = "shows" if mean * sign > 0 else "does not repeat: the opposite shows"
     return f"- {claim}: **{word if abs(mean) > CLEAR * error else 'not clear'}** ({mean:+.3f} ± {error:.3f})"
 
@@ -253,13 +251,8 @@ def _table(rows: dict[str, dict[str, Value]], paper: dict[str, paper_numbers.Row
     """Rows of measures, each followed by the paper's numbers where it has some, for the first of the columns."""
     lines: list[tuple[str, list[str]]] = []
     for name, row in rows.items():
-        lines.append((name, [_cell(row[key]) for key in columns]))
+        lines.append((name, [row[key].text() for key in columns]))
         if name in paper:
             numbers = [f"{paper[name][key]:g}" if key in paper[name] else "" for key in columns]
             lines.append((f"*{name}, in the paper*", numbers))
     return markdown_table(list(columns.values()), lines)
-
-
-def _cell(value: Value) -> str:
-    mean, error = value
-    return f"{mean:.3f}" if error is None or math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
