@@ -15,7 +15,7 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -112,12 +112,6 @@ class ImageSet:
         if self.is_array:
             return f"{self.path}, image {index} (counted from 0)"
         return str(self.path / self.items[index].file)
-
-    def batches(self, batch_size: int, spans: Sequence[tuple[int, int]] | None = None) -> Iterator[Tensor]:
-        """Transitional: the images in order, uint8 [B, 3, H, W]; batches end where a span does."""
-        for first, end in [(0, self.count)] if spans is None else spans:
-            for start in range(first, end, batch_size):
-                yield self.read(self.items[start : min(start + batch_size, end)])
 
     def read(self, items: Sequence[Item]) -> Tensor:
         """Some of the images, uint8 [B, 3, H, W].

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +12,14 @@ import torch
 from rich.console import Console
 
 from argrpo_cli.evals import fidelity, nano
-from argrpo_cli.evals.nano_table import table
+from argrpo_cli.evals.nano import Nano, run_nano
+from argrpo_cli.evals.statistics import class_groups, mean_of
+from argrpo_cli.evals.tables import table
+from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.entropy import token_entropy
-from argrpo_cli.shapes import Sampling
+from argrpo_cli.policy.protocol import Drawn, Scored
+from argrpo_cli.shapes import Condition, Result, Sampling
 from argrpo_cli.system.errors import UserError
 
 N = 48
@@ -26,72 +30,77 @@ PER_POLICY = PER_SAMPLE | PER_SET | {"precision", "recall", "diversity", "entrop
 
 
 @pytest.fixture(scope="module")
-def results():
-    """The bundled policy against itself, and alone in other batches."""
+def results(tmp_path_factory):
+    """The bundled policy against a copy of itself, and alone in other batches."""
+    load_policy("nano-c2i").save(tmp_path_factory.mktemp("policy") / "copy")
+    copy = str(next(tmp_path_factory.getbasetemp().glob("policy*/copy")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nano, "UNSEEN_SCENES", 48)
-        pair = nano.evaluate(["nano-c2i", "nano-c2i"], nano.Sampling(N), device="cpu")
-        alone = nano.evaluate(["nano-c2i"], nano.Sampling(N), batch_size=17, device="cpu")
+        pair = run_nano(["nano-c2i", copy], n=N, device="cpu")
+        alone = run_nano(["nano-c2i"], n=N, batch_size=17, device="cpu")
     return pair, alone
 
 
-def test_every_measure_has_a_mean_and_an_error(results):
+def values(result: Result, row: str = "nano-c2i") -> dict[str, float]:
+    return {key: one.value for key, one in result.rows[row].items()}
+
+
+def test_every_measure_has_a_value_and_an_error(results):
     pair, alone = results
-    assert set(alone["policies"]["nano-c2i"]) == PER_POLICY
-    assert set(alone["real"]) == PER_SAMPLE | PER_SET
-    for value in alone["policies"]["nano-c2i"].values():
-        assert math.isfinite(value["mean"]) and value["error"] >= 0
-    assert "difference" not in alone and set(pair["difference"]) == PER_POLICY
-    assert alone["weights"] == {"nano-c2i": load_policy("nano-c2i").fingerprint()} and "torch" in alone["versions"]
+    assert set(values(alone)) == PER_POLICY
+    assert set(values(alone, nano.REAL)) == PER_SAMPLE | PER_SET
+    for value in alone.rows["nano-c2i"].values():
+        assert math.isfinite(value.value) and value.error >= 0
+    assert not alone.difference and set(pair.difference) == PER_POLICY
+    assert alone.protocol["measured"]["nano-c2i"]["weights"] == load_policy("nano-c2i").fingerprint()
+    assert alone.departures == [] and "torch" in alone.protocol["versions"]
 
 
 def test_a_policy_does_not_differ_from_itself(results):
     pair, _ = results
-    assert all(value == {"mean": 0.0, "error": 0.0} for value in pair["difference"].values())
+    assert all(one.value == 0 and one.error == 0 for one in pair.difference.values())
 
 
 def test_the_batch_size_changes_nothing(results):
     pair, alone = results
-    for key, value in alone["policies"]["nano-c2i"].items():
-        assert pair["policies"]["nano-c2i"][key]["mean"] == pytest.approx(value["mean"], abs=2e-3), key
+    assert values(pair) == pytest.approx(values(alone), abs=2e-3)
 
 
 def test_real_scenes_beat_samples(results):
     _, alone = results
-    policy, real = alone["policies"]["nano-c2i"], alone["real"]
-    assert real["match"]["mean"] > policy["match"]["mean"] + 2
-    assert real["recognised"]["mean"] > 0.97
-    assert real["inception_score"]["mean"] > policy["inception_score"]["mean"] + 1
-    assert real["fid"]["mean"] < policy["fid"]["mean"] / 2 and real["sfid"]["mean"] < policy["sfid"]["mean"]
+    policy, real = values(alone), values(alone, nano.REAL)
+    assert real["match"] > policy["match"] + 2
+    assert real["recognised"] > 0.97
+    assert real["inception_score"] > policy["inception_score"] + 1
+    assert real["fid"] < policy["fid"] / 2 and real["sfid"] < policy["sfid"]
     for name in ("nano-clip", "nano-quality", "nano-critic"):
-        assert real[name]["mean"] > policy[name]["mean"], name
+        assert real[name] > policy[name], name
 
 
 def test_the_total_is_the_weighted_sum(results):
     _, alone = results
-    means = alone["policies"]["nano-c2i"]
-    total = sum(weight * means[name]["mean"] for name, weight in alone["reward_weights"].items())
-    assert means["total_reward"]["mean"] == pytest.approx(total, abs=1e-4)
-    assert set(alone["within_class_std"]) == PER_REWARD
-    assert all(spread > 0 for spread in alone["within_class_std"].values())
+    means = values(alone)
+    total = sum(weight * means[name] for name, weight in alone.protocol["reward_weights"].items())
+    assert means["total_reward"] == pytest.approx(total, abs=1e-4)
+    assert set(alone.protocol["within_class_std"]) == PER_REWARD
+    assert all(spread > 0 for spread in alone.protocol["within_class_std"].values())
 
 
 def test_guidance_sharpens_the_policy(results):
-    means = results[1]["policies"]["nano-c2i"]
-    assert 0 < means["entropy_guided"]["mean"] < means["entropy"]["mean"] < math.log(1024)
+    means = values(results[1])
+    assert 0 < means["entropy_guided"] < means["entropy"] < math.log(1024)
 
 
-def test_the_result_is_plain_json_and_a_table(results):
+def test_the_result_is_a_table(results):
     pair, _ = results
-    assert json.loads(json.dumps(pair)) == pair
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(table(pair))
-    text = console.export_text()
+    console.print(table(pair, 160))
+    text = " ".join(console.export_text().split())
     for word in (
         "rendering match",
         "match given class and size",
         "mirrored",
-        "within-class sd, nano-clip",
+        "within-class sd: nano-clip",
         "recognised",
         "inception score",
         "sFID",
@@ -100,7 +109,30 @@ def test_the_result_is_plain_json_and_a_table(results):
         "real scenes",
         "codebook in use",
     ):
-        assert word in text
+        assert word in text, word
+
+
+def test_an_interrupted_evaluation_goes_on_beside_its_file(tmp_path, monkeypatch):
+    """Two of three batches were drawn; the third alone is drawn then, and what is drawn is gone at the end."""
+    drawn, draw = [], nano.draw_batch
+    monkeypatch.setattr(nano, "UNSEEN_SCENES", 48)
+
+    def interrupted(policy, batch, sampling):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(len(batch))
+        return draw(policy, batch, sampling)
+
+    monkeypatch.setattr(nano, "draw_batch", interrupted)
+    options = {"n": N, "batch_size": 20, "device": "cpu", "weights": {"nano-quality": 1.0}}
+    with pytest.raises(KeyboardInterrupt):
+        run_nano(["nano-c2i"], file=tmp_path / "one.json", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json.parts"]
+    monkeypatch.setattr(nano, "draw_batch", lambda *call: drawn.append(len(call[1])) or draw(*call))
+    run_nano(["nano-c2i"], file=tmp_path / "one.json", **options)
+    assert drawn == [20, 20, 8] and [path.name for path in tmp_path.iterdir()] == ["one.json"]
+    run_nano(["nano-c2i"], file=tmp_path / "whole.json", **options)
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 def test_entropy_equals_the_definition():
@@ -127,23 +159,32 @@ def test_guided_entropy_equals_the_definition():
 
 def test_the_difference_is_trained_minus_base_in_units_of_the_base(monkeypatch):
     ids = torch.arange(N) % 24
-    noise = torch.randn(N, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     known = {  # the trained policy is better and varies three times as much
         "base": {"match": noise, "precision": noise > 0, "nano-clip": noise, nano.TOTAL: 2 * noise},
         "trained": {"match": noise + 5, "precision": noise > -1, "nano-clip": 3 * noise + 1, nano.TOTAL: 6 * noise + 4},
     }
-    known = {name: {key: v.float() for key, v in values.items()} for name, values in known.items()}
-    monkeypatch.setattr(nano, "open_nano_policy", lambda path, device: SimpleNamespace(fingerprint=lambda: path))
-    monkeypatch.setattr(nano.Bench, "real_values", lambda bench, with_classes=True: {"match": torch.ones(2)})
-    monkeypatch.setattr(nano.Bench, "policy_values", lambda bench, policy, *rest: known[policy.fingerprint()])
+    known = {name: {key: v.double() for key, v in measured.items()} for name, measured in known.items()}
+
+    def measure(self, subject):
+        self.measured[subject.name] = {key: mean_of(one) for key, one in known[subject.name].items()}
+        return self.measured[subject.name]
+
+    card = load_policy("nano-c2i").card
+    conditions = [Condition("", index) for index in range(24)]
+    stand_in = lambda path, *rest: SimpleNamespace(card=card, fingerprint=lambda: path, conditions=lambda _: conditions)  # noqa: E731
+    monkeypatch.setattr("argrpo_cli.policy.load_policy", stand_in)
+    monkeypatch.setattr(Nano, "gather", lambda *call: None)
+    monkeypatch.setattr(Nano, "_measure", measure)
+    monkeypatch.setattr(Nano, "references", lambda self: {nano.REAL: {"match": mean_of(torch.ones(2))}})
     monkeypatch.setattr(nano, "measure_tokenizer", lambda *rest: {"psnr": 1.0, "codebook_used": 1.0, "note": ""})
-    result = nano.evaluate(["trained", "base"], nano.Sampling(N), device="cpu", weights={"nano-clip": 2.0})
+    result = run_nano(["trained", "base"], n=N, device="cpu", weights={"nano-clip": 2.0})
     for key, of_base in known["base"].items():
         change = known["trained"][key] - of_base
-        assert result["difference"][key]["mean"] == pytest.approx(change.mean().item(), abs=1e-6), key
-        assert result["difference"][key]["error"] == pytest.approx(change.std().item() / N**0.5, abs=1e-6), key
+        assert result.difference[key].value == pytest.approx(change.mean().item(), abs=1e-6), key
+        assert result.difference[key].error == pytest.approx(change.std().item() / N**0.5, abs=1e-6), key
     spread = torch.stack([noise[ids == one].std() for one in range(24)]).mean().item()
-    assert result["within_class_std"] == pytest.approx({"nano-clip": spread, nano.TOTAL: 2 * spread})
+    assert result.protocol["within_class_std"] == pytest.approx({"nano-clip": spread, nano.TOTAL: 2 * spread})
     change = (4 * noise + 4).mean().item() / (2 * spread)
     assert f"changed by {change:+.2f} within-class" in table(result).caption
 
@@ -151,20 +192,21 @@ def test_the_difference_is_trained_minus_base_in_units_of_the_base(monkeypatch):
 class Replayed:
     """Stands for a policy whose samples are the judge's own reference scenes."""
 
-    text_encoder = None
-
     def __init__(self, judge):
-        self.judge, self.drawn = judge, 0
+        self.judge, self.card = judge, replace(load_policy("nano-c2i").card, name="replayed")
 
     def conditions(self, ids):
-        return ids
+        return [Condition("", index) for index in ids]
 
-    def sample(self, conditions, **settings):
-        self.drawn += len(conditions)
-        return self.judge.reference_tokens[self.drawn - len(conditions) : self.drawn]
+    def encode(self, conditions):
+        return conditions
 
-    def decode(self, tokens):
-        return self.judge.reference_images[: len(tokens)]
+    def sample(self, encoded, sampling, seeds):
+        self.places = [seed - 1_000_000 for seed in seeds]
+        return Drawn(self.judge.reference_tokens[self.places], None)
+
+    def decode(self, tokens, size=None):
+        return self.judge.reference_images[self.places]
 
 
 class NoRewards:
@@ -172,54 +214,84 @@ class NoRewards:
         return {"nano-clip": torch.zeros(len(images))}
 
 
-def test_precision_is_of_samples_and_recall_of_the_set(monkeypatch):
-    judge = nano.load_judge()
-    monkeypatch.setattr(nano, "token_entropy", lambda policy, tokens, *rest: torch.ones(len(tokens), 64))
-    sampling, ids = nano.Sampling(N, cfg_scale=1.0), judge.reference_classes[:N]
-    assert torch.equal(sampling.class_ids, ids)
+def test_precision_is_of_samples_and_recall_of_the_set(tmp_path, monkeypatch):
+    judge = load_judge()
+    entropies = lambda policy, conditions, tokens, sampling: Scored(None, torch.ones(len(tokens), 64))  # noqa: E731
+    monkeypatch.setattr(nano, "score_tokens", entropies)
     monkeypatch.setattr(nano, "load_rewards", lambda names, device: NoRewards())
-    bench = nano.Bench(judge, {"nano-clip": 1.0}, batch_size=17)
-    values = bench.policy_values(Replayed(judge), sampling, "replayed")
-    assert len(values["precision"]) == N and values["precision"].all(), "every sample is a reference scene"
+    monkeypatch.setattr(nano, "recipe_weights", lambda: {"nano-clip": 1.0})
+    ids = judge.reference_classes[:N]
+    assert torch.equal(torch.arange(N) % 24, ids)
+    measures = nano.measure_policy(Replayed(judge), N, Sampling(cfg_scale=1.0), 0, tmp_path / "replayed", 17)
+    precise = measures["precision"].values
+    assert len(precise) == N and precise.all(), "every sample is a reference scene"
     covered = fidelity.precision_recall(judge.reference_features[:N], judge.reference_features)[1]
     assert covered[:N].all()
-    assert len(values["recall"]) == 20
-    assert values["recall"].mean().item() == pytest.approx(covered.double().mean().item())
-    found = judge.reference_match
-    torch.testing.assert_close(values["match"], found.db[:N])
-    torch.testing.assert_close(values["size"], found.size[:N].float())
-    torch.testing.assert_close(values["mirrored"], found.mirror[:N].float())
-    expected = judge.expected_db(ids, found.size[:N])
-    torch.testing.assert_close(values["match_at_size"], found.db[:N] - expected)
-    assert abs(values["match_at_size"].mean()) < 0.5
+    assert len(measures["recall"].strata[0]) == 20
+    assert measures["recall"].value == pytest.approx(covered.double().mean().item())
+    match = judge.reference_match
+    for key, expected in (("match", match.db), ("size", match.size), ("mirrored", match.mirror)):
+        torch.testing.assert_close(measures[key].values.float(), expected[:N].float())
+    expected = match.db[:N] - judge.expected_db(ids, match.size[:N])
+    torch.testing.assert_close(measures["match_at_size"].values.float(), expected)
+    assert abs(measures["match_at_size"].value) < 0.5
+    assert measures["entropy"].value == 1
 
 
-def test_a_seed_that_reaches_the_critics_training_samples_is_refused(monkeypatch):
-    class Reached(Exception):
-        pass
+def test_a_number_or_a_seed_out_of_range_is_refused_before_anything_is_loaded(monkeypatch):
+    for seed, n in ((490, N), (-1, N)):
+        with pytest.raises(UserError, match=f"--seed {seed}: give 0 to 489"):
+            run_nano(["nano-c2i"], n=n, seed=seed)
+    with pytest.raises(UserError, match="--n 100001: give 1 to 100000 images"):
+        run_nano(["nano-c2i"], n=100_001)
+    with pytest.raises(UserError, match="47 samples"):
+        run_nano(["nano-c2i"], n=47)
 
-    def reach(name):
-        raise Reached
 
-    monkeypatch.setattr(nano, "resolve_device", reach)
-    with pytest.raises(Reached):
-        nano.evaluate(["nano-c2i"], nano.Sampling(99_999, seed=489))
-    for seed, n in ((490, N), (489, 100_000), (-1, N)):
-        with pytest.raises(UserError, match=f"seed {seed} is out of range"):
-            nano.evaluate(["nano-c2i"], nano.Sampling(n, seed=seed))
+def test_too_many_policies_and_those_of_another_world_are_refused():
+    with pytest.raises(UserError, match="3 policies"):
+        run_nano(["nano-c2i"] * 3)
+    card = load_policy("nano-c2i").card
+    for change in ({"image_size": 128}, {"names": ("dog",)}, {"reads": "captions", "words": ("a", "photo")}):
+        with pytest.raises(UserError, match="does not draw the nano world's objects"):
+            Nano().check(replace(card, **change))
 
 
 def test_the_missing_font_is_said_not_raised(monkeypatch):
     monkeypatch.setattr(nano.scenes, "_FONT_PLACES", ())
     monkeypatch.delenv("NANO_EMOJI_FONT", raising=False)
-    judge = nano.load_judge()
+    judge = load_judge()
     measured = nano.measure_tokenizer(judge.tokenizer, judge.reference_tokens, 0)
     assert measured["psnr"] is None and "font" in measured["note"]
     assert measured["codebook_used"] >= 0.8
 
 
-def test_too_few_samples_and_too_many_policies_are_refused():
-    with pytest.raises(UserError, match="47 samples"):
-        nano.evaluate(["nano-c2i"], nano.Sampling(47))
-    with pytest.raises(UserError, match="3 policies"):
-        nano.evaluate(["nano-c2i"] * 3)
+def test_the_measures_are_the_metrics_on_the_judges_features():
+    judge = load_judge()
+    images, ids = judge.reference_images[:120].flip(-2), judge.reference_classes[:120]  # real scenes upside down
+    features, spatial = judge.recogniser.features(images), judge.recogniser.spatial_features(images)
+    measures = nano.set_measures(images, features, judge, class_groups(120, ids))
+    probabilities = judge.recogniser.probabilities(features)
+    real, real_spatial = fidelity.Gaussian.of(judge.reference_features), fidelity.Gaussian.of(judge.reference_spatial)
+    for key in ("fid", "sfid"):
+        assert measures.pop(f"{key}_corrected").value < measures[key].value
+    assert {key: one.value for key, one in measures.items()} == pytest.approx(
+        {
+            "inception_score": fidelity.inception_score(probabilities),
+            "fid": fidelity.frechet_distance(fidelity.Gaussian.of(features), real),
+            "sfid": fidelity.frechet_distance(fidelity.Gaussian.of(spatial), real_spatial),
+        }
+    )
+    for one in measures.values():
+        assert one.strata[0].shape == (20,) and 0 < one.error < 0.5 * one.value
+
+
+def test_real_scenes_are_held_against_the_others():
+    judge = load_judge()
+    measures = nano.real_measures(judge, slice(480, 960))
+    others = torch.cat([judge.reference_features[:480], judge.reference_features[960:]])
+    fid = fidelity.frechet_distance(
+        fidelity.Gaussian.of(judge.reference_features[480:960]), fidelity.Gaussian.of(others)
+    )
+    assert measures["fid"].value == pytest.approx(fid)
+    assert 15 < measures["inception_score"].value < 24

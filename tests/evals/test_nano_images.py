@@ -11,9 +11,10 @@ from PIL import Image
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import nano
-from argrpo_cli.evals.nano_images import evaluate_images
-from argrpo_cli.evals.nano_table import table
+from argrpo_cli.evals.nano import run_nano
+from argrpo_cli.evals.tables import table
 from argrpo_cli.nano.judge import load_judge
+from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 
 SHOWN = {"inception_score", "fid", "sfid", "precision", "recall"}
@@ -44,6 +45,20 @@ def folder(tmp_path):
     return target
 
 
+def evaluate_images(path, **options):
+    return run_nano([], path, device="cpu", **options)
+
+
+def values(result):
+    """Of the pictures."""
+    return {key: one.value for key, one in next(iter(result.rows.values())).items()}
+
+
+def known(result):
+    """Whether the classes were."""
+    return next(iter(result.protocol["measured"].values()))["classes_known"]
+
+
 def write_metadata(folder, rows):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -53,37 +68,38 @@ def read_metadata(folder):
 
 
 def test_a_labelled_folder_gets_every_measure_of_its_pictures(folder):
-    result = evaluate_images(folder, batch_size=17, device="cpu")
-    found = result["images"][str(folder)]
+    result = evaluate_images(folder, batch_size=17)
+    found = values(result)
     assert set(found) == LABEL_FREE | BY_CLASS | REWARDS
-    assert all(math.isfinite(value["mean"]) and value["error"] >= 0 for value in found.values())
-    assert result["settings"] == {"images": str(folder), "n": N, "classes_known": True}
+    assert all(math.isfinite(one.value) and one.error >= 0 for one in next(iter(result.rows.values())).values())
+    assert result.protocol["measured"] == {
+        "images": {"path": str(folder), "count": N, "classes_known": True},
+    }
     judge = load_judge()
-    assert found["match"]["mean"] == pytest.approx(judge.reference_match.db[:N].mean().item(), abs=1e-4)
-    assert found["recognised"]["mean"] == 1 and found["precision"]["mean"] == 1
-    assert set(result["real"]) == (LABEL_FREE | BY_CLASS | REWARDS) - {"precision", "recall", "diversity"}
-    assert json.loads(json.dumps(result)) == result
+    assert found["match"] == pytest.approx(judge.reference_match.db[:N].mean().item(), abs=1e-4)
+    assert found["recognised"] == 1 and found["precision"] == 1
+    assert set(result.rows[nano.REAL]) == (LABEL_FREE | BY_CLASS | REWARDS) - {"precision", "recall", "diversity"}
 
 
 def test_pictures_without_classes_get_what_needs_none(folder):
-    labelled = evaluate_images(folder, device="cpu", weights={"nano-quality": 1.0})["images"][str(folder)]
+    labelled = values(evaluate_images(folder, weights={"nano-quality": 1.0}))
     (folder / "metadata.jsonl").unlink()
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
     np.savez(folder.parent / "set.npz", arr_0=pixels)
     for path in (folder, folder.parent / "set.npz"):
-        result = evaluate_images(path, device="cpu")
-        found = result["images"][str(path)]
-        assert set(found) == LABEL_FREE and set(result["real"]) == LABEL_FREE - {"precision", "recall"}
-        assert result["reward_weights"] == {} and not result["settings"]["classes_known"]
+        result = evaluate_images(path)
+        found = values(result)
+        assert set(found) == LABEL_FREE and set(result.rows[nano.REAL]) == LABEL_FREE - {"precision", "recall"}
+        assert "reward_weights" not in result.protocol and not known(result)
         for key in SHOWN:
-            assert found[key]["mean"] == pytest.approx(labelled[key]["mean"], rel=1e-6), key
+            assert found[key] == pytest.approx(labelled[key], rel=1e-6), key
         assert "classes unknown" in table(result).caption
-        assert table(result).row_count == len(SHOWN)
+        assert table(result).row_count == len(LABEL_FREE)
 
 
 def test_a_class_id_for_none_is_as_no_metadata(folder):
     write_metadata(folder, [{**row, "class_id": None} for row in read_metadata(folder)])
-    assert not evaluate_images(folder, device="cpu")["settings"]["classes_known"]
+    assert not known(evaluate_images(folder))
 
 
 def test_a_class_with_one_picture_has_no_diversity(folder):
@@ -91,7 +107,7 @@ def test_a_class_with_one_picture_has_no_diversity(folder):
     for row in rows[24:]:
         (folder / row["file"]).unlink()
     write_metadata(folder, rows[:24])
-    found = evaluate_images(folder, device="cpu", weights={"nano-quality": 1.0})["images"][str(folder)]
+    found = values(evaluate_images(folder, weights={"nano-quality": 1.0}))
     assert "diversity" not in found and "match" in found
 
 
@@ -143,14 +159,14 @@ def test_the_command_prints_a_table_and_writes_json(folder, capsys):
     out = folder.parent / "deep" / "numbers.json"
     assert run(["eval", "nano", "--images", str(folder), "--out", str(out)]) == 0
     assert "sFID" in capsys.readouterr().out
-    assert set(json.loads(out.read_text())["images"][str(folder)]) == LABEL_FREE
+    assert set(values(Result.load(out))) == LABEL_FREE
 
 
 def test_an_interrupted_evaluation_writes_nothing(folder, monkeypatch):
     def interrupted(*rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nano, "manifold_values", interrupted)
+    monkeypatch.setattr(nano, "manifold_measures", interrupted)
     before = sorted(folder.parent.rglob("*"))
     assert run(["eval", "nano", "--images", str(folder), "--out", str(folder.parent / "new" / "numbers.json")]) == 130
     assert sorted(folder.parent.rglob("*")) == before

@@ -33,7 +33,7 @@ ADM = "adm-256"
 DRAWBENCH_COLUMNS = "clip,hpsv2,aesthetic,deqa,imagereward,pickscore,unified-reward"
 
 
-@draws(without=("top_k", "top_p", "cfg_interval", "dtype", "text_device"))
+@draws()
 def nano(
     context: typer.Context,
     policy: Annotated[
@@ -55,24 +55,14 @@ def nano(
     _check_images(context, images)
     check_policies(policies)
     _check_file(out)
-    from rich.console import Console
+    from argrpo_cli.evals.nano import run_nano
+    from argrpo_cli.evals.tables import show
 
-    from argrpo_cli.evals.nano_table import table
-    from argrpo_cli.system.files import write_json
-
-    if images is not None:
-        from argrpo_cli.evals.nano_images import evaluate_images
-
-        result = evaluate_images(images, batch_size=drawing.batch_size, device=drawing.device)
-    else:
-        from argrpo_cli.evals.nano import Sampling, evaluate
-
-        sampling = drawing.sampling
-        drawn = Sampling(NANO_IMAGES if n is None else n, sampling.cfg_scale, sampling.temperature, drawing.seed)
-        result = evaluate(policies, drawn, drawing.batch_size, drawing.device)
-    Console().print(table(result))
+    result = run_nano(policies, images, out, n=NANO_IMAGES if n is None else n, **vars(drawing))
+    if result is None:  # the first of several processes tells
+        return
+    show(result)
     if out is not None:
-        write_json(out, result)
         print(f"the numbers are in {out}")
 
 

@@ -1,9 +1,8 @@
 """`argrpo eval nano`: how good are a policy's samples in the nano world, alone or against a baseline with paired seeds.
 
-A policy of captions is asked for "a photo of a dog" where one of classes is asked for the class dog.
-
-Every measure is a list of values over units that two policies share (samples, classes, or groups of
-samples), so each has a mean and a standard error, and for two policies a paired difference with its own:
+A policy of captions is asked for "a photo of a dog" where one of classes is asked for the class dog. Of finished
+pictures, whoever drew them, what needs no class is always measured; what asks whether a picture shows its class only
+for a folder whose metadata.jsonl gives each picture's `class_id`, as `argrpo sample` writes it.
 
     match         dB of the best rendering of the class, per object pixel (`nano/matching.py`); the judge's first word
     match_at_size match less what real scenes of that class and size reach: larger objects match better by themselves
@@ -11,220 +10,385 @@ samples), so each has a mean and a standard error, and for two policies a paired
     mirrored      share of samples that this rendering mirrors
     recognised    share of samples whose class the judge's classifier names
     inception_score, fid, sfid
-                  of all samples together, on the judge's features against its reference scenes (`nano_sets.py`)
+                  of all samples together, on the judge's features against its reference scenes: the classifier's
+                  features [N, 128] stand for Inception's pool, its class probabilities for Inception's, and a map of
+                  its middle layer [N, 112] for ADM's spatial features
     precision     share of samples inside the reference scenes' manifold, k = 3 (as ADM, on the judge's features)
     recall        share of reference scenes inside the samples' manifold
     diversity     mean feature distance between two samples of one class
     entropy       nats per token of the policy over its own samples, conditional and as guided
     the rewards   raw, and their total as the recipe weights it
+
+IS, FID, sFID and recall are one number for a set. Their errors are those of a jackknife over twenty groups of samples,
+each with all classes in their shares; two policies with paired seeds have the same groups, so the error of their
+difference is paired. It is the error of drawing the samples: the reference scenes, the judge and the training run are
+given. With few images it errs on the safe side: against the spread of fresh samples that of FID and sFID was near twice
+too large at 192 images, a fifth at 480 and at 2,016.
+
+FID and sFID are biased upwards, the more the fewer the images, because a covariance of few rows is not the true one.
+The errors leave it out: compare equal numbers of images only. Even then it is larger for a policy of more variety, so
+both go along without the jackknife's estimate of it, as `fid_corrected` and `sfid_corrected`. IS is taken over all
+samples as one split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from argrpo_cli import __version__
-from argrpo_cli.evals.nano_sets import Values, class_groups, manifold_values, real_set_values, set_values
+from argrpo_cli import seeds
+from argrpo_cli.draw import draw_batch, score_tokens
+from argrpo_cli.evals.benchmark import Benchmark, Subject, run
+from argrpo_cli.evals.fidelity import (
+    NEIGHBOURS,
+    Gaussian,
+    frechet_measure,
+    inception_score_measure,
+    precision_recall,
+)
+from argrpo_cli.evals.statistics import Measure, class_groups, jackknife, mean_of
+from argrpo_cli.images import METADATA, ImageSet, open_images, recorded_sampling
+from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import FITTED, Judge, diversity, load_judge
-from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.policy.llamagen.entropy import token_entropy
 from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
 from argrpo_cli.rewards import RewardSet, check_reward, load_rewards
 from argrpo_cli.rewards.shaping import reward_weights
-from argrpo_cli.shapes import Condition, class_prompt
-from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, class_prompt
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import read_jsonl
+from argrpo_cli.system.processes import ALONE, Team, join_team
 from argrpo_cli.system.progress import progress
 
-FIRST_SEED = 1_000_000  # away from the seeds that training, its grids and users' first samples take
-SEED_STRIDE = 100_000
-SEED_LIMIT = 50_000_000  # from here on nano-critic's training samples
+if TYPE_CHECKING:
+    from argrpo_cli.policy.protocol import Card, Policy
+
 UNSEEN_SCENES = 480
 MATCH, MATCH_AT_SIZE, SIZE, MIRRORED = "match", "match_at_size", "size", "mirrored"
 RECOGNISED, DIVERSITY = "recognised", "diversity"
+INCEPTION_SCORE, FID, SFID, PRECISION, RECALL = "inception_score", "fid", "sfid", "precision", "recall"
+CORRECTED = "_corrected"
 ENTROPY, GUIDED_ENTROPY, TOTAL = "entropy", "entropy_guided", "total_reward"
+COLUMNS = {
+    MATCH: Column("rendering match", "dB", "higher"),
+    MATCH_AT_SIZE: Column("match given class and size", "dB", "higher"),
+    SIZE: Column("object size", "pixels"),
+    MIRRORED: Column("mirrored", digits=1, percent=True),
+    RECOGNISED: Column("recognised", "", "higher", 1, True),
+    INCEPTION_SCORE: Column("inception score", "", "higher"),
+    FID: Column("FID", "", "lower"),
+    FID + CORRECTED: Column("FID less its bias", "", "lower"),
+    SFID: Column("sFID", "", "lower"),
+    SFID + CORRECTED: Column("sFID less its bias", "", "lower"),
+    PRECISION: Column("precision", "", "higher", 1, True),
+    RECALL: Column("recall", "", "higher", 1, True),
+    DIVERSITY: Column("feature diversity"),
+    ENTROPY: Column("entropy", "nats/token"),
+    GUIDED_ENTROPY: Column("entropy as guided", "nats/token"),
+}
+REAL = "real scenes"
+IMAGES = "images"  # in the store, beside the two entropies
+
+Measures = dict[str, Measure]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """What is drawn: n samples, classes in turn, each with noise of its own."""
+class Nano(Benchmark):
+    """The bundled judge and rewards.
 
-    n: int = 2016
-    cfg_scale: float = 2.0
-    temperature: float = 1.0
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise UserError for too few samples or a seed that reaches training's."""
-        classes = len(scenes.CLASS_NAMES)
-        if self.n < 2 * classes:
-            raise UserError(f"{self.n} samples are too few: give at least {2 * classes}, two for each class")
-        if self.n > SEED_STRIDE:
-            raise UserError(f"{self.n} samples are too many: give at most {SEED_STRIDE}")
-        if self.seed < 0 or FIRST_SEED + self.seed * SEED_STRIDE + self.n >= SEED_LIMIT:
-            most = (SEED_LIMIT - FIRST_SEED - self.n - 1) // SEED_STRIDE
-            raise UserError(f"seed {self.seed} is out of range: with {self.n} samples, give 0 to {most}")
-
-    @property
-    def class_ids(self) -> Tensor:
-        """int64 [n]."""
-        return torch.arange(self.n) % len(scenes.CLASS_NAMES)
-
-    @property
-    def image_seeds(self) -> list[int]:
-        """The seed of each sample, the same for every policy."""
-        return [FIRST_SEED + self.seed * SEED_STRIDE + i for i in range(self.n)]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every policy of a comparison is measured with.
-
-    Attributes:
-        weights: name of a reward to its weight in the total.
-        device: of the rewards, which are loaded when they are first asked.
+    Args:
+        weights: name of a reward to its weight in the total; None takes those of the recipe nano/c2i.
     """
 
-    judge: Judge
-    weights: dict[str, float]
-    batch_size: int = 64
-    device: str = "cpu"
+    name, title, n, counted, final = "nano", "the nano benchmark", 2016, "images", True
+
+    def __init__(self, weights: Mapping[str, float] | None = None):
+        self.weights = dict(weights or recipe_weights())
+        self.device, self.batch_size, self.seed = "cpu", 64, 0
+        self.images: ImageSet | None = None
+        self.measured: dict[str, Measures] = {}
+
+    @cached_property
+    def judge(self) -> Judge:
+        return load_judge()
 
     @cached_property
     def rewards(self) -> RewardSet:
         return load_rewards(list(self.weights), self.device)
 
-    def policy_values(self, policy: Policy, sampling: Sampling, name: str) -> Values:
-        """Every measure of a policy's samples; `name` is for the progress bar."""
-        ids = sampling.class_ids.tolist()
-        captions = [class_prompt(scenes.CLASS_NAMES[i]) for i in ids]
-        conditions = policy.conditions(ids if policy.text_encoder is None else captions)
-        seeds, scale, temperature = sampling.image_seeds, sampling.cfg_scale, sampling.temperature
-        tokens, entropy, guided = [], [], []
-        with progress(f"sampling {name}", sampling.n) as advance:
-            for start in range(0, sampling.n, self.batch_size):
-                part = slice(start, start + self.batch_size)
-                asked = conditions[part]
-                drawn = policy.sample(
-                    asked, cfg_scale=scale, temperature=temperature, seeds=seeds[part], batch_size=self.batch_size
-                )
-                tokens.append(drawn)
-                entropy.append(token_entropy(policy, drawn, asked, None, temperature).mean(1))
-                guided.append(token_entropy(policy, drawn, asked, scale, temperature).mean(1))
-                advance(len(drawn))
-        values = self.picture_values(policy.decode(torch.cat(tokens)), sampling.class_ids)
-        return values | {ENTROPY: torch.cat(entropy), GUIDED_ENTROPY: torch.cat(guided)}
+    def check(self, card: Card) -> None:
+        fits = card.names == scenes.CLASS_NAMES
+        if card.reads == "captions":
+            fits = {word for name in scenes.CLASS_NAMES for word in name.split()} <= set(card.words or ())
+        if not fits or card.image_size != scenes.IMAGE_SIZE:
+            raise UserError(
+                f"policy {card.name} does not draw the nano world's objects, so its judges cannot measure it"
+            )
 
-    def picture_values(self, images: Tensor, class_ids: Tensor | None) -> Values:
+    def open(self, cards: Sequence[Card], team: Team) -> None:
+        self.device = team.device
+
+    def shots(self, policy: Policy, n: int, seed: int) -> list[Shot]:
+        """Classes in turn, each image with noise of its own."""
+        self.seed = seed
+        check_number(n, seed)
+        classes = range(len(scenes.CLASS_NAMES))
+        captions = [class_prompt(name) for name in scenes.CLASS_NAMES]
+        conditions = policy.conditions(classes if policy.card.reads == "classes" else captions)
+        return [
+            Shot(conditions[i % len(classes)], seeds.of(self.name, seed, i), f"{i:06d}")  # a name in the store
+            for i in range(n)
+        ]
+
+    def finished(self, images: Path) -> list[Shot]:
+        self.images = open_images(images)
+        class_ids = _class_ids(self.images)
+        if self.images.size != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE):
+            height, width = self.images.size
+            side = f"{scenes.IMAGE_SIZE}x{scenes.IMAGE_SIZE}"
+            raise UserError(f"{self.images.name(0)} is {width}x{height}; nano pictures are {side}")
+        least, count = NEIGHBOURS + 2, self.images.count  # and one less for the jackknife
+        if count < least:
+            raise UserError(f"{images}: too few images: recall and its error need {least}, there are {count}")
+        conditions = [Condition("")] * count if class_ids is None else [_condition(one) for one in class_ids]
+        return [Shot(condition, -1, item.file) for condition, item in zip(conditions, self.images.items, strict=True)]
+
+    def about(self, images: Path, shots: Sequence[Shot]) -> dict[str, Any]:
+        return {"count": len(shots), "classes_known": shots[0].condition.class_id is not None}
+
+    def identity(self) -> dict[str, Any]:
+        return {"reward_weights": self.weights}
+
+    def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
+        """Pictures and the entropies of their tokens, of each batch."""
+
+        def draw(batch: Sequence[Shot]) -> dict[str, Tensor]:
+            tokens, images = draw_batch(policy, batch, sampling)
+            conditions = [shot.condition for shot in batch]
+            made = {IMAGES: images.cpu()}
+            for key, scale in ((ENTROPY, 1.0), (GUIDED_ENTROPY, sampling.cfg_scale)):
+                scored = score_tokens(policy, conditions, tokens, replace(sampling, cfg_scale=scale))
+                made[key] = scored.entropy.mean(1).cpu()
+            return made
+
+        label = f"sampling {subject.name}"
+        kept(subject.shots, draw, _store(subject), batch_size=batch_size, label=label, team=team)
+
+    def measure(self, subject: Subject, batch_size: int, team: Team) -> Measures:
+        """In the first process; what is slow is drawing."""
+        self.batch_size = batch_size
+        return team.lead(lambda: self._measure(subject)) or {}
+
+    def _measure(self, subject: Subject) -> Measures:
+        class_ids = [class_id_of(shot.condition) for shot in subject.shots]
+        known = None if None in class_ids else torch.tensor(class_ids)
+        batches = in_batches(subject.shots, self.batch_size)
+        if subject.card is None:
+            pictures = []
+            with progress("reading", self.images.count) as advance:
+                for batch in in_batches(self.images.items, self.batch_size):
+                    pictures.append(self.images.read(batch))
+                    advance(len(batch))
+            measured = self.of_pictures(torch.cat(pictures), known)
+        else:
+            store = _store(subject)
+            measured = self.of_pictures(store.column(batches, IMAGES), known)
+            measured |= {key: mean_of(store.column(batches, key)) for key in (ENTROPY, GUIDED_ENTROPY)}
+        self.measured[subject.name] = measured
+        return measured
+
+    def of_pictures(self, images: Tensor, class_ids: Tensor | None) -> Measures:
         """Every measure of uint8 images [B, 3, 64, 64]; without their classes, int64 [B], what needs none."""
         features = self.judge.recogniser.features(images.cpu())
         groups = class_groups(len(images), class_ids)
-        values = set_values(images, features, self.judge, groups) | manifold_values(features, self.judge, groups)
+        measures = set_measures(images, features, self.judge, groups) | manifold_measures(features, self.judge, groups)
         if class_ids is None:
-            return values
-        values |= self._class_values(images, features, class_ids)
+            return measures
+        measures |= self._of_classes(images, features, class_ids)
         several = (class_ids.bincount() > 1)[class_ids]  # a class needs two pictures to differ
-        return values | ({DIVERSITY: diversity(features[several], class_ids[several])} if several.any() else {})
+        if several.any():
+            units = diversity(features[several], class_ids[several]).double()
+            measures[DIVERSITY] = Measure(units.mean().item(), (units,), len(images))
+        return measures
 
-    def real_values(self, with_classes: bool = True) -> Values:
-        """What real scenes score, as if they were samples."""
-        judge, chosen = self.judge, unseen_scenes()
-        values = real_set_values(judge, chosen)
-        if not with_classes:
-            return values
-        images, features, class_ids = judge.reference_images, judge.reference_features, judge.reference_classes
-        return self._class_values(images[chosen], features[chosen], class_ids[chosen]) | values
+    def references(self) -> dict[str, Measures]:
+        """What real scenes score, as if they were samples; those that the judge's expectation is not fitted to."""
+        judge, chosen = self.judge, slice(FITTED, FITTED + UNSEEN_SCENES)
+        measures = real_measures(judge, chosen)
+        if any(MATCH in one for one in self.measured.values()):
+            parts = (judge.reference_images, judge.reference_features, judge.reference_classes)
+            measures |= self._of_classes(*(part[chosen] for part in parts))
+        return {REAL: measures}
 
-    def _class_values(self, images: Tensor, features: Tensor, class_ids: Tensor) -> Values:
+    def _of_classes(self, images: Tensor, features: Tensor, class_ids: Tensor) -> Measures:
         """What can be said of each picture whose class is known."""
-        conditions = [Condition(class_prompt(scenes.CLASS_NAMES[i]), i) for i in class_ids.tolist()]
+        conditions = [_condition(one) for one in class_ids.tolist()]
         raw = {name: scores.cpu() for name, scores in self.rewards.score(images, conditions, self.batch_size).items()}
-        recognised = self.judge.recogniser.classes(features)
-        found = self.judge.match(images, class_ids)
-        return {
-            MATCH: found.db,
-            MATCH_AT_SIZE: found.db - self.judge.expected_db(class_ids, found.size),
-            SIZE: found.size.float(),
-            MIRRORED: found.mirror.float(),
-            RECOGNISED: (recognised == class_ids).float(),
+        match = self.judge.match(images, class_ids)
+        values = {
+            MATCH: match.db,
+            MATCH_AT_SIZE: match.db - self.judge.expected_db(class_ids, match.size),
+            SIZE: match.size,
+            MIRRORED: match.mirror,
+            RECOGNISED: self.judge.recogniser.classes(features) == class_ids,
             **raw,
             TOTAL: sum(scores * self.weights[name] for name, scores in raw.items()),
         }
+        return {key: mean_of(one.double()) for key, one in values.items()}
+
+    def columns(self) -> dict[str, Column]:
+        rewards = {name: Column(name, "", "higher") for name in self.weights}
+        every = {**COLUMNS, **rewards, TOTAL: Column("total reward", "", "higher")}
+        return {key: one for key, one in every.items() if any(key in row for row in self.measured.values())}
+
+    def protocol(self, subjects: Sequence[Subject]) -> dict[str, Any]:
+        """What was measured with; of policies the tokenizer and the spread of the rewards within a class too."""
+        lines = [
+            "FID, sFID: biased upwards, the more the fewer images;",
+            "jackknife errors; real scenes: some against the others",
+        ]
+        given = "errors: of drawing the samples, given the reference scenes"
+        if subjects[0].card is None:
+            known = subjects[0].identity["classes_known"]
+            lines += [given] if known else [given, f"classes unknown (no class_id in a {METADATA})"]
+            return ({"reward_weights": self.weights} if known else {}) | {"about": "\n".join(lines)}
+        tokenizer = measure_tokenizer(self.judge.tokenizer, self.judge.reference_tokens, self.seed)
+        psnr = f"{tokenizer['psnr']:.2f} dB on unseen scenes" if tokenizer["psnr"] is not None else tokenizer["note"]
+        lines.insert(0, f"tokenizer: PSNR {psnr}; {tokenizer['codebook_used']:.0%} of the codebook in use")
+        lines.append(f"{given} and the training run")
+        first, last = self.measured[subjects[0].name], self.measured[subjects[-1].name]
+        class_ids = torch.tensor([class_id_of(shot.condition) for shot in subjects[-1].shots])
+        spread = {key: within_class_std(last[key].values, class_ids) for key in (*self.weights, TOTAL)}
+        lines.append(f"within-class sd: {', '.join(f'{key} {one:.3f}' for key, one in spread.items())}")
+        if len(subjects) > 1:
+            change = (first[TOTAL].value - last[TOTAL].value) / spread[TOTAL]
+            lines.append(f"the total reward changed by {change:+.2f} within-class standard deviations of the baseline")
+        return {
+            "reward_weights": self.weights,
+            "within_class_std": spread,
+            "tokenizer": tokenizer,
+            "about": "\n".join(lines),
+        }
 
 
-def open_bench(weights: dict[str, float] | None = None, batch_size: int = 64, device: str = "cpu") -> Bench:
-    """The bundled judge and rewards; the weights are those of the recipe nano/c2i unless given."""
-    weights = weights or recipe_weights()
-    return Bench(load_judge(), weights, batch_size, device)
-
-
-def evaluate(
+def run_nano(
     policies: Sequence[str],
-    sampling: Sampling = Sampling(),
+    images: Path | None = None,
+    file: Path | None = None,
+    *,
+    sampling: Sampling = Nano.sampling,
+    n: int = Nano.n,
+    seed: int = 0,
     batch_size: int = 64,
     device: str = "auto",
-    weights: dict[str, float] | None = None,
-) -> dict[str, Any]:
-    """Measure one policy, or two with the same classes and seeds.
+    text_device: str = "same",
+    weights: Mapping[str, float] | None = None,
+) -> Result | None:
+    """Measure one policy, or two with the same classes and seeds, or finished `images`.
 
     Args:
-        policies: names or paths for `load_policy`; with two, the second is the baseline.
-        weights: name of a reward to its weight in the total; default: those of the recipe nano/c2i.
-
-    Returns:
-        A dictionary of plain numbers, ready for JSON: `policies` {name: {measure: {mean, error}}}, `difference`
-        {measure: {mean, error}} (first minus second; for two), `real` (what real scenes score), `within_class_std`
-        {reward: number} of each reward and the total, of the last policy (the baseline), `tokenizer`, `settings`,
-        `weights` {name: hash} and `versions`.
+        policies: names or paths; with two, the second is the baseline.
+        file: for the result. What is drawn lies in a folder beside it until it is written, so that the same call goes
+            on where an interrupted one stopped.
+        weights: name of a reward to its weight in the total; by default those of the recipe nano/c2i.
 
     Raises:
-        UserError: no such policy, a policy of another world, too few samples, a seed that reaches training's.
+        UserError: no such policy, a policy of another world, too few images, a seed out of range.
     """
-    names = _distinct(policies)
-    sampling.check()
-    device = resolve_device(device)
-    loaded = {name: open_nano_policy(path, device) for name, path in zip(names, policies, strict=True)}
-    bench = open_bench(weights, batch_size, device)
-    measured = {name: bench.policy_values(policy, sampling, name) for name, policy in loaded.items()}
-    last = measured[names[-1]]
-    result: dict[str, Any] = {
-        "policies": {name: summary(values) for name, values in measured.items()},
-        "real": summary(bench.real_values()),
-        "within_class_std": {key: within_class_std(last[key], sampling.class_ids) for key in [*bench.weights, TOTAL]},
-        "reward_weights": bench.weights,
-        "tokenizer": measure_tokenizer(bench.judge.tokenizer, bench.judge.reference_tokens, sampling.seed),
-        "settings": asdict(sampling),
-        "weights": {name: policy.fingerprint() for name, policy in loaded.items()},
-        "versions": {"argrpo": __version__, "torch": torch.__version__},
-    }
-    if len(names) == 2:
-        first = measured[names[0]]
-        result["difference"] = summary({key: first[key] - last[key] for key in first})
+    if images is None:
+        check_number(n, seed)
+    team = join_team(device)
+    keeps = file is not None and images is None
+    out = file.with_name(f"{file.name}.parts") if keeps else Path(team.from_lead(tempfile.mkdtemp)) / "out"
+    benchmark = Nano(weights)
+    benchmark.n, benchmark.sampling = n, sampling  # no paper has another protocol
+    try:
+        result = run(
+            benchmark,
+            policies,
+            out,
+            sampling=sampling,
+            n=n,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            text_device=text_device,
+            images=images,
+        )
+    finally:
+        if team.first and not keeps:
+            shutil.rmtree(out.parent, ignore_errors=True)
+    if result is not None and file is not None:
+        result.save(file)
+    if team.first and keeps:
+        shutil.rmtree(out, ignore_errors=True)
     return result
 
 
-def open_nano_policy(path: str, device: str = "cpu") -> Policy:
-    """A policy that draws the nano world's objects, by class or by caption.
+def measure_policy(
+    policy: Policy, n: int, sampling: Sampling, seed: int, folder: Path, batch_size: int = 64
+) -> Measures:
+    """Every measure of a policy by itself; what is drawn is kept in `folder`."""
+    benchmark = Nano()
+    benchmark.check(policy.card)
+    subject = Subject(folder.name, policy.card.name, folder, folder, benchmark.shots(policy, n, seed), policy.card, {})
+    benchmark.gather(policy, subject, sampling, batch_size, ALONE)
+    return benchmark.measure(subject, batch_size, ALONE)
 
-    Raises:
-        UserError: no such policy, or it draws something else.
+
+def check_number(n: int, seed: int) -> None:
+    """UserError for too few samples, or a seed that reaches those of training."""
+    classes = len(scenes.CLASS_NAMES)
+    if n < 2 * classes:
+        raise UserError(f"--n {n}: {n} samples are too few: give at least {2 * classes}, two for each class")
+    seeds.check("nano", seed, n)
+
+
+def set_measures(
+    images: Tensor, features: Tensor, judge: Judge, groups: Tensor, reference: Tensor | slice = slice(None)
+) -> Measures:
+    """IS, FID and sFID of uint8 images [N, 3, 64, 64] with the judge's features of them, and the last two less their
+    bias.
+
+    `groups` int64 [N] from `class_groups`; `reference` picks the reference scenes to compare with.
     """
-    policy = load_policy(path, device)
-    if policy.text_encoder is None:
-        fits = tuple(policy.class_names) == scenes.CLASS_NAMES
-    else:
-        fits = {word for name in scenes.CLASS_NAMES for word in name.split()} <= set(policy.text_encoder.words or ())
-    if not fits or policy.image_size != scenes.IMAGE_SIZE:
-        raise UserError(f"policy {path} does not draw the nano world's objects, so its judges cannot measure it")
-    return policy
+    probabilities = judge.recogniser.probabilities(features)
+    measures = {INCEPTION_SCORE: inception_score_measure(probabilities, groups, len(groups))[0]}
+    spatial = judge.recogniser.spatial_features(images.cpu())
+    for key, rows, real in ((FID, features, judge.reference_features), (SFID, spatial, judge.reference_spatial)):
+        against = Gaussian.of(real[reference], "reference")
+        measures[key], measures[f"{key}{CORRECTED}"] = frechet_measure([rows], groups, against)
+    return measures
+
+
+def manifold_measures(features: Tensor, judge: Judge, groups: Tensor) -> Measures:
+    """Precision, of samples, and recall by a jackknife: the samples make up its manifold."""
+    precise, recalled = precision_recall(features, judge.reference_features)
+
+    def recall(rows: Tensor) -> float:
+        return precision_recall(features[rows], judge.reference_features)[1].double().mean().item()
+
+    left = [recall(groups != group) for group in range(int(groups.max()) + 1)]
+    return {
+        PRECISION: mean_of(precise.double()),
+        RECALL: jackknife(recalled.double().mean().item(), left, len(groups))[0],
+    }
+
+
+def real_measures(judge: Judge, held_out: slice) -> Measures:
+    """What real scenes reach: the reference scenes `held_out` as the set, the others as its reference."""
+    others = torch.ones(len(judge.reference_classes), dtype=torch.bool)
+    others[held_out] = False
+    ids, features = judge.reference_classes[held_out], judge.reference_features[held_out]
+    return set_measures(judge.reference_images[held_out], features, judge, class_groups(len(ids), ids), others)
 
 
 def recipe_weights() -> dict[str, float]:
@@ -233,18 +397,6 @@ def recipe_weights() -> dict[str, float]:
 
     section = load_recipe("nano/c2i", []).rewards
     return reward_weights(section, {term.name: check_reward(term.name).family for term in section.terms})
-
-
-def _distinct(policies: Sequence[str]) -> list[str]:
-    if not 1 <= len(policies) <= 2:
-        raise UserError(f"{len(policies)} policies; give one, or one and a baseline")
-    names = [str(policy) for policy in policies]
-    return names if len(set(names)) == len(names) else [names[0], f"{names[1]} (again)"]
-
-
-def unseen_scenes() -> slice:
-    """The reference scenes that stand for real ones: not those that the judge's expectation is fitted to."""
-    return slice(FITTED, FITTED + UNSEEN_SCENES)
 
 
 def within_class_std(reward: Tensor, class_ids: Tensor) -> float:
@@ -269,8 +421,46 @@ def measure_tokenizer(vq: VQModel, reference_tokens: Tensor, seed: int) -> dict[
     return {"psnr": psnr.mean().item(), "codebook_used": used, "note": ""}
 
 
-def summary(values: Values) -> dict[str, dict[str, float]]:
-    return {
-        key: {"mean": v.mean().item(), "error": (v.std() / len(v) ** 0.5).item() if len(v) > 1 else float("nan")}
-        for key, v in values.items()
-    }
+def class_id_of(condition: Condition) -> int | None:
+    """The class that a condition asks for, by its id or, in a caption, by its name; None where neither tells."""
+    if condition.class_id is not None or not condition.prompt:
+        return condition.class_id
+    return [class_prompt(name) for name in scenes.CLASS_NAMES].index(condition.prompt)
+
+
+def _condition(class_id: int) -> Condition:
+    return Condition(class_prompt(scenes.CLASS_NAMES[class_id]), class_id)
+
+
+def _store(subject: Subject) -> Tensors:
+    return Tensors(subject.folder / "drawn", None, lambda shot: shot.file)
+
+
+def _class_ids(images: ImageSet) -> list[int] | None:
+    """The class of each picture by its folder's metadata.jsonl; None when nothing tells."""
+    metadata = images.path / METADATA
+    if not metadata.is_file():
+        if not images.is_array:
+            recorded_sampling(images.path)  # refuses an unfinished folder
+        return None
+    files = [item.file for item in images.items]
+    classes: dict[str, int | None] = {}
+    for row in read_jsonl(metadata):
+        class_id = row.get("class_id")
+        known = isinstance(class_id, int) and not isinstance(class_id, bool) and 0 <= class_id < len(scenes.CLASS_NAMES)
+        if class_id is not None and not known:
+            allowed = f"0 to {len(scenes.CLASS_NAMES) - 1}"
+            raise UserError(f"{metadata}, {row.get('file')}: class_id = {class_id!r}: nano classes are {allowed}")
+        classes[str(row.get("file"))] = class_id
+    for file in files:
+        if file not in classes:
+            raise UserError(f"{images.path / file} is not in {metadata}")
+    for file in classes:
+        if not (images.path / file).is_file():
+            raise UserError(f"{metadata} lists {file}, which is not there")
+    without = [file for file in files if classes[file] is None]
+    if len(without) == len(files):
+        return None
+    if without:
+        raise UserError(f"{metadata} gives no class_id for {without[0]}; give one for every picture, or for none")
+    return [classes[file] for file in files]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from argrpo_cli.evals.benchmark import run
 from argrpo_cli.evals.entropy import Question, Subject, subjects_of_run
 from argrpo_cli.evals.entropy import measure as measure_entropy
 from argrpo_cli.evals.geneval import NANO_SETS, RESULTS, GenEval
-from argrpo_cli.evals.nano import Sampling, open_bench, open_nano_policy
+from argrpo_cli.evals.nano import measure_policy
 from argrpo_cli.geneval.nano_detector import load_detector
 from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.nano.judge import load_judge
@@ -33,6 +34,7 @@ from argrpo_cli.paper.page import Results, draw_figures, page
 from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import dump_recipe, load_recipe
 from argrpo_cli.rewards import REWARDS, load_rewards
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import make_dir, read_json, read_jsonl, save_tensors, write_json, write_text
 from argrpo_cli.training import run_training
@@ -92,11 +94,13 @@ class Workplace:
 
     def fidelity(self, policy: str, cfg_scale: float = 2.0) -> dict[str, Any]:
         """The measures of `argrpo eval nano` as values over units."""
-        path = self.root / "results" / f"{load_policy(policy).fingerprint()[:16]}-cfg{cfg_scale:g}.safetensors"
+        opened = load_policy(policy)
+        path = self.root / "results" / f"{opened.fingerprint()[:16]}-cfg{cfg_scale:g}.safetensors"
         if not path.is_file():
-            sampling = Sampling(self.images, cfg_scale, seed=SEED)
-            values = open_bench().policy_values(open_nano_policy(policy), sampling, policy)
-            save_tensors(path, values)
+            folder = path.with_suffix(".drawn")
+            measures = measure_policy(opened, self.images, Sampling(cfg_scale=cfg_scale), SEED, folder)
+            save_tensors(path, {key: one.strata[0] for key, one in measures.items()})
+            shutil.rmtree(folder)
         return load_file(path)
 
     def geneval(self, policy: str) -> list[tuple[Any, float]]:

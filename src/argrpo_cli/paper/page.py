@@ -12,7 +12,7 @@ from typing import Any
 from argrpo_cli import paper_numbers
 from argrpo_cli.captions import SHARED
 from argrpo_cli.evals.geneval import TOTALS, shares
-from argrpo_cli.evals.nano_sets import CORRECTED
+from argrpo_cli.evals.nano import CORRECTED
 from argrpo_cli.evals.statistics import mean_of
 from argrpo_cli.evals.tables import markdown_table
 from argrpo_cli.recipe import load_recipe
