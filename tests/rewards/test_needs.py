@@ -117,7 +117,11 @@ def test_the_bundled_rewards_need_nothing() -> None:
 
 def test_maniqa_brings_its_package_and_its_crops() -> None:
     needs = needs_of("maniqa")
-    assert list(needs.packages) == ["pyiqa"] and needs.working == 4 * 10**9 and needs.files == (maniqa.FILE,)
+    assert (
+        list(needs.packages) == ["pyiqa"]
+        and needs.working == 4 * 10**9
+        and needs.files == (maniqa.Maniqa.files["weights"],)
+    )
 
 
 def test_what_is_cached_is_seen_without_asking(tmp_path, monkeypatch) -> None:

@@ -112,6 +112,13 @@ class Reward:
         )
 
     @classmethod
+    def path(cls, option: str, local: str | Path | None) -> Path:
+        """The file that stands under an option: the local one that it names, else the hub's; UserError without it."""
+        from argrpo_cli.networks.weights import published_file
+
+        return published_file(cls.files[option].repo, cls.files[option].file, local, option)
+
+    @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """UserError for an option that it does not have, or a value of another type than its constructor says."""
         from pydantic import ConfigDict, TypeAdapter, ValidationError

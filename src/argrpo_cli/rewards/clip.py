@@ -238,11 +238,9 @@ class Aesthetic(Reward):
         dtype: str = "float32",
     ):
         from argrpo_cli.networks.clip import AestheticHead, load_open_clip, load_state
-        from argrpo_cli.networks.weights import published_file
 
         self.head = AestheticHead()
-        file = self.files["weights"]
-        load_state(self.head, published_file(file.repo, file.file, weights))
+        load_state(self.head, self.path("weights", weights))
         self.head.to(device).eval().requires_grad_(False)
         self.clip = load_open_clip(*self.model, clip_weights, device, dtype)
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARAMETERS = 446_206_689
-FILE = HubFile("THUDM/ImageReward", "ImageReward.pt", 4 * PARAMETERS)
-VOCABULARY = HubFile("google-bert/bert-base-uncased", "vocab.txt", 231_508)
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of r over the published training set
 MAX_TOKENS = 35
 
@@ -39,17 +37,19 @@ class ImageReward(Reward):
     """
 
     name, label, unit = "imagereward", "ImageReward", "standardised"
-    files: ClassVar = {"weights": FILE, "vocabulary": VOCABULARY}
+    files: ClassVar = {
+        "weights": HubFile("THUDM/ImageReward", "ImageReward.pt", 4 * PARAMETERS),
+        "vocabulary": HubFile("google-bert/bert-base-uncased", "vocab.txt", 231_508),
+    }
     parameters, network_name = PARAMETERS, "BLIP of ImageReward"
 
     def __init__(self, device: str = "cpu", *, weights: str | Path | None = None, vocabulary: str | Path | None = None):
         from argrpo_cli.networks import blip
         from argrpo_cli.networks.pixels import Preprocess
-        from argrpo_cli.networks.weights import published_file, read_state
+        from argrpo_cli.networks.weights import read_state
 
-        words = published_file(VOCABULARY.repo, VOCABULARY.file, vocabulary, "vocabulary")
-        self.tokenizer = blip.load_tokenizer(words)
-        path = published_file(FILE.repo, FILE.file, weights)
+        self.tokenizer = blip.load_tokenizer(self.path("vocabulary", vocabulary))
+        path = self.path("weights", weights)
         self.network = blip.load_network(blip.build_network(), read_state(path), path).to(device)
         self.prepare = Preprocess(self.network.vision.config.image_size)
         self.device = device

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PARAMETERS = 135_747_530  # of pyiqa's network
-FILE = HubFile("chaofengc/IQA-PyTorch-Weights", "ckpt_koniq10k.pt", 4 * PARAMETERS)
 SCALE = 0.8  # of the KonIQ-10k weights; the class's own default is PIPAL's
 CROP = 224
 CROPS = 20
@@ -150,7 +149,7 @@ class Maniqa(Reward):
 
     name, family, reads_prompt = "maniqa", "quality", False
     low, factor = 0.0, 2.0  # its last layer is a ReLU
-    files: ClassVar = {"weights": FILE}
+    files: ClassVar = {"weights": HubFile("chaofengc/IQA-PyTorch-Weights", "ckpt_koniq10k.pt", 4 * PARAMETERS)}
     packages: ClassVar = {"pyiqa": "pyiqa"}
     parameters, network_name = PARAMETERS, "MANIQA of pyiqa"
     working = 4 * 10**9  # 20 crops of 0.2 GB
@@ -173,10 +172,9 @@ class Maniqa(Reward):
             raise UserError(f"maniqa: seed is {seed}; it must be at least 0 and below 2^32")
         import torch
 
-        from argrpo_cli.networks.weights import fit_state, published_file, read_state
+        from argrpo_cli.networks.weights import fit_state, read_state
 
-        network = build_network()
-        path = published_file(FILE.repo, FILE.file, weights)
+        network, path = build_network(), self.path("weights", weights)
         fit_state(network, read_state(path, wrappers=("params",)), path)
         self.network = network.to(device, getattr(torch, dtype))
         self.device, self.dtype, self.crop_batch = device, getattr(torch, dtype), crop_batch
