@@ -196,8 +196,9 @@ def test_results_of_other_settings_are_not_mixed_in(tmp_path, monkeypatch):
     known = {name: load_policy("nano-c2i") for name in ("nano-c2i", "nano-t2i")}
     monkeypatch.setattr(paper, "load_policy", known.__getitem__)
     paper.Workplace(tmp_path, 96, 1).claim()
+    (tmp_path / "runs").mkdir()
     paper.Workplace(tmp_path, 96, 1).claim()
-    with pytest.raises(UserError, match="holds results of other settings"):
+    with pytest.raises(UserError, match=r"holds results of other settings, .* \(images\)"):
         paper.Workplace(tmp_path, 192, 1).claim()
     with pytest.raises(UserError, match="--per-prompt 0: give 1 to 64"):
         paper.Workplace(tmp_path / "new", 96, 0).claim()

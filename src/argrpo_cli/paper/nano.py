@@ -28,6 +28,7 @@ from argrpo_cli.evals.geneval import NANO_SETS, RESULTS, GenEval
 from argrpo_cli.evals.nano import measure_policy
 from argrpo_cli.geneval.nano_detector import load_detector
 from argrpo_cli.geneval.prompts import prompt_set
+from argrpo_cli.kept import claim
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.networks.weights import fingerprint
 from argrpo_cli.paper.page import Results, draw_figures, page
@@ -45,7 +46,7 @@ T2I = ("t2i", "t2i_a", "t2i_b", "t2i_c")
 SAMPLING_SCALES = (1.0, 2.0, 4.0, 7.0, 10.0)  # figure 6, right; of the model trained at 7
 CFG_MODEL = "c2i_cfg_7"
 SEED = 0  # of all samples
-LEAST_IMAGES, MOST_PER_PROMPT = 96, 64
+LEAST_IMAGES, MOST_PER_PROMPT, BATCH_SIZE = 96, 64, 64
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,7 @@ class Workplace:
             raise UserError(f"--n {self.images}: give {LEAST_IMAGES} or more")
         if not 1 <= self.per_prompt <= MOST_PER_PROMPT:
             raise UserError(f"--per-prompt {self.per_prompt}: give 1 to {MOST_PER_PROMPT}")
-        path = make_dir(self.root) / "identity.json"
-        if path.is_file() and read_json(path) != identity:
-            raise UserError(f"{self.root} holds results of other settings, recipes or networks; choose another --out")
-        write_json(path, identity)
+        claim(self.root, identity, BATCH_SIZE, "results of other settings, recipes or networks")
 
     def run(self, name: str, seed: int = 0) -> str:
         """The trained policy of a recipe under a training seed; trains it, or what is left of it."""
