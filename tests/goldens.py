@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from argrpo_cli.policy.llamagen.checkpoints import from_published
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
 from tests.formula import formula_weights
 
 DATA = Path(__file__).parent / "data" / "policy"

@@ -18,6 +18,7 @@ from argrpo_cli.evals.statistics import mean_of
 from argrpo_cli.evals.tables import table
 from argrpo_cli.images import read_image
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.rewards import Reward, RewardSet, check_reward, load_rewards
 from argrpo_cli.score import score_images
 from argrpo_cli.shapes import Result, Sampling
@@ -127,7 +128,7 @@ def test_columns_come_in_the_units_of_table_4(policies, tmp_path):
 
 def test_each_picture_of_each_prompt_has_a_seed_of_its_own(policies, tmp_path, monkeypatch):
     seen = []
-    real = Policy.sample
+    real = LlamaGen.sample
     monkeypatch.setattr(
         Policy, "sample", lambda self, c, how, seeds: seen.append((seeds, how.cfg_scale)) or real(self, c, how, seeds)
     )
@@ -154,7 +155,7 @@ def test_the_difference_is_paired_picture_by_picture():
 
 def test_interrupted_and_resumed_equals_uninterrupted(policies, tmp_path, monkeypatch):
     whole = measure(policies, tmp_path / "whole", batch_size=2)
-    real_sample, real_score, calls = Policy.sample, Brightness.score, []
+    real_sample, real_score, calls = LlamaGen.sample, Brightness.score, []
 
     def interrupt(limit, real):
         def call(*args, **rest):
@@ -166,11 +167,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(policies, tmp_path, monkey
         calls.clear()
         return call
 
-    monkeypatch.setattr(Policy, "sample", interrupt(2, real_sample))
+    monkeypatch.setattr(LlamaGen, "sample", interrupt(2, real_sample))
     with pytest.raises(KeyboardInterrupt):
         measure(policies, tmp_path / "o", batch_size=2)
     assert not (tmp_path / "o" / "summary.json").exists()
-    monkeypatch.setattr(Policy, "sample", real_sample)
+    monkeypatch.setattr(LlamaGen, "sample", real_sample)
     monkeypatch.setattr(Brightness, "score", interrupt(4, real_score))
     with pytest.raises(KeyboardInterrupt):
         measure(policies, tmp_path / "o", batch_size=2)
@@ -185,7 +186,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(policies, tmp_path, monkey
 
 def test_a_column_is_added_without_drawing_or_scoring_again(policies, tmp_path, monkeypatch):
     measure(policies[:1], tmp_path / "o", ["clip"])
-    monkeypatch.setattr(Policy, "sample", lambda *_, **__: pytest.fail("drawn again"))
+    monkeypatch.setattr(LlamaGen, "sample", lambda *_, **__: pytest.fail("drawn again"))
     Brightness.calls = 0
     result = measure(policies[:1], tmp_path / "o", ["clip", "deqa"])
     assert Brightness.calls == 6

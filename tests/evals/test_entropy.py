@@ -13,8 +13,9 @@ from argrpo_cli.cli.app import run
 from argrpo_cli.evals import entropy as e
 from argrpo_cli.geneval.grammar import TAGS, parse_prompt
 from argrpo_cli.nano.tokens import load_held_out
-from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.entropy import token_entropy
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, write_json
@@ -116,13 +117,13 @@ def test_prompts_are_walked_along_samples_of_the_policy_itself(captioned):
 
 
 def test_samples_are_drawn_as_they_are_measured(captioned, monkeypatch):
-    drawn, sample = [], Policy.sample
+    drawn, sample = [], LlamaGen.sample
 
     def watched(self, conditions, **settings):
         drawn.append((settings["cfg_scale"], settings["temperature"]))
         return sample(self, conditions, **settings)
 
-    monkeypatch.setattr(Policy, "sample", watched)
+    monkeypatch.setattr(LlamaGen, "sample", watched)
     e.measure([e.Subject(captioned, "t")], e.Question(None, "geneval", limit=2), cfg_scale=3.0, temperature=0.7)
     assert drawn == [(3.0, 0.7)]
 

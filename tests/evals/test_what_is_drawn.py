@@ -16,6 +16,7 @@ from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL
 from argrpo_cli.images import read_image
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.protocol import Drawn
 from argrpo_cli.system.files import read_jsonl
 from tests.evals.stub_inception import StubInception, install
@@ -46,7 +47,7 @@ def drawn(monkeypatch):
         return tokens[:, 0].to(torch.uint8)[:, None, None, None].expand(-1, 3, side, side)
 
     monkeypatch.setattr(Policy, "encode", lambda self, conditions: conditions)
-    monkeypatch.setattr(Policy, "sample", sample)
+    monkeypatch.setattr(LlamaGen, "sample", sample)
     monkeypatch.setattr(Policy, "decode", decode)
     return pictures
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from argrpo_cli.policy.llamagen.caption_cleaning import clean_caption, published_caption
+from argrpo_cli.policy.llamagen.text import clean_caption, published_caption
 
 
 @pytest.mark.parametrize(

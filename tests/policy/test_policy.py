@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.folder import class_names
 from argrpo_cli.policy.llamagen.checkpoints import from_published, to_published
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, to_uint8
+from argrpo_cli.policy.open import choose_trainable
 from argrpo_cli.rewards import load_rewards
-from argrpo_cli.shapes import Condition, class_prompt
+from argrpo_cli.shapes import Condition, Sampling, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import WEIGHTS
 from tests.formula import formula_weights
@@ -28,7 +31,7 @@ from tests.training.tiny import tiny_caption_policy
 CLASSES = ["dog", "umbrella", "hot dog"]
 
 
-def miniature() -> Policy:
+def miniature() -> LlamaGen:
     """16 x 16 pixels, 4 x 4 tokens of 32 codes, 3 classes; formula weights, so that it draws of everything."""
     torch.manual_seed(0)
     tokenizer = VQModel(
@@ -52,7 +55,12 @@ def miniature() -> Policy:
     )
     shapes = {key: value.shape for key, value in to_published(LlamaGenForImageGeneration(config)).items()}
     model = from_published(formula_weights(shapes), config)
-    return Policy(model, tokenizer.eval(), None, list(CLASSES), 16, "miniature")
+    return LlamaGen(model, tokenizer.eval(), None, list(CLASSES), 16, "miniature")
+
+
+def sample(policy: Policy, conditions: list[Condition], seeds: Sequence[int], **settings: float) -> torch.Tensor:
+    """Tokens."""
+    return policy.sample(policy.encode(conditions), Sampling(**settings), seeds).tokens
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +107,8 @@ def test_saving_and_loading_print_nothing(saved, tmp_path, capfd):
 def test_save_and_load_give_the_same_images(saved):
     before, after = miniature(), load_policy(saved)
     conditions = before.conditions(CLASSES)
-    tokens = before.sample(conditions, seeds=[1, 2, 3])
-    assert torch.equal(after.sample(conditions, seeds=[1, 2, 3]), tokens)
+    tokens = sample(before, conditions, [1, 2, 3])
+    assert torch.equal(sample(after, conditions, [1, 2, 3]), tokens)
     assert torch.equal(after.decode(tokens), before.decode(tokens))
     assert (after.class_names, after.image_size, after.base) == (CLASSES, 16, "miniature")
     assert not after.model.training and not after.tokenizer.training
@@ -168,50 +176,63 @@ def test_prompts_take_the_right_article():
 def test_sampling_does_not_depend_on_the_batch_size(batch_size):
     policy = miniature()
     conditions, seeds = policy.conditions([0, 1, 2, 1, 0]), [4, 5, 6, 7, 8]
-    tokens = policy.sample(conditions, seeds=seeds, batch_size=batch_size)
-    assert tokens.shape == (5, 16) and tokens.dtype == torch.int64
-    assert torch.equal(tokens, policy.sample(conditions, seeds=seeds, batch_size=5))
+    encoded = policy.encode(conditions)
+    tokens = [
+        policy.sample(encoded[start : start + batch_size], Sampling(), seeds[start : start + batch_size]).tokens
+        for start in range(0, 5, batch_size)
+    ]
+    assert torch.cat(tokens).shape == (5, 16) and tokens[0].dtype == torch.int64
+    assert torch.equal(torch.cat(tokens), sample(policy, conditions, seeds))
 
 
 def test_sampling_settings_reach_the_sampler():
     policy = miniature()
     conditions, seeds = policy.conditions([0, 1, 2]), [1, 2, 3]
-    default = policy.sample(conditions, seeds=seeds)
-    assert torch.equal(default, policy.sample(conditions, 2.0, 1.0, 0, 1.0, -1, seeds))
+    default = sample(policy, conditions, seeds)
+    assert torch.equal(default, sample(policy, conditions, seeds, cfg_scale=2.0, temperature=1.0))
     for change in ({"cfg_scale": 1.0}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {"cfg_interval": 2}):
-        assert not torch.equal(policy.sample(conditions, seeds=seeds, **change), default), change
+        assert not torch.equal(sample(policy, conditions, seeds, **change), default), change
 
 
 def test_decoding_to_another_size_is_llamagens():
     """Bicubic without antialiasing on the decoder's numbers, before they are bytes."""
     policy = miniature()
-    tokens = policy.sample(policy.conditions([0, 1]), seeds=[1, 2])
+    tokens = sample(policy, policy.conditions([0, 1]), [1, 2])
     small = policy.decode(tokens, size=policy.image_size // 2)
-    decoded = policy.tokenizer.decode_tokens(tokens)
+    with torch.no_grad():
+        decoded = policy.tokenizer.decode_tokens(tokens)
     expected = torch.nn.functional.interpolate(decoded, small.shape[-2:], mode="bicubic", antialias=False)
     expected = (127.5 * expected + 127.5).clamp(0, 255).round()
     assert (small.float() - expected).abs().max() <= 1
     assert torch.equal(policy.decode(tokens, size=policy.image_size), policy.decode(tokens))
 
 
-def test_no_conditions_give_no_images():
-    policy = miniature()
-    assert policy.sample([]).shape == (0, 16)
-
-
-def test_sampling_refuses_what_does_not_fit():
-    policy = miniature()
-    with pytest.raises(UserError, match="1 seeds for 2 conditions"):
-        policy.sample(policy.conditions([0, 1]), seeds=[1])
+def test_a_condition_of_words_alone_is_no_class():
     with pytest.raises(UserError, match="'a photo of love' has no class id"):
-        policy.sample([Condition("a photo of love")])
-    with pytest.raises(UserError, match="batch size 0"):
-        policy.sample(policy.conditions([0]), batch_size=0)
+        miniature().encode([Condition("a photo of love")])
+
+
+def test_parts_are_what_may_be_trained_and_adapted():
+    policy = miniature()
+    assert policy.parts()["lora"] == ["wqkv", "wo", "w1", "w3", "w2"]
+    choose_trainable(policy, ["attention.wo", "lm_head"])
+    trained = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name in policy.parts()["trainable"] if "attention.wo" in name or "lm_head" in name}
+    with pytest.raises(UserError, match=r"no parameter's name contains 'lm_haed'; names are like model\.layers\.0"):
+        choose_trainable(policy, "lm_haed")
+
+
+def test_an_unknown_family_is_named(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "other")
+    card = json.loads((saved / "policy.json").read_text())
+    (tmp_path / "other" / "policy.json").write_text(json.dumps({**card, "family": "llamagem"}))
+    with pytest.raises(UserError, match=r"policy\.json: no family of policies 'llamagem'; did you mean 'llamagen'"):
+        load_policy(tmp_path / "other")
 
 
 def test_decoding_is_the_tokenizers_rounded_once_in_chunks(monkeypatch):
     policy = miniature()
-    tokens = policy.sample(policy.conditions([0, 1, 2, 0, 1]), seeds=range(5))
+    tokens = sample(policy, policy.conditions([0, 1, 2, 0, 1]), range(5))
     monkeypatch.setattr("argrpo_cli.policy.llamagen.policy.DECODE_PIXELS", 2 * 16 * 16)
     images = policy.decode(tokens)
     assert images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8
@@ -227,7 +248,7 @@ def test_the_dtype_is_the_models_and_not_the_tokenizers(saved, dtype):
     policy = load_policy(saved, dtype=dtype)
     assert policy.model.dtype == getattr(torch, dtype)
     assert policy.tokenizer.dtype == torch.float32
-    assert policy.decode(policy.sample(policy.conditions([0]), seeds=[1])).shape == (1, 3, 16, 16)
+    assert policy.decode(sample(policy, policy.conditions([0]), [1])).shape == (1, 3, 16, 16)
 
 
 def test_half_precision_weights_are_opened_as_float32(copied):
@@ -393,7 +414,7 @@ def test_the_bundled_policy_opens_and_draws():
     policy = load_policy("nano-c2i")
     assert policy.tokenizer_name == "nano-vq"
     conditions = policy.conditions(policy.class_names[:2])
-    images = policy.decode(policy.sample(conditions, seeds=[0, 0]))
+    images = policy.decode(sample(policy, conditions, [0, 0]))
     assert images.shape == (2, 3, policy.image_size, policy.image_size)
     assert not torch.equal(images[0], images[1])
     assert Path(policy.model.config._name_or_path).is_dir()
@@ -405,7 +426,7 @@ def test_the_bundled_caption_policy_draws_what_it_is_asked():
     assert policy.text_encoder_name == "nano-t5"
     objects = ["a red car", "two clocks", "three apples", "a giraffe"]
     conditions = policy.conditions([f"a photo of {one}" for one in objects * 8])
-    images = policy.decode(policy.sample(conditions, seeds=range(32)))
+    images = policy.decode(sample(policy, conditions, range(32)))
     own = rewards.score(images, conditions)["nano-geneval"]
     other = rewards.score(images, conditions[1:] + conditions[:1])["nano-geneval"]
     assert own.mean() > 0.8 and other.mean() < 0.3, "the share of what is asked for that is there"

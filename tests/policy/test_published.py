@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from argrpo_cli.cli.app import run
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen import published
-from argrpo_cli.policy.llamagen.checkpoints import fit_state, to_published
+from argrpo_cli.policy.llamagen.checkpoints import to_published
 from argrpo_cli.policy.llamagen.config import SIZES, published_config
-from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
@@ -206,13 +206,6 @@ def test_a_tokenizer_of_other_codes_is_refused(tiny):
 def test_a_tokenizer_that_is_none_is_refused(tiny):
     with pytest.raises(UserError, match="is no LlamaGen tokenizer"):
         published.open_tokenizer(tiny / "c2i_tiny_256.pt")
-
-
-def test_fit_state_lists_every_fault_at_once():
-    with torch.device("meta"):
-        model = torch.nn.Linear(3, 2)
-    with pytest.raises(UserError, match=r"x: missing bias; unexpected b; wrong shape: weight is \[1\], expected"):
-        fit_state(model, {"weight": torch.zeros(1), "b": torch.zeros(2)}, {}, "x", torch.float32)
 
 
 def test_without_a_network_a_name_says_what_to_download(monkeypatch, tmp_path, capsys):

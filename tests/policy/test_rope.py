@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from argrpo_cli.policy.llamagen.rope import apply_rope, rope_table
+from argrpo_cli.policy.llamagen.model import apply_rope, rope_table
 from tests.goldens import cases, max_difference, tensors
 
 

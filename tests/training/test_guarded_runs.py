@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from argrpo_cli.cli.train import CHANGEABLE
 from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.recipe import Recipe, load_recipe
 from argrpo_cli.runs import report as report_module
 from argrpo_cli.runs.run import RunDirectory
@@ -53,12 +54,12 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 def sample_otherwise(monkeypatch: pytest.MonkeyPatch, **settings: float) -> None:
     """Let rollouts draw with other settings than the recipe's."""
-    sample = Policy.sample
+    sample = LlamaGen.sample
 
     def other(self: Policy, encoded: Any, sampling: Any = None, *args: Any, **keys: Any) -> Any:
         return sample(self, encoded, replace(sampling, **settings) if "model" in keys else sampling, *args, **keys)
 
-    monkeypatch.setattr(Policy, "sample", other)
+    monkeypatch.setattr(LlamaGen, "sample", other)
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.decoding import new_cache
-from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.outline import outline_policy
+from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.published import outline_policy
+from argrpo_cli.policy.llamagen.sample import new_cache
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.recipe.schema import LoraSection
 from argrpo_cli.training import memory

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import POLICIES
-from argrpo_cli.policy.llamagen.outline import count, outline_policy
+from argrpo_cli.policy.llamagen.published import count, outline_policy
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training.plan import Plan, plan
@@ -171,7 +171,7 @@ def test_every_published_policy_has_an_outline() -> None:
 def test_policy_folders_and_files_have_outlines_too(tmp_path: Path) -> None:
     from argrpo_cli.policy.llamagen.checkpoints import to_published
     from argrpo_cli.policy.llamagen.config import published_config
-    from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+    from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
 
     policy = tiny_caption_policy()
     policy.save(tmp_path / "policy")

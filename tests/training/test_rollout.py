@@ -12,6 +12,7 @@ import trl
 from torch import Tensor
 
 from argrpo_cli.policy import Policy
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.seeds import is_dropped, of_training
 from argrpo_cli.shapes import Condition, Sampling
 from argrpo_cli.system.errors import UserError
@@ -212,13 +213,13 @@ def test_prompts_are_indices_of_conditions() -> None:
 
 def test_recipe_reaches_the_sampler(new_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Sampling, str]] = []
-    sample = Policy.sample
+    sample = LlamaGen.sample
 
     def spy(self: Policy, encoded: Any, sampling: Sampling, seeds: Any, *, model: Any, logp: str) -> Any:
         seen.append((sampling, logp))
         return sample(self, encoded, sampling, seeds, model=model, logp=logp)
 
-    monkeypatch.setattr(Policy, "sample", spy)
+    monkeypatch.setattr(LlamaGen, "sample", spy)
     trainer = new_trainer(cfg_scale=1.5, temperature=0.7, logprob="guided")
     trainer.rollout_func(["0"], trainer)
     assert seen == [(Sampling(cfg_scale=1.5, temperature=0.7), "guided")]

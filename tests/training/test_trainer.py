@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from argrpo_cli.policy import Policy
-from argrpo_cli.policy.llamagen.modeling import Encoded
+from argrpo_cli.policy.llamagen.model import Encoded
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.protocol import Scored
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
@@ -136,13 +137,13 @@ def test_bfloat16_samples_and_trains_under_autocast(
     new_trainer: Build, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled_under: list[tuple[bool, torch.dtype]] = []
-    sample = Policy.sample
+    sample = LlamaGen.sample
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         sampled_under.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
         return sample(*args, **kwargs)
 
-    monkeypatch.setattr(Policy, "sample", spy)
+    monkeypatch.setattr(LlamaGen, "sample", spy)
     trainer = new_trainer(steps=1, dtype="bfloat16", temperature=0.8)
     assert trainer.args.bf16
     trainer.train()

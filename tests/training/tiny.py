@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.policy import Policy
+from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.llamagen.text import TextEncoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.recipe import Recipe
@@ -23,7 +23,7 @@ CODES, TOKENS, CLASSES = 32, 16, 4
 IMAGE_SIZE = 8  # 4 x 4 tokens of 2 x 2 pixels
 
 
-def tiny_policy() -> Policy:
+def tiny_policy() -> LlamaGen:
     """Random weights, the same on every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -52,7 +52,7 @@ def tiny_policy() -> Policy:
             )
         )
     names = ["ant", "bee", "cat", "dog"]
-    return Policy(model.eval(), tokenizer.eval(), None, names, image_size=IMAGE_SIZE, base="tiny")
+    return LlamaGen(model.eval(), tokenizer.eval(), None, names, image_size=IMAGE_SIZE, base="tiny")
 
 
 def tiny_text_encoder() -> TextEncoder:
@@ -74,7 +74,7 @@ def tiny_text_encoder() -> TextEncoder:
         return TextEncoder(T5EncoderModel(config), tokenizer)
 
 
-def tiny_caption_policy() -> Policy:
+def tiny_caption_policy() -> LlamaGen:
     """As `tiny_policy`, conditioned on captions of at most five words."""
     policy, encoder = tiny_policy(), tiny_text_encoder()
     with torch.random.fork_rng():
@@ -95,7 +95,7 @@ def tiny_caption_policy() -> Policy:
         nn.init.normal_(model.lm_head.weight, std=0.1)
         nn.init.normal_(model.model.caption_mlp.fc1.weight, std=0.3)
         nn.init.normal_(model.model.caption_mlp.fc2.weight, std=0.3)
-    return Policy(model.eval(), policy.tokenizer, None, [], IMAGE_SIZE, "tiny", encoder, None)
+    return LlamaGen(model.eval(), policy.tokenizer, None, [], IMAGE_SIZE, "tiny", encoder, None)
 
 
 def save_tiny_policy(folder: Path) -> Path:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from argrpo_cli.policy import Policy
-from argrpo_cli.policy.llamagen import modeling
+from argrpo_cli.policy.llamagen import model as network
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training
 
@@ -52,12 +52,12 @@ def straddling(folder: Path, out: Path) -> None:
 
 def captions(folder: Path, out: Path) -> None:
     """Captions that each process has for itself, guided log-probabilities, and logits that are computed again."""
-    modeling.LOGITS_AT_ONCE, whole = 9 * CODES, modeling.LOGITS_AT_ONCE
+    network.LOGITS_AT_ONCE, whole = 9 * CODES, network.LOGITS_AT_ONCE
     asked = {"source": "captions", "captions": ["a dog", "a red cat", "a blue dog", "a cat"]}
     recipe = tiny_recipe(folder / "captions", conditions=asked, logprob="guided", micro_batch_size=2, steps=3)
     out = folder / "run_of_captions"
     run_training(recipe, out, rewards=FakeRewards())
-    modeling.LOGITS_AT_ONCE = whole
+    network.LOGITS_AT_ONCE = whole
 
 
 def stopped(folder: Path, out: Path) -> None:
@@ -91,16 +91,16 @@ def refused(folder: Path, out: Path) -> None:
 
 def broken(folder: Path, out: Path) -> None:
     """The sampler of one process finds weights that are not numbers."""
-    draw = Policy.sample
+    draw = LlamaGen.sample
 
     def complain(*args: Any, **options: Any) -> Any:
         raise UserError("the logits are not numbers")
 
-    Policy.sample = complain if PROCESS == 1 else draw
+    LlamaGen.sample = complain if PROCESS == 1 else draw
     try:
         run_training(tiny_recipe(folder / "policy", **PLAIN), out, rewards=FakeRewards())
     finally:
-        Policy.sample = draw
+        LlamaGen.sample = draw
 
 
 CASES: dict[str, Callable[[Path, Path], None]] = {

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from argrpo_cli.bench import machine, measure
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.sampling import image_uniforms, inverse_cdf
+from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.sample import image_uniforms, inverse_cdf
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.devices import resolve_device
 

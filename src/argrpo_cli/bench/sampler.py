@@ -4,10 +4,10 @@ Random weights of a published geometry; time and memory do not depend on the val
 process:
 
 - `reference`: the published algorithm with all that it does, `sample_as_published`.
-- `argrpo`: `policy.sampling.sample_tokens`.
+- `argrpo`: `sample_tokens`.
 - `floor`: the linear layers alone, with the batch of every step and nothing between them. A sampler that leaves weights
   as they are stored cannot be faster on this machine by this library.
-- `packed`: the same with weights laid out for the processor, as `argrpo` does it (`policy.packing`).
+- `packed`: the same with weights laid out for the processor, as `argrpo` does it (`packed_linears`).
 
 On a GPU the floor is the time to read the weights and the filled cache once per token at the bandwidth given. Shares
 are the floor's time by argrpo's.
@@ -29,10 +29,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from argrpo_cli.bench import machine, measure
 from argrpo_cli.policy.llamagen.config import SIZES, published_config
-from argrpo_cli.policy.llamagen.modeling import Attention, Encoded, KeyValue, LlamaGenForImageGeneration, RMSNorm
-from argrpo_cli.policy.llamagen.packing import packed_linears
-from argrpo_cli.policy.llamagen.rope import apply_rope, rope_table
-from argrpo_cli.policy.llamagen.sampling import sample_tokens
+from argrpo_cli.policy.llamagen.model import (
+    Attention,
+    Encoded,
+    KeyValue,
+    LlamaGenForImageGeneration,
+    RMSNorm,
+    apply_rope,
+    rope_table,
+)
+from argrpo_cli.policy.llamagen.sample import packed_linears, sample_tokens
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.devices import resolve_device
 

@@ -29,8 +29,9 @@ from transformers import TrainerCallback
 
 from argrpo_cli.bench import machine
 from argrpo_cli.bench.sampler import random_policy
-from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import POLICIES
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.recipe import Recipe, load_recipe
 from argrpo_cli.shapes import Condition
@@ -156,7 +157,7 @@ def _base(recipe: Recipe, folder: Path) -> str:
     if not name.startswith("c2i"):
         raise UserError(f"{name} needs its text encoder; measure a class-conditional recipe")
     _, size, pixels = name.split("-")
-    policy = Policy(
+    policy = LlamaGen(
         random_policy(size.upper(), int(pixels), torch.float32, "cpu"),
         VQModel(VQConfig()).eval(),
         None,
@@ -173,7 +174,7 @@ def measure_steps(recipe: Recipe, steps: int, device: str, scratch: Path) -> tup
     recipe = recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update={"steps": steps + 1, "warmup_steps": 0})})
     policy = load_policy(recipe.policy.checkpoint, device)
     meter = StageMeter(device)
-    rollout = Rollout(recipe, policy.conditions(policy.class_names), policy, meter)
+    rollout = Rollout(recipe, policy.conditions(policy.card.names), policy, meter)
     scorer = BatchScorer(Brightness(), {"brightness": 1.0}, recipe.grpo.group_size, meter)
     times = StepTimes(meter)
     trainer = build_trainer(recipe, policy, rollout, scorer, scratch, [times])

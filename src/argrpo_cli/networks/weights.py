@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import pickle
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,15 +79,20 @@ def read_state(path: str | Path, wrappers: Sequence[str] = ()) -> dict[str, Tens
     except FileNotFoundError as error:
         raise UserError(f"weights not found: {path}") from error
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        raise UserError(
-            f"{path} is not a readable file of weights: it is cut off, damaged or something else"
-        ) from error
+        why = "it is cut off, damaged or something else"
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+            why = "it holds more than weights, and pickled code is not run"
+        raise UserError(f"{path} is not a readable file of weights: {why}") from error
     for key in wrappers:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no state dict of tensors")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            what = f"of layout {value.layout}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UserError(f"{path} holds no state dict of tensors: {key!r} is {what}")
     return content
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from argrpo_cli.system.errors import UserError, did_you_mean
-from argrpo_cli.system.files import WEIGHTS, read_json, read_text
+from argrpo_cli.system.files import WEIGHTS, read_json, read_text, write_json
 
 CARD = "policy.json"
 ADAPTER_OF = "adapter_of"  # in the policy.json of a folder with adapters alone
@@ -150,14 +150,27 @@ def checkpoint_folders(run: Path) -> dict[int, Path]:
     return dict(sorted((int(step), path) for step, path in named if step.isdigit()))
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """The policy.json of a policy folder; UserError when it is missing, or lacks something."""
+def read_card(folder: Path, **keys: type) -> dict[str, Any]:
+    """The policy.json of a policy folder; UserError when it is missing, or lacks something.
+
+    Args:
+        keys: what a family needs in it, with its type, beside what all do.
+    """
     card = read_json(folder / CARD)
-    asked = ("text_encoder", str) if "text_encoder" in card else ("classes", list)
-    for key, kind in (("tokenizer", str), asked, ("image_size", int)):
+    keys |= {"text_encoder": str} if "text_encoder" in card else {"classes": list}
+    for key, kind in {**keys, "image_size": int}.items():
         if not isinstance(card.get(key), kind):
             raise UserError(f"{folder / CARD}: {key!r} is {card.get(key)!r}, expected a {kind.__name__}")
     return card
+
+
+def mark_adapter(folder: Path, base: str) -> None:
+    """Make a folder with PEFT's files (adapter_config.json, adapter_model.safetensors) a policy folder.
+
+    Its policy.json says {"adapter_of": base}, where base is whatever `load_policy` opens: a name, or a path (a relative
+    one counts from the folder).
+    """
+    write_json(folder / CARD, {ADAPTER_OF: base})
 
 
 def base_of(folder: Path, card: dict[str, object]) -> str:

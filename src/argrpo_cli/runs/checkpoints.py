@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.adapters import mark_adapter
-from argrpo_cli.policy.folder import BUNDLED_POLICIES, CARD, MANIFEST, POLICIES, checkpoint_folders
+from argrpo_cli.policy.folder import BUNDLED_POLICIES, MANIFEST, POLICIES, checkpoint_folders, mark_adapter
 from argrpo_cli.runs.disk import PARTIAL, replace_folder, set_aside
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write, read_json, reason, write_json
@@ -79,7 +78,7 @@ class PolicyWriter:
             self.policy.save_card(folder)
         else:
             chosen, noted = self.recipe.policy.checkpoint, self.run.notes()["base_policy"]
-            mark_adapter(folder, CARD, chosen if chosen in (*BUNDLED_POLICIES, *POLICIES) else noted)
+            mark_adapter(folder, chosen if chosen in (*BUNDLED_POLICIES, *POLICIES) else noted)
 
     def trained(self, trainer: Trainer, folder: Path) -> None:
         """The policy as it is now, adapters merged into its weights; all processes must call it.

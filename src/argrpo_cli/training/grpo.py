@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizer, PrinterCallback, TrainerCallback
+from transformers import GenerationConfig, PreTrainedTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from argrpo_cli.policy.adapters import check_targets, require_peft
+from argrpo_cli.policy.open import check_targets, require_peft
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
@@ -234,7 +234,7 @@ def grpo_config(
     )
 
 
-def lora_config(lora: LoraSection, model: nn.Module) -> LoraConfig:
+def lora_config(lora: LoraSection, policy: Policy) -> LoraConfig:
     """PEFT's settings for the recipe; new adapters change nothing, since B starts at zero.
 
     Raises:
@@ -243,7 +243,7 @@ def lora_config(lora: LoraSection, model: nn.Module) -> LoraConfig:
     require_peft()
     from peft import LoraConfig
 
-    check_targets(model, lora.targets)
+    check_targets(policy, lora.targets)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -285,6 +285,7 @@ def build_trainer(
     batches = -(-grpo.steps // grpo.updates_per_batch)
     groups = batches * (grpo.batch_size // grpo.group_size)
     sampling = recipe.sampling
+    model.generation_config = GenerationConfig()  # TRL writes its padding id there, and ours is drawn another way
     trainer = ImageGRPOTrainer(
         model,
         sampling=sampling if grpo.logprob == "guided" else replace(sampling, cfg_scale=1.0),
@@ -301,7 +302,7 @@ def build_trainer(
         processing_class=CodeTokenizer(policy.card.codes),
         rollout_func=rollout,
         callbacks=list(callbacks),
-        peft_config=None if recipe.policy.lora is None else lora_config(recipe.policy.lora, model),
+        peft_config=None if recipe.policy.lora is None else lora_config(recipe.policy.lora, policy),
     )
     trainer.remove_callback(PrinterCallback)
     check_sharding(trainer)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import nn
 
-from argrpo_cli.policy.llamagen.decoding import BUCKET
-from argrpo_cli.policy.llamagen.outline import count
 from argrpo_cli.policy.llamagen.policy import DECODE_PIXELS
+from argrpo_cli.policy.llamagen.published import count
+from argrpo_cli.policy.llamagen.sample import BUCKET
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-    from argrpo_cli.policy.llamagen.outline import Outline
+    from argrpo_cli.policy.llamagen.published import Outline
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.recipe.schema import LoraSection
     from argrpo_cli.rewards.base import Needs

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from argrpo_cli.policy.adapters import check_targets
-from argrpo_cli.policy.llamagen.outline import Outline, outline_policy
-from argrpo_cli.policy.llamagen.policy import choose_trainable
+from argrpo_cli.policy.llamagen.published import Outline, outline_policy
+from argrpo_cli.policy.open import check_targets, choose_trainable
 from argrpo_cli.rewards import check_options, check_reward, load_rewards, networks_of
 from argrpo_cli.rewards.base import Needs
 from argrpo_cli.rewards.shaping import reward_weights
@@ -75,9 +74,9 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     """
     share, micro = images_per_process(recipe.grpo, processes)
     outline = outline_policy(recipe.policy.checkpoint)
-    choose_trainable(outline.policy.model, recipe.policy.trainable)
+    choose_trainable(outline.policy, recipe.policy.trainable)
     if recipe.policy.lora is not None:
-        check_targets(outline.policy.model, recipe.policy.lora.targets)
+        check_targets(outline.policy, recipe.policy.lora.targets)
     trained = trained_parameters(recipe, outline)
     needs, packages = _reward_needs(recipe)
     names = [term.name for term in recipe.rewards.terms]

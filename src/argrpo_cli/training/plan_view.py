@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from argrpo_cli.policy.llamagen.outline import count
+from argrpo_cli.policy.llamagen.published import count
 from argrpo_cli.rewards import REWARDS, networks_of
 from argrpo_cli.training.memory import PHASES, total
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.llamagen.policy import choose_trainable
+from argrpo_cli.policy.open import choose_trainable
 from argrpo_cli.rewards.shaping import reward_weights
 from argrpo_cli.runs.run import Interrupted, RunDirectory, open_run, refuse_busy, refuse_unused, refuse_used
 from argrpo_cli.runs.trackers import check_trackers
@@ -107,9 +107,9 @@ def _load(
     check_trackers(recipe.logging.trackers)
     policy = _load_base_policy(recipe, out, resume, team.device)
     check_weights(policy.model, recipe.policy.checkpoint)
-    choose_trainable(policy.model, recipe.policy.trainable)
+    choose_trainable(policy, recipe.policy.trainable)
     if recipe.policy.lora is not None:
-        lora_config(recipe.policy.lora, policy.model)  # raises what there is to complain of
+        lora_config(recipe.policy.lora, policy)  # raises what there is to complain of
     notes = RunDirectory(out).notes() if resume else {}
     if notes.get("trained", trained_parameters(policy)) != trained_parameters(policy):
         raise UserError(f"policy.trainable: {out} was started with another choice of parameters; a run keeps its own")

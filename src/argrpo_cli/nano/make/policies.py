@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups, save_half
 from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, caption_batch, class_batch, vocabulary
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration, left_pad
+from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration, left_pad
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, from_uint8, to_uint8
 from argrpo_cli.system.files import write_json
 

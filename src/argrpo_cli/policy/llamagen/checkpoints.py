@@ -1,20 +1,24 @@
-"""Published LlamaGen checkpoints to our model and back; every key and every shape is checked."""
+"""Published weights of LlamaGen and AR-GRPO, in every wrapping, to our models and back; all keys and shapes checked."""
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
+from argrpo_cli.networks.weights import fit_state, read_state
+from argrpo_cli.policy.folder import TOKENIZERS, weight_files
+from argrpo_cli.policy.llamagen.config import SIZES, LlamaGenConfig, swiglu_size
+from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.hub import fetch
+
+ARGRPO_POLICY, ARGRPO_TOKENIZER = "gpt_model.", "vq_model."
 
 # Published name -> ours. The names inside a layer are the same.
 RENAMES = {
@@ -38,6 +42,15 @@ WRAPPED_KEYS = re.compile(r"^(?:(?:_orig_mod|module|_fsdp_wrapped_module)\.)+")
 COMPUTED = frozenset({"freqs_cis"})
 
 
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a published file, without what distributed and compiled training put before its keys.
+
+    Raises:
+        UserError: see `read_state`.
+    """
+    return {WRAPPED_KEYS.sub("", key): value for key, value in read_state(path, WRAPPERS).items()}
+
+
 def to_published(model: LlamaGenForImageGeneration) -> dict[str, Tensor]:
     """The model's state dict under the published names."""
     state = model.state_dict()
@@ -57,98 +70,129 @@ def from_published(
     """
     with torch.device("meta"):
         model = LlamaGenForImageGeneration(config)
-    given = {key: value for key, value in state.items() if key not in COMPUTED}
-    names = {key: RENAMES.get(key) or f"model.{key}" for key in (*given, *to_published(model))}
-    fit_state(model, given, names, f"{source} does not fit {_describe(config)}", dtype)
+    state = {key: value for key, value in state.items() if key not in COMPUTED}
+    names = {key: RENAMES.get(key) or f"model.{key}" for key in (*state, *to_published(model))}
+    what = f"a {config.condition}-conditional LlamaGen of width {config.hidden_size}"
+    source = f"{source} as {what}, {config.num_hidden_layers} layers, {config.vocab_size} codes"
+    fit_state(model, state, source, names=names, dtype=dtype)
     return model.eval()
 
 
-def fit_state(
-    model: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str], source: str, dtype: torch.dtype
-) -> None:
-    """Put a published state dict into a model on the meta device.
-
-    `names` takes published keys, those of `state` and all of the model's, to the model's own. Numbers that are not
-    floating point keep their type.
+def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGenConfig:
+    """The geometry of a published state dict that draws `tokens` image tokens.
 
     Raises:
-        UserError: `source` and what is missing, unexpected or of another shape.
+        UserError: keys that a LlamaGen has are missing, or its width is of no size in `SIZES`.
     """
-    own = model.state_dict()
-    back = {ours: published for published, ours in names.items()}
-    expected = {back.get(key, key): tuple(value.shape) for key, value in own.items()}
-    problems = []
-    if missing := sorted(expected.keys() - state.keys()):
-        problems.append(f"missing {_some(missing)}")
-    if unexpected := sorted(state.keys() - expected.keys()):
-        problems.append(f"unexpected {_some(unexpected)}")
-    shapes = [
-        f"{key} is {_shape(state[key])}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key in state and _shape(state[key]) != list(shape)
-    ]
-    if shapes:
-        problems.append(f"wrong shape: {_some(shapes)}")
-    kinds = [
-        f"{key} is {value.dtype}"
-        for key, value in state.items()
-        if key in expected and own[names.get(key, key)].is_floating_point() != value.is_floating_point()
-    ]
-    if kinds:
-        problems.append(f"wrong numbers: {_some(kinds)}")
-    if problems:
-        raise UserError(f"{source}: {'; '.join(problems)}")
-    ours = {names[key]: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-    model.load_state_dict(ours, strict=True, assign=True)
-
-
-def read_checkpoint(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file, mapped into memory; no pickled code is run (`weights_only`).
-
-    Raises:
-        UserError: the file is absent or is no torch checkpoint of weights.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint file {path}")
-    try:
-        # LlamaGen's trainer stored its command-line arguments beside the weights; Namespace is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        why = "it is cut off, damaged or something else; fetch it again"
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
-            why = "it holds more than weights, and pickled code is not run"
-        raise UserError(f"{path} is not a readable torch checkpoint of weights: {why}") from error
-    return unwrap_state(content, str(path), wrappers)
-
-
-def unwrap_state(content: object, source: str, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
-    """The state dict in a checkpoint's content, the first of `wrappers` that is there; UserError if there is none."""
-    for wrapper in wrappers:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{source} holds no state dict, neither on top nor under {', '.join(wrappers)}")
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-            what = f"a {type(value).__name__}" if not isinstance(value, Tensor) else f"of layout {value.layout}"
-            raise UserError(f"{source} holds no state dict: {key!r} is {what}, expected a dense tensor under a name")
-    return {WRAPPED_KEYS.sub("", key): value for key, value in content.items()}
-
-
-def _shape(value: object) -> list[int] | str:
-    return list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def _describe(config: LlamaGenConfig) -> str:
-    return (
-        f"a {config.condition}-conditional LlamaGen of width {config.hidden_size}, "
-        f"{config.num_hidden_layers} layers, {config.vocab_size} codes"
+    captions = "cls_embedding.uncond_embedding" in state
+    condition = "cls_embedding.cap_proj.fc1.weight" if captions else "cls_embedding.embedding_table.weight"
+    needed = ("tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight", condition)
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise UserError(f"{source} is no LlamaGen checkpoint: it has no {missing[0]}")
+    for key in needed:
+        if state[key].ndim != 2:
+            shape = list(state[key].shape)
+            raise UserError(f"{source} is no LlamaGen checkpoint: {key} is {shape}, expected two sides")
+    codes, width = state["tok_embeddings.weight"].shape
+    layers = len({key.split(".")[1] for key in state if key.startswith("layers.")})
+    size = next((one for one in SIZES.values() if one["hidden_size"] == width), None)
+    if size is None:
+        known = ", ".join(f"{name} {one['hidden_size']}" for name, one in SIZES.items())
+        raise UserError(f"{source} is {width} wide, like no published size ({known})")
+    feed_forward = state["layers.0.feed_forward.w1.weight"].shape[0]
+    asked: dict[str, Any] = {"num_classes": state[condition].shape[0] - 1}
+    if not captions and asked["num_classes"] < 1:
+        raise UserError(f"{source} is no LlamaGen checkpoint: {condition} has one row, that of the null class")
+    if captions:
+        tokens_of_caption, features = state["cls_embedding.uncond_embedding"].shape
+        asked = {"condition": "caption", "cls_token_num": tokens_of_caption, "caption_dim": features}
+    return LlamaGenConfig(
+        vocab_size=codes,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=size["num_attention_heads"],
+        intermediate_size=None if feed_forward == swiglu_size(width) else feed_forward,
+        block_size=tokens,
+        class_dropout_prob=0.1,
+        **asked,
     )
+
+
+def open_tokenizer(given: str | Path, beside: Path | None = None) -> tuple[str | None, VQModel]:
+    """A published tokenizer, float32, and its name where it was opened by that.
+
+    Args:
+        given: a name of `TOKENIZERS`, or a file.
+        beside: a checkpoint; a tokenizer that lies beside it under its published file name is taken as a file: a policy
+            saved with it brings it along and needs no network.
+    """
+    if str(given) not in TOKENIZERS:
+        return None, tokenizer_from(read_checkpoint(given), str(given))
+    repo, file = TOKENIZERS[str(given)]
+    near = beside.with_name(file) if beside is not None else None
+    if near is not None and near.is_file():
+        path, name = near, None
+    else:
+        try:
+            path, name = fetch(repo, file), str(given)
+        except UserError as error:
+            place = "into the cache" if beside is None else f"beside {beside}"
+            raise UserError(str(error).replace("give the file instead", f"put it {place}")) from error
+    return name, tokenizer_from(read_checkpoint(path), str(path))
+
+
+def tokenizer_from(state: Mapping[str, Tensor], source: str = "the state dict") -> VQModel:
+    """A published image tokenizer in float32, its levels read off the keys.
+
+    Raises:
+        UserError: keys or shapes that do not fit.
+    """
+    for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "encoder.conv_out.weight"):
+        if key not in state:
+            raise UserError(f"{source} is no LlamaGen tokenizer: it has no {key}")
+    try:
+        codes, width = state["quantize.embedding.weight"].shape
+        channels = state["encoder.conv_in.weight"].shape[0]
+        blocks = {key.split(".")[4] for key in state if key.startswith("encoder.conv_blocks.0.res.")}
+        config = VQConfig(
+            codebook_size=codes,
+            codebook_embed_dim=width,
+            ch=channels,
+            encoder_ch_mult=_multipliers(state, "encoder", channels),
+            decoder_ch_mult=_multipliers(state, "decoder", channels),
+            z_channels=state["encoder.conv_out.weight"].shape[0],
+            num_res_blocks=len(blocks),
+        )
+        with torch.device("meta"):
+            model = VQModel(config)
+    except (ValueError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{source} is no LlamaGen tokenizer: its keys or shapes are those of none ({error})") from error
+    fit_state(model, state, f"{source} as a tokenizer of {codes} codes")
+    return model.eval()
+
+
+def _multipliers(state: Mapping[str, Tensor], half: str, channels: int) -> list[int]:
+    """Channels of each level over the base's, the finest level first."""
+    levels = len({key.split(".")[2] for key in state if key.startswith(f"{half}.conv_blocks.")})
+    widths = [state[f"{half}.conv_blocks.{level}.res.0.conv1.weight"].shape[0] // channels for level in range(levels)]
+    return widths if half == "encoder" else widths[::-1]
+
+
+def read_argrpo(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state dicts of policy and tokenizer in an AR-GRPO folder.
+
+    Raises:
+        UserError: files missing or damaged, or other weights in them.
+    """
+    whole: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        whole |= read_checkpoint(file)
+    parts = tuple(
+        {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
+        for prefix in (ARGRPO_POLICY, ARGRPO_TOKENIZER)
+    )
+    for part, prefix in zip(parts, (ARGRPO_POLICY, ARGRPO_TOKENIZER), strict=True):
+        if not part:
+            raise UserError(f"{folder} is no policy folder, and no whole AR-GRPO folder: no weights under {prefix}")
+    return parts

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argrpo_cli.policy.llamagen.policy import Policy
+from argrpo_cli.policy.protocol import Policy
 from argrpo_cli.shapes import Condition, Sampling
 
 

@@ -1,4 +1,4 @@
-"""A policy as a user meets it: a LlamaGen, its image tokenizer and what it is asked in, opened by name or path.
+"""The family of LlamaGen behind `protocol.Policy`: a model, its image tokenizer and what it is asked in.
 
 A policy folder holds what `save_pretrained` writes (config.json, model.safetensors, ...) and `policy.json`, which for
 a class-conditional and a caption-conditional policy says
@@ -15,37 +15,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from argrpo_cli.networks.weights import fingerprint, load_pretrained, save_model
-from argrpo_cli.policy.adapters import merge_adapter
-from argrpo_cli.policy.folder import (
-    ADAPTER_OF,
-    CARD,
-    NAMED_PARTS,
-    TEXT_ENCODER,
-    TOKENIZERS,
-    base_of,
-    class_id,
-    find_policy,
-    is_published,
-    part_of,
-    read_card,
-)
-from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.published import open_published, open_tokenizer
-from argrpo_cli.policy.llamagen.sampling import sample_tokens
-from argrpo_cli.policy.llamagen.text import SAME, TextEncoder, load_text_encoder, open_text_encoder
+from argrpo_cli.policy.folder import CARD, NAMED_PARTS, TEXT_ENCODER, TOKENIZERS, class_id, part_of, read_card
+from argrpo_cli.policy.llamagen.checkpoints import open_tokenizer
+from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.sample import sample_tokens
+from argrpo_cli.policy.llamagen.text import TextEncoder, load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
 from argrpo_cli.policy.protocol import Card, Drawn
-from argrpo_cli.shapes import DTYPES, Condition, Sampling, class_prompt
-from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.shapes import Condition, Sampling, class_prompt
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import make_dir, read_json, write_json
+from argrpo_cli.system.files import make_dir, write_json
 
 # Of a model's configuration, what no weight's shape shows.
 NOT_IN_SHAPES = (
@@ -55,8 +41,8 @@ DECODE_PIXELS = 2**20  # decoded at a time; at 256 px with VQ-16 about half a gi
 
 
 @dataclass
-class Policy:
-    """What `load_policy` gives.
+class LlamaGen:
+    """A policy, as `load_policy` gives it; `protocol.Policy` says what its methods do.
 
     Attributes:
         model: the LlamaGen, in evaluation mode.
@@ -67,6 +53,7 @@ class Policy:
         base: the policy this one descends from.
         text_encoder: what reads the captions; None for a class-conditional policy.
         text_encoder_name: name of a bundled or published text encoder, None if it came from a folder.
+        name: what it was opened by.
     """
 
     model: LlamaGenForImageGeneration
@@ -78,6 +65,39 @@ class Policy:
     text_encoder: TextEncoder | None = None
     text_encoder_name: str | None = None
     name: str = ""
+
+    @classmethod
+    def load(cls, folder: Path, device: str, dtype: str, text_device: str) -> Self:
+        """Open a policy folder; the arguments are those of `load_policy`.
+
+        Raises:
+            UserError: something is missing or damaged, or the parts do not belong together.
+        """
+        card, numbers = read_card(folder, tokenizer=str), getattr(torch, dtype)
+        model = load_pretrained(LlamaGenForImageGeneration, folder, numbers)
+        if card["tokenizer"] in TOKENIZERS:
+            tokenizer = open_tokenizer(card["tokenizer"])[1]
+        else:
+            tokenizer = load_pretrained(VQModel, part_of(folder, "image tokenizer", card["tokenizer"]), torch.float32)
+        text_encoder, encoder_name = None, card.get("text_encoder")
+        if model.config.condition == "caption" and encoder_name == TEXT_ENCODER:
+            text_encoder = open_text_encoder(TEXT_ENCODER, card.get("right_padded", False))
+        elif model.config.condition == "caption":
+            text_encoder = load_text_encoder(part_of(folder, "text encoder", encoder_name), numbers)
+            text_encoder.right_padded = card.get("right_padded", False)
+        _check_fit(folder, model, tokenizer, text_encoder, card)
+        if text_encoder is not None:
+            text_encoder.place(device, text_device)
+        return cls(
+            model=model.to(device),
+            tokenizer=tokenizer.to(device),
+            tokenizer_name=card["tokenizer"] if card["tokenizer"] in NAMED_PARTS else None,
+            class_names=card.get("classes", []),
+            image_size=card["image_size"],
+            base=card.get("base", str(folder)),
+            text_encoder=text_encoder,
+            text_encoder_name=encoder_name if encoder_name in NAMED_PARTS else None,
+        )
 
     def conditions(self, asked: Iterable[str | int]) -> list[Condition]:
         """What the policy is asked to draw: class names or ids (numbers, also written as text), or captions.
@@ -134,7 +154,7 @@ class Policy:
         logp: str | None = None,
         **older: Any,
     ) -> Drawn:
-        """See `protocol.Policy`; `sampling.sample_tokens` is where it is done."""
+        """See `protocol.Policy`; `sample.sample_tokens` is where it is done."""
         if not isinstance(encoded, Encoded):
             before = () if sampling is None else (sampling,)
             given = {} if seeds is None else {"seeds": seeds}
@@ -168,7 +188,7 @@ class Policy:
         seeds: Sequence[int] | None = None,
         batch_size: int = 64,
     ) -> Tensor:
-        """Draw one image per condition; `sampling.sample_tokens` explains the arguments.
+        """Draw one image per condition.
 
         Returns:
             Token ids int64 [B, T] on the model's device, in the order of the conditions.
@@ -200,8 +220,16 @@ class Policy:
             images.append(to_uint8(pixels))
         return torch.cat(images)
 
+    def parts(self) -> dict[str, list[str]]:
+        """Names of all parameters, and last parts of the names of the linear layers but the LM head."""
+        linear = (name for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
+        return {
+            "trainable": [name for name, _ in self.model.named_parameters()],
+            "lora": list(dict.fromkeys(name.rpartition(".")[2] for name in linear if name != "lm_head")),
+        }
+
     def fingerprint(self) -> str:
-        """A hash of the weights and of all else that decides what is drawn; see `loading.fingerprint`."""
+        """A hash of the weights and of all else that decides what is drawn; see `networks.weights`."""
         settings: dict[str, Any] = {key: getattr(self.model.config, key) for key in NOT_IN_SHAPES}
         modules: list[nn.Module] = [self.model, self.tokenizer]
         if self.text_encoder is not None:
@@ -238,75 +266,6 @@ class Policy:
         if condition.class_id is None:
             raise UserError(f"condition {condition.prompt!r} has no class id, and this policy draws classes")
         return condition.class_id
-
-
-def load_policy(
-    name_or_path: str | Path, device: str = "cpu", dtype: str = "float32", text_device: str = SAME
-) -> Policy:
-    """Open a policy.
-
-    Args:
-        name_or_path: a bundled name ("nano-c2i"), a published one ("c2i-l-384"), a policy folder, a checkpoint folder
-            of a run (adapters are merged into their base), a run directory (its newest checkpoint, or its final policy
-            where there are none), a published checkpoint file, or an AR-GRPO folder.
-        device: a torch device, or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16" or "float16", for the model; the tokenizer stays in float32.
-        text_device: of the text encoder; "same", "offload" or the name of a device, see `TextEncoder.place`.
-
-    Raises:
-        UserError: nothing there, or something that is not a whole policy; in one line that names the path.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    device = resolve_device(device)
-    if is_published(name_or_path):
-        return open_published(name_or_path, device, dtype, text_device)
-    folder = find_policy(name_or_path)
-    if ADAPTER_OF in (plain := read_json(folder / CARD)):
-        policy = load_policy(base_of(folder, plain), device, "float32", text_device)
-        policy.model = merge_adapter(policy.model, folder).to(getattr(torch, dtype)).eval()
-        return policy
-    card = read_card(folder)
-    model = load_pretrained(LlamaGenForImageGeneration, folder, getattr(torch, dtype))
-    if card["tokenizer"] in TOKENIZERS:
-        tokenizer = open_tokenizer(card["tokenizer"])[1]
-    else:
-        tokenizer = load_pretrained(VQModel, part_of(folder, "image tokenizer", card["tokenizer"]), torch.float32)
-    text_encoder, encoder_name = None, card.get("text_encoder")
-    if model.config.condition == "caption" and encoder_name == TEXT_ENCODER:
-        text_encoder = open_text_encoder(TEXT_ENCODER, card.get("right_padded", False))
-    elif model.config.condition == "caption":
-        text_encoder = load_text_encoder(part_of(folder, "text encoder", encoder_name), getattr(torch, dtype))
-        text_encoder.right_padded = card.get("right_padded", False)
-    _check_fit(folder, model, tokenizer, text_encoder, card)
-    if text_encoder is not None:
-        text_encoder.place(device, text_device)
-    return Policy(
-        model=model.to(device),
-        tokenizer=tokenizer.to(device),
-        tokenizer_name=card["tokenizer"] if card["tokenizer"] in NAMED_PARTS else None,
-        class_names=card.get("classes", []),
-        image_size=card["image_size"],
-        base=card.get("base", str(name_or_path)),
-        text_encoder=text_encoder,
-        text_encoder_name=encoder_name if encoder_name in NAMED_PARTS else None,
-    )
-
-
-def choose_trainable(model: nn.Module, wanted: str | Sequence[str]) -> None:
-    """Freeze every parameter of `model` but the wanted ones: "all", or one or several parts of parameter names.
-
-    Raises:
-        UserError: a part that no parameter's name contains.
-    """
-    parts = [""] if wanted == "all" else [wanted] if isinstance(wanted, str) else list(wanted)
-    parameters = dict(model.named_parameters())
-    for part in parts:
-        if not any(part in name for name in parameters):
-            example = next((name for name in parameters if "layers." in name), next(iter(parameters)))
-            raise UserError(f"policy.trainable: no parameter's name contains {part!r}; names are like {example}")
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(any(part in name for part in parts))
 
 
 def _check_fit(

@@ -15,41 +15,52 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import nn
 
+from argrpo_cli.networks.weights import load_pretrained
 from argrpo_cli.policy.folder import (
+    ADAPTER_OF,
+    CARD,
     POLICIES,
     TEXT_ENCODER,
     TOKENIZERS,
+    base_of,
     class_names,
     find_policy,
     is_published,
-    weight_files,
+    part_of,
+    read_card,
 )
 from argrpo_cli.policy.llamagen.checkpoints import (
-    fit_state,
+    config_of,
     from_published,
+    open_tokenizer,
+    read_argrpo,
     read_checkpoint,
     to_published,
+    tokenizer_from,
 )
-from argrpo_cli.policy.llamagen.config import SIZES, LlamaGenConfig, swiglu_size
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig, published_config
+from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.policy import LlamaGen
+from argrpo_cli.policy.llamagen.text import load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import atomic_path
-from argrpo_cli.system.hub import fetch
-
-if TYPE_CHECKING:
-    from argrpo_cli.policy.llamagen.policy import Policy
+from argrpo_cli.system.files import atomic_path, read_json
+from argrpo_cli.system.hub import HubFile, fetch
 
 IMAGE_SIZES = (256, 384, 512)
-ARGRPO_POLICY, ARGRPO_TOKENIZER = "gpt_model.", "vq_model."
+TEXT_PARAMETERS = 1_223_527_424  # of the encoder of FLAN-T5 XL
+TEXT_FILES = (  # the library takes the whole model and uses its encoder
+    HubFile(TEXT_ENCODER, "model-00001-of-00002.safetensors", 9_450_000_000),
+    HubFile(TEXT_ENCODER, "model-00002-of-00002.safetensors", 1_950_000_000),
+    HubFile(TEXT_ENCODER, "tokenizer.json", 2_420_000),
+)
+LEVELS = {"vq-ds8": (1, 2, 2, 4), "vq-ds16": (1, 1, 2, 2, 4)}  # multipliers of the published tokenizers' channels
 
 
 def open_published(
@@ -59,7 +70,7 @@ def open_published(
     text_device: str = "same",
     tokenizer: str | Path | None = None,
     image_size: int | None = None,
-) -> Policy:
+) -> LlamaGen:
     """A published policy with its tokenizer and, where it reads captions, FLAN-T5 XL.
 
     Args:
@@ -71,8 +82,6 @@ def open_published(
     Raises:
         UserError: not there, not fetched, or keys and shapes that fit no published size.
     """
-    from argrpo_cli.policy.llamagen.policy import Policy
-
     entry = POLICIES.get(str(given))
     path = fetch(entry.repo, entry.file) if entry else Path(given)
     state, vq_state = read_argrpo(path) if path.is_dir() else (read_checkpoint(path), None)
@@ -94,137 +103,19 @@ def open_published(
     model = from_published(state, config, str(path), getattr(torch, dtype))
     text = {}
     if reads_captions:
-        from argrpo_cli.policy.llamagen.text import open_text_encoder
-
         encoder = open_text_encoder(TEXT_ENCODER, right_padded=vq_state is not None)
         encoder.place(device, text_device)
         text = {"text_encoder": encoder, "text_encoder_name": TEXT_ENCODER}
-    return Policy(
+    return LlamaGen(
         model=model.to(device),
         tokenizer=vq.to(device),
         tokenizer_name=name,
         class_names=[] if reads_captions else class_names(config.num_classes),
         image_size=pixels,
         base=str(given),
+        name=str(given),
         **text,
     )
-
-
-def open_tokenizer(given: str | Path, beside: Path | None = None) -> tuple[str | None, VQModel]:
-    """A published tokenizer, float32, and its name where it was opened by that.
-
-    Args:
-        given: a name of `TOKENIZERS`, or a file.
-        beside: a checkpoint; a tokenizer that lies beside it under its published file name is taken as a file: a policy
-            saved with it brings it along and needs no network.
-    """
-    if str(given) not in TOKENIZERS:
-        return None, tokenizer_from(read_checkpoint(given), str(given))
-    repo, file = TOKENIZERS[str(given)]
-    near = beside.with_name(file) if beside is not None else None
-    if near is not None and near.is_file():
-        path, name = near, None
-    else:
-        try:
-            path, name = fetch(repo, file), str(given)
-        except UserError as error:
-            place = "into the cache" if beside is None else f"beside {beside}"
-            raise UserError(str(error).replace("give the file instead", f"put it {place}")) from error
-    return name, tokenizer_from(read_checkpoint(path), str(path))
-
-
-def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGenConfig:
-    """The geometry of a published state dict that draws `tokens` image tokens.
-
-    Raises:
-        UserError: keys that a LlamaGen has are missing, or its width is of no size in `SIZES`.
-    """
-    captions = "cls_embedding.uncond_embedding" in state
-    condition = "cls_embedding.cap_proj.fc1.weight" if captions else "cls_embedding.embedding_table.weight"
-    needed = ("tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight", condition)
-    missing = [key for key in needed if key not in state]
-    if missing:
-        raise UserError(f"{source} is no LlamaGen checkpoint: it has no {missing[0]}")
-    for key in needed:
-        if state[key].ndim != 2:
-            shape = list(state[key].shape)
-            raise UserError(f"{source} is no LlamaGen checkpoint: {key} is {shape}, expected two sides")
-    codes, width = state["tok_embeddings.weight"].shape
-    layers = len({key.split(".")[1] for key in state if key.startswith("layers.")})
-    size = next((one for one in SIZES.values() if one["hidden_size"] == width), None)
-    if size is None:
-        known = ", ".join(f"{name} {one['hidden_size']}" for name, one in SIZES.items())
-        raise UserError(f"{source} is {width} wide, like no published size ({known})")
-    feed_forward = state["layers.0.feed_forward.w1.weight"].shape[0]
-    asked: dict[str, Any] = {"num_classes": state[condition].shape[0] - 1}
-    if not captions and asked["num_classes"] < 1:
-        raise UserError(f"{source} is no LlamaGen checkpoint: {condition} has one row, that of the null class")
-    if captions:
-        tokens_of_caption, features = state["cls_embedding.uncond_embedding"].shape
-        asked = {"condition": "caption", "cls_token_num": tokens_of_caption, "caption_dim": features}
-    return LlamaGenConfig(
-        vocab_size=codes,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=size["num_attention_heads"],
-        intermediate_size=None if feed_forward == swiglu_size(width) else feed_forward,
-        block_size=tokens,
-        class_dropout_prob=0.1,
-        **asked,
-    )
-
-
-def tokenizer_from(state: Mapping[str, Tensor], source: str = "the state dict") -> VQModel:
-    """A published image tokenizer in float32, its levels read off the keys.
-
-    Raises:
-        UserError: keys or shapes that do not fit.
-    """
-    for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "encoder.conv_out.weight"):
-        if key not in state:
-            raise UserError(f"{source} is no LlamaGen tokenizer: it has no {key}")
-    try:
-        codes, width = state["quantize.embedding.weight"].shape
-        channels = state["encoder.conv_in.weight"].shape[0]
-        blocks = {key.split(".")[4] for key in state if key.startswith("encoder.conv_blocks.0.res.")}
-        config = VQConfig(
-            codebook_size=codes,
-            codebook_embed_dim=width,
-            ch=channels,
-            encoder_ch_mult=_multipliers(state, "encoder", channels),
-            decoder_ch_mult=_multipliers(state, "decoder", channels),
-            z_channels=state["encoder.conv_out.weight"].shape[0],
-            num_res_blocks=len(blocks),
-        )
-        with torch.device("meta"):
-            model = VQModel(config)
-    except (ValueError, KeyError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"{source} is no LlamaGen tokenizer: its keys or shapes are those of none ({error})") from error
-    names = {key: key for key in (*state, *model.state_dict())}
-    fit_state(model, state, names, f"{source} does not fit a tokenizer of {codes} codes", torch.float32)
-    return model.eval()
-
-
-def read_argrpo(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state dicts of policy and tokenizer in an AR-GRPO folder.
-
-    Raises:
-        UserError: files missing or damaged, or other weights in them.
-    """
-    whole: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            whole |= load_file(file) if file.suffix == ".safetensors" else read_checkpoint(file)
-        except SafetensorError as error:
-            raise UserError(f"cannot read {file}: {error}") from error
-    parts = tuple(
-        {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
-        for prefix in (ARGRPO_POLICY, ARGRPO_TOKENIZER)
-    )
-    for part, prefix in zip(parts, (ARGRPO_POLICY, ARGRPO_TOKENIZER), strict=True):
-        if not part:
-            raise UserError(f"{folder} is no policy folder, and no whole AR-GRPO folder: no weights under {prefix}")
-    return parts
 
 
 def image_size_in(path: Path) -> int:
@@ -238,25 +129,109 @@ def image_size_in(path: Path) -> int:
     )
 
 
-def _multipliers(state: Mapping[str, Tensor], half: str, channels: int) -> list[int]:
-    """Channels of each level over the base's, the finest level first."""
-    levels = len({key.split(".")[2] for key in state if key.startswith(f"{half}.conv_blocks.")})
-    widths = [state[f"{half}.conv_blocks.{level}.res.0.conv1.weight"].shape[0] // channels for level in range(levels)]
-    return widths if half == "encoder" else widths[::-1]
-
-
 def export(folder: str | Path, file: Path) -> None:
     """A policy's weights in the published layout, {"model": state dict}."""
-    from argrpo_cli.networks.weights import load_pretrained
-    from argrpo_cli.policy import load_policy
-    from argrpo_cli.policy.llamagen.modeling import LlamaGenForImageGeneration
-
     if is_published(folder):
-        model = load_policy(folder).model
+        model = open_published(folder).model
     else:
         model = load_pretrained(LlamaGenForImageGeneration, find_policy(folder), torch.float32)
     with atomic_path(file) as temporary:
         torch.save({"model": to_published(model)}, temporary)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a policy before it is loaded.
+
+    Attributes:
+        policy: its model and image tokenizer are on the meta device, with shapes and without numbers. A text encoder
+            that lies in a folder or is bundled is there in full, the published one is not.
+        text_bytes: of the text encoder in memory, 0 where there is none.
+        files: of the hub, what `load_policy` needs.
+    """
+
+    policy: LlamaGen
+    text_bytes: int
+    files: tuple[HubFile, ...]
+
+    @property
+    def config(self) -> LlamaGenConfig:
+        """The geometry of the model."""
+        return self.policy.model.config
+
+    @property
+    def draws(self) -> str:
+        """ "classes" or "captions", as `conditions.source` has them."""
+        return "captions" if self.config.condition == "caption" else "classes"
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def outline_policy(name_or_path: str | Path) -> Outline:
+    """What `load_policy` would open, without its weights; nothing is fetched.
+
+    Of a published name the geometry is known, of a folder config.json and policy.json are read, of a file the shapes.
+
+    Raises:
+        UserError: nothing is there, or its files are not those of a policy.
+    """
+    if not is_published(name_or_path):
+        return _outline_folder(find_policy(name_or_path))
+    entry, path = POLICIES.get(str(name_or_path)), Path(name_or_path)
+    if entry is not None:
+        size = re.search(r"_(B|L|XL|XXL|3B)_", entry.file).group(1)
+        tokenizer, pixels, brought = entry.tokenizer, entry.image_size, False
+        model = _outline_model(published_config(size, pixels, condition="caption" if "t2i" in tokenizer else "class"))
+        files = (HubFile(entry.repo, entry.file, 4 * count(model)),)
+    else:  # an AR-GRPO folder brings its tokenizer along, and beside a file it may lie
+        state, pixels, files = read_argrpo(path)[0] if path.is_dir() else read_checkpoint(path), image_size_in(path), ()
+        tokenizer = "vq-ds16-t2i" if "cls_embedding.uncond_embedding" in state else "vq-ds16-c2i"
+        brought = path.is_dir() or path.with_name(TOKENIZERS[tokenizer][1]).is_file()
+        model = _outline_model(config_of(state, (pixels // 16) ** 2, str(path)))
+    captions = model.config.condition == "caption"
+    vq, vq_files = _outline_tokenizer(tokenizer)
+    names = [] if captions else class_names(model.config.num_classes)
+    policy = LlamaGen(model, vq, tokenizer, names, pixels, str(name_or_path))
+    files += (() if brought else vq_files) + (TEXT_FILES if captions else ())
+    return Outline(policy, 2 * TEXT_PARAMETERS if captions else 0, files)
+
+
+def _outline_folder(folder: Path) -> Outline:
+    if ADAPTER_OF in (plain := read_json(folder / CARD)):
+        return outline_policy(base_of(folder, plain))
+    card = read_card(folder, tokenizer=str)
+    try:
+        model = _outline_model(LlamaGenConfig(**read_json(folder / "config.json")))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    if card["tokenizer"] in TOKENIZERS:
+        vq, files = _outline_tokenizer(card["tokenizer"])
+    else:
+        keys = read_json(part_of(folder, "image tokenizer", card["tokenizer"]) / "config.json")
+        with torch.device("meta"):
+            vq, files = VQModel(VQConfig(**keys)), ()
+    policy = LlamaGen(model, vq, card["tokenizer"], card.get("classes", []), card["image_size"], str(folder))
+    if model.config.condition == "class":
+        return Outline(policy, 0, files)
+    if card.get("text_encoder") == TEXT_ENCODER:
+        return Outline(policy, 2 * TEXT_PARAMETERS, files + TEXT_FILES)
+    policy.text_encoder = load_text_encoder(part_of(folder, "text encoder", card.get("text_encoder")), torch.float32)
+    return Outline(policy, 4 * count(policy.text_encoder.model), files)
+
+
+def _outline_model(config: LlamaGenConfig) -> LlamaGenForImageGeneration:
+    with torch.device("meta"):
+        return LlamaGenForImageGeneration(config)
+
+
+def _outline_tokenizer(name: str) -> tuple[VQModel, tuple[HubFile, ...]]:
+    levels = LEVELS[name.rpartition("-")[0]]
+    with torch.device("meta"):
+        vq = VQModel(VQConfig(encoder_ch_mult=levels, decoder_ch_mult=levels))
+    return vq, (HubFile(*TOKENIZERS[name], 4 * count(vq)),)
 
 
 def main() -> None:

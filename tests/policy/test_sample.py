@@ -8,12 +8,18 @@ from functools import cache, partial
 import pytest
 import torch
 
-from argrpo_cli.policy.llamagen import decoding, packing, sampling
+from argrpo_cli.policy.llamagen import sample as sampler
 from argrpo_cli.policy.llamagen.checkpoints import from_published, to_published
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.modeling import Encoded, LlamaGenForImageGeneration, RMSNorm, attend_one, guide
-from argrpo_cli.policy.llamagen.packing import packed_linears
-from argrpo_cli.policy.llamagen.sampling import draw_tokens, filter_logits, image_uniforms, inverse_cdf, sample_tokens
+from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration, RMSNorm, attend_one, guide
+from argrpo_cli.policy.llamagen.sample import (
+    draw_tokens,
+    filter_logits,
+    image_uniforms,
+    inverse_cdf,
+    packed_linears,
+    sample_tokens,
+)
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
@@ -92,8 +98,8 @@ def test_greedy_decoding_and_the_logits_of_every_step(name, run):
 @pytest.mark.parametrize("name", ["A_c2i", "B_t2i8", "B_t2i120"])
 def test_cached_decoding_equals_the_published_cache_and_the_teacher_forced_pass(name, bucketed, monkeypatch):
     """With a step's attention over the filled part, and over whole buckets as on a GPU."""
-    monkeypatch.setattr(decoding, "BUCKET", 7)  # a golden image has 16 tokens
-    monkeypatch.setattr(sampling, "Decoder", partial(decoding.Decoder, bucketed=bucketed))
+    monkeypatch.setattr(sampler, "BUCKET", 7)  # a golden image has 16 tokens
+    monkeypatch.setattr(sampler, "Decoder", partial(sampler.Decoder, bucketed=bucketed))
     data, model = tensors(name), golden_model(name)
     given, steps = data["in/tokens"], []
 
@@ -115,8 +121,8 @@ def test_bucketed_steps_follow_guidance(cfg_interval, monkeypatch):
     encoded = condition_of("B_t2i8", data)
     settings = {"cfg_scale": 2.5, "cfg_interval": cfg_interval, "logp": "guided"}
     expected = sample(model, encoded, range(len(encoded)), **settings)
-    monkeypatch.setattr(decoding, "BUCKET", 7)
-    monkeypatch.setattr(sampling, "Decoder", partial(decoding.Decoder, bucketed=True))
+    monkeypatch.setattr(sampler, "BUCKET", 7)
+    monkeypatch.setattr(sampler, "Decoder", partial(sampler.Decoder, bucketed=True))
     tokens, logprobs = sample(model, encoded, range(len(encoded)), **settings)
     assert torch.equal(tokens, expected[0]) and max_difference(logprobs, expected[1]) < TOLERANCE
 
@@ -128,10 +134,10 @@ def test_recorded_steps_draw_what_unrecorded_ones_do(name, autocast, monkeypatch
     model, encoded = copy.deepcopy(golden_model(name)).cuda(), condition_of(name, tensors(name))
     encoded = Encoded(encoded.condition.cuda(), None if encoded.mask is None else encoded.mask.cuda())
     settings = {"cfg_scale": 2.5, "cfg_interval": 5, "logp": "guided"}
-    monkeypatch.setattr(decoding, "BUCKET", 8)
+    monkeypatch.setattr(sampler, "BUCKET", 8)
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         recorded = sample(model, encoded, range(len(encoded)), **settings)
-        monkeypatch.setattr(sampling, "Decoder", partial(decoding.Decoder, bucketed=False))
+        monkeypatch.setattr(sampler, "Decoder", partial(sampler.Decoder, bucketed=False))
         plain = sample(model, encoded, range(len(encoded)), **settings)
     assert torch.equal(recorded[0], plain[0])
     assert max_difference(recorded[1], plain[1]) < (1e-2 if autocast else TOLERANCE)
@@ -156,8 +162,8 @@ def test_packing_minds_biases_and_leaves_no_trace_of_a_failure(monkeypatch):
     with packed_linears(layer, rows=3):
         assert max_difference(layer(x), plain) < 1e-6
     layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
-    pack = packing._packed
-    monkeypatch.setattr(packing, "_packed", lambda layer, rows: pack(layer, rows) if layer is layers[0] else 1 / 0)
+    pack = sampler._packed
+    monkeypatch.setattr(sampler, "_packed", lambda layer, rows: pack(layer, rows) if layer is layers[0] else 1 / 0)
     with pytest.raises(ZeroDivisionError), packed_linears(layers, rows=3):
         pass
     assert not any("forward" in vars(layer) for layer in layers)
@@ -447,7 +453,7 @@ def test_under_autocast_a_cache_of_half_the_size_gives_the_same_images(monkeypat
             return sample(model, encoded, range(len(encoded)), cfg_scale=2.0, logp="guided")
 
     tokens, logp = drawn()
-    small = decoding.new_cache
+    small = sampler.new_cache
     kinds = set()
 
     def wide(*arguments):
@@ -455,7 +461,7 @@ def test_under_autocast_a_cache_of_half_the_size_gives_the_same_images(monkeypat
         kinds.update(part.dtype for pair in cache for part in pair)
         return [(keys.float(), values.float()) for keys, values in cache]
 
-    monkeypatch.setattr(decoding, "new_cache", wide)
+    monkeypatch.setattr(sampler, "new_cache", wide)
     again, logp_again = drawn()
     assert kinds == {torch.bfloat16}
     assert torch.equal(tokens, again) and torch.equal(logp, logp_again)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.rope import apply_rope, rope_table
 from argrpo_cli.policy.protocol import Scored
 from argrpo_cli.shapes import Sampling
 
@@ -40,6 +39,46 @@ class Encoded:
 
     def __getitem__(self, rows: slice | Tensor) -> Encoded:
         return Encoded(self.condition[rows], None if self.mask is None else self.mask[rows])
+
+
+@lru_cache(maxsize=16)
+def rope_table(
+    grid_size: int,
+    head_dim: int,
+    cls_token_num: int,
+    theta: float = 10000.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Cosines and sines of a rotary embedding in two dimensions, for condition and then image tokens, row by row.
+
+    Pair j of the first half turns by row * theta^(-2j / (head_dim / 2)), pair j of the second half by the
+    column. The rows of the condition tokens are zero, cosine and sine alike: this is what LlamaGen was
+    trained with, and it makes their queries and keys vanish (cos = 1 there changes logits by more than 2).
+
+    Returns:
+        float32 [cls_token_num + grid_size^2, head_dim / 2, 2], last axis (cos, sin). Cached: leave it be.
+    """
+    # The table outlives the call: made inside a sampler's inference mode, it could not be trained with later.
+    with torch.inference_mode(False):
+        half = head_dim // 2
+        frequencies = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
+        angles = torch.outer(torch.arange(grid_size, dtype=torch.float32), frequencies)
+        by_row = angles[:, None, :].expand(grid_size, grid_size, -1)
+        by_column = angles[None, :, :].expand(grid_size, grid_size, -1)
+        angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
+        table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        return torch.cat([torch.zeros(cls_token_num, *table.shape[1:]), table]).to(device)
+
+
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate neighbouring pairs (0, 1), (2, 3), ... of the last axis in float32; the result has x's dtype.
+
+    Args:
+        x: [B, S, heads, head_dim].
+        table: float32 [S, head_dim / 2, 2], the rows of `rope_table` at x's positions.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.view_as_complex(table)[:, None]).flatten(-2).to(x.dtype)
 
 
 def caption_attention_mask(condition_mask: Tensor, length: int) -> Tensor:
@@ -274,7 +313,7 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
 
         Args:
             mask: bool, broadcast over [B, heads, S, keys]; None is causal attention (or one query).
-            past: caches of all layers, see `decoding.new_cache`.
+            past: caches of all layers, see `sample.new_cache`.
             positions: int64 [S], where the operations must not depend on them (CUDA graphs).
             filled: how many positions of the cache are attended to.
         """
@@ -324,12 +363,8 @@ def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
     return (null32 + scale * (conditional32 - null32)).to(conditional.dtype)
 
 
-class LlamaGenForImageGeneration(LlamaGenPreTrainedModel, GenerationMixin):
-    """LlamaGen with its LM head over image tokens.
-
-    `GenerationMixin` is here because trainers expect a generation config; images are sampled by
-    `argrpo_cli.policy.llamagen.sampling.sample_tokens`, and `generate` says so.
-    """
+class LlamaGenForImageGeneration(LlamaGenPreTrainedModel):
+    """LlamaGen with its LM head over image tokens; `sample.sample_tokens` draws from it."""
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__(config)
@@ -374,10 +409,6 @@ class LlamaGenForImageGeneration(LlamaGenPreTrainedModel, GenerationMixin):
     def logits(self, encoded: Encoded, tokens: Tensor, guidance: float = 1.0) -> Tensor:
         """Logits float32 [B, t, V] that each of the tokens [B, t] is drawn by, whole; see `LlamaGenModel.forward`."""
         return self.lm_head(self.model(encoded, tokens, guidance)).float()
-
-    def generate(self, *args: object, **kwargs: object) -> Tensor:
-        """Not how images are drawn; raises NotImplementedError."""
-        raise NotImplementedError("images are drawn by argrpo_cli.policy.llamagen.sampling.sample_tokens")
 
 
 AutoConfig.register("llamagen", LlamaGenConfig, exist_ok=True)

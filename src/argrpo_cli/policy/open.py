@@ -1,0 +1,122 @@
+"""Opening policies: `load_policy` by name or path, whatever the family; what of a policy is trained; adapters (LoRA).
+
+Nothing heavy is imported before a policy is opened.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from argrpo_cli.policy.folder import ADAPTER_OF, CARD, base_of, find_policy, is_published
+from argrpo_cli.shapes import DTYPES
+from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.errors import UserError, did_you_mean, first_line
+from argrpo_cli.system.files import read_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from argrpo_cli.policy.protocol import Policy
+
+# Family, as policy.json has it (none is llamagen), to the module and the class that opens its folders by `load`.
+FAMILIES = {
+    "llamagen": ("argrpo_cli.policy.llamagen.policy", "LlamaGen"),
+}
+
+
+def load_policy(
+    name_or_path: str | Path, device: str = "cpu", dtype: str = "float32", text_device: str = "same"
+) -> Policy:
+    """Open a policy.
+
+    Args:
+        name_or_path: a bundled name ("nano-c2i"), a published one ("c2i-l-384"), a policy folder, a checkpoint folder
+            of a run (adapters are merged into their base), a run directory (its newest checkpoint, or its final policy
+            where there are none), a published checkpoint file, or an AR-GRPO folder.
+        device: a torch device, or "auto" for a GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16", for the model; the tokenizer stays in float32.
+        text_device: of the text encoder; "same", "offload" or the name of a device, see `TextEncoder.place`.
+
+    Raises:
+        UserError: nothing there, or something that is not a whole policy; in one line that names the path.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    device = resolve_device(device)
+    if is_published(name_or_path):
+        from argrpo_cli.policy.llamagen.published import open_published
+
+        return open_published(name_or_path, device, dtype, text_device)
+    folder = find_policy(name_or_path)
+    card = read_json(folder / CARD)
+    if ADAPTER_OF in card:
+        import torch
+
+        policy = load_policy(base_of(folder, card), device, "float32", text_device)
+        policy.model = merge_adapter(policy.model, folder).to(getattr(torch, dtype)).eval()
+    else:
+        family = card.get("family", "llamagen")
+        if family not in FAMILIES:
+            hint = did_you_mean(str(family), FAMILIES) or f"; there are {', '.join(FAMILIES)}"
+            raise UserError(f"{folder / CARD}: no family of policies {family!r}{hint}")
+        module, name = FAMILIES[family]
+        policy = getattr(import_module(module), name).load(folder, device, dtype, text_device)
+    policy.name = str(name_or_path)
+    return policy
+
+
+def choose_trainable(policy: Policy, wanted: str | Sequence[str]) -> None:
+    """Freeze every parameter of a policy's model but the wanted ones: "all", or one or several parts of their names.
+
+    Raises:
+        UserError: a part that no parameter's name contains.
+    """
+    parts = [""] if wanted == "all" else [wanted] if isinstance(wanted, str) else list(wanted)
+    names = policy.parts()["trainable"]
+    for part in parts:
+        if not any(part in name for name in names):
+            example = next((name for name in names if "layers." in name), names[0])
+            raise UserError(f"policy.trainable: no parameter's name contains {part!r}; names are like {example}")
+    for name, parameter in policy.model.named_parameters():
+        parameter.requires_grad_(name in names and any(part in name for part in parts))
+
+
+def check_targets(policy: Policy, targets: Sequence[str]) -> None:
+    """UserError when one of the `policy.lora.targets` is no linear layer that an adapter can be put on."""
+    known = policy.parts()["lora"]
+    for target in targets:
+        if target not in known:
+            raise UserError(f"policy.lora.targets: no linear layer {target!r}; there are {', '.join(known)}")
+
+
+def require_peft() -> None:
+    """Raises UserError with the pip command where PEFT is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError("LoRA needs the package peft: pip install peft") from error
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with the adapters of a folder added to its weights (W + alpha / r B A), in place.
+
+    Raises:
+        UserError: PEFT is missing, the files are damaged, or the adapters fit another model.
+    """
+    require_peft()
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
+            tuned = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"cannot load the adapters in {folder}: {first_line(error)}") from error
+    merged = tuned.merge_and_unload()
+    merged.config._name_or_path = ""  # no folder holds these weights
+    return merged
