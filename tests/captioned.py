@@ -14,6 +14,7 @@ import torch
 from argrpo_cli.nano.make import policies
 from argrpo_cli.nano.tokens import load_held_out
 from argrpo_cli.policy import Policy
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.protocol import Drawn
 
 
@@ -53,5 +54,5 @@ def as_they_are(self: Policy, conditions, dropped=None):
 if __name__ == "__main__":
     from argrpo_cli.cli.app import main
 
-    Policy.sample, Policy.encode = replayed, as_they_are
+    LlamaGen.sample, LlamaGen.encode = replayed, as_they_are
     main()

@@ -20,7 +20,8 @@ from argrpo_cli.evals.geneval_pictures import COLUMNS, PAD, SIDE, captions, fail
 from argrpo_cli.evals.tables import table
 from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS
 from argrpo_cli.geneval.prompts import prompt_set
-from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy import load_policy
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
@@ -42,8 +43,8 @@ def policy(tmp_path_factory):
 def sampled():
     """Real scenes instead of what a policy that has learnt nothing draws."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Policy, "sample", replayed)
-        patch.setattr(Policy, "encode", as_they_are)
+        patch.setattr(LlamaGen, "sample", replayed)
+        patch.setattr(LlamaGen, "encode", as_they_are)
         yield
 
 
@@ -91,11 +92,11 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(finished, policy, 
         drawn.append(len(encoded))
         return replayed(self, encoded, *rest)
 
-    monkeypatch.setattr(Policy, "sample", stop_in_the_second_batch)
+    monkeypatch.setattr(LlamaGen, "sample", stop_in_the_second_batch)
     with pytest.raises(KeyboardInterrupt):
         run_geneval([policy], tmp_path / "o", batch_size=50)
     left = []
-    monkeypatch.setattr(Policy, "sample", lambda self, e, *rest: left.append(len(e)) or replayed(self, e, *rest))
+    monkeypatch.setattr(LlamaGen, "sample", lambda self, e, *rest: left.append(len(e)) or replayed(self, e, *rest))
     again = run_geneval([policy], tmp_path / "o", batch_size=50)
     assert left == [34]
     assert again == result
@@ -133,7 +134,7 @@ def test_two_policies_are_compared_prompt_by_prompt_with_the_same_seeds(policy, 
     other.base = "another one"  # replays other scenes
     other.save(tmp_path / "other")
     seeds = []
-    monkeypatch.setattr(Policy, "sample", lambda self, e, how, s: seeds.append(s) or replayed(self, e, how, s))
+    monkeypatch.setattr(LlamaGen, "sample", lambda self, e, how, s: seeds.append(s) or replayed(self, e, how, s))
     monkeypatch.chdir(tmp_path)
     result = run_geneval([policy, "other"], tmp_path / "o", batch_size=84)
     assert seeds[0] == seeds[1] and len(set(seeds[0])) == 84
@@ -235,7 +236,7 @@ def test_a_policy_of_another_world_is_refused(tmp_path):
 def test_a_finished_evaluation_is_told_again_and_a_torn_one_named(finished, policy, tmp_path, monkeypatch):
     out = tmp_path / "o"
     shutil.copytree(finished[0], out)
-    monkeypatch.setattr(Policy, "sample", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(LlamaGen, "sample", lambda *_: pytest.fail("drawn again"))
     assert run_geneval([policy], out) == finished[1]
     (out / "summary.json").write_text('{"format": ')
     with pytest.raises(UserError, match=r"cannot read .*summary\.json: it is not JSON"):

@@ -24,6 +24,7 @@ from argrpo_cli.geneval.grammar import COLORS
 from argrpo_cli.geneval.prompts import official_jsonl, official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL, Detection
 from argrpo_cli.policy import Policy
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, read_jsonl
@@ -148,7 +149,7 @@ def test_the_table_stands_beside_the_papers_and_names_the_detector(finished):
 def test_stopped_while_drawing_and_while_judging_it_goes_on_to_the_same_bytes(few, tmp_path, monkeypatch):
     whole = run_geneval(tmp_path / "whole", n=2, batch_size=20)
     assert whole.departures == ["images per prompt 2 (paper 4)"], "all else is the paper's"
-    sample, observe, calls = Policy.sample, PixelObserver.observe, []
+    sample, observe, calls = LlamaGen.sample, PixelObserver.observe, []
 
     def stop(calls_until):
         def stopping(method):

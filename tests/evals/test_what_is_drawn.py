@@ -15,7 +15,7 @@ from argrpo_cli.geneval import prompts as prompt_sets
 from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL
 from argrpo_cli.images import read_image
-from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.protocol import Drawn
 from argrpo_cli.system.files import read_jsonl
@@ -46,9 +46,9 @@ def drawn(monkeypatch):
         side = size or self.image_size
         return tokens[:, 0].to(torch.uint8)[:, None, None, None].expand(-1, 3, side, side)
 
-    monkeypatch.setattr(Policy, "encode", lambda self, conditions: conditions)
+    monkeypatch.setattr(LlamaGen, "encode", lambda self, conditions: conditions)
     monkeypatch.setattr(LlamaGen, "sample", sample)
-    monkeypatch.setattr(Policy, "decode", decode)
+    monkeypatch.setattr(LlamaGen, "decode", decode)
     return pictures
 
 
