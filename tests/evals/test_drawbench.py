@@ -17,7 +17,7 @@ from argrpo_cli.evals import drawbench as d
 from argrpo_cli.evals.statistics import mean_of
 from argrpo_cli.evals.tables import table
 from argrpo_cli.images import read_image
-from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.rewards import Reward, RewardSet, check_reward, load_rewards
 from argrpo_cli.score import score_images
@@ -130,7 +130,7 @@ def test_each_picture_of_each_prompt_has_a_seed_of_its_own(policies, tmp_path, m
     seen = []
     real = LlamaGen.sample
     monkeypatch.setattr(
-        Policy, "sample", lambda self, c, how, seeds: seen.append((seeds, how.cfg_scale)) or real(self, c, how, seeds)
+        LlamaGen, "sample", lambda self, c, how, seeds: seen.append((seeds, how.cfg_scale)) or real(self, c, how, seeds)
     )
     measure(policies, tmp_path / "o", ["clip"])
     (one, scale), (two, _) = seen

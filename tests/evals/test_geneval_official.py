@@ -23,7 +23,6 @@ from argrpo_cli.geneval.detector import Objects, OfficialObserver
 from argrpo_cli.geneval.grammar import COLORS
 from argrpo_cli.geneval.prompts import official_jsonl, official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL, Detection
-from argrpo_cli.policy import Policy
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
@@ -163,7 +162,7 @@ def test_stopped_while_drawing_and_while_judging_it_goes_on_to_the_same_bytes(fe
 
         return stopping
 
-    for owner, name, method in ((Policy, "sample", sample), (PixelObserver, "observe", observe)):
+    for owner, name, method in ((LlamaGen, "sample", sample), (PixelObserver, "observe", observe)):
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(owner, name, stop(2)(method))
