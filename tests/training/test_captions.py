@@ -23,8 +23,8 @@ from argrpo_cli.seeds import of_training
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training
+from argrpo_cli.training.conditions import run_conditions
 from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer
-from argrpo_cli.training.prompts import run_conditions
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.scorer import BatchScorer
 from tests.training.tiny import FakeRewards, brightness, paint, tiny_caption_policy, tiny_recipe

@@ -20,21 +20,20 @@ from argrpo_cli.cli.train import CHANGEABLE
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.recipe import Recipe, load_recipe
-from argrpo_cli.runs import report as report_module
 from argrpo_cli.runs.run import RunDirectory
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write
-from argrpo_cli.training import job as job_module
 from argrpo_cli.training import run_training
+from argrpo_cli.training import train as train_module
 from argrpo_cli.training.guards import check_weights
 from tests.training.guarded import guarded
 from tests.training.tiny import FakeRewards, brightness, redness, tiny_policy, tiny_recipe
 
 
 @pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing them takes as long as the rest of a tiny run."""
-    monkeypatch.setattr(report_module, "draw_curves", lambda *args, **keys: None)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing its curves takes as long as the rest of a tiny run."""
+    monkeypatch.setattr(train_module, "refresh_report", lambda *args, **keys: None)
 
 
 def train(recipe: Recipe, out: Path, resume: bool = False, rewards: FakeRewards | None = None) -> str:
@@ -190,7 +189,7 @@ def test_images_without_a_score_are_said(policy_folder: Path, tmp_path: Path) ->
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     """Steps whose gradient is made NaN, in one element of one parameter."""
     steps: set[int] = set()
-    real = job_module.build_trainer
+    real = train_module.build_trainer
 
     def build(*args: Any) -> Any:
         trainer = real(*args)
@@ -204,7 +203,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
         trainer.model.lm_head.weight.register_hook(poison)
         return trainer
 
-    monkeypatch.setattr(job_module, "build_trainer", build)
+    monkeypatch.setattr(train_module, "build_trainer", build)
     yield steps
 
 
@@ -257,12 +256,12 @@ def test_skipping_ends_after_ten_in_a_row(policy_folder: Path, tmp_path: Path, p
 def test_a_loss_that_is_not_a_number_is_left_out_and_forgotten(
     policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = job_module.ImageGRPOTrainer.compute_loss
+    real = train_module.ImageGRPOTrainer.compute_loss
 
     def compute_loss(self: Any, *args: Any, **keys: Any) -> torch.Tensor:
         return real(self, *args, **keys) * (torch.nan if self.state.global_step == 1 else 1)
 
-    monkeypatch.setattr(job_module.ImageGRPOTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(train_module.ImageGRPOTrainer, "compute_loss", compute_loss)
     out = tmp_path / "run"
     train(guarded(tiny_recipe(policy_folder, steps=4), not_a_number="skip"), out)
     assert [one["loss"] is None for one in metrics(out)] == [False, True, False, False]

@@ -18,8 +18,8 @@ from argrpo_cli.shapes import Condition, Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import rollout
 from argrpo_cli.training.callbacks.grids import Gallery
+from argrpo_cli.training.conditions import condition_order, prompt_dataset
 from argrpo_cli.training.grpo import ImageGRPOTrainer
-from argrpo_cli.training.prompts import condition_order, prompt_dataset
 from argrpo_cli.training.rollout import Rollout
 from tests.training.tiny import CLASSES, CODES, TOKENS, FakeRewards, count_of_3, paint, tiny_recipe
 
@@ -169,7 +169,7 @@ def test_image_seeds_are_fixed_for_all_time() -> None:
 
 def test_gallery_pictures_have_seeds_of_their_own(policy: Policy) -> None:
     recipe = tiny_recipe(seed=5, grid_images=24)
-    seeds = Gallery(recipe, policy, policy.conditions(range(CLASSES))).seeds
+    seeds = [shot.seed for shot in Gallery(recipe, policy, policy.conditions(range(CLASSES))).shots]
     assert len(set(seeds)) == 24
     trained = {of_training(5, step, index) for step in range(50) for index in range(64)}
     assert trained.isdisjoint(seeds)

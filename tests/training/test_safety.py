@@ -27,8 +27,7 @@ from argrpo_cli.runs.disk import Disk, recover, remove_folder, replace_folder
 from argrpo_cli.runs.run import Interrupted, RunDirectory, open_run
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training
-from argrpo_cli.training.callbacks.metrics import MetricsCallback
-from argrpo_cli.training.callbacks.stopping import StopRequest
+from argrpo_cli.training.callbacks.metrics import MetricsCallback, StopRequest
 from argrpo_cli.training.rollout import Stopwatch
 from tests.training.test_train import Stopped, assert_same_run, at_batch, die, metrics, send, train
 from tests.training.tiny import FakeRewards, tiny_recipe

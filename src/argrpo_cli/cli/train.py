@@ -118,7 +118,7 @@ def _check_names(recipe: Recipe) -> None:
     """Refuse before torch is loaded a policy, rewards and classes that there are not."""
     from argrpo_cli.policy.folder import class_id, glance
     from argrpo_cli.rewards import networks_of
-    from argrpo_cli.training.prompts import check_source
+    from argrpo_cli.training.conditions import check_source
 
     networks_of(
         [term.name for term in recipe.rewards.terms], {term.name: term.options for term in recipe.rewards.terms}

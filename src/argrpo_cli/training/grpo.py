@@ -19,9 +19,9 @@ from argrpo_cli.policy.open import check_targets, require_peft
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
+from argrpo_cli.training.conditions import prompt_dataset
 from argrpo_cli.training.gathering import check_sharding
 from argrpo_cli.training.objective import ratio
-from argrpo_cli.training.prompts import prompt_dataset
 from argrpo_cli.training.rollout import Rollout
 from argrpo_cli.training.scorer import BatchScorer
 from argrpo_cli.training.shares import images_per_process

@@ -16,8 +16,8 @@ from argrpo_cli.rewards import check_options, check_reward, load_rewards, networ
 from argrpo_cli.rewards.base import Needs
 from argrpo_cli.rewards.shaping import reward_weights
 from argrpo_cli.system.hub import HubFile, is_cached
+from argrpo_cli.training.conditions import check_source, run_captions, run_conditions
 from argrpo_cli.training.memory import Part, estimate, trained_parameters
-from argrpo_cli.training.prompts import check_source, run_captions, run_conditions
 from argrpo_cli.training.shares import images_per_process
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _asked(recipe: Recipe, outline: Outline) -> tuple[str, list[str]]:
     if data is not None:
         how = "as a stream" if data.streaming else "downloaded first"
         if Path(data.name).expanduser().exists():
-            from argrpo_cli.training.caption_data import open_captions
+            from argrpo_cli.training.streams import open_captions
 
             open_captions(data)
         return f"captions in the column {data.column!r} of the data set {data.name} ({data.split}), {how}", []

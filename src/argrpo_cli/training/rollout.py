@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Drawn, Encoded
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.shapes import Condition
+    from argrpo_cli.training.conditions import Conditions
     from argrpo_cli.training.grpo import ImageGRPOTrainer
-    from argrpo_cli.training.prompts import Conditions
 
 CHUNK = 64  # images sampled and decoded at a time
 

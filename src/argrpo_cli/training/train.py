@@ -1,37 +1,70 @@
-"""`run_training`: a recipe in, a run directory out. Everything `argrpo train` does; the work itself is in `job.py`."""
+"""`run_training`: a recipe in, a run directory out. Everything `argrpo train` does."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.open import choose_trainable
 from argrpo_cli.rewards.shaping import reward_weights
-from argrpo_cli.runs.run import Interrupted, RunDirectory, open_run, refuse_busy, refuse_unused, refuse_used
-from argrpo_cli.runs.trackers import check_trackers
+from argrpo_cli.runs.checkpoints import PolicyWriter, newest_whole_checkpoint
+from argrpo_cli.runs.disk import Disk, is_full, remove_folder
+from argrpo_cli.runs.report import refresh_report
+from argrpo_cli.runs.run import (
+    Interrupted,
+    RunDirectory,
+    duration,
+    open_run,
+    refuse_busy,
+    refuse_unused,
+    refuse_used,
+    start_notes,
+)
+from argrpo_cli.runs.trackers import Trackers, check_trackers
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import reason, save_png
+from argrpo_cli.system.grids import before_after
 from argrpo_cli.system.processes import Team, join_team
-from argrpo_cli.training.callbacks.display import RunDisplay
-from argrpo_cli.training.callbacks.stopping import StopRequest
-from argrpo_cli.training.grpo import lora_config, quiet_libraries
-from argrpo_cli.training.guards import check_weights
-from argrpo_cli.training.job import Job, digest, trained_parameters
-from argrpo_cli.training.prompts import Conditions, require, run_conditions
-from argrpo_cli.training.scorer import Rewards
+from argrpo_cli.training.callbacks.checkpoints import CheckpointCallback, EmaCallback
+from argrpo_cli.training.callbacks.display import RunDisplay, silent_console
+from argrpo_cli.training.callbacks.grids import Gallery, GridCallback
+from argrpo_cli.training.callbacks.metrics import MetricsCallback, StopCallback, StopRequest
+from argrpo_cli.training.conditions import (
+    Conditions,
+    load_position,
+    require,
+    run_conditions,
+    save_position,
+    some_conditions,
+)
+from argrpo_cli.training.gathering import sharding, whole_model
+from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer, lora_config, quiet_libraries
+from argrpo_cli.training.guards import GuardCallback, check_weights
+from argrpo_cli.training.rollout import Rollout, Stopwatch
+from argrpo_cli.training.scorer import BatchScorer, Rewards
 from argrpo_cli.training.shares import images_per_process
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
 
 PATIENCE = timedelta(hours=2)  # for the slowest of several processes: one may wait for a judge, or draw a grid
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+TORCH_WRITER = "inline_container"  # torch.save says no more than this file of its own when the disk is full
 
 
 def run_training(
@@ -143,3 +176,256 @@ def _load_rewards(recipe: Recipe, policy: Policy, conditions: Conditions) -> Rew
     rewards = load_rewards(list(options), str(policy.model.device), options)
     require(conditions, rewards.check)
     return rewards
+
+
+class Job:
+    """Everything between an opened run directory and its end: assemble, update, write what comes out.
+
+    There is one in each process of the team.
+
+    Args:
+        weights: what each raw reward counts.
+        request: whether the run is to stop.
+        console: where the first process shows its progress; standard output by default.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        policy: Policy,
+        conditions: Conditions,
+        rewards: Rewards,
+        weights: dict[str, float],
+        request: StopRequest,
+        team: Team,
+        console: Console | None,
+    ) -> None:
+        self.recipe, self.policy, self.request, self.team = recipe, policy, request, team
+        self.conditions, self.rewards, self.weights = conditions, rewards, weights
+        minutes = recipe.grpo.time_limit_minutes
+        self.time_limit = None if minutes is None else 60 * minutes
+        self.display = RunDisplay(
+            recipe.name,
+            recipe.grpo.steps,
+            recipe.logging.log_every,
+            self.time_limit,
+            held_out=[name for name, weight in weights.items() if not weight],
+            console=console if team.first else silent_console(),
+        )
+        self.run = RunDirectory(run.root, tell=self.display.note)
+        self.disk = Disk(run.root, self.display.note, lambda: request.signal is not None)
+        self.writer = PolicyWriter(recipe, self.run, policy, self.disk, team)
+        self.gallery = Gallery(recipe, policy, some_conditions(conditions, recipe.logging.grid_images))
+        self.ema: EmaCallback | None = None
+        self.trackers = Trackers(recipe, self.run, self.display.note)
+        self.gallery.watchers.append(self.trackers.picture)
+
+    def train(self, resume: bool) -> None:
+        """From the base policy or the newest whole checkpoint to the end of the run.
+
+        Raises:
+            UserError: the run cannot go on; what is saved is whole.
+            Interrupted: a signal came.
+        """
+        recipe, run, team = self.recipe, self.run, self.team
+        checkpoint, start, seconds = team.from_lead(lambda: self._where_to_start(resume))
+        if self._nothing_left(start):
+            return
+        base, trained = self.writer.base(), trained_parameters(self.policy)
+        trainer, metrics, stop = self._assemble(seconds, checkpoint)
+        self._keep_sharding(trainer, checkpoint)
+        noted = start_notes(run.notes(), self.weights, self.rewards.family, str(self.policy.model.device))
+        noted |= {"base_policy": base, "trained": trained, "conditions": digest(self.conditions), "finished": None}
+        noted["sharding"] = sharding(trainer)
+        team.lead(lambda: run.note(**noted))
+        self.display.note(self._opening(start))
+        team.lead(lambda: self.trackers.open(start))
+        # The base policy, and whole: only when training starts is a checkpoint loaded, and the model shared out.
+        before = team.lead(lambda: self.gallery.save(run, 0))
+        if checkpoint is not None:
+            load_position(self.conditions, checkpoint)
+        team.lead(self._forget_the_end)
+        try:
+            self._update(trainer, checkpoint, start)
+            self._finish(trainer, stop, before)
+        finally:
+            if team.first:
+                shutil.rmtree(run.partial_dir, ignore_errors=True)
+                refresh_report(run, recipe, self.display.note, pictures=True)  # however it ended
+        ending = "the time limit" if stop.out_of_time else "the last step"
+        self.display.note(f"finished at {ending}: {trainer.state.global_step} updates in {duration(metrics.seconds)}")
+
+    def _finish(self, trainer: ImageGRPOTrainer, stop: StopCallback, before: Tensor | None) -> None:
+        """What comes after the last update: the last grid and the trained policy, or why the run stopped earlier."""
+        recipe, run, team = self.recipe, self.run, self.team
+        self.request.agree(team)  # a guard of the first process may have found something in the last update
+
+        step = trainer.state.global_step
+        if self.request.failure is not None:
+            team.fail(
+                f"stopped after step {step}: {self.request.failure}; continue with: argrpo train --resume {run.root}"
+            )
+        if self.request.signal is not None and step < recipe.grpo.steps and not stop.out_of_time:
+            self._interrupted(step)
+        with whole_model(trainer):
+            team.lead(lambda: self._compare(before, step))
+        self.writer.trained(trainer, run.policy_dir)
+        if self.ema is not None:
+            with self.ema.in_place_of(trainer.model):
+                self.writer.trained(trainer, run.ema_dir)
+        limit = recipe.grpo.time_limit_minutes
+        finished = {"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit}
+        team.lead(lambda: run.note(finished=finished))
+
+    def _where_to_start(self, resume: bool) -> tuple[Path | None, int, float]:
+        """The checkpoint to start from, its step, and the seconds of training until then."""
+        checkpoint = newest_whole_checkpoint(self.run) if resume else None
+        start = int(checkpoint.name.rpartition("_")[2]) if checkpoint is not None else 0
+        if start > self.recipe.grpo.steps:
+            raise UserError(f"grpo.steps {self.recipe.grpo.steps}: {self.run.root} is at step {start} already")
+        if start % self.recipe.grpo.updates_per_batch:
+            raise UserError(
+                f"{self.run.root} was saved after step {start}, in the middle of a batch of "
+                f"{self.recipe.grpo.updates_per_batch} updates (grpo.updates_per_batch); it cannot be continued exactly"
+            )
+        kept = self.run.forget_metrics_after(start)
+        return checkpoint, start, kept[-1]["seconds_total"] if kept else 0.0
+
+    def _keep_sharding(self, trainer: ImageGRPOTrainer, checkpoint: Path | None) -> None:
+        started = self.team.from_lead(lambda: self.run.notes().get("sharding", "none"))
+        if checkpoint is not None and started != sharding(trainer):
+            self.team.fail(
+                f"cannot continue {self.run.root}, started with sharding {started}, with {sharding(trainer)}: its "
+                "checkpoints have other files; launch it with the configuration that it was started with"
+            )
+
+    def _opening(self, start: int) -> str:
+        grpo = self.recipe.grpo
+        return (
+            f"{self.recipe.name}: {grpo.steps} updates of {grpo.batch_size} images "
+            f"({grpo.batch_size // grpo.group_size} groups of {grpo.group_size})"
+            + (f" by {self.team.count} processes" if self.team.count > 1 else "")
+            + f" in {self.run.root}"
+            + (f", continuing after step {start}" if start else "")
+        )
+
+    def _compare(self, before: Tensor, step: int) -> None:
+        """The last grid, and before_after.png."""
+        after = self.gallery.save(self.run, step)
+        picture = before_after(before, after, self.gallery.labels, self.gallery.columns, scale=self.gallery.scale)
+        self.run.spare(lambda: save_png(self.run.root / "before_after.png", picture))
+
+    def _nothing_left(self, start: int) -> bool:
+        """Whether the run came to its end before, and the recipe allows neither more steps nor more time since."""
+        finished = self.team.from_lead(lambda: self.run.notes().get("finished"))
+        if finished is None or finished["step"] != start:
+            return False
+        same_limit = finished["time_limit_minutes"] == self.recipe.grpo.time_limit_minutes
+        if start >= self.recipe.grpo.steps:
+            limit = "grpo.steps"
+        elif finished["out_of_time"] and same_limit:
+            limit = "grpo.time_limit_minutes"
+        else:
+            return False
+        self.display.note(f"{self.run.root} is finished after step {start}; raise {limit} with --set to go on")
+        return True
+
+    def _assemble(
+        self, seconds_before: float, checkpoint: Path | None
+    ) -> tuple[ImageGRPOTrainer, MetricsCallback, StopCallback]:
+        recipe, run, policy, team = self.recipe, self.run, self.policy, self.team
+        grpo, logging = recipe.grpo, recipe.logging
+        stopwatch = Stopwatch()
+        rollout = Rollout(recipe, self.conditions, policy, stopwatch, team)
+        scorer = BatchScorer(
+            self.rewards, self.weights, grpo.group_size, stopwatch, recipe.rewards.max_missing, self.request.fail, team
+        )
+        metrics = MetricsCallback(
+            run, self.display, stopwatch, list(self.weights), grpo.batch_size, seconds_before, team
+        )
+        stop = StopCallback(self.request, metrics, grpo.updates_per_batch, self.time_limit, lambda: scorer.blank, team)
+        saved = partial(refresh_report, run, recipe, self.display.note, training=True)
+        checkpoints = CheckpointCallback(recipe, run, self.disk, metrics, self._complete_checkpoint, saved, team)
+        grids = GridCallback(self.gallery, run, logging.grid_every, team)
+        guard = GuardCallback(recipe, self.weights, run, self.display, self.request, metrics, team)
+        callbacks = [metrics, stop, guard]  # the order counts: measure, decide whether to stop, then save and draw
+        if grpo.ema_decay:
+            self.ema = EmaCallback(grpo.ema_decay, checkpoint, team)
+            callbacks.append(self.ema)
+        callbacks += [checkpoints, grids]
+        if team.first:
+            metrics.watchers.append(self.trackers.record)
+        trainer = team.together(lambda: build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks))
+        if self.ema is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            team.fail(
+                "grpo.ema_decay needs whole weights in each process; set it to 0, or take --accelerate-config ddp"
+            )
+        metrics.ratio_meter = trainer.ratio_meter
+        grids.whole = lambda: whole_model(trainer)
+        return trainer, metrics, stop
+
+    def _complete_checkpoint(self, folder: Path) -> None:
+        """What makes the trainer's checkpoint a policy folder, and what else the run needs to go on from it."""
+        self.writer.complete(folder)
+        if self.ema is not None:
+            self.ema.save(folder)
+        save_position(self.conditions, folder)
+
+    def _update(self, trainer: ImageGRPOTrainer, checkpoint: Path | None, start: int) -> None:
+        """All updates that are left, with the display on."""
+        self.display.start(start)
+        self.request.training = True
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            self.team.exchange(None)  # at its end each looks into the folder that the first one removes below
+        except KeyboardInterrupt:  # a second signal: the user does not want to wait for the end of the step
+            self.display.stop()
+            self._interrupted(self._saved_step())
+        except UserError as error:  # of our own writing; others are about something else
+            if not is_full(error):
+                raise
+            raise self._cannot_go_on(str(error)) from error
+        except OSError as error:
+            if error.errno not in WRITE_ERRORS:  # rewards may fail in ways of their own, such as a lost connection
+                raise
+            raise self._cannot_go_on(f"cannot write to {error.filename or self.run.root}: {reason(error)}") from error
+        except SafetensorError as error:  # carries the system's reason in its text, a full disk for instance
+            raise self._cannot_go_on(f"cannot write a checkpoint to {self.run.checkpoints_dir}: {error}") from error
+        except RuntimeError as error:
+            if TORCH_WRITER not in str(error):
+                raise
+            why = f"cannot write a checkpoint to {self.run.checkpoints_dir}: the file system takes no more data"
+            raise self._cannot_go_on(why) from error
+        finally:
+            self.display.stop()
+
+    def _saved_step(self) -> int:
+        """The step that a resumed run would go on from."""
+        return max(self.run.checkpoint_steps(), default=0)
+
+    def _cannot_go_on(self, why: str) -> UserError:
+        """The error that ends a run which cannot write its checkpoint; what was saved before is whole."""
+        return UserError(
+            f"{why}; the run is safe up to step {self._saved_step()}: mend this and continue with: "
+            f"argrpo train --resume {self.run.root}"
+        )
+
+    def _interrupted(self, step: int) -> None:
+        self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
+        raise Interrupted(self.request.exit_code)
+
+    def _forget_the_end(self) -> None:
+        """An earlier end of this run is overtaken once it goes on."""
+        remove_folder(self.run.policy_dir)
+        remove_folder(self.run.ema_dir)
+
+
+def trained_parameters(policy: Policy) -> list[str]:
+    """Names of the parameters that training may change."""
+    return [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
+
+
+def digest(conditions: Conditions) -> str:
+    """A hash of what a run is asked to draw, in order: a file of captions may change between start and resume."""
+    return hashlib.sha256(repr(conditions).encode()).hexdigest()[:16]

@@ -1,12 +1,16 @@
-"""Checkpoints that are either complete or not there: written to the side, listed in a manifest, then renamed."""
+"""What a run keeps of its policy: checkpoints that are complete or not there, and a running mean of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -15,13 +19,16 @@ from argrpo_cli.runs.disk import replace_folder, size_of
 from argrpo_cli.system.processes import ALONE, Team
 
 if TYPE_CHECKING:
+    from argrpo_cli.recipe import Recipe
     from argrpo_cli.runs.disk import Disk
     from argrpo_cli.runs.run import RunDirectory
     from argrpo_cli.training.callbacks.metrics import MetricsCallback
 
+MEAN = "ema.safetensors"  # in a checkpoint
+
 
 class CheckpointCallback(TrainerCallback):
-    """Saves every `every` steps, after the steps `always` and whenever training stops.
+    """Saves every `logging.save_every` steps, after `logging.keep_steps` and whenever training stops.
 
     The trainer writes its checkpoint (weights, optimiser, schedule, random states) to the run's partial folder, which
     is its output folder; here it becomes a policy folder and gets its final name.
@@ -30,47 +37,43 @@ class CheckpointCallback(TrainerCallback):
         disk: where a checkpoint waits for room.
         metrics: whose clock stands still meanwhile.
         complete: adds to a folder with the model's own files what makes it a policy folder.
-        keep: how many of the newest are kept; those of the steps `always` are never removed.
-        updates_per_batch: checkpoints lie between batches, see `StopCallback`.
-        with_mean: whether a checkpoint also holds a running mean of the weights.
+        saved: called in the first process after each but the last.
         team: the processes that write a checkpoint together; the first one gives it its name.
     """
 
     def __init__(
         self,
+        recipe: Recipe,
         run: RunDirectory,
         disk: Disk,
         metrics: MetricsCallback,
         complete: Callable[[Path], None],
-        every: int,
-        keep: int,
-        always: Sequence[int],
-        updates_per_batch: int,
-        with_mean: bool = False,
+        saved: Callable[[], None],
         team: Team = ALONE,
     ) -> None:
-        self.run, self.disk, self.metrics, self.complete, self.team = run, disk, metrics, complete, team
-        self.every, self.keep, self.always, self.updates_per_batch = every, keep, always, updates_per_batch
-        self.with_mean = with_mean
+        self.grpo, self.logging = recipe.grpo, recipe.logging
+        self.run, self.disk, self.metrics, self.team = run, disk, metrics, team
+        self.complete, self.saved = complete, saved
         self._saved_at: int | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved_at = state.global_step
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
-        between_batches = step % self.updates_per_batch == 0
-        due = step // self.every > self._saved_at // self.every or step in self.always
+        between_batches = step % self.grpo.updates_per_batch == 0  # see `StopCallback`
+        every = self.logging.save_every
+        due = step // every > self._saved_at // every or step in self.logging.keep_steps
         if control.should_training_stop or (due and between_batches):
             control.should_save = True
             self.metrics.leave_out(self.team.from_lead(lambda: self._wait_for_room(step, kwargs["model"])))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved_at = state.global_step
         self.team.exchange(None)  # each has written its random state and its part of a sharded optimiser
         self.team.lead(lambda: self._finish(args, state))
+        if self.team.first and not control.should_training_stop:
+            self.saved()
 
     def _finish(self, args: TrainingArguments, state: TrainerState) -> None:
         written = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -82,7 +85,7 @@ class CheckpointCallback(TrainerCallback):
 
         self.metrics.leave_out(self.disk.insist(f"the checkpoint of step {state.global_step}", complete))
         replace_folder(written, self.run.checkpoint_dir(state.global_step))
-        self.run.keep_newest(self.keep, self.always)
+        self.run.keep_newest(self.logging.keep_checkpoints, self.logging.keep_steps)
 
     def _wait_for_room(self, step: int, model: nn.Module) -> float:
         return self.disk.wait_for_room(f"the checkpoint of step {step}", self._expected_size(model))
@@ -92,8 +95,63 @@ class CheckpointCallback(TrainerCallback):
         before = self.run.latest_checkpoint()
         if before is not None:
             return size_of(before)
-        copies = {True: 4 if self.with_mean else 3, False: 1}  # of a parameter, trained or not
+        copies = {True: 4 if self.grpo.ema_decay else 3, False: 1}  # of a parameter, trained or not
         return sum(
             parameter.numel() * parameter.element_size() * copies[parameter.requires_grad]
             for parameter in model.parameters()
         )
+
+
+class EmaCallback(TrainerCallback):
+    """After each update, mean <- decay mean + (1 - decay) weights, in float32, for the weights that are trained.
+
+    The mean starts at the base policy: with n updates it still holds a share decay^n of it.
+
+    Args:
+        decay: between 0 and 1.
+        checkpoint: the one that the run is resumed from, which holds the mean up to there.
+        team: the processes of the run, each of which keeps the mean.
+    """
+
+    def __init__(self, decay: float, checkpoint: Path | None, team: Team = ALONE) -> None:
+        self.decay, self.checkpoint, self.team = decay, checkpoint, team
+        self.mean: dict[str, Tensor] = {}
+        self._average = get_ema_multi_avg_fn(decay)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.mean = {name: weight.detach().float().clone() for name, weight in _trained(kwargs["model"]).items()}
+        if self.checkpoint is None:
+            return
+        file = self.checkpoint / MEAN
+        if not file.is_file():
+            self.team.fail(f"{self.checkpoint} has no {MEAN}: the run was started without grpo.ema_decay")
+        for name, saved in load_file(file).items():
+            self.mean[name].copy_(saved)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        weights = _trained(kwargs["model"])
+        with torch.no_grad():
+            self._average(list(self.mean.values()), [weights[name].float() for name in self.mean], state.global_step)
+
+    def save(self, folder: Path) -> None:
+        """Add the mean to a checkpoint."""
+        save_file({name: value.cpu() for name, value in self.mean.items()}, folder / MEAN)
+
+    @contextmanager
+    def in_place_of(self, model: nn.Module) -> Iterator[None]:
+        """Within this context the model's trained weights are the mean."""
+        weights = _trained(model)
+        kept = {name: weight.detach().clone() for name, weight in weights.items()}
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(self.mean[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(kept[name])
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from argrpo_cli.draw import draw_batch
 from argrpo_cli.seeds import of_training
+from argrpo_cli.shapes import Shot
 from argrpo_cli.system.files import save_png
 from argrpo_cli.system.grids import image_grid
 from argrpo_cli.system.processes import ALONE, Team
@@ -31,47 +33,35 @@ class Gallery:
     """Draws `logging.grid_images` images, spread over the conditions, from the policy as it is.
 
     Attributes:
-        conditions: what is shown, repeating only when there are fewer conditions than images.
+        shots: what is shown, repeating only when there are fewer conditions than images; always of the same seeds.
+        labels: a short name under each image.
         columns: of a grid.
         scale: how often each pixel is repeated, so that small images can be seen.
         watchers: called with the file and the step of every grid that was written.
     """
 
     def __init__(self, recipe: Recipe, policy: Policy, conditions: Sequence[Condition]) -> None:
-        count = recipe.logging.grid_images
+        count, total = recipe.logging.grid_images, len(conditions)
         self.policy, self.sampling = policy, recipe.sampling
-        if count < len(conditions):  # evenly spread, first one included
-            self.conditions = [conditions[index * len(conditions) // count] for index in range(count)]
+        if count < total:
+            rows = [index * total // count for index in range(count)]  # evenly spread, first one included
         else:
-            self.conditions = sorted(
-                (conditions[index % len(conditions)] for index in range(count)), key=list(conditions).index
-            )
-        self.seeds = [of_training(recipe.seed, GRID_STEP, index) for index in range(count)]
+            rows = sorted(index % total for index in range(count))
+        seeds = [of_training(recipe.seed, GRID_STEP, index) for index in range(count)]
+        self.shots = [Shot(conditions[row], seed) for row, seed in zip(rows, seeds, strict=True)]
+        shown = [shot.condition for shot in self.shots]
+        self.labels = [
+            one.prompt.removeprefix("a photo of ") if one.class_id is None else policy.card.names[one.class_id]
+            for one in shown
+        ]
         self.columns = min(count, 8 if count > 12 else 6)
-        self.scale = 2 if policy.image_size < 128 else 1
+        self.scale = 2 if policy.card.image_size < 128 else 1
         self.watchers: list[Callable[[Path, int], None]] = []
 
-    @property
-    def labels(self) -> list[str]:
-        """A short name under each image."""
-        names = self.policy.class_names
-        return [
-            names[one.class_id] if one.class_id is not None else one.prompt.removeprefix("a photo of ")
-            for one in self.conditions
-        ]
-
+    @torch.inference_mode()
     def draw(self) -> Tensor:
-        """Images uint8 [N, 3, H, W] on the CPU, always from the same seeds."""
-        with torch.inference_mode():
-            tokens = self.policy.sample(
-                self.conditions,
-                cfg_scale=self.sampling.cfg_scale,
-                temperature=self.sampling.temperature,
-                top_k=self.sampling.top_k,
-                top_p=self.sampling.top_p,
-                seeds=self.seeds,
-            )
-            return self.policy.decode(tokens).cpu()
+        """Images uint8 [N, 3, H, W] on the CPU."""
+        return draw_batch(self.policy, self.shots, self.sampling)[1].cpu()
 
     def save(self, run: RunDirectory, step: int) -> Tensor:
         """Draw, write the grid of `step`, and return the images."""
@@ -97,7 +87,7 @@ class GridCallback(TrainerCallback):
         self.gallery, self.run, self.every, self.team = gallery, run, every, team
         self.whole: Callable[[], AbstractContextManager[object]] = nullcontext  # the trainer's is known after it
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Also when the run is being interrupted: resumed, it goes on after this step.
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             with self.whole():

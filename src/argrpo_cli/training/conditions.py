@@ -19,8 +19,7 @@ from argrpo_cli.captions import distinct, read_captions
 from argrpo_cli.recipe.schema import ConditionSection
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, write_json
-from argrpo_cli.training.caption_data import all_captions
-from argrpo_cli.training.streams import StreamedConditions
+from argrpo_cli.training.streams import StreamedConditions, all_captions
 
 if TYPE_CHECKING:
     from datasets import Dataset

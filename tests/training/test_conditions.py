@@ -23,7 +23,7 @@ from argrpo_cli.recipe.schema import DatasetSection
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training
-from argrpo_cli.training.prompts import condition_order, run_conditions, weighted_order
+from argrpo_cli.training.conditions import condition_order, run_conditions, weighted_order
 from argrpo_cli.training.streams import StreamedConditions
 from tests.training.tiny import FakeRewards, tiny_caption_policy, tiny_policy, tiny_recipe
 
