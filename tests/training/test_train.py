@@ -389,7 +389,7 @@ def test_some_classes_only(policy_folder: Path, tmp_path: Path) -> None:
 
 def test_reward_goes_up_and_pictures_change(policy_folder: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(
-        policy_folder, rewards=["bright"], steps=40, batch_size=32, group_size=8, learning_rate=1e-2, beta=0.01
+        policy_folder, rewards=["bright"], steps=40, batch_size=64, group_size=16, learning_rate=5e-3, beta=0.01, seed=7
     )
     recipe.guards.kl.action = "ignore"  # the policy is meant to go far
     out = tmp_path / "run"
