@@ -8,6 +8,7 @@ from typing import Any
 
 Row = dict[str, float]  # measure to number
 BEFORE, AFTER = "LlamaGen (base)", "AR-GRPO"  # how the paper calls its rows
+LABELS = {"inception_score": "IS", "fid": "FID", "sfid": "sFID"}  # of measures that go by other names in its tables
 
 
 @cache
@@ -42,3 +43,17 @@ def ablation(number: int) -> dict[str, Row]:
     whole = next(iter(table(number - 4).values()))
     rows = {recipe[-1].upper(): one["trained"] for recipe, one in table(number).items()}
     return {"base": whole["base"], **rows, "D": whole["trained"]}
+
+
+def of_recipe(title: str, recipe: str) -> tuple[list[str], list[float], list[float]]:
+    """Measures, and their numbers before and after training, of a recipe's row in "table 2" to "table 8".
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    rows = {f"table {number}": table(number) for number in _facts()["tables"]}
+    if recipe not in rows.get(title, {}):
+        known = ", ".join(rows[title]) if title in rows else f"no {title}, only {', '.join(rows)}"
+        raise ValueError(f"the paper has no row {recipe!r} in {title}; there are {known}")
+    row = rows[title][recipe]
+    return [LABELS.get(key, key) for key in row["base"]], list(row["base"].values()), list(row["trained"].values())

@@ -12,6 +12,7 @@ from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.rewards import check_reward
 from argrpo_cli.rewards.shaping import reward_weights
+from argrpo_cli.system.errors import UserError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -56,16 +57,25 @@ def test_every_experiment_of_the_paper_has_one():
     assert sizes == {"c2i_b384": "c2i-b-384", "c2i_xl384": "c2i-xl-384"}
 
 
-def test_the_expected_numbers_are_the_paper_s():
-    said = {(one.table, name): one for name in NAMES for one in load_recipe(RECIPES / f"{name}.yaml").published}
+def test_every_recipe_of_the_paper_has_its_rows():
+    told = {(one.table, one.row): one for name in NAMES for one in load_recipe(RECIPES / f"{name}.yaml").published}
     tables = {number: paper_numbers.table(number) for number in range(2, 9)}
-    assert said.keys() == {(f"table {number}", name) for number, rows in tables.items() for name in rows}
-    labels = {"inception_score": "IS", "fid": "FID", "sfid": "sFID"}
-    for (table, name), one in said.items():
-        row = tables[int(table[-1])][name]
-        assert (one.base, one.trained) == tuple(list(row[when].values()) for when in ("base", "trained")), (table, name)
-        assert one.measures == [labels.get(key, key) for key in row["base"]]
-        assert one.step == (300 if name.startswith("t2i") else 100)
+    assert told.keys() == {(f"table {number}", name) for number, rows in tables.items() for name in rows}
+    for name in NAMES:
+        for one in load_recipe(RECIPES / f"{name}.yaml").published:
+            assert one.row == name and one.step == (300 if name.startswith("t2i") else 100)
+    one = told["table 5", "c2i_b256_no_kl"]
+    assert one.measures == ["IS", "FID", "sFID", "precision", "recall"]
+    assert one.base == [193.61, 5.46, 7.50, 0.84, 0.46] and one.trained == [220.57, 7.83, 11.72, 0.88, 0.32]
+
+
+def test_a_row_that_the_paper_has_not_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_text("published: [{table: table 6, step: 1, row: c2i_b257}]")
+    with pytest.raises(UserError, match="the paper has no row 'c2i_b257' in table 6; there are c2i_b256_a"):
+        load_recipe(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text("published: [{table: t, step: 1, measures: [x], base: [1.0], trained: []}]")
+    with pytest.raises(UserError, match="one number for each of measures"):
+        load_recipe(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize("name", EVERY)

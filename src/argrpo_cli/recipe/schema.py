@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from argrpo_cli import paper_numbers
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 
@@ -268,10 +269,20 @@ class PublishedSection(Section):
 
     table: Name  # such as "table 2"
     step: Count  # the update after which the paper measures
+    row: Name | None = None  # of the AR-GRPO paper's table (paper/numbers.yaml), in the place of the three below
     # What was measured, and a number for each, of the policy that training starts from and of the trained one.
     measures: Annotated[list[Name], Field(min_length=1)]
     base: list[float]
     trained: list[float]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_paper(cls, value: Any) -> Any:
+        """The numbers of a row that is named."""
+        if not isinstance(value, dict) or value.get("row") is None:
+            return value
+        measures, base, trained = paper_numbers.of_recipe(str(value.get("table")), str(value["row"]))
+        return {**value, "measures": measures, "base": base, "trained": trained}
 
     @model_validator(mode="after")
     def _one_number_each(self) -> PublishedSection:
