@@ -81,7 +81,7 @@ def score_images(
     check_writable(target)
     notice(f"loading {', '.join(rewards)} ...")
     from argrpo_cli.rewards import load_rewards
-    from argrpo_cli.system.devices import resolve_device
+    from argrpo_cli.system.processes import resolve_device
 
     reward_set = load_rewards(list(rewards), resolve_device(device), options)
     _check_conditions(reward_set, items)

@@ -19,7 +19,7 @@ from argrpo_cli.networks.clip import (
 from argrpo_cli.rewards import REWARDS, check_reward, clip, geneval, imagereward, maniqa
 from argrpo_cli.rewards.base import FAMILIES, Needs
 from argrpo_cli.rewards.judge import MODEL
-from argrpo_cli.system.hub import HubFile, is_cached
+from argrpo_cli.system.files import HubFile, is_cached
 
 
 def needs_of(name: str, device: str = "cpu", **options: object) -> Needs:

@@ -33,7 +33,7 @@ from argrpo_cli.evals.fidelity import precision_recall
 from argrpo_cli.networks.inception import POOL_WIDTH, load_inception
 from argrpo_cli.policy import load_policy
 from argrpo_cli.shapes import Result
-from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.processes import resolve_device
 
 SMALL_SIZES, FULL_SIZE = ((2500, 500), (5000, 1000)), (50_000, 10_000)  # generated, reference
 REFERENCE = 64  # pictures in the comparison's reference

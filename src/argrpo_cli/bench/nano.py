@@ -16,7 +16,7 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.sample import image_uniforms, inverse_cdf
 from argrpo_cli.shapes import Sampling
-from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.processes import resolve_device
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from argrpo_cli.bench import machine, measure
 from argrpo_cli.rewards import RewardSet, load_rewards
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.processes import resolve_device
 
 SMALL = ("nano-clip", "nano-quality", "nano-critic")
 FULL = ("clip", "hpsv2", "maniqa")

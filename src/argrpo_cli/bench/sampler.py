@@ -40,7 +40,7 @@ from argrpo_cli.policy.llamagen.model import (
 )
 from argrpo_cli.policy.llamagen.sample import packed_linears, sample_tokens
 from argrpo_cli.shapes import Sampling
-from argrpo_cli.system.devices import resolve_device
+from argrpo_cli.system.processes import resolve_device
 
 
 def main(arguments: list[str] | None = None) -> None:

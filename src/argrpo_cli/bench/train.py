@@ -35,8 +35,8 @@ from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.recipe import Recipe, load_recipe
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.devices import resolve_device
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.processes import resolve_device
 from argrpo_cli.training.grpo import build_trainer, quiet_libraries
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.scorer import BatchScorer

@@ -32,10 +32,9 @@ from argrpo_cli.evals.entropy_material import (
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.folder import checkpoint_folders, find_policy, is_published
 from argrpo_cli.policy.llamagen.entropy import token_entropy
-from argrpo_cli.system.devices import resolve_device
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import load_tensors, read_json, save_tensors
-from argrpo_cli.system.processes import Team
+from argrpo_cli.system.processes import Team, resolve_device
 from argrpo_cli.system.progress import progress
 
 MODES = ("conditional", "guided")

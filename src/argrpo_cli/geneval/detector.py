@@ -39,8 +39,7 @@ from argrpo_cli.geneval.nano_detector import NanoObserver, load_detector
 from argrpo_cli.geneval.rules import OFFICIAL, ClassifyColor, Detection, Detections, Thresholds, colored_objects
 from argrpo_cli.networks.weights import fingerprint, fit_state, load_pretrained, read_state
 from argrpo_cli.system.errors import UserError, did_you_mean
-from argrpo_cli.system.files import WEIGHTS
-from argrpo_cli.system.hub import fetch
+from argrpo_cli.system.files import WEIGHTS, fetch
 
 if TYPE_CHECKING:
     from argrpo_cli.geneval.colors import ClipColors

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from argrpo_cli.networks.pixels import Preprocess
 from argrpo_cli.networks.weights import fit_state, published_file, read_state
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line
-from argrpo_cli.system.files import read_json
-from argrpo_cli.system.hub import fetch
+from argrpo_cli.system.files import fetch, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REMEMBERED = 10_000  # prompts; 40 MB of features of width 1024

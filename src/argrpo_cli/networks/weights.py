@@ -26,8 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from argrpo_cli.system.errors import UserError, first_line
-from argrpo_cli.system.files import atomic_path, cannot_write, open_to_all, read_json, write_json
-from argrpo_cli.system.hub import fetch
+from argrpo_cli.system.files import atomic_path, cannot_write, fetch, open_to_all, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

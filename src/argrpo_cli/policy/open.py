@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from argrpo_cli.policy.folder import ADAPTER_OF, CARD, base_of, find_policy, is_published
 from argrpo_cli.shapes import DTYPES
-from argrpo_cli.system.devices import resolve_device
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line
 from argrpo_cli.system.files import read_json
+from argrpo_cli.system.processes import resolve_device
 
 if TYPE_CHECKING:
     from torch import nn

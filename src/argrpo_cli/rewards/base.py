@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_type_hints
 from argrpo_cli import __version__
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean
-from argrpo_cli.system.hub import HubFile
+from argrpo_cli.system.files import HubFile
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

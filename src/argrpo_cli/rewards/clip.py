@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from argrpo_cli.rewards.base import Needs, Reward, choose
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.hub import HubFile
+from argrpo_cli.system.files import HubFile
 
 if TYPE_CHECKING:
     from torch import Tensor

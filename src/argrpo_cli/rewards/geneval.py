@@ -16,7 +16,7 @@ from argrpo_cli.geneval.rules import reward_score
 from argrpo_cli.rewards.base import Needs, Reward, choose
 from argrpo_cli.rewards.clip import L14, OPENAI_FILES
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.hub import HubFile
+from argrpo_cli.system.files import HubFile
 
 if TYPE_CHECKING:
     from torch import Tensor

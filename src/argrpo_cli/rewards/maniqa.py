@@ -20,7 +20,7 @@ import numpy as np
 from argrpo_cli.rewards.base import Reward, choose
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.hub import HubFile
+from argrpo_cli.system.files import HubFile
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -1,1 +1,1 @@
-"""The ground: errors, files, devices, processes, progress, the hub."""
+"""The ground: errors, files, processes, progress, grids."""

@@ -1,4 +1,4 @@
-"""Several processes, on one machine or many, that share one job: who this one is, and doing things in step.
+"""Several processes, on one machine or many, that share one job: who this one is, its device, doing things in step.
 
 Started by `accelerate launch` or `torchrun`, which say in the environment how many there are; alone otherwise.
 """
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from argrpo_cli.system.devices import resolve_device
 from argrpo_cli.system.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -136,6 +135,28 @@ class Team:
 
 
 ALONE = Team(0, 1, "cpu")  # what a part that can be used by itself has when nobody gives it a team
+
+
+def resolve_device(name: str) -> str:
+    """`auto` as the best device of this machine, anything else checked to exist here.
+
+    Raises:
+        UserError: the name is no torch device, or this machine has none of that kind.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.device(name).type == "meta":
+            raise RuntimeError("a device without numbers")
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        have = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        if torch.backends.mps.is_available():
+            have.append("mps")
+        raise UserError(f"device {name!r} is not available; this machine has {', '.join(have)}") from error
+    return name
 
 
 def join_team(device: str = "auto", patience: timedelta = LONGEST_JOB) -> Team:

@@ -46,7 +46,7 @@ def check_processes(processes: int, device: str, config: str) -> bool:
     """
     import torch
 
-    from argrpo_cli.system.devices import resolve_device
+    from argrpo_cli.system.processes import resolve_device
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"--processes {processes}: a launcher has started this process already; leave the option out")

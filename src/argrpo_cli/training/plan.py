@@ -15,7 +15,7 @@ from argrpo_cli.policy.open import check_targets, choose_trainable
 from argrpo_cli.rewards import check_options, check_reward, load_rewards, networks_of
 from argrpo_cli.rewards.base import Needs
 from argrpo_cli.rewards.shaping import reward_weights
-from argrpo_cli.system.hub import HubFile, is_cached
+from argrpo_cli.system.files import HubFile, is_cached
 from argrpo_cli.training.conditions import check_source, run_captions, run_conditions
 from argrpo_cli.training.memory import Part, estimate, trained_parameters
 from argrpo_cli.training.shares import images_per_process

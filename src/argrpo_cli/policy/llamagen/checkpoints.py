@@ -16,7 +16,7 @@ from argrpo_cli.policy.llamagen.config import SIZES, LlamaGenConfig, swiglu_size
 from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.hub import fetch
+from argrpo_cli.system.files import fetch
 
 ARGRPO_POLICY, ARGRPO_TOKENIZER = "gpt_model.", "vq_model."
 

@@ -50,8 +50,7 @@ from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.llamagen.text import load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import atomic_path, read_json
-from argrpo_cli.system.hub import HubFile, fetch
+from argrpo_cli.system.files import HubFile, atomic_path, fetch, read_json
 
 IMAGE_SIZES = (256, 384, 512)
 TEXT_PARAMETERS = 1_223_527_424  # of the encoder of FLAN-T5 XL

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from argrpo_cli.networks.weights import load_pretrained, quiet_transformers, save_model
 from argrpo_cli.policy.llamagen.model import left_pad
-from argrpo_cli.system.devices import resolve_device
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import cannot_write, read_json
+from argrpo_cli.system.processes import resolve_device
 
 SAME, OFFLOAD = "same", "offload"  # beside names of devices: where a text encoder may live
 KEPT = 1024  # captions whose features are kept; those of FLAN-T5 XL take half a megabyte each

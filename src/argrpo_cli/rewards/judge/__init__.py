@@ -18,7 +18,7 @@ from argrpo_cli.rewards.judge.replies import read_score
 from argrpo_cli.rewards.judge.server import ServerReward, server_needs, to_pil
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.hub import HubFile
+from argrpo_cli.system.files import HubFile
 
 if TYPE_CHECKING:
     from torch import Tensor

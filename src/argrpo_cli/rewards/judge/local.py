@@ -19,7 +19,7 @@ from argrpo_cli.rewards.judge.prompts import FORCED_PREFIX
 from argrpo_cli.rewards.judge.replies import UnusableReply
 from argrpo_cli.rewards.judge.server import MAX_TOKENS, RESAMPLING, Answer
 from argrpo_cli.system.errors import UserError, first_line
-from argrpo_cli.system.hub import fetch
+from argrpo_cli.system.files import fetch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
