@@ -81,7 +81,7 @@ class ImageSet:
 
     Attributes:
         path: the folder, or the .npz file.
-        note: a remark on guessed prompts, or "".
+        note: where it is known from what they show: a remark on guessed prompts, a file of labels; or "".
     """
 
     path: Path

@@ -11,12 +11,12 @@ import torch
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import entropy as e
+from argrpo_cli.evals.entropy_figures import result_of
 from argrpo_cli.geneval.grammar import TAGS, parse_prompt
 from argrpo_cli.nano.tokens import load_held_out
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.entropy import token_entropy
-from argrpo_cli.policy.llamagen.policy import LlamaGen
-from argrpo_cli.shapes import Sampling
+from argrpo_cli.shapes import Result, Sampling, Value
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, write_json
 from tests.captioned import save_captioned_policy
@@ -91,7 +91,7 @@ def test_the_change_is_the_second_minus_the_first_paired(tmp_path):
         policy.model.lm_head.weight.mul_(1.3)  # a surer policy
     policy.save(tmp_path / "surer")
     subjects = [e.Subject("nano-c2i", "a"), e.Subject(str(tmp_path / "surer"), "b")]
-    rows = e.measure(subjects, e.Question(limit=24), cfg_scale=3.0, temperature=0.7)
+    rows = e.measure(subjects, e.Question(limit=24), Sampling(cfg_scale=3.0, temperature=0.7))
     tokens, conditions = (part[:24] for part in load_held_out("classes"))
     own = [token_entropy(load_policy(one.path), tokens, conditions, None, 0.7).mean(1) for one in subjects]
     paired = own[1] - own[0]
@@ -117,15 +117,16 @@ def test_prompts_are_walked_along_samples_of_the_policy_itself(captioned):
 
 
 def test_samples_are_drawn_as_they_are_measured(captioned, monkeypatch):
-    drawn, sample = [], LlamaGen.sample
+    drawn, draw_batch = [], e.draw_batch
 
-    def watched(self, conditions, **settings):
-        drawn.append((settings["cfg_scale"], settings["temperature"]))
-        return sample(self, conditions, **settings)
+    def watched(policy, batch, sampling):
+        drawn.append(sampling)
+        return draw_batch(policy, batch, sampling)
 
-    monkeypatch.setattr(LlamaGen, "sample", watched)
-    e.measure([e.Subject(captioned, "t")], e.Question(None, "geneval", limit=2), cfg_scale=3.0, temperature=0.7)
-    assert drawn == [(3.0, 0.7)]
+    monkeypatch.setattr(e, "draw_batch", watched)
+    sampling = Sampling(cfg_scale=3.0, temperature=0.7, top_k=5)
+    e.measure([e.Subject(captioned, "t")], e.Question(None, "geneval", limit=2), sampling)
+    assert drawn == [sampling]
 
 
 def test_the_checkpoints_of_a_run_are_its_base_and_every_step(tmp_path):
@@ -154,6 +155,18 @@ def test_the_command_as_typed(tmp_path, monkeypatch, capsys):
     rows = read_jsonl(tmp_path / "entropy" / "entropy.jsonl")
     assert [row["mode"] for row in rows] == ["conditional", "guided"]
     assert (tmp_path / "entropy" / "curve.png").stat().st_size > 5000
+    result = Result.load(tmp_path / "entropy" / "summary.json")
+    assert result.rows["nano-c2i"]["guided"] == Value(rows[1]["mean"], rows[1]["standard_error"], 4)
+    assert result.protocol["sampling"]["cfg_scale"] == 2 and not result.difference
+
+
+def test_two_policies_are_told_as_a_policy_and_its_baseline():
+    """The first on the command line is what others are compared with; in a result the baseline comes second."""
+    rows = e.measure([e.Subject("nano-c2i", "a"), e.Subject("nano-c2i", "b")], e.Question(limit=4))
+    result = result_of(rows)
+    assert list(result.rows) == ["b", "a"] and list(result.columns) == list(e.MODES)
+    assert result.difference == {mode: Value(0.0, 0.0, 4) for mode in e.MODES}
+    assert result.protocol["measured"]["b"]["against"] == "a"
 
 
 @pytest.mark.parametrize(

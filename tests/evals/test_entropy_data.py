@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,19 +14,14 @@ from safetensors.torch import load_file
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import entropy as e
-from argrpo_cli.evals import image_codes as codes
-from argrpo_cli.evals.entropy_material import Question
-from argrpo_cli.evals.imagenet_folder import (
-    LabelledImages,
-    balanced_order,
-    conditions_of,
-    imagenet_class,
-    open_labelled,
-)
+from argrpo_cli.evals.entropy import Question
+from argrpo_cli.evals.imagenet_folder import balanced_order, conditions_of, imagenet_class, open_labelled, some_of
+from argrpo_cli.images import ImageSet, Item
+from argrpo_cli.kept import in_batches
 from argrpo_cli.policy import Policy
 from argrpo_cli.policy.llamagen.entropy import token_entropy
-from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
-from argrpo_cli.shapes import class_prompt
+from argrpo_cli.policy.llamagen.vq import from_uint8
+from argrpo_cli.shapes import Sampling, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, write_jsonl
 from argrpo_cli.system.processes import Team
@@ -69,9 +63,20 @@ def class_ids(folder: Path, policy: Policy) -> list[int | None]:
     return [one.class_id for one in conditions_of(open_labelled(folder), policy)]
 
 
-def coded(folder: Path, cache: Path) -> codes.CodedImages:
-    files = open_labelled(folder).files
-    return codes.CodedImages(folder, files, IMAGE_SIZE, "tokenizer", TOKENS, cache)
+def codes_of(folder: Path, policy: Policy, cache: Path, team: Team = ALONE) -> tuple[torch.Tensor, int]:
+    """The codes of a folder's pictures, and how many of them were encoded for that."""
+    encoded, tokenise = [], policy.tokenise
+    policy.tokenise = lambda pixels: encoded.append(len(pixels)) or tokenise(pixels)
+    try:
+        images = open_labelled(folder)
+        store = e.tokenise(images, policy, cache, team)
+        return store.column(in_batches(images.items, e.CHUNK), e.CODES).long(), sum(encoded)
+    finally:
+        policy.tokenise = tokenise
+
+
+def files_of(images: ImageSet) -> list[str]:
+    return [item.file for item in images.items]
 
 
 # What a folder holds
@@ -81,9 +86,8 @@ def coded(folder: Path, cache: Path) -> codes.CodedImages:
 def test_class_folders_are_named_by_class_or_by_id(tmp_path, names):
     policy = tiny_policy()
     images = open_labelled(class_folders(tmp_path, names, each=2))
-    assert images.files[:3] == tuple(
-        f"{name}/{name}_{i}.JPEG" for name, i in ((names[0], 0), (names[0], 1), (names[1], 0))
-    )
+    expected = [f"{name}/{name}_{i}.JPEG" for name, i in ((names[0], 0), (names[0], 1), (names[1], 0))]
+    assert files_of(images)[:3] == expected
     found = conditions_of(images, policy)
     assert [one.class_id for one in found] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert found[2].prompt == class_prompt("bee")
@@ -134,7 +138,7 @@ def test_samples_of_a_policy_are_read_by_their_metadata(tmp_path):
         picture(tmp_path / name, 1)
     write_jsonl(tmp_path / "metadata.jsonl", [{"file": "b.png", "class_id": 3}, {"file": "a.png", "class_id": 1}])
     images = open_labelled(tmp_path)
-    assert images.files == ("a.png", "b.png") and images.labels == (1, 3)
+    assert files_of(images) == ["a.png", "b.png"] and [item.extra["label"] for item in images.items] == [1, 3]
 
 
 def test_a_part_has_every_class_equally_often_and_grows_by_adding():
@@ -144,10 +148,11 @@ def test_a_part_has_every_class_equally_often_and_grows_by_adding():
     for n in range(1, 16):
         counts = [sum(labels[i] == label for i in order[:n]) for label in "abc"]
         assert max(counts) - min(counts) <= 1
-    images = LabelledImages(Path("x"), tuple(f"{i:02d}" for i in range(15)), labels, "class folders")
-    assert images.first(9).files[:6] == images.first(6).files
+    items = [Item(f"{index:02d}", "", lambda: None, extra={"label": label}) for index, label in enumerate(labels)]
+    images = ImageSet(Path("x"), items, "class folders")
+    assert files_of(some_of(images, 9))[:6] == files_of(some_of(images, 6))
     with pytest.raises(UserError, match="--n 16: x holds 15 pictures"):
-        images.first(16)
+        some_of(images, 16)
 
 
 # Cropping
@@ -156,14 +161,14 @@ def test_a_part_has_every_class_equally_often_and_grows_by_adding():
 def test_the_centre_crop_of_a_wide_picture_is_its_middle():
     pixels = np.zeros((4, 9, 3), np.uint8)
     pixels[:, :, 0] = np.arange(9) * 10
-    found = np.asarray(codes.centre_crop(Image.fromarray(pixels), 4))
+    found = np.asarray(e.centre_crop(Image.fromarray(pixels), 4))
     assert np.array_equal(found, pixels[:, 2:6]), "of 5 columns too many, 2 on the left and 3 on the right"
 
 
 def test_large_pictures_are_halved_by_the_mean_of_four_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
     expected = pixels.reshape(4, 2, 4, 2, 3).mean((1, 3))
-    found = np.asarray(codes.centre_crop(Image.fromarray(pixels), 4))
+    found = np.asarray(e.centre_crop(Image.fromarray(pixels), 4))
     assert np.abs(found - expected).max() <= 1, "rounded along each axis"
     assert np.abs(found - pixels[::2, ::2].astype(int)).max() > 50, "not the pixels picked out"
 
@@ -171,80 +176,80 @@ def test_large_pictures_are_halved_by_the_mean_of_four_pixels():
 def test_what_is_less_than_twice_as_large_is_scaled_at_once_and_bicubic():
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (7, 10, 3)).astype(np.uint8))
     scaled = np.asarray(image.resize((round(10 * 4 / 7), 4), Image.Resampling.BICUBIC))  # 6 x 4
-    assert np.array_equal(np.asarray(codes.centre_crop(image, 4)), scaled[:, 1:5])
-    assert codes.centre_crop(Image.new("RGB", (3, 2)), 8).size == (8, 8), "a small one is enlarged"
+    assert np.array_equal(np.asarray(e.centre_crop(image, 4)), scaled[:, 1:5])
+    assert e.centre_crop(Image.new("RGB", (3, 2)), 8).size == (8, 8), "a small one is enlarged"
 
 
 def test_pictures_become_rgb_and_keep_their_stored_orientation(tmp_path):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "grey.png")
-    grey = codes.read_cropped(tmp_path / "grey.png", 8)
+    grey = e.read_cropped(tmp_path / "grey.png", 8)
     assert np.array_equal(grey, np.broadcast_to(np.arange(64).reshape(1, 8, 8), (3, 8, 8)))
     turned = Image.new("RGB", (8, 8))
     turned.paste((255, 255, 255), (0, 0, 8, 4))
     exif = Image.Exif()
     exif[0x0112] = 3  # by 180 degrees
     turned.save(tmp_path / "turned.png", exif=exif)
-    assert codes.read_cropped(tmp_path / "turned.png", 8)[0, 0, 0] == 255, "as LlamaGen's loader has it"
+    assert e.read_cropped(tmp_path / "turned.png", 8)[0, 0, 0] == 255, "as LlamaGen's loader has it"
 
 
 # Codes
 
 
 def test_codes_are_those_of_direct_encoding_and_are_made_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 5)
-    vq, images = tiny_policy().tokenizer, coded(class_folders(tmp_path / "data"), tmp_path / "cache")
-    assert codes.tokenise(images, vq, ALONE) == 12
-    pixels = np.stack([codes.read_cropped(images.folder / name, IMAGE_SIZE) for name in images.files])
-    direct = vq.encode(from_uint8(torch.from_numpy(pixels)))
-    kept = torch.cat([images.load(chunk) for chunk in images.chunks])
-    assert torch.equal(kept, direct) and kept.unique().numel() > 3
-    assert load_file(images.path(0))["codes"].dtype == torch.int16
-
-    def never(self, pixels):
-        raise AssertionError("encoded again")
-
-    monkeypatch.setattr(VQModel, "encode", never)
-    assert codes.tokenise(images, vq, ALONE) == 0
+    monkeypatch.setattr(e, "CHUNK", 5)
+    policy, data = tiny_policy(), class_folders(tmp_path / "data")
+    codes, encoded = codes_of(data, policy, tmp_path / "cache")
+    assert encoded == 12
+    pixels = np.stack([e.read_cropped(data / name, IMAGE_SIZE) for name in files_of(open_labelled(data))])
+    direct = policy.tokenizer.encode(from_uint8(torch.from_numpy(pixels)))
+    assert torch.equal(codes, direct) and codes.unique().numel() > 3
+    assert load_file(next((tmp_path / "cache").rglob("*.safetensors")))["codes"].dtype == torch.int16
+    again, encoded = codes_of(data, policy, tmp_path / "cache")
+    assert encoded == 0 and torch.equal(again, codes)
 
 
 def test_a_changed_picture_and_a_damaged_file_are_encoded_anew_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 5)
-    vq, images = tiny_policy().tokenizer, coded(class_folders(tmp_path / "data"), tmp_path / "cache")
-    codes.tokenise(images, vq, ALONE)
-    before = images.load(1)
-    changed = picture(images.folder / images.files[6], seed=99)
+    monkeypatch.setattr(e, "CHUNK", 5)
+    policy, data = tiny_policy(), class_folders(tmp_path / "data")
+    before, _ = codes_of(data, policy, tmp_path / "cache")
+    kept = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    changed = picture(data / files_of(open_labelled(data))[6], seed=99)
     os.utime(changed, ns=(1, 1))
-    assert codes.tokenise(images, vq, ALONE) == 5, "the chunk that holds it"
-    after = images.load(1)
-    assert not torch.equal(after[1], before[1]) and torch.equal(after[2:], before[2:])
-    images.path(0).write_bytes(b"half a fi")
-    assert codes.tokenise(images, vq, ALONE) == 5
+    after, encoded = codes_of(data, policy, tmp_path / "cache")
+    assert encoded == 5, "the batch that holds it"
+    assert not torch.equal(after[6], before[6]) and torch.equal(after[7:], before[7:])
+    for path in kept:
+        path.write_bytes(b"half a fi")
+    again, encoded = codes_of(data, policy, tmp_path / "cache")
+    assert encoded == 7 and torch.equal(again, after), "the two batches that had not changed"
 
 
 def test_interrupted_tokenising_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 4)
-    vq, images = tiny_policy().tokenizer, coded(class_folders(tmp_path / "data"), tmp_path / "cache")
-    encode, calls = VQModel.encode, []
+    monkeypatch.setattr(e, "CHUNK", 4)
+    policy, data, calls = tiny_policy(), class_folders(tmp_path / "data"), []
+    tokenise = policy.tokenise
 
-    def interrupted(self, pixels):
+    def interrupted(pixels):
         calls.append(len(pixels))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return encode(self, pixels)
+        return tokenise(pixels)
 
-    monkeypatch.setattr(VQModel, "encode", interrupted)
+    policy.tokenise = interrupted
     with pytest.raises(KeyboardInterrupt):
-        codes.tokenise(images, vq, ALONE)
+        e.tokenise(open_labelled(data), policy, tmp_path / "cache", ALONE)
     assert sum(1 for path in (tmp_path / "cache").rglob("*") if path.is_file()) == 1, "no half file"
-    assert codes.tokenise(images, vq, ALONE) == 8
+    policy.tokenise = tokenise
+    assert codes_of(data, policy, tmp_path / "cache")[1] == 8
 
 
-def test_several_processes_share_the_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 4)
-    vq, images = tiny_policy().tokenizer, coded(class_folders(tmp_path / "data"), tmp_path / "cache")
-    second = SimpleNamespace(index=1, count=2, together=lambda action: action(), from_lead=lambda action: action())
-    codes.tokenise(images, vq, second)
-    assert [images.load(chunk) is None for chunk in images.chunks] == [True, False, True]
+def test_a_picture_that_changes_while_it_is_read_is_not_taken_for_another(tmp_path, monkeypatch):
+    policy, data = tiny_policy(), class_folders(tmp_path / "data")
+    images = open_labelled(data)
+    picture(data / images.items[3].file, seed=99, width=14)
+    with pytest.raises(UserError, match=r"pictures in .*data changed while they were read"):
+        e.tokenise(images, policy, tmp_path / "cache", ALONE)
+    assert not (tmp_path / "cache").exists()
 
 
 # Entropy
@@ -263,18 +268,19 @@ def policies(tmp_path_factory) -> tuple[str, str]:
 
 
 def test_entropies_along_pictures_equal_the_definition_paired_by_picture(policies, tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 5)
+    monkeypatch.setattr(e, "CHUNK", 5)
     data = class_folders(tmp_path / "data")
     subjects = [e.Subject(path, Path(path).name) for path in policies]
     question = Question(data=str(data), limit=9)
-    rows = e.measure(subjects, question, 3.0, 0.8, 2, ALONE, None, tmp_path / "cache")
-    images = open_labelled(data).first(9)
+    sampling = Sampling(cfg_scale=3.0, temperature=0.8)
+    rows = e.measure(subjects, question, sampling, 2, ALONE, None, tmp_path / "cache")
+    files = files_of(some_of(open_labelled(data), 9))
     means = []
     for path in policies:
         policy = e.load_policy(path)
-        pixels = np.stack([codes.read_cropped(data / name, IMAGE_SIZE) for name in images.files])
+        pixels = np.stack([e.read_cropped(data / name, IMAGE_SIZE) for name in files])
         tokens = policy.tokenizer.encode(from_uint8(torch.from_numpy(pixels)))
-        asked = policy.conditions([name.split("/")[0] for name in images.files])
+        asked = policy.conditions([name.split("/")[0] for name in files])
         means.append([token_entropy(policy, tokens, asked, scale, 0.8) for scale in (None, 3.0)])
     for place, row in enumerate(rows):
         own = means[place // 2][place % 2]
@@ -303,18 +309,18 @@ def test_a_policy_of_another_resolution_walks_along_codes_of_its_own_of_the_same
 
 
 def test_an_interrupted_measuring_goes_on_and_a_measured_policy_costs_nothing(policies, tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 4)
+    monkeypatch.setattr(e, "CHUNK", 4)
     subjects, question = [e.Subject(policies[0], "base")], Question(data=str(class_folders(tmp_path / "data")))
-    calls, interrupt_at = [], [5]
+    calls, interrupt_at, score_tokens = [], [5], e.score_tokens
 
     def counted(*arguments):
         calls.append(1)
         if len(calls) == interrupt_at[0]:
             raise KeyboardInterrupt
-        return token_entropy(*arguments)
+        return score_tokens(*arguments)
 
-    monkeypatch.setattr(e, "token_entropy", counted)
-    places = {"team": ALONE, "journal": tmp_path / "journal", "cache": tmp_path / "cache"}
+    monkeypatch.setattr(e, "score_tokens", counted)
+    places = {"team": ALONE, "folder": tmp_path / "journal", "cache": tmp_path / "cache"}
     with pytest.raises(KeyboardInterrupt):
         e.measure(subjects, question, **places)
     assert len(list((tmp_path / "journal").iterdir())) == 2, "of three chunks, each with two modes"
@@ -323,7 +329,7 @@ def test_an_interrupted_measuring_goes_on_and_a_measured_policy_costs_nothing(po
     assert len(calls) == 2
     assert e.measure(subjects, question, **places) == rows and len(calls) == 2
     assert e.measure(subjects, question, team=ALONE, cache=tmp_path / "cache") == rows
-    e.measure(subjects, question, temperature=0.5, **places)
+    e.measure(subjects, question, Sampling(temperature=0.5), **places)
     assert len(calls) == 2 + 6 + 6, "another temperature is measured anew"
 
 

@@ -13,15 +13,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from argrpo_cli.evals import entropy as e
-from argrpo_cli.evals import image_codes as codes
-from argrpo_cli.evals.entropy_figures import draw_bars, draw_curve
-from argrpo_cli.evals.entropy_material import Question
-from argrpo_cli.evals.entropy_table import table
+from argrpo_cli.evals.entropy import Question
+from argrpo_cli.evals.entropy_figures import draw_bars, draw_curve, table
 from argrpo_cli.evals.imagenet_folder import open_labelled
 from argrpo_cli.policy.llamagen.vq import from_uint8
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import write_jsonl
-from tests.evals.test_entropy_data import ALONE, class_folders, coded, flat, picture, policies  # noqa: F401
+from tests.evals.test_entropy_data import ALONE, class_folders, codes_of, flat, picture, policies  # noqa: F401
 from tests.training.tiny import IMAGE_SIZE, TOKENS, tiny_policy
 
 # What is kept
@@ -32,8 +31,8 @@ def test_policies_and_settings_that_share_a_journal_keep_their_own_entropies(pol
     question = Question(data=str(class_folders(tmp_path / "data")))
     shown = set()
     for cfg_scale, temperature in ((2.0, 1.0), (4.0, 1.0), (4.0, 0.8)):
-        asked = (subjects, question, cfg_scale, temperature)
-        kept = e.measure(*asked, team=ALONE, journal=tmp_path / "journal", cache=tmp_path / "cache")
+        asked = (subjects, question, Sampling(cfg_scale=cfg_scale, temperature=temperature))
+        kept = e.measure(*asked, team=ALONE, folder=tmp_path / "journal", cache=tmp_path / "cache")
         assert kept == e.measure(*asked, team=ALONE, cache=tmp_path / "cache")
         shown |= {row["mean"] for row in kept if row["mode"] == "guided"}
     assert len(shown) == 6, "all differ"
@@ -46,23 +45,24 @@ def test_pictures_with_other_labels_are_measured_anew(policies, tmp_path):  # no
             data / "metadata.jsonl", [{"file": path.name, "class_id": class_id} for path in data.glob("*.JPEG")]
         )
         asked = ([e.Subject(policies[0], "base")], Question(data=str(data)))
-        rows = e.measure(*asked, team=ALONE, journal=tmp_path / "journal", cache=tmp_path / "cache")
+        rows = e.measure(*asked, team=ALONE, folder=tmp_path / "journal", cache=tmp_path / "cache")
         assert rows == e.measure(*asked, team=ALONE, cache=tmp_path / "cache")
         means.append(rows[0]["mean"])
     assert means[0] != means[1]
 
 
 def test_a_picture_of_another_length_and_the_same_time_is_encoded_anew(tmp_path):
-    vq, images = tiny_policy().tokenizer, coded(class_folders(tmp_path / "data"), tmp_path / "cache")
-    codes.tokenise(images, vq, ALONE)
-    path = images.folder / images.files[2]
+    policy, data = tiny_policy(), class_folders(tmp_path / "data")
+    codes_of(data, policy, tmp_path / "cache")
+    path = data / open_labelled(data).items[2].file
     before = path.stat()
     picture(path, seed=99, width=14)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_size != before.st_size
-    assert codes.tokenise(images, vq, ALONE) == 12
-    pixels = torch.from_numpy(codes.read_cropped(path, IMAGE_SIZE))
-    assert torch.equal(images.load(0)[2:3], vq.encode(from_uint8(pixels[None])))
+    codes, encoded = codes_of(data, policy, tmp_path / "cache")
+    assert encoded == 12
+    pixels = torch.from_numpy(e.read_cropped(path, IMAGE_SIZE))
+    assert torch.equal(codes[2:3], policy.tokenizer.encode(from_uint8(pixels[None])))
 
 
 # What is compared with what
@@ -131,14 +131,14 @@ def intervals(axes) -> list[tuple[float, float]]:
     return found
 
 
-def test_the_table_shows_1_96_standard_errors():
+def test_the_table_shows_standard_errors():
     console = Console(width=200)
     with console.capture() as printed:
         console.print(table(shown_rows()))
     text = printed.get()
-    assert "± 95 % interval" in " ".join(text.split())
+    assert "± standard error" in " ".join(text.split())
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    for mode, own, other in (("conditional", "0.0980", "0.0392"), ("guided, cfg 2", "0.1372", "0.0392")):
+    for mode, own, other in (("conditional", "0.0500", "0.0200"), ("guided, cfg 2", "0.0700", "0.0200")):
         base, mine = (line for line in lines if mode in line)
         assert f"3.0000 ± {own}" in base
         assert f"2.5000 ± {own}" in mine and f"-0.5000 ± {other}" in mine
@@ -169,7 +169,7 @@ def test_a_synset_of_the_devkit_with_children_is_no_class(tmp_path):
     scipy_io.savemat(tmp_path / "meta.mat", {"synsets": np.array(rows, dtype=kind)})
     truth = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
     truth.write_text("1\n1\n")
-    assert open_labelled(tmp_path).labels == ("n15075141", "n15075141")
+    assert [item.extra["label"] for item in open_labelled(tmp_path).items] == ["n15075141", "n15075141"]
     for number in (1001, 1002):
         truth.write_text(f"1\n{number}\n")
         with pytest.raises(UserError, match=f"line 2: expected the devkit's id of a class, 1 to 1000, got '{number}'"):

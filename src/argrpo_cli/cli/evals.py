@@ -279,7 +279,7 @@ def report(
     print(f"{len(sections)} {'table' if len(sections) == 1 else 'tables'} in {out}{remarks}")
 
 
-@draws(without=("top_k", "top_p", "cfg_interval", "dtype", "text_device"))
+@draws(without=("text_device",))
 def entropy(
     policy: Annotated[
         list[str] | None,
@@ -342,7 +342,7 @@ def entropy(
     from rich.console import Console
 
     from argrpo_cli.evals.entropy import Question, Subject, measure, subjects_of_run
-    from argrpo_cli.evals.entropy_table import JOURNAL, NUMBERS, claim, table, write_results
+    from argrpo_cli.evals.entropy_figures import JOURNAL, NUMBERS, claim, table, write_results
     from argrpo_cli.system.processes import join_team
 
     chosen = subjects_of_run(run) if run is not None else [Subject(one, one) for one in policies]
@@ -356,8 +356,7 @@ def entropy(
     rows = measure(
         chosen,
         question,
-        drawing.sampling.cfg_scale,
-        drawing.sampling.temperature,
+        drawing.sampling,
         drawing.batch_size,
         team,
         out / JOURNAL,

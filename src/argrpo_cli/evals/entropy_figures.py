@@ -1,20 +1,125 @@
-"""The pictures of `argrpo entropy`: bars by size and resolution (the paper's figure 3) and the curve (figure 4)."""
+"""The results of `argrpo entropy`: a table, numbers for other tools, the curve (the paper's figure 4) and bars by size
+and resolution (figure 3).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from argrpo_cli.evals.entropy import MODES, NORMAL_95
-from argrpo_cli.system.files import atomic_path
+from argrpo_cli.evals.benchmark import SUMMARY
+from argrpo_cli.evals.entropy import MODES, NORMAL_95, Question
+from argrpo_cli.shapes import Column, Result, Sampling, Value
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import atomic_path, check_writable, make_dir, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
+NUMBERS, CURVE, BARS = "entropy.jsonl", "curve.png", "bars.png"
+JOURNAL = ".journal"  # what was measured, chunk by chunk
 COLORS = {"conditional": "tab:blue", "guided": "tab:orange"}
 SHADES = ("#9aa5b1", "#d1495b", "#edae49", "#30638e", "#6a994e")  # the first of a family, and those compared with it
 LONGEST_NAME = 24
+
+
+def claim(out: Path, question: Question) -> None:
+    """Refuse a folder that cannot be written, has other things in it, or holds the entropy on other images.
+
+    Raises:
+        UserError: what is in the way.
+    """
+    check_writable(out)
+    if not out.is_dir():
+        return
+    others = [
+        path.name for path in out.iterdir() if path.name not in (NUMBERS, CURVE, BARS, SUMMARY) and path.name[0] != "."
+    ]
+    if others:
+        raise UserError(f"{out} is not empty (there is {min(others)}); choose another --out")
+    rows = read_jsonl(out / NUMBERS) if (out / NUMBERS).is_file() else []
+    asked = (question.split, question.prompts, question.data)
+    if rows and tuple(rows[0].get(key) for key in ("split", "asked", "data")) != asked:
+        raise UserError(f"{out} holds the entropy on other images; choose another --out")
+    if rows and question.limit is not None and question.limit < rows[0]["images"]:
+        more = f"the entropy on {rows[0]['images']} images, more than --n {question.limit}"
+        raise UserError(f"{out} holds {more}; choose another --out")
+
+
+def write_results(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
+    """The numbers and the pictures in the folder `out`; the paths of the pictures."""
+    write_jsonl(make_dir(out) / NUMBERS, rows)
+    result_of(rows).save(out / SUMMARY)
+    draw_curve(rows, out / CURVE)
+    if not has_bars(rows):
+        (out / BARS).unlink(missing_ok=True)  # of an earlier call with more policies
+        return [out / CURVE]
+    draw_bars(rows, out / BARS)
+    return [out / CURVE, out / BARS]
+
+
+def result_of(rows: Sequence[dict[str, Any]]) -> Result:
+    """The means as every benchmark tells them. Of two policies the first is the baseline, as in `measure`."""
+    cells: dict[str, dict[str, Value]] = {}
+    changes: dict[str, dict[str, Value]] = {}
+    measured: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        name, mode = row["policy"], row["mode"]
+        cells.setdefault(name, {})[mode] = Value(row["mean"], row["standard_error"], row["images"])
+        if "change" in row:
+            changes.setdefault(name, {})[mode] = Value(row["change"], row["change_error"], row["images"])
+        known = ("path", "step", "weights", "base", "parameters", "image_size", "against")
+        measured[name] = {key: row[key] for key in known if row.get(key) is not None}
+    first = rows[0]
+    shared = ("split", "prompts", "asked", "data", "labels", "preprocessing", "tokenizer", "versions")
+    sampling = {key: first[key] for key in (*asdict(Sampling()), "seed") if key in first}
+    several = {name: {mode: asdict(one) for mode, one in own.items()} for name, own in changes.items()}
+    pair = len(cells) == 2
+    return Result(
+        benchmark="entropy",
+        columns={mode: Column(mode, "nats/token", digits=4) for mode in MODES},
+        rows=dict(reversed(cells.items())) if pair else cells,
+        difference=changes[list(cells)[1]] if pair else {},
+        protocol={
+            "sampling": sampling,
+            "measured": measured,
+            **{key: first[key] for key in shared if first.get(key) is not None},
+            **({} if pair or not several else {"changes": several}),
+            "errors": "over images, whose tokens are not independent; changes are paired image by image",
+        },
+    )
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """A Rich table, one line per policy and mode."""
+    from rich.table import Table
+
+    first = rows[0]
+    what = f"split {first['split']}" if first["split"] else f"samples of the prompts {first['prompts']}"
+    what += f" of {first['data']}" if first["data"] else ""
+    out = Table(title=f"entropy in nats per token, {first['images']} images, {what}; ± standard error")
+    changes = [row for row in rows if "change" in row]
+    several = len({row["against"] for row in changes}) > 1
+    out.add_column("policy", overflow="fold")
+    out.add_column("mode", no_wrap=True)
+    out.add_column("entropy", justify="right", no_wrap=True)
+    if changes:
+        out.add_column("change", justify="right", no_wrap=True)
+    if several:
+        out.add_column("against", overflow="fold")
+    for row in rows:
+        mode = row["mode"] if row["mode"] == "conditional" else f"guided, cfg {row['cfg_scale']:g}"
+        cells = [f"{row['mean']:.4f} ± {row['standard_error']:.4f}"]
+        if changes:
+            has = "change" in row
+            cells.append(f"{row['change']:+.4f} ± {row['change_error']:.4f}" if has else "")
+        if several:
+            cells.append(row.get("against", "") if row["mode"] == MODES[0] else "")
+        out.add_row(row["policy"] if row["mode"] == MODES[0] else "", mode, *cells)
+    return out
 
 
 def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -14,21 +14,20 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from argrpo_cli.images import SUFFIXES, image_files
+from argrpo_cli.images import METADATA, SUFFIXES, ImageSet, file_item, image_files
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, read_text, reason
 
 if TYPE_CHECKING:
-    from argrpo_cli.policy import Policy
+    from argrpo_cli.policy.protocol import Policy
 
-METADATA = "metadata.jsonl"
 SOLUTION, WNIDS, IDS = "LOC_val_solution.csv", "val_map.txt", "val.txt"  # Kaggle's; file and wnid; file and class id
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"  # of the devkit
 LABEL_FILES = (SOLUTION, WNIDS, IDS, GROUND_TRUTH)
@@ -38,37 +37,9 @@ WNID = re.compile(r"n\d{8}")
 ORDER_SEED = 0
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """Pictures and what they show.
-
-    Attributes:
-        folder: where they are.
-        files: their paths within it, sorted.
-        labels: of each a WordNet id, a class name, or a class id (a number, also as text).
-        source: the file the labels are from, or "class folders".
-    """
-
-    folder: Path
-    files: tuple[str, ...]
-    labels: tuple[str | int, ...]
-    source: str
-
-    def first(self, count: int | None) -> LabelledImages:
-        """The first `count` in `balanced_order`, or all of them in that order.
-
-        Raises:
-            UserError: there are not so many.
-        """
-        if count is not None and count > len(self.files):
-            raise UserError(f"--n {count}: {self.folder} holds {len(self.files)} pictures")
-        order = balanced_order(self.labels)[:count]
-        files, labels = tuple(self.files[i] for i in order), tuple(self.labels[i] for i in order)
-        return LabelledImages(self.folder, files, labels, self.source)
-
-
-def open_labelled(folder: str | Path) -> LabelledImages:
-    """The pictures of a folder in one of the three layouts.
+def open_labelled(folder: str | Path) -> ImageSet:
+    """The pictures of a folder in one of the three layouts, sorted by path. Each has its `label` in `extra`: a WordNet
+    id, a class name, or a class id (a number, also as text); `note` is the file that they are from, or "class folders".
 
     Raises:
         UserError: no such folder, no pictures, no labels, or a picture without one.
@@ -82,38 +53,53 @@ def open_labelled(folder: str | Path) -> LabelledImages:
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
     if any(path.suffix.lower() in SUFFIXES for path in entries):
-        return _flat(folder, tuple(image_files(folder)))
+        return _flat(folder, image_files(folder))
     if not subfolders:
         raise UserError(f"{folder} holds neither pictures nor class folders")
     if (folder / "val").is_dir():
         raise UserError(f"{folder} holds no pictures, but a folder val; give --data {folder / 'val'}")
-    found = [(path.name, f"{path.name}/{name}") for path in subfolders for name in image_files(path)]
-    return LabelledImages(folder, tuple(file for _, file in found), tuple(label for label, _ in found), "class folders")
+    files = [(path.name, f"{path.name}/{name}") for path in subfolders for name in image_files(path)]
+    return ImageSet(folder, [file_item(folder, file, label=label) for label, file in files], "class folders")
 
 
-def conditions_of(images: LabelledImages, policy: Policy) -> list[Condition]:
+def some_of(images: ImageSet, count: int | None) -> ImageSet:
+    """The first `count` in `balanced_order`, or all of them in that order.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if count is not None and count > images.count:
+        raise UserError(f"--n {count}: {images.path} holds {images.count} pictures")
+    order = balanced_order([item.extra["label"] for item in images.items])[:count]
+    return replace(images, items=[images.items[i] for i in order])
+
+
+def conditions_of(images: ImageSet, policy: Policy) -> list[Condition]:
     """What a class policy is asked for each picture.
 
     Raises:
         UserError: the policy reads captions, or has no class for a label.
     """
-    if policy.text_encoder is not None:
-        raise UserError(f"{images.folder} holds pictures of classes, and this policy reads captions; use --prompts")
+    card = policy.card
+    if card.reads != "classes":
+        raise UserError(f"{images.path} holds pictures of classes, and this policy reads captions; use --prompts")
     known: dict[str | int, Condition] = {}
-    count = len(policy.class_names)
-    for label in dict.fromkeys(images.labels):
-        asked = label
+    labels = [item.extra["label"] for item in images.items]
+    for label in dict.fromkeys(labels):
+        name = label
         if isinstance(label, str) and WNID.fullmatch(label):
-            if count != 1000:
-                raise UserError(f"{images.folder} holds ImageNet's {label}, and this policy draws {count} classes")
-            asked = imagenet_class(label, images.folder)
-        elif isinstance(label, str) and label not in policy.class_names:
-            asked = label.replace("_", " ")
+            if len(card.names) != 1000:
+                raise UserError(
+                    f"{images.path} holds ImageNet's {label}, and this policy draws {len(card.names)} classes"
+                )
+            name = imagenet_class(label, images.path)
+        elif isinstance(label, str) and label not in card.names:
+            name = label.replace("_", " ")
         try:
-            known[label] = policy.conditions([asked])[0]
+            known[label] = policy.conditions([name])[0]
         except UserError as error:
-            raise UserError(f"{images.folder}, label {label!r} by {images.source}: {error}") from error
-    return [known[label] for label in images.labels]
+            raise UserError(f"{images.path}, label {label!r} by {images.note}: {error}") from error
+    return [known[label] for label in labels]
 
 
 def imagenet_class(wnid: str, where: Path) -> int:
@@ -152,7 +138,7 @@ def balanced_order(labels: Sequence[str | int], seed: int = ORDER_SEED) -> list[
     return order
 
 
-def _flat(folder: Path, files: tuple[str, ...]) -> LabelledImages:
+def _flat(folder: Path, files: Sequence[str]) -> ImageSet:
     if (folder / METADATA).is_file():
         source, of_file = folder / METADATA, _metadata(folder / METADATA)
         labels = [of_file.get(name) for name in files]
@@ -162,7 +148,8 @@ def _flat(folder: Path, files: tuple[str, ...]) -> LabelledImages:
         labels = [of_stem.get(Path(name).stem) for name in files]
     if None in labels:
         raise UserError(f"{source} has no label for {files[labels.index(None)]}")
-    return LabelledImages(folder, files, tuple(labels), str(source))
+    items = [file_item(folder, file, label=label) for file, label in zip(files, labels, strict=True)]
+    return ImageSet(folder, items, str(source))
 
 
 def _find_labels(folder: Path) -> Path:
@@ -171,7 +158,7 @@ def _find_labels(folder: Path) -> Path:
         for name in LABEL_FILES:
             candidates = [place / name]
             if name == GROUND_TRUTH:
-                candidates += [place / "data" / name, *sorted(found / name for found in place.glob(DEVKIT))]
+                candidates += [place / "data" / name, *sorted(data / name for data in place.glob(DEVKIT))]
             for candidate in candidates:
                 if candidate.is_file():
                     return candidate

@@ -114,6 +114,10 @@ class Policy(Protocol):
         """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
         ...
 
+    def tokenizer_fingerprint(self) -> str:
+        """A hash of what tokenises: policies that share it have the same tokens of a picture."""
+        ...
+
     def parts(self) -> dict[str, list[str]]:
         """What `policy.trainable` ("trainable") and LoRA ("lora") may name."""
         ...

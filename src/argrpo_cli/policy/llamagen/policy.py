@@ -228,6 +228,9 @@ class LlamaGen:
             "lora": list(dict.fromkeys(name.rpartition(".")[2] for name in linear if name != "lm_head")),
         }
 
+    def tokenizer_fingerprint(self) -> str:
+        return fingerprint([self.tokenizer])
+
     def fingerprint(self) -> str:
         """A hash of the weights and of all else that decides what is drawn; see `networks.weights`."""
         settings: dict[str, Any] = {key: getattr(self.model.config, key) for key in NOT_IN_SHAPES}
