@@ -10,7 +10,7 @@ import torch
 
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.make import corrupt as c
-from argrpo_cli.nano.make.study import proposer
+from argrpo_cli.nano.make.policies import proposer
 from argrpo_cli.nano.scenes import IMAGE_SIZE
 from argrpo_cli.system.files import WEIGHTS
 

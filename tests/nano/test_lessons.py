@@ -17,8 +17,7 @@ from argrpo_cli.geneval.nano_detector import load_detector
 from argrpo_cli.nano.judge import load_recogniser
 from argrpo_cli.nano.make import build, fit, judges
 from argrpo_cli.nano.make.fit import Lesson, Setting
-from argrpo_cli.nano.make.policies import RunningCodebook
-from argrpo_cli.nano.make.study import base_policy
+from argrpo_cli.nano.make.policies import RunningCodebook, base_policy
 from argrpo_cli.nano.tokens import load_held_out, load_tokenizer
 from argrpo_cli.policy import load_policy
 from argrpo_cli.rewards.nano import NanoClip, NanoCritic, NanoQuality

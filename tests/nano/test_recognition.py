@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from argrpo_cli.nano.judge import diversity, load_judge
-from argrpo_cli.nano.make.study import augmented, rank_agreement
+from argrpo_cli.nano.make.corrupt import augmented, rank_agreement
 
 
 def test_probabilities_are_those_of_the_class_that_is_named():

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from argrpo_cli.geneval.grammar import TAGS
 from argrpo_cli.nano import scenes
+from argrpo_cli.nano.make.fit import Setting
 from argrpo_cli.nano.tokens import decode, encode
 from argrpo_cli.policy.llamagen.vq import VQModel
 
 SMALL_SIZES = (22, 32)  # side of an object's box in pixels where there are several
 TAU = 0.2  # colour error (of 1) at which 63% of the quality is gone; an erased object has about 0.4
-
 
 Propose = Callable[[Tensor, Sequence[int | str]], Tensor]
 
@@ -55,13 +55,15 @@ class Pool:
 
 @dataclass
 class Corrupted:
-    """Broken pictures and how broken they are.
+    """Broken pictures and how broken they are: `images[i]` was scene `rows[i]` of the pool.
 
-    images uint8 [B, 3, H, W]; damage float32 [B] in [0, 1] against the nearest clean scene; own, the same against
-    the scene that the row names (they differ where scenes of two classes were joined); nearest int64 [B], the row of
-    the nearest clean scene; kind, the corruption's name.
+    images uint8 [B, 3, H, W]; rows int64 [B]; damage float32 [B] in [0, 1] against the nearest clean scene; own, the
+    same against the scene that the row names (they differ where scenes of two classes were joined); nearest int64 [B],
+    the row of the nearest clean scene; kind, the corruption's name.
     """
 
+    pool: Pool
+    rows: Tensor
     images: Tensor
     damage: Tensor
     own: Tensor
@@ -98,7 +100,7 @@ def make_pool(
     """`count` (even) scenes in sibling pairs, classes (or categories of captions) in equal shares. Needs the
     emoji font.
 
-    `propose` takes tokens and the class ids, or captions, of their scenes to a policy's proposals (`study.proposer`).
+    `propose` takes tokens and the class ids, or captions, of their scenes to proposals (`policies.proposer`).
     """
     made: list[scenes.Scene] = []
     for pair in range(count // 2):
@@ -352,9 +354,56 @@ def corrupt(
     related = pool.class_ids[partners] == pool.class_ids[rows]
     nearest = torch.minimum(own, other)
     return Corrupted(
+        pool=pool,
+        rows=rows,
         images=images,
         damage=damage_of(nearest),
         nearest=torch.where(other < own, partners, rows),
         own=damage_of(torch.where(related, nearest, own)),
         kind=[names[i] for i in kinds],
     )
+
+
+def make_study(
+    setting: Setting,
+    seed: int,
+    clean: int,
+    broken_per_scene: int,
+    propose: Propose | None = None,
+    task: str = "classes",
+) -> Corrupted:
+    """`clean` scenes of a task and `broken_per_scene` corruptions of each, from a seed beside the setting's; those of
+    captions need a `propose`."""
+    rng = np.random.default_rng(setting.seed + seed)
+    pool = make_pool(setting.vq, rng, clean, propose, task)
+    rows = torch.arange(clean).repeat(broken_per_scene)
+    study = corrupt(pool, rows, setting.vq, rng, MIXTURE_OF_CAPTIONS if task == "captions" else None)
+    setting.say(f"{clean} scenes tokenised, {len(rows)} corruptions, mean damage {study.damage.mean():.2f}")
+    return study
+
+
+def augmented(*pictures: Tensor, generator: torch.Generator, reach: int = 4) -> list[Tensor]:
+    """The same variation for each of the given uint8 [B, 3, H, W].
+
+    Mirrored half of the time and shifted by up to `reach` pixels half of the time; the border is repeated. (Tokens
+    leave traces on a grid of 8 pixels: half of the pictures stay on it.)
+    """
+    count, size = len(pictures[0]), pictures[0].shape[-1]
+    flip = torch.rand(count, generator=generator) < 0.5
+    offset = torch.randint(0, 2 * reach + 1, (2, count), generator=generator)
+    offset[:, torch.rand(count, generator=generator) < 0.5] = reach
+    y = offset[0, :, None] + torch.arange(size)
+    x = offset[1, :, None] + torch.arange(size)
+    x = torch.where(flip[:, None], x.flip(1), x)
+    rows = torch.arange(count)[:, None, None]
+    out = []
+    for images in pictures:
+        padded = F.pad(images.float(), (reach,) * 4, mode="replicate").to(images.dtype)
+        out.append(padded[rows, :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2))
+    return out
+
+
+def rank_agreement(score: Tensor, truth: Tensor) -> float:
+    """Spearman's rank correlation of two float [B]."""
+    ranks = torch.stack([score.argsort().argsort().float(), truth.argsort().argsort().float()])
+    return torch.corrcoef(ranks)[0, 1].item()

@@ -15,8 +15,8 @@ from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS, STRIDE, Detector, 
 from argrpo_cli.geneval.rules import judge_image
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import RecognitionNet, canonical_layout, canonical_scene
+from argrpo_cli.nano.make.corrupt import augmented
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups
-from argrpo_cli.nano.make.study import augmented
 from argrpo_cli.nano.tokens import CAPTIONS_FILE, TOKENS_FILE, decode, encode
 from argrpo_cli.networks.pixels import to_unit
 from argrpo_cli.networks.weights import save_network

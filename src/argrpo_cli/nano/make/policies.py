@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from argrpo_cli.nano.make.corrupt import Propose
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups, save_half
 from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, caption_batch, class_batch, vocabulary
+from argrpo_cli.nano.tokens import load_tokenizer
+from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration, left_pad
+from argrpo_cli.policy.llamagen.text import load_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, from_uint8, to_uint8
 from argrpo_cli.system.files import write_json
 
@@ -326,6 +331,41 @@ def save_captioned(both: CaptionedPolicy, words: PreTrainedTokenizerFast, folder
     save_half(both.encoder.eval(), encoder)
     words.save_pretrained(encoder)
     save_policy(both.policy.eval(), folder, "nano-t2i", text_encoder="nano-t5")
+
+
+# --- what later lessons ask of a policy
+
+
+def base_policy(folder: str | Path) -> Policy:
+    """The policy in `folder` with the tokenizer and the text encoder beside it; by name it would open the package's."""
+    folder, policy = Path(folder), load_policy(folder)
+    encoder = folder.with_name("nano-t5")
+    return replace(
+        policy,
+        tokenizer=load_tokenizer(folder.with_name("nano-vq")),
+        text_encoder=None if policy.text_encoder is None else load_text_encoder(encoder),
+    )
+
+
+def proposer(folder: str | Path, seed: int) -> Propose:
+    """Proposals of the policy in `folder`: for every place, a draw from its conditional distribution after the true
+    tokens before. One forward pass serves all places, and the scene they belong to stays known."""
+    policy = base_policy(folder)
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.inference_mode()
+    def propose(tokens: Tensor, labels: Sequence[int | str]) -> Tensor:
+        proposals = []
+        for start in range(0, len(tokens), 100):
+            part = tokens[start : start + 100]
+            encoded = policy.encode(policy.conditions(labels[start : start + 100]))
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = policy.model.logits(encoded, part)
+            codes = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
+            proposals.append(codes.view_as(part))
+        return torch.cat(proposals)
+
+    return propose
 
 
 def _millions(model: torch.nn.Module) -> str:

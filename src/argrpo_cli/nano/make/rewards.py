@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from argrpo_cli.draw import draw
 from argrpo_cli.geneval.grammar import TAGS
 from argrpo_cli.nano import scenes
-from argrpo_cli.nano.make.corrupt import damage_of
+from argrpo_cli.nano.make.corrupt import Corrupted, augmented, damage_of, make_study, rank_agreement
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups
-from argrpo_cli.nano.make.study import Study, augmented, base_policy, make_study, proposer, rank_agreement
+from argrpo_cli.nano.make.policies import base_policy, proposer
 from argrpo_cli.nano.tokens import decode, encode
 from argrpo_cli.networks.nano import CriticNet, QualityNet, WordTokenizer, build_clip, soft_limit
 from argrpo_cli.networks.pixels import to_unit
@@ -59,7 +59,7 @@ def clip(
         damaged = setting.rows(pairs, len(study.rows))
         more = setting.rows(others, len(texts))
         originals = study.rows[damaged]
-        both = augmented(study.pool.images[originals], study.broken.images[damaged], generator=setting.generator)
+        both = augmented(study.pool.images[originals], study.images[damaged], generator=setting.generator)
         captions = [texts[i] for i in more.tolist()]
         unique = list(dict.fromkeys(class_captions() + captions))
         label = torch.cat([study.pool.class_ids[originals], torch.tensor([unique.index(one) for one in captions])])
@@ -72,7 +72,7 @@ def clip(
         gap = similarity[:pairs] - (fallen * text[label[:pairs]]).sum(-1)
         naming = naming_loss(whole, text, label, network.logit_scale.exp().clamp(max=MAX_SCALE))
         full = (FULL - similarity).clamp(min=0).square().mean()
-        fall = F.smooth_l1_loss(gap, FALL * study.broken.own[damaged], beta=0.1)
+        fall = F.smooth_l1_loss(gap, FALL * study.own[damaged], beta=0.1)
         return torch.stack([naming, 4 * full, 4 * fall])
 
     parameters = decay_groups(list(network.parameters()), 0.1)
@@ -118,7 +118,7 @@ def naming_loss(image: Tensor, text: Tensor, label: Tensor, scale: Tensor) -> Te
 
 
 @torch.inference_mode()
-def clip_facts(network: nn.Module, words: WordTokenizer, held: Study, pictures: Tensor, captions: list[str]) -> str:
+def clip_facts(network: nn.Module, words: WordTokenizer, held: Corrupted, pictures: Tensor, captions: list[str]) -> str:
     """Naming and the feeling for damage, in words."""
 
     def similarity(images: Tensor, texts: list[str]) -> Tensor:
@@ -126,7 +126,7 @@ def clip_facts(network: nn.Module, words: WordTokenizer, held: Study, pictures: 
         return network.encode_image(to_unit(images), normalize=True) @ text.t()
 
     label = held.pool.class_ids
-    clean, broken = (similarity(images, class_captions()) for images in (held.pool.images, held.broken.images))
+    clean, broken = (similarity(images, class_captions()) for images in (held.pool.images, held.images))
     own = clean.gather(1, label[:, None])[:, 0]
     fallen = broken.gather(1, label[held.rows][:, None])[:, 0]
     unique = list(dict.fromkeys(captions))
@@ -135,7 +135,7 @@ def clip_facts(network: nn.Module, words: WordTokenizer, held: Study, pictures: 
     return (
         f"class named {(clean.argmax(1) == label).float().mean():.1%}, caption among {len(unique)} "
         f"{right / len(captions):.1%}, cosine clean {own.mean():.3f}, broken {fallen.mean():.3f}, "
-        f"rank correlation with damage {rank_agreement(fallen, 1 - held.broken.own):.3f}, "
+        f"rank correlation with damage {rank_agreement(fallen, 1 - held.own):.3f}, "
         f"clean above broken {(own[held.rows] > fallen).float().mean():.1%}"
     )
 
@@ -174,9 +174,9 @@ def quality(
     def loss(step: int) -> Tensor:
         damaged = setting.rows(batch[1], len(study.rows))
         originals = study.rows[damaged[: batch[0]]]  # of some of the broken: the damage is all that differs
-        images = torch.cat([study.pool.images[originals], study.broken.images[damaged]])
-        nearest = torch.cat([originals, study.broken.nearest[damaged]])
-        score = torch.cat([torch.ones(batch[0]), 1 - study.broken.damage[damaged]])
+        images = torch.cat([study.pool.images[originals], study.images[damaged]])
+        nearest = torch.cat([originals, study.nearest[damaged]])
+        score = torch.cat([torch.ones(batch[0]), 1 - study.damage[damaged]])
         images, truth = augmented(images, study.pool.images[nearest], generator=setting.generator)
         return quality_loss(network, images, truth, score, study.pool.class_ids[nearest])
 
@@ -210,11 +210,11 @@ def local_damage(images: Tensor, clean: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def quality_facts(network: QualityNet, held: Study) -> str:
+def quality_facts(network: QualityNet, held: Corrupted) -> str:
     """How well quality follows damage, in words."""
     clean = network(to_unit(held.pool.images)).sigmoid()
-    broken = network(to_unit(held.broken.images)).sigmoid()
-    truth = 1 - held.broken.damage
+    broken = network(to_unit(held.images)).sigmoid()
+    truth = 1 - held.damage
     return (
         f"clean {clean.mean():.3f}, broken {broken.mean():.3f} (truth {truth.mean():.3f}), "
         f"error {(broken - truth).abs().mean():.3f}, rank correlation {rank_agreement(broken, truth):.3f}, "
@@ -261,7 +261,7 @@ def critic(
     network.body.load_state_dict(NanoQuality(folder=setting.weights / eye).network.body.state_dict())
 
     def loss(step: int) -> Tensor:
-        material = (study.pool.images, generated, study.broken.images)
+        material = (study.pool.images, generated, study.images)
         parts = [of[setting.rows(count, len(of))] for of, count in zip(material, batch, strict=True)]
         return critic_loss(network, *parts, setting.generator)
 
@@ -269,7 +269,7 @@ def critic(
         network=network,
         optimizers=[torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.8, 0.98), weight_decay=0.05)],
         loss=loss,
-        measure=lambda: critic_facts(network, held.pool.images, held_generated, held.broken.images),
+        measure=lambda: critic_facts(network, held.pool.images, held_generated, held.images),
         save=lambda folder: save_network(folder, network, CRITIC),
         steps=700,
     )
