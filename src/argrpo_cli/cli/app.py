@@ -43,7 +43,7 @@ benchmarks = typer.Typer(
     subcommand_metavar="BENCHMARK [ARGS]...",
 )
 for _name, _command in BENCHMARKS.items():
-    benchmarks.command(_name, help=_command.__doc__)(_command)
+    benchmarks.command(_name)(_command)
 
 
 @benchmarks.callback(invoke_without_command=True)
@@ -70,11 +70,9 @@ def _options(
         print(context.get_help())
 
 
-app.command(help=sample.__doc__)(sample)
-app.command(help=score.__doc__)(score)
-app.command(help=train.__doc__)(train)
+for _command in (sample, score, train, entropy):
+    app.command()(_command)
 app.add_typer(benchmarks)
-app.command(help=entropy.__doc__)(entropy)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -107,13 +105,10 @@ def main() -> None:
 
 
 def _complain(message: str) -> int:
-    if (
-        "torch" not in sys.modules and os.environ.get("RANK", "0") != "0"
-    ):  # the first of several processes says the same
-        time.sleep(LAST_WORDS)
-        return USER_ERROR
-    line = " ".join(message.split())
-    print(f"argrpo: error: {line}", file=sys.stderr)
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") != "0":
+        time.sleep(LAST_WORDS)  # the first of several processes says the same
+    else:
+        print(f"argrpo: error: {' '.join(message.split())}", file=sys.stderr)
     return USER_ERROR
 
 

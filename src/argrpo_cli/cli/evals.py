@@ -3,96 +3,67 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from argrpo_cli.cli.options import (
     OF_A_POLICY,
-    BaselineOption,
     Drawing,
     check_policies,
     check_rewards,
-    draws,
+    command,
     names_in,
     reward_options,
     set_options,
 )
 from argrpo_cli.geneval import check_detector
+from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 
-CaptionPolicyOption = Annotated[
-    str, typer.Option("--policy", help="A policy of captions: a name, a run directory, a checkpoint folder.")
-]
-ImagesOption = Annotated[
-    Path | None,
-    typer.Option("--images", help="Measure these pictures instead of a policy: a folder, or an .npz with arr_0."),
-]
-NANO_IMAGES = 2016
 ADM = "adm-256"
-DRAWBENCH_COLUMNS = "clip,hpsv2,aesthetic,deqa,imagereward,pickscore,unified-reward"
 
 
-@draws()
+@command()
 def nano(
     context: typer.Context,
-    policy: Annotated[
-        str | None,
-        typer.Option("--policy", help="A policy: a name, a run directory, a checkpoint folder.  [default: nano-c2i]"),
-    ] = None,
-    baseline: BaselineOption = None,
-    n: Annotated[int | None, typer.Option("--n", help=f"Images per policy.  [default: {NANO_IMAGES}]")] = None,
-    images: ImagesOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="A file for the numbers, as JSON.")] = None,
+    policy: str = "nano-c2i",
+    baseline: str | None = None,
+    n: int = 2016,
+    images: Path | None = None,
+    out: Path | None = None,
     *,
     drawing: Drawing,
 ) -> None:
     """Single objects of the nano world: rendering match, fidelity, diversity and rewards.
 
     Of a policy, alone or against a baseline with the same seeds, or of a set of finished pictures.
+
+    Options:
+        --policy: A policy: a name, a run directory, a checkpoint folder.
+        --n: Images per policy.
+        --out: A file for the numbers, as JSON.
     """
-    policies = _both(policy or "nano-c2i", baseline) if images is None else []
+    policies = _both(policy, baseline) if images is None else []
     _check_images(context, images)
     check_policies(policies)
     _check_file(out)
     from argrpo_cli.evals.nano import run_nano
-    from argrpo_cli.evals.tables import show
 
-    result = run_nano(policies, images, out, n=NANO_IMAGES if n is None else n, **vars(drawing))
-    if result is None:  # the first of several processes tells
-        return
-    show(result)
-    if out is not None:
-        print(f"the numbers are in {out}")
+    result = run_nano(policies, images, out, n=n, **vars(drawing))
+    _print(result, "" if out is None else f"the numbers are in {out}")
 
 
-@draws()
+@command(least={"detector_batch_size": 1})
 def geneval(
     context: typer.Context,
-    policy: CaptionPolicyOption = "nano-t2i",
-    baseline: BaselineOption = None,
-    images: Annotated[
-        Path | None,
-        typer.Option("--images", help="Measure these pictures instead: a folder as the benchmark's scripts write it."),
-    ] = None,
-    n: Annotated[int, typer.Option("--n", "--per-prompt", help="Images per prompt.")] = 4,
-    detector: Annotated[
-        str | None,
-        typer.Option(
-            "--detector",
-            metavar="nano|mask2former|FILE|FOLDER",
-            help="Who judges: by name, the benchmark's own .pth file, or a folder of transformers' Mask2Former.  "
-            "[default: nano for a policy of the nano world, else mask2former]",
-        ),
-    ] = None,
-    colors: Annotated[
-        Path | None,
-        typer.Option("--colors", help="A local file of OpenAI's CLIP ViT-L/14 in open_clip's layout, for colours."),
-    ] = None,
-    detector_batch_size: Annotated[
-        int, typer.Option("--detector-batch-size", min=1, help="Images in Mask2Former at a time.")
-    ] = 8,
-    out: Annotated[Path, typer.Option("--out", help="Folder for images, verdicts and numbers.")] = Path("geneval"),
+    policy: str = "nano-t2i",
+    baseline: str | None = None,
+    images: Path | None = None,
+    n: int = 4,
+    detector: str | None = None,
+    colors: Path | None = None,
+    detector_batch_size: int = 8,
+    out: Path = Path("geneval"),
     *,
     drawing: Drawing,
 ) -> None:
@@ -100,6 +71,16 @@ def geneval(
 
     The nano prompts for a policy of the nano world, else the benchmark's 553. Interrupted, the same command goes on
     where it stopped.
+
+    Options:
+        --policy: A policy of captions: a name, a run directory, a checkpoint folder.
+        --images: Measure these pictures instead: a folder as the benchmark's scripts write it.
+        --n, --per-prompt: Images per prompt.
+        --detector nano|mask2former|FILE|FOLDER: Who judges: by name, the benchmark's own .pth file, or a folder of
+            transformers' Mask2Former.  [default: nano for a policy of the nano world, else mask2former]
+        --colors: A local file of OpenAI's CLIP ViT-L/14 in open_clip's layout, for colours.
+        --detector-batch-size: Images in Mask2Former at a time.
+        --out: Folder for images, verdicts and numbers.
     """
     policies = _both(policy, baseline) if images is None else []
     _check_images(context, images, "folder")
@@ -108,49 +89,27 @@ def geneval(
     check_policies(policies, out, "geneval", drawing.seed, n)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.geneval import GenEval
-    from argrpo_cli.evals.tables import show
 
     benchmark = GenEval(detector, colors, detector_batch_size)
     result = run(benchmark, policies, out, n=n, images=images, **vars(drawing))
-    if result is not None:  # the first of several processes tells
-        show(result)
-        failed = " and the failures as a picture (failures.png)" if (out / "failures.png").is_file() else ""
-        print(f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
+    failed = " and the failures as a picture (failures.png)" if (out / "failures.png").is_file() else ""
+    _print(result, f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
 
 
-@draws(without=("text_device",))
+@command(without=("text_device",))
 def imagenet(
     context: typer.Context,
-    policy: Annotated[
-        str | None, typer.Option("--policy", help="A policy of classes: a name, a run directory, a checkpoint folder.")
-    ] = None,
-    baseline: BaselineOption = None,
-    images: ImagesOption = None,
-    reference: Annotated[
-        str,
-        typer.Option(
-            "--reference",
-            metavar="adm-256|PATH",
-            help="ADM's batch (fetched, 2 GB), a folder of pictures, an .npz of images or of statistics, or both.",
-        ),
-    ] = ADM,
-    n: Annotated[int, typer.Option("--n", "--total", help="Images per policy.")] = 50_000,
-    resize: Annotated[
-        int | None,
-        typer.Option(
-            "--resize", help="Pixels a side of a policy's images before Inception.  [default: 256 for larger ones]"
-        ),
-    ] = None,
-    inception: Annotated[
-        Path | None, typer.Option("--inception", help="Inception's weights as a file.  [default: fetched]")
-    ] = None,
-    keep_images: Annotated[bool, typer.Option("--keep-images", help="Keep the pictures that a policy draws.")] = False,
-    keep_features: Annotated[bool, typer.Option("--keep-features", help="Keep Inception's features.")] = False,
-    statistics: Annotated[
-        Path | None,
-        typer.Option("--save-statistics", help="A file for the reference's statistics, as ADM's files have them."),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the numbers, and what is kept.")] = Path("imagenet"),
+    policy: str | None = None,
+    baseline: str | None = None,
+    images: Path | None = None,
+    reference: str = ADM,
+    n: int = 50_000,
+    resize: int | None = None,
+    inception: Path | None = None,
+    keep_images: bool = False,
+    keep_features: bool = False,
+    save_statistics: Path | None = None,
+    out: Path = Path("imagenet"),
     *,
     drawing: Drawing,
 ) -> None:
@@ -158,24 +117,36 @@ def imagenet(
 
     Of a policy, alone or against a baseline with the same seeds, or of finished pictures. Interrupted, the same command
     goes on where it stopped; `torchrun --nproc_per_node=2 -m argrpo_cli eval imagenet ...` splits the work.
+
+    Options:
+        --policy: A policy of classes: a name, a run directory, a checkpoint folder.
+        --reference adm-256|PATH: ADM's batch (fetched, 2 GB), a folder of pictures, an .npz of images or of statistics,
+            or both.
+        --n, --total: Images per policy.
+        --resize: Pixels a side of a policy's images before Inception.  [default: 256 for larger ones]
+        --inception: Inception's weights as a file.  [default: fetched]
+        --keep-images: Keep the pictures that a policy draws.
+        --keep-features: Keep Inception's features.
+        --save-statistics: A file for the reference's statistics, as ADM's files have them.
+        --out: Folder for the numbers, and what is kept.
     """
     _check_images(context, images)
-    if policy is None and images is None and (statistics is None or set_options(context, OF_A_POLICY)):
+    if policy is None and images is None and (save_statistics is None or set_options(context, OF_A_POLICY)):
         raise UserError("nothing to measure; give --policy, such as c2i-b-256, or --images")
     policies = _both(policy, baseline) if policy is not None else []
     if policies or images is not None:
         check_policies(policies, out, "imagenet", drawing.seed, n)
     if reference != ADM and not Path(reference).exists():
         raise UserError(f"no folder or .npz file {reference}")
-    _check_file(statistics)
-    from rich.console import Console
-
+    _check_file(save_statistics)
     if policy is None and images is None:
         from argrpo_cli.evals.imagenet import save_reference_statistics
 
-        if save_reference_statistics(reference, statistics, inception, drawing.batch_size, drawing.device):
-            print(f"the statistics of {reference} are in {statistics}")
+        if save_reference_statistics(reference, save_statistics, inception, drawing.batch_size, drawing.device):
+            print(f"the statistics of {reference} are in {save_statistics}")
         return
+    from rich.console import Console
+
     from argrpo_cli.evals.imagenet import ImageNet, run_imagenet
     from argrpo_cli.evals.tables import table
 
@@ -186,7 +157,7 @@ def imagenet(
         inception=inception,
         resize=resize,
         keep_images=keep_images,
-        statistics=statistics,
+        statistics=save_statistics,
     )
     result = run_imagenet(
         benchmark,
@@ -208,119 +179,91 @@ def imagenet(
     print(f"figures, warnings and protocol are in {out / 'summary.json'}")
 
 
-@draws(batch_size=32)
+@command(least={"limit": 1}, batch_size=32)
 def drawbench(
-    policy: CaptionPolicyOption = "t2i-xl-256",
-    baseline: BaselineOption = None,
-    prompts: Annotated[
-        str,
-        typer.Option(
-            "--prompts",
-            metavar="FILE|NAME",
-            help="A .txt, .jsonl, .csv, .tsv or .json file, a data set of the hub, or bundled captions such as nano.",
-        ),
-    ] = "sayakpaul/drawbench",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many prompts, for a trial.")] = None,
-    columns: Annotated[
-        str, typer.Option("--columns", help="Names of rewards with commas between them.")
-    ] = DRAWBENCH_COLUMNS,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="REWARD.KEY=VALUE", help="An option of a reward, such as deqa.url=http://...; repeatable."
-        ),
-    ] = None,
-    n: Annotated[int, typer.Option("--n", "--per-prompt", help="Images per prompt.")] = 5,
-    out: Annotated[Path, typer.Option("--out", help="Folder for images, scores and numbers.")] = Path("drawbench"),
+    policy: str = "t2i-xl-256",
+    baseline: str | None = None,
+    prompts: str = "sayakpaul/drawbench",
+    limit: int | None = None,
+    columns: str = "clip,hpsv2,aesthetic,deqa,imagereward,pickscore,unified-reward",
+    set_: list[str] | None = None,
+    n: int = 5,
+    out: Path = Path("drawbench"),
     *,
     drawing: Drawing,
 ) -> None:
     """DrawBench: reward models over 200 prompts with five images each, beside table 4 of the paper.
 
     Interrupted, the same command goes on where it stopped; other --columns of the same images go to the same --out.
+
+    Options:
+        --policy: A policy of captions: a name, a run directory, a checkpoint folder.
+        --prompts FILE|NAME: A .txt, .jsonl, .csv, .tsv or .json file, a data set of the hub, or bundled captions such
+            as nano.
+        --limit: Only so many prompts, for a trial.
+        --columns: Names of rewards with commas between them.
+        --set REWARD.KEY=VALUE: An option of a reward, such as deqa.url=http://...; repeatable.
+        --n, --per-prompt: Images per prompt.
+        --out: Folder for images, scores and numbers.
     """
     names, policies = names_in(columns), _both(policy, baseline)
-    options = reward_options(settings or [], names, "--columns")
+    options = reward_options(set_ or [], names, "--columns")
     check_policies(policies, out, "drawbench", drawing.seed, n)
     check_rewards(names, options)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.drawbench import DrawBench, read_prompts
-    from argrpo_cli.evals.tables import show
 
-    benchmark = DrawBench(read_prompts(prompts, limit), names, options)
-    result = run(benchmark, policies, out, n=n, **vars(drawing))
-    if result is not None:  # the first of several processes tells
-        show(result)
-        print(f"images, scores and summary.json in {out}")
+    result = run(DrawBench(read_prompts(prompts, limit), names, options), policies, out, n=n, **vars(drawing))
+    _print(result, f"images, scores and summary.json in {out}")
 
 
-def report(
-    results: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RESULTS...",
-            help="summary.json of eval, score and entropy, what eval nano --out wrote, or folders of such files.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="The page: a name that ends in .md or .html.")] = Path("report.md"),
-) -> None:
-    """Result files as one page: base, trained, difference, and the paper's numbers below."""
+@command()
+def report(results: list[Path], out: Path = Path("report.md")) -> None:
+    """Result files as one page: base, trained, difference, and the paper's numbers below.
+
+    Options:
+        RESULTS...: summary.json of eval, score and entropy, what eval nano --out wrote, or folders of such files.
+        --out: The page: a name that ends in .md or .html.
+    """
     from argrpo_cli.evals.report import CONFLICT, read_results, write_report
 
     sections = write_report(read_results(results), out)
-    notes = 0
-    for section in sections:
-        notes += len(section.warnings)
-        for warning in section.warnings:
-            if warning.startswith(CONFLICT):
-                print(f"{section.title}: {warning}")
+    warnings = [(section.title, warning) for section in sections for warning in section.warnings]
+    for title, warning in warnings:
+        if warning.startswith(CONFLICT):
+            print(f"{title}: {warning}")
+    notes = len(warnings)
     remarks = f", with {notes} {'note' if notes == 1 else 'notes'}" if notes else ""
     print(f"{len(sections)} {'table' if len(sections) == 1 else 'tables'} in {out}{remarks}")
 
 
-@draws(without=("text_device",))
+@command(without=("text_device",))
 def entropy(
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--policy",
-            help="A policy to measure; repeatable, the first is compared with.  "
-            "[default: nano-c2i; with --prompts nano-t2i]",
-        ),
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option("--run", metavar="RUN_DIR", help="All checkpoints of a training run, in one curve.")
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", help="Held-out images to walk along: val.  [default: val]")
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option("--prompts", metavar="SET|FILE", help="Walk along samples of these prompts: geneval, or a file."),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            metavar="FOLDER",
-            help="Real pictures for the split: ImageNet's validation set in class folders or flat with its labels, or "
-            "pictures with a metadata.jsonl.  [default: scenes of the nano world]",
-        ),
-    ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option("--cache", metavar="DIR", help="Where tokens of pictures are kept.  [default: the user's cache]"),
-    ] = None,
-    n: Annotated[
-        int | None,
-        typer.Option("--n", help="At most so many images; with --data of every class equally many.  [default: all]"),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for entropy.jsonl and the pictures.")] = Path("entropy"),
+    policy: list[str] | None = None,
+    run: Path | None = None,
+    split: str | None = None,
+    prompts: str | None = None,
+    data: Path | None = None,
+    cache: Path | None = None,
+    n: int | None = None,
+    out: Path = Path("entropy"),
     *,
     drawing: Drawing,
 ) -> None:
-    """Measure the entropy of policies in nats per token, conditional and guided, and by position."""
+    """Measure the entropy of policies in nats per token, conditional and guided, and by position.
+
+    Options:
+        --policy: A policy to measure; repeatable, the first is compared with.  [default: nano-c2i; with --prompts
+            nano-t2i]
+        --run RUN_DIR: All checkpoints of a training run, in one curve.
+        --split: Held-out images to walk along: val.  [default: val]
+        --prompts SET|FILE: Walk along samples of these prompts: geneval, or a file.
+        --data FOLDER: Real pictures for the split: ImageNet's validation set in class folders or flat with its labels,
+            or pictures with a metadata.jsonl.  [default: scenes of the nano world]
+        --cache DIR: Where tokens of pictures are kept.  [default: the user's cache]
+        --n: At most so many images; with --data of every class equally many.  [default: all]
+        --out: Folder for entropy.jsonl and the pictures.
+    """
     from argrpo_cli.captions import read_captions
 
     if split is not None and prompts is not None:
@@ -333,8 +276,7 @@ def entropy(
         raise UserError("give --policy or --run, not both")
     if split not in (None, "val"):
         raise UserError(f"no split {split!r}; there is val")
-    default = "nano-t2i" if prompts is not None else "nano-c2i"
-    policies = policy or [default]
+    policies = policy or ["nano-t2i" if prompts is not None else "nano-c2i"]
     if run is None:
         check_policies(policies)
     if prompts is not None:
@@ -353,15 +295,7 @@ def entropy(
     question = Question(None if prompts is not None else split or "val", prompts, n, drawing.seed, folder)
     team = join_team(drawing.device)
     team.lead(lambda: claim(out, question))
-    rows = measure(
-        chosen,
-        question,
-        drawing.sampling,
-        drawing.batch_size,
-        team,
-        out / JOURNAL,
-        cache,
-    )
+    rows = measure(chosen, question, drawing.sampling, drawing.batch_size, team, out / JOURNAL, cache)
 
     def report() -> None:
         pictures = write_results(rows, out)
@@ -373,6 +307,17 @@ def entropy(
 
 
 BENCHMARKS = {"nano": nano, "geneval": geneval, "imagenet": imagenet, "drawbench": drawbench, "report": report}
+
+
+def _print(result: Result | None, words: str) -> None:
+    """A result as a table, and what it left on disk; of several processes only the first has one to tell of."""
+    if result is None:
+        return
+    from argrpo_cli.evals.tables import show
+
+    show(result)
+    if words:
+        print(words)
 
 
 def _both(policy: str, baseline: str | None) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,6 @@ import typer
 from argrpo_cli.shapes import DTYPES, Sampling
 from argrpo_cli.system.errors import UserError, did_you_mean
 
-BatchSizeOption = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images at a time; by rounding it turns a few tokens.")
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
-BaselineOption = Annotated[
-    str | None, typer.Option("--baseline", help="A second policy, drawn with the same seeds, to compare with.")
-]
 # What finished pictures have no use for, and a policy that draws them has.
 OF_A_POLICY = (
     "policy", "baseline", "n", "cfg_scale", "temperature", "top_k", "top_p", "cfg_interval", "seed", "dtype",
@@ -40,63 +35,98 @@ class Drawing:
 
 
 def _drawing(
-    cfg_scale: Annotated[
-        float, typer.Option("--cfg-scale", help="Classifier-free guidance scale, 1 or more; 1 is no guidance.")
-    ] = 2.0,
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="Softmax temperature; 0 takes the likeliest token.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", help="Keep the likeliest tokens up to this probability; 1 keeps all.")
-    ] = 1.0,
-    cfg_interval: Annotated[
-        int, typer.Option("--cfg-interval", help="Guide decoding steps 0 to this one only, as LlamaGen; -1: all.")
-    ] = -1,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise: another seed, other images.")] = 0,
-    batch_size: BatchSizeOption = 64,
-    device: DeviceOption = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="|".join(DTYPES), help="Number format of the policy.")
-    ] = DTYPES[0],
-    text_device: Annotated[
-        str,
-        typer.Option(
-            "--text-device",
-            metavar="same|offload|DEVICE",
-            help="Of the text encoder: beside the policy, there only while it reads captions, or elsewhere.",
-        ),
-    ] = "same",
+    cfg_scale: float = 2.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    cfg_interval: int = -1,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str = "auto",
+    dtype: str = DTYPES[0],
+    text_device: str = "same",
 ) -> Drawing:
+    """The options of drawing, and others that several commands have.
+
+    Options:
+        --cfg-scale: Classifier-free guidance scale, 1 or more; 1 is no guidance.
+        --temperature: Softmax temperature; 0 takes the likeliest token.
+        --top-k: Keep the k likeliest tokens; 0 keeps all.
+        --top-p: Keep the likeliest tokens up to this probability; 1 keeps all.
+        --cfg-interval: Guide decoding steps 0 to this one only, as LlamaGen; -1: all.
+        --seed: Of the noise: another seed, other images.
+        --batch-size: Images at a time; by rounding it turns a few tokens.
+        --device: auto, cpu, cuda, cuda:1, mps.
+        --dtype float32|bfloat16|float16: Number format of the policy.
+        --text-device same|offload|DEVICE: Of the text encoder: beside the policy, there only while it reads captions,
+            or elsewhere.
+        --baseline: A second policy, drawn with the same seeds, to compare with.
+        --images: Measure these pictures instead of a policy: a folder, or an .npz with arr_0.
+    """
     sampling = Sampling(cfg_scale, temperature, top_k, top_p, cfg_interval, dtype).check()
     return Drawing(sampling, seed, batch_size, device, text_device)
 
 
-SHARED = inspect.signature(_drawing, eval_str=True).parameters
+DRAWING = inspect.signature(_drawing, eval_str=True).parameters
 
 
-def draws(without: Iterable[str] = (), **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command all options of drawing in the place of its last parameter, `drawing`.
+def command(
+    *, least: Mapping[str, int] | None = None, without: Sequence[str] = (), **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function whose docstring ends with its options, in the words of `--help`.
+
+        Options:
+            RECIPE: An argument, by its metavar.
+            --n, --per-class NUMBER: An option by its flags, and a metavar if it is to have one;
+                further lines are indented.
+
+    Those of `_drawing` need not be there. A last parameter `drawing` stands for all of these.
 
     Args:
-        without: names of those that it has no use for.
-        defaults: of its own.
+        least: name of a number to the least it may be.
+        without: options of drawing that the command has no use for.
+        defaults: of options of drawing, where it has its own.
     """
-    names = [name for name in SHARED if name not in without]
-    shared = [SHARED[name].replace(default=defaults.get(name, SHARED[name].default)) for name in names]
+    least = {"seed": 0, "batch_size": 1, **(least or {})}
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        *own, _ = inspect.signature(command, eval_str=True).parameters.values()
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = dict(inspect.signature(function, eval_str=True).parameters)
+        entries = _options_in(_drawing) | _options_in(function)
+        names = [name for name in DRAWING if name not in without] if own.pop("drawing", None) else []
+        shared = [DRAWING[name].replace(default=defaults.get(name, DRAWING[name].default)) for name in names]
 
-        @functools.wraps(command)
-        def parsed(**options: Any) -> None:
-            drawing = _drawing(**{name: options.pop(name) for name in names})
-            command(**options, drawing=drawing)
+        @functools.wraps(function)
+        def parsed(**values: Any) -> None:
+            if names:
+                values["drawing"] = _drawing(**{name: values.pop(name) for name in names})
+            function(**values)
 
-        parsed.__signature__ = inspect.Signature([*own, *shared])
+        parameters = []
+        for one in (*own.values(), *shared):
+            if one.annotation is not typer.Context:
+                flags, metavar, words = entries[one.name.strip("_")]
+                named = typer.Option(*flags, help=words, metavar=metavar, min=least.get(one.name))
+                info = named if flags else typer.Argument(help=words, metavar=metavar, show_default=False)
+                one = one.replace(annotation=Annotated[one.annotation, info])
+            parameters.append(one)
+        parsed.__signature__ = inspect.Signature(parameters)
+        parsed.__doc__ = inspect.getdoc(function).partition("\n\nOptions:")[0]
         return parsed
 
     return decorate
+
+
+def _options_in(function: Callable[..., Any]) -> dict[str, tuple[list[str], str | None, str]]:
+    """Name to flags, metavar and words of the options in a docstring, see `command`."""
+    options = {}
+    _, _, text = inspect.getdoc(function).partition("Options:\n")
+    for entry in re.split(r"\n(?=\S)", textwrap.dedent(text)):
+        head, _, words = entry.partition(": ")
+        flags = re.findall(r"--[\w-]+", head)
+        metavar = head.split()[-1] if head and not head.split()[-1].startswith("--") else None
+        name = re.sub(r"\W+", "_", flags[0] if flags else head).strip("_").lower()
+        options[name] = (flags, metavar, " ".join(map(str.strip, words.splitlines())))
+    return options
 
 
 def set_options(context: typer.Context, names: Iterable[str]) -> list[str]:

@@ -4,62 +4,44 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from argrpo_cli.cli.options import BatchSizeOption, DeviceOption, check_rewards, names_in, reward_options
+from argrpo_cli.cli.options import check_rewards, command, names_in, reward_options
 from argrpo_cli.shapes import Value
 from argrpo_cli.system.errors import UserError
 
 
+@command()
 def score(
-    images: Annotated[
-        list[Path],
-        typer.Argument(metavar="IMAGES...", help="A folder of images, an .npz, or image files.", show_default=False),
-    ],
-    rewards: Annotated[
-        str, typer.Option("--rewards", help="Names of rewards, or module:function, with commas between them.")
-    ] = "nano-clip,nano-quality,nano-critic",
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", help="What every image should show, when there is no metadata.jsonl."),
-    ] = None,
-    class_: Annotated[
-        str | None,
-        typer.Option("--class", metavar="NAME", help="The same, as a class name: 'a photo of a NAME'."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="A caption for each image: .txt (one a line), .jsonl, .csv, ...",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="REWARD.KEY=VALUE", help="An option of a reward, such as hpsv2.version=2.0; repeatable."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Where to write the scores.  [default: beside the images]")
-    ] = None,
-    batch_size: BatchSizeOption = 64,
-    device: DeviceOption = "auto",
+    images: list[Path],
+    rewards: str = "nano-clip,nano-quality,nano-critic",
+    prompt: str | None = None,
+    class_: str | None = None,
+    prompts: Path | None = None,
+    set_: list[str] | None = None,
+    out: Path | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
 ) -> None:
     """Score images: a table, scores.jsonl, scores.csv, summary.json and a sheet of the best and worst.
 
     Prompts come from the folder's metadata.jsonl, else from --prompt, --class or --prompts, else from the file names.
     The same command after an interruption keeps the scores that are there.
+
+    Options:
+        IMAGES...: A folder of images, an .npz, or image files.
+        --rewards: Names of rewards, or module:function, with commas between them.
+        --prompt: What every image should show, when there is no metadata.jsonl.
+        --class NAME: The same, as a class name: 'a photo of a NAME'.
+        --prompts FILE: A caption for each image: .txt (one a line), .jsonl, .csv, ...
+        --set REWARD.KEY=VALUE: An option of a reward, such as hpsv2.version=2.0; repeatable.
+        --out: Where to write the scores.  [default: beside the images]
     """
     from argrpo_cli.evals.tables import show
     from argrpo_cli.images import Said
     from argrpo_cli.score import SHEET, score_images
 
     names = names_in(rewards)
-    options = reward_options(settings or [], names)
+    options = reward_options(set_ or [], names)
     check_rewards(names, options)
     scored = score_images(
         images,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from argrpo_cli.cli.options import command
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.progress import notice
 
@@ -19,47 +18,30 @@ if TYPE_CHECKING:
 CHANGEABLE = ("grpo.steps", "grpo.time_limit_minutes", "guards.", "logging.")
 
 
+@command(least={"processes": 1})
 def train(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RECIPE]",
-            help="A recipe file, or a bundled recipe such as nano/c2i.",
-            show_default=False,
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. grpo.beta=0; repeatable."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run directory.  [default: runs/<recipe name>]")] = None,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue an interrupted run.")
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Check, print the plan (stderr) and the resolved recipe (stdout), then stop. Only a wrong recipe is "
-            "an error; what the machine lacks is listed.",
-        ),
-    ] = False,
-    processes: Annotated[
-        int | None,
-        typer.Option("--processes", min=1, help="Train with several processes of this machine, a GPU each.  [one]"),
-    ] = None,
-    accelerate_config: Annotated[
-        str | None,
-        typer.Option(
-            "--accelerate-config",
-            metavar="NAME|FILE",
-            help="How they share the work: ddp, fsdp2, zero2, zero3, or a file of `accelerate config`.  [default: ddp]",
-        ),
-    ] = None,
+    recipe: str | None = None,
+    set_: list[str] | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    dry_run: bool = False,
+    processes: int | None = None,
+    accelerate_config: str | None = None,
 ) -> None:
     """Fine-tune a policy by GRPO as a recipe says.
 
     `--processes 8` starts accelerate's launcher; `accelerate launch -m argrpo_cli train RECIPE` works as well.
+
+    Options:
+        [RECIPE]: A recipe file, or a bundled recipe such as nano/c2i.
+        --set KEY=VALUE: Override a recipe key, e.g. grpo.beta=0; repeatable.
+        --out: Run directory.  [default: runs/<recipe name>]
+        --resume RUN_DIR: Continue an interrupted run.
+        --dry-run: Check, print the plan (stderr) and the resolved recipe (stdout), then stop. Only a wrong recipe is an
+            error; what the machine lacks is listed.
+        --processes: Train with several processes of this machine, a GPU each.  [one]
+        --accelerate-config NAME|FILE: How they share the work: ddp, fsdp2, zero2, zero3, or a file of `accelerate
+            config`.  [default: ddp]
     """
     from argrpo_cli.recipe import load_recipe
     from argrpo_cli.runs.run import refuse_used
