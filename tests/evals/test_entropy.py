@@ -15,11 +15,11 @@ from argrpo_cli.evals.entropy_figures import result_of
 from argrpo_cli.geneval.grammar import TAGS, parse_prompt
 from argrpo_cli.nano.tokens import load_held_out
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.llamagen.entropy import token_entropy
 from argrpo_cli.shapes import Result, Sampling, Value
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, write_json
 from tests.captioned import save_captioned_policy
+from tests.evals.entropies import entropy_of
 from tests.training.tiny import CODES, TOKENS, tiny_caption_policy, tiny_policy
 
 
@@ -32,7 +32,7 @@ def test_conditional_and_guided_entropy_of_captions_equal_the_definition():
     for cfg_scale, logits in ((None, c), (scale, u + scale * (c - u))):
         p = (logits / temperature).softmax(-1)
         expected = -torch.special.xlogy(p, p).sum(-1)
-        measured = token_entropy(policy, tokens, asked, cfg_scale, temperature)
+        measured = entropy_of(policy, tokens, asked, cfg_scale, temperature)
         assert measured.shape == (2, TOKENS)
         torch.testing.assert_close(measured, expected, atol=1e-4, rtol=1e-4)
 
@@ -41,7 +41,7 @@ def test_a_policy_that_knows_nothing_has_the_entropy_of_its_vocabulary():
     policy = tiny_policy()
     torch.nn.init.zeros_(policy.model.lm_head.weight)
     tokens = torch.zeros(3, TOKENS, dtype=torch.long)
-    measured = token_entropy(policy, tokens, policy.conditions([0, 1, 2]))
+    measured = entropy_of(policy, tokens, policy.conditions([0, 1, 2]))
     torch.testing.assert_close(measured, torch.full((3, TOKENS), math.log(CODES)))
 
 
@@ -93,7 +93,7 @@ def test_the_change_is_the_second_minus_the_first_paired(tmp_path):
     subjects = [e.Subject("nano-c2i", "a"), e.Subject(str(tmp_path / "surer"), "b")]
     rows = e.measure(subjects, e.Question(limit=24), Sampling(cfg_scale=3.0, temperature=0.7))
     tokens, conditions = (part[:24] for part in load_held_out("classes"))
-    own = [token_entropy(load_policy(one.path), tokens, conditions, None, 0.7).mean(1) for one in subjects]
+    own = [entropy_of(load_policy(one.path), tokens, conditions, None, 0.7).mean(1) for one in subjects]
     paired = own[1] - own[0]
     assert rows[2]["change"] == pytest.approx(paired.mean().item(), abs=1e-5) and rows[2]["change"] < -0.1
     assert rows[2]["change_error"] == pytest.approx(paired.std().item() / 24**0.5, rel=1e-3)

@@ -19,13 +19,13 @@ from argrpo_cli.evals.imagenet_folder import balanced_order, conditions_of, imag
 from argrpo_cli.images import ImageSet, Item
 from argrpo_cli.kept import in_batches
 from argrpo_cli.policy import Policy
-from argrpo_cli.policy.llamagen.entropy import token_entropy
 from argrpo_cli.policy.llamagen.vq import from_uint8
 from argrpo_cli.shapes import Sampling, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, write_jsonl
 from argrpo_cli.system.processes import Team
 from tests.captioned import save_captioned_policy
+from tests.evals.entropies import entropy_of
 from tests.training.tiny import IMAGE_SIZE, TOKENS, tiny_policy
 
 ALONE = Team(0, 1, "cpu")
@@ -281,7 +281,7 @@ def test_entropies_along_pictures_equal_the_definition_paired_by_picture(policie
         pixels = np.stack([e.read_cropped(data / name, IMAGE_SIZE) for name in files])
         tokens = policy.tokenizer.encode(from_uint8(torch.from_numpy(pixels)))
         asked = policy.conditions([name.split("/")[0] for name in files])
-        means.append([token_entropy(policy, tokens, asked, scale, 0.8) for scale in (None, 3.0)])
+        means.append([entropy_of(policy, tokens, asked, scale, 0.8) for scale in (None, 3.0)])
     for place, row in enumerate(rows):
         own = means[place // 2][place % 2]
         assert row["images"] == 9 and row["mean"] == pytest.approx(own.mean().item(), abs=1e-5)

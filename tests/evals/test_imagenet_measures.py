@@ -49,7 +49,7 @@ def measured(features: Features, keep_order: bool = True, spatial: Gaussian | No
     rows = normal(200, 3)
     pool = Gaussian.of(rows)
     reference = Reference(pool, spatial or pool, rows, None)
-    return m.measures(features, torch.arange(N) % GROUPS, reference, keep_order)
+    return m.measure_set(features, torch.arange(N) % GROUPS, reference, keep_order)
 
 
 def test_narrow_pictures_are_precise_and_wide_ones_have_the_recall(stored):
@@ -98,7 +98,7 @@ def test_shuffled_images_keep_the_groups_that_they_are_of(stored, probabilities)
     each = N // CLASSES
     groups = torch.arange(N) // each
     pool = Gaussian.of(normal(200, 3))
-    found = m.measures(stored(), groups, Reference(pool, pool, None, None), keep_order=False)[m.INCEPTION_SCORE]
+    found = m.measure_set(stored(), groups, Reference(pool, pool, None, None), keep_order=False)[m.INCEPTION_SCORE]
 
     order = shuffled(torch.arange(N))
     left = [inception_score(probabilities[order[order // each != one]], each) for one in range(CLASSES)]

@@ -17,10 +17,10 @@ from argrpo_cli.evals.statistics import class_groups, mean_of
 from argrpo_cli.evals.tables import table
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.llamagen.entropy import token_entropy
 from argrpo_cli.policy.protocol import Drawn, Scored
 from argrpo_cli.shapes import Condition, Result, Sampling
 from argrpo_cli.system.errors import UserError
+from tests.evals.entropies import entropy_of
 
 N = 48
 PER_REWARD = {"nano-clip", "nano-quality", "nano-critic", "total_reward"}
@@ -139,7 +139,7 @@ def test_entropy_equals_the_definition():
     policy = load_policy("nano-c2i")
     encoded = policy.encode(policy.conditions([3, 9]))
     tokens = policy.sample(encoded, Sampling(), [0, 1]).tokens
-    entropy = token_entropy(policy, tokens, policy.conditions([3, 9]), None, 1.0).mean(1)
+    entropy = entropy_of(policy, tokens, policy.conditions([3, 9]), None, 1.0).mean(1)
     with torch.inference_mode():
         p = policy.model.logits(encoded, tokens).softmax(-1)
     torch.testing.assert_close(entropy, -(p * p.log()).sum(-1).mean(1), atol=1e-4, rtol=1e-4)
@@ -149,7 +149,7 @@ def test_guided_entropy_equals_the_definition():
     policy, (s, t) = load_policy("nano-c2i"), (2.0, 0.8)
     encoded = policy.encode(policy.conditions([3, 9]))
     tokens = policy.sample(encoded, Sampling(), [0, 1]).tokens
-    entropy = token_entropy(policy, tokens, policy.conditions([3, 9]), s, t).mean(1)
+    entropy = entropy_of(policy, tokens, policy.conditions([3, 9]), s, t).mean(1)
     with torch.inference_mode():
         null = policy.encode(policy.conditions([3, 9]), torch.tensor([True, True]))
         c, u = (policy.model.logits(one, tokens) for one in (encoded, null))

@@ -32,7 +32,7 @@ from argrpo_cli.bench import machine, measure
 from argrpo_cli.evals.fidelity import precision_recall
 from argrpo_cli.networks.inception import POOL_WIDTH, load_inception
 from argrpo_cli.policy import load_policy
-from argrpo_cli.shapes import Result
+from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.processes import resolve_device
 
 SMALL_SIZES, FULL_SIZE = ((2500, 500), (5000, 1000)), (50_000, 10_000)  # generated, reference
@@ -69,11 +69,12 @@ def main(arguments: list[str] | None = None) -> None:
 def stages(name: str, weights: Path, batch_size: int, repeats: int, device: str) -> None:
     """Images per second of each stage."""
     policy, inception = load_policy(name, device), load_inception(weights, device)
-    conditions = policy.conditions([index % len(policy.class_names) for index in range(batch_size)])
-    tokens = policy.sample(conditions, seeds=range(batch_size), batch_size=batch_size)
+    names, sampling, seeds = policy.card.names, Sampling(), range(batch_size)
+    encoded = policy.encode(policy.conditions([index % len(names) for index in range(batch_size)]))
+    tokens = policy.sample(encoded, sampling, seeds).tokens
     images = policy.decode(tokens)
     jobs = {
-        "sampling": lambda: policy.sample(conditions, seeds=range(batch_size), batch_size=batch_size),
+        "sampling": lambda: policy.sample(encoded, sampling, seeds),
         "decoding": lambda: policy.decode(tokens),
         "Inception": lambda: inception.features(images),
     }
@@ -95,9 +96,9 @@ def compare(folder: Path, weights: Path, count: int, size: int, batch_size: int,
         for name, (taken, score, distance) in {"torch-fidelity": published, "argrpo": own}.items():
             print(f"  {name:16}{taken:8.1f} s   IS {score:.6f}   FID {distance:.5f}")
         print(f"  {'ratio':16}{published[0] / own[0]:8.2f} x", flush=True)
-        for mine, reported in zip(own[1:], published[1:], strict=True):
-            if not math.isclose(mine, reported, rel_tol=TOLERANCE):
-                raise SystemExit(f"the figures differ: {mine} here, {reported} by torch-fidelity")
+        for value, published_value in zip(own[1:], published[1:], strict=True):
+            if not math.isclose(value, published_value, rel_tol=TOLERANCE):
+                raise SystemExit(f"the figures differ: {value} here, {published_value} by torch-fidelity")
         seconds.append((number, published[0], own[0]))
     if len(seconds) > 1:
         (few, *before), (all_of_them, *after) = seconds

@@ -402,6 +402,7 @@ def tokenise(images: ImageSet, policy: Policy, cache: Path, team: Team) -> Tenso
             raise UserError(f"pictures in {images.path} changed while they were read; give the command again")
         return torch.from_numpy(np.stack(pixels))
 
+    @torch.inference_mode()
     def encode(batch: Sequence[Item], pixels: Tensor) -> dict[str, Tensor]:
         return {CODES: torch.cat([policy.tokenise(part).cpu() for part in pixels.split(at_once)]).to(dtype)}
 

@@ -255,17 +255,17 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor, origin: Tensor, blo
     """Whether each point [P, D] lies within the squared radius [C] of some centre [C, D]: bool [P]."""
     parts = []
     for rows in points.split(block):
-        found = torch.zeros(len(rows), dtype=torch.bool, device=radii.device)
+        inside = torch.zeros(len(rows), dtype=torch.bool, device=radii.device)
         for near, reach in zip(centres.split(block), radii.split(block), strict=True):
             tile, doubt = _tile(rows, near, origin)
             tile -= reach
-            found |= (tile < -doubt).any(1)
-            open_pairs = ((tile.abs() <= doubt) & ~found[:, None]).nonzero()
+            inside |= (tile < -doubt).any(1)
+            open_pairs = ((tile.abs() <= doubt) & ~inside[:, None]).nonzero()
             for i, j in (pairs.unbind(1) for pairs in open_pairs.split(block)):
                 # The sum of the same D squares, perhaps in another order.
                 bound = reach[j] * (1 + rows.shape[1] * EPSILON)
-                found[i[_by_differences(rows[i], near[j]) <= bound]] = True
-        parts.append(found)
+                inside[i[_by_differences(rows[i], near[j]) <= bound]] = True
+        parts.append(inside)
     return torch.cat(parts)
 
 

@@ -182,7 +182,7 @@ class ImageNet(Benchmark):
         class_ids = torch.tensor([shot.condition.class_id for shot in subject.shots]) if subject.card else None
         groups = class_groups(len(subject.shots), class_ids)
         ready = self.reference
-        return team.lead(lambda: measures(features, groups, ready, self._keeps_order, team.device)) or {}
+        return team.lead(lambda: measure_set(features, groups, ready, self._keeps_order, team.device)) or {}
 
     def columns(self) -> dict[str, Column]:
         return COLUMNS if self.reference.pool_features is not None else {k: COLUMNS[k] for k in list(COLUMNS)[:3]}
@@ -340,7 +340,7 @@ def eval_size(image_size: int, resize: int | None) -> int:
     return resize or min(EVAL_SIZE, image_size)
 
 
-def measures(
+def measure_set(
     features: Features, groups: Tensor, reference: Reference, keep_order: bool, device: str = "cpu"
 ) -> dict[str, Measure]:
     """All measures of features against a reference; precision and recall where it has images.
@@ -350,18 +350,22 @@ def measures(
         keep_order: take IS's splits of the images as they come, not shuffled by a fixed seed.
         device: of precision and recall.
     """
-    rows = features.all(PROBABILITIES), groups
-    rows = rows if keep_order else tuple(map(shuffled, rows))
-    found = {INCEPTION_SCORE: inception_score_measure(*rows, SPLIT_SIZE)[0]}
+    measures = {INCEPTION_SCORE: _inception_score(features.all(PROBABILITIES), groups, keep_order)}
     for key, kind, gaussian in ((FID, POOL, reference.pool), (SFID, SPATIAL, reference.spatial)):
-        found[key] = frechet_measure(features.each(kind), groups, gaussian)[0]
+        measures[key] = frechet_measure(features.each(kind), groups, gaussian)[0]
     if reference.pool_features is not None:
         generated = features.all(POOL).to(device)
         covered = precision_recall(generated, reference.pool_features.to(device))
         precise, recalled = (inside.cpu().double() for inside in covered)
-        found[PRECISION] = mean_of(precise)
-        found[RECALL] = Measure(recalled.mean().item(), (recalled,), len(groups))  # of so many generated images
-    return found
+        measures[PRECISION] = mean_of(precise)
+        measures[RECALL] = Measure(recalled.mean().item(), (recalled,), len(groups))  # of so many generated images
+    return measures
+
+
+def _inception_score(probabilities: Tensor, groups: Tensor, keep_order: bool) -> Measure:
+    if not keep_order:
+        probabilities, groups = shuffled(probabilities), shuffled(groups)
+    return inception_score_measure(probabilities, groups, SPLIT_SIZE)[0]
 
 
 def sorted_by_class(probabilities: Tensor) -> bool:

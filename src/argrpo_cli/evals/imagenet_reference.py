@@ -178,23 +178,23 @@ def content_hash(path: Path, images: ImageSet | None) -> str:
 
 
 def prepare_reference(
-    given: ReferenceFile, inception: Inception, folder: Path, batch_size: int, team: Team
+    file: ReferenceFile, inception: Inception, folder: Path, batch_size: int, team: Team
 ) -> Reference | None:
     """Have a team compute what a reference's images need, or take it from the user's cache; None but in its first.
 
     Args:
         folder: where the features of its images go.
     """
-    cache = user_cache() / "references" / f"{given.sha256[:24]}-{inception.fingerprint}.safetensors"
+    cache = user_cache() / "references" / f"{file.sha256[:24]}-{inception.fingerprint}.safetensors"
     if team.from_lead(lambda: _read_cache(cache) is not None):
         return team.lead(lambda: _read_cache(cache))
     features = None
-    if given.images is not None:
-        features = Features(folder, given.images.items, inception, batch_size)
-        features.extract(given.images.read, "Inception on the reference", team, ahead=True)
+    if file.images is not None:
+        features = Features(folder, file.images.items, inception, batch_size)
+        features.extract(file.images.read, "Inception on the reference", team, ahead=True)
 
     def finish() -> Reference:
-        pool, spatial = given.stored or (
+        pool, spatial = file.stored or (
             Gaussian.of_batches(features.each(k), len(features.items)) for k in (POOL, SPATIAL)
         )
         rows, hashes = (None, None) if features is None else (features.all(POOL), features.all(HASHES))
