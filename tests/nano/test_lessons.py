@@ -12,7 +12,9 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from argrpo_cli.cli.app import app
 from argrpo_cli.geneval.nano_detector import load_detector
 from argrpo_cli.nano.judge import load_recogniser
 from argrpo_cli.nano.make import build, fit, judges
@@ -140,6 +142,17 @@ def test_nothing_is_installed_of_a_build_that_lacks_something(tmp_path, monkeypa
     assert not build.WEIGHTS.exists()
     build.install(tmp_path, ["nano-t2i"])
     assert sorted(one.name for one in build.WEIGHTS.iterdir()) == ["nano-t2i", "nano-t5"], "with its text encoder"
+
+
+def test_the_base_policies_are_measured_by_commands_that_exist(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(build.subprocess, "run", lambda command, check: commands.append(command))
+    build.measure(tmp_path / "geneval")
+    assert [command[4] for command in commands] == ["nano", "geneval"]
+    for command in commands:
+        assert command[1:4] == ["-m", "argrpo_cli", "eval"]
+        result = CliRunner().invoke(app, [*command[3:], "--help"])  # unknown options are refused before the help
+        assert result.exit_code == 0, result.output
 
 
 def test_the_codebook_follows_the_latents_and_dead_codes_begin_again():
