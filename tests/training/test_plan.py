@@ -15,8 +15,7 @@ from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.policy.llamagen.published import count, outline_policy
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.training.plan import Plan, plan
-from argrpo_cli.training.plan_view import show_plan
+from argrpo_cli.training.plan import Plan, plan, show_plan
 from tests.training.tiny import tiny_caption_policy
 
 
@@ -88,10 +87,10 @@ def test_captions_that_are_not_there_are_to_be_supplied(tmp_path: Path, monkeypa
     ]
     Path("captions.txt").write_text("a dog\na cat\na dog\n")
     one = planned("t2i_xl256")
-    assert one.supply == [] and one.asked == "2 captions of captions.txt"
+    assert one.supply == [] and one.draws == "2 captions of captions.txt"
     streamed = planned("t2i_xl256", "conditions.dataset={name: owner/name, column: text}")
     assert streamed.supply == []
-    assert streamed.asked == "captions in the column 'text' of the data set owner/name (train), as a stream"
+    assert streamed.draws == "captions in the column 'text' of the data set owner/name (train), as a stream"
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,7 @@ def _dry_run(recipe: Recipe, processes: int) -> None:
     from rich.console import Console
 
     from argrpo_cli.recipe import dump_recipe
-    from argrpo_cli.training.plan import plan
-    from argrpo_cli.training.plan_view import show_plan
+    from argrpo_cli.training.plan import plan, show_plan
 
     planned = plan(recipe, processes)
     show_plan(planned, Console(file=sys.stderr, highlight=False))

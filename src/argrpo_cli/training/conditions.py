@@ -56,8 +56,8 @@ def run_conditions(recipe: Recipe, policy: Policy) -> Conditions:
         UserError: classes for a policy of captions or the reverse, an unknown class, captions that cannot be read.
     """
     section = recipe.conditions
-    check_source(section, "classes" if policy.text_encoder is None else "captions", recipe.policy.checkpoint)
-    if policy.text_encoder is None:
+    check_source(section, policy.card.reads, recipe.policy.checkpoint)
+    if policy.card.reads == "classes":
         return _classes(section, policy)
     if section.dataset is not None and section.dataset.streaming:
         return StreamedConditions(section.dataset, section.deduplicate, lambda text: policy.conditions([text])[0])
@@ -97,7 +97,7 @@ def run_captions(section: ConditionSection) -> list[str]:
 
 def _classes(section: ConditionSection, policy: Policy) -> Sequence[Condition]:
     # Ids, since names may repeat: ImageNet has two cranes.
-    conditions = policy.conditions(range(len(policy.class_names)) if section.classes == "all" else section.classes)
+    conditions = policy.conditions(range(len(policy.card.names)) if section.classes == "all" else section.classes)
     if section.deduplicate:
         conditions = list(dict.fromkeys(conditions))
     if not section.weights:

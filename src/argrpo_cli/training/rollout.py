@@ -22,6 +22,7 @@ from argrpo_cli.seeds import is_dropped, of_training
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.gathering import whole_model
+from argrpo_cli.training.shares import CHUNK
 
 if TYPE_CHECKING:
     from argrpo_cli.policy import Policy
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from argrpo_cli.shapes import Condition
     from argrpo_cli.training.conditions import Conditions
     from argrpo_cli.training.grpo import ImageGRPOTrainer
-
-CHUNK = 64  # images sampled and decoded at a time
 
 
 @dataclass

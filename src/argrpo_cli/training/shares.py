@@ -9,6 +9,8 @@ from argrpo_cli.system.errors import UserError
 if TYPE_CHECKING:
     from argrpo_cli.recipe.schema import GrpoSection
 
+CHUNK = 64  # images that a process draws and decodes at a time
+
 
 def images_per_process(grpo: GrpoSection, processes: int) -> tuple[int, int]:
     """How many images of an update each process draws, and how many of them pass through the model at a time.

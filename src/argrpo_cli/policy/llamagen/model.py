@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
@@ -58,8 +59,9 @@ def rope_table(
     Returns:
         float32 [cls_token_num + grid_size^2, head_dim / 2, 2], last axis (cos, sin). Cached: leave it be.
     """
-    # The table outlives the call: made inside a sampler's inference mode, it could not be trained with later.
-    with torch.inference_mode(False):
+    # The table outlives the call: made inside a sampler's inference mode, it could not be trained with later; nor could
+    # one be used that was made without numbers, when the memory of a pass was measured.
+    with torch.inference_mode(False), _disable_current_modes():
         half = head_dim // 2
         frequencies = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
         angles = torch.outer(torch.arange(grid_size, dtype=torch.float32), frequencies)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from argrpo_cli.networks.weights import load_pretrained
 from argrpo_cli.policy.folder import (
@@ -45,14 +45,16 @@ from argrpo_cli.policy.llamagen.checkpoints import (
     tokenizer_from,
 )
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig, published_config
-from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.policy import LlamaGen
+from argrpo_cli.policy.llamagen.model import LOGITS_AT_ONCE, Encoded, LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.policy import DECODE_PIXELS, LlamaGen
+from argrpo_cli.policy.llamagen.sample import BUCKET
 from argrpo_cli.policy.llamagen.text import load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import HubFile, atomic_path, fetch, read_json
 
 IMAGE_SIZES = (256, 384, 512)
+DECODER_LAYERS = 4  # activations of full size that the image decoder holds at once
 TEXT_PARAMETERS = 1_223_527_424  # of the encoder of FLAN-T5 XL
 TEXT_FILES = (  # the library takes the whole model and uses its encoder
     HubFile(TEXT_ENCODER, "model-00001-of-00002.safetensors", 9_450_000_000),
@@ -162,6 +164,39 @@ class Outline:
     def draws(self) -> str:
         """ "classes" or "captions", as `conditions.source` has them."""
         return "captions" if self.config.condition == "caption" else "classes"
+
+    @property
+    def tokenizer_parameters(self) -> int:
+        """Of the image tokenizer."""
+        return count(self.policy.tokenizer)
+
+    def blank(self, images: int) -> tuple[Encoded, Tensor]:
+        """Conditions and tokens of the shapes that images of it have, all zero."""
+        config = self.config
+        tokens = torch.zeros(images, config.block_size, dtype=torch.long)
+        if config.condition == "class":
+            return Encoded(tokens[:, 0]), tokens
+        features = torch.zeros(images, config.cls_token_num, config.caption_dim)
+        return Encoded(features, torch.ones(images, config.cls_token_num, dtype=torch.long)), tokens
+
+    def drawing_bytes(self, images: int, *, guided: bool, recorded: bool, number: int) -> int:
+        """Keys and values of all layers while images are drawn, in numbers of `number` bytes; with CUDA graphs more."""
+        config = self.config
+        length = config.cls_token_num + config.block_size
+        if recorded:
+            length = -(-length // BUCKET) * BUCKET
+        rows = 2 * images if guided else images
+        return 2 * config.num_hidden_layers * rows * config.num_key_value_heads * config.head_dim * length * number
+
+    def decoding_bytes(self, images: int) -> int:
+        """What the image tokenizer holds at once when it decodes images."""
+        pixels = self.policy.image_size**2
+        at_once = min(images * pixels, max(DECODE_PIXELS, pixels))
+        return DECODER_LAYERS * 4 * at_once * self.policy.tokenizer.config.ch
+
+    def logits_bytes(self, images: int) -> int:
+        """Of the training pass's logits, what is there at once: float32 logits, their softmax and gradients of both."""
+        return 4 * 4 * min(images * self.config.block_size * self.config.vocab_size, LOGITS_AT_ONCE)
 
 
 def count(module: nn.Module) -> int:
