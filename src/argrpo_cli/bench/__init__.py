@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
+import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+from argrpo_cli.system.processes import resolve_device
+
+
+def parse(
+    name: str,
+    about: str | None,
+    arguments: list[str] | None,
+    more: Sequence[tuple[str, dict[str, Any]]] = (),
+    **defaults: Any,
+) -> argparse.Namespace:
+    """The options of a benchmark; `device` among them is one that is there, and a line says what it is.
+
+    Args:
+        more: flags with what `add_argument` takes, for those that are more than a value with a default.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m argrpo_cli.bench {name}", description=about)
+    for flag, words in more:
+        parser.add_argument(flag, **words)
+    for key, default in {**defaults, "device": "auto"}.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", type=type(default), default=default)
+    options = parser.parse_args(arguments)
+    options.device = resolve_device(options.device)
+    print(machine(options.device), flush=True)
+    return options
 
 
 def machine(device: str) -> str:
@@ -33,3 +62,11 @@ def wait_for_device() -> None:
     """Kernels run behind Python's back on a GPU; time is taken when they are done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: on a GPU what was allocated since the counter was reset, on a CPU of this process so far."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

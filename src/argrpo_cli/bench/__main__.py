@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import sys
 import time
 
 from argrpo_cli.system.errors import UserError, did_you_mean
 
-NAMES = ("nano", "sampler", "rewards", "train", "eval")
+NAMES = {"nano": "sampler:nano"} | {name: f"{name}:main" for name in ("sampler", "rewards", "train", "eval")}
 
 
 def main(arguments: list[str]) -> None:
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     if name not in NAMES:
         raise UserError(f"no benchmark {name!r}; there are {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
     start = time.perf_counter()
-    importlib.import_module(f"argrpo_cli.bench.{name}").main(arguments[1:])
+    pkgutil.resolve_name(f"argrpo_cli.bench.{NAMES[name]}")(arguments[1:])
     print(f"measured in {time.perf_counter() - start:.0f} s")
 
 

@@ -12,15 +12,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +27,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from argrpo_cli.bench import machine, measure
+from argrpo_cli.bench import measure, parse, peak_memory
 from argrpo_cli.evals.fidelity import precision_recall
 from argrpo_cli.networks.inception import POOL_WIDTH, load_inception
 from argrpo_cli.policy import load_policy
 from argrpo_cli.shapes import Result, Sampling
-from argrpo_cli.system.processes import resolve_device
 
 SMALL_SIZES, FULL_SIZE = ((2500, 500), (5000, 1000)), (50_000, 10_000)  # generated, reference
 REFERENCE = 64  # pictures in the comparison's reference
@@ -44,20 +42,13 @@ TOLERANCE = 1e-4  # relative, of IS and FID
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench eval", description=__doc__)
-    parser.add_argument(
-        "--images", type=int, help=f"pictures in the comparison  [default: {IMAGES_CPU}, on a GPU {IMAGES_GPU}]"
-    )
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--policy", default="nano-c2i")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--full", action="store_true", help="precision and recall at 50,000 against 10,000")
-    options = parser.parse_args(arguments)
-    device = resolve_device(options.device)
+    more = [
+        ("--images", {"type": int, "help": f"in the comparison  [default: {IMAGES_CPU}, on a GPU {IMAGES_GPU}]"}),
+        ("--full", {"action": "store_true", "help": "precision and recall at 50,000 against 10,000"}),
+    ]
+    options = parse("eval", __doc__, arguments, more, image_size=256, batch_size=64, policy="nano-c2i", repeats=3)
+    device = options.device
     images = options.images or (IMAGES_GPU if device.startswith("cuda") else IMAGES_CPU)
-    print(machine(device), flush=True)
     manifolds([FULL_SIZE] if options.full else SMALL_SIZES, device)  # first, for its peak of memory
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -87,52 +78,40 @@ def stages(name: str, weights: Path, batch_size: int, repeats: int, device: str)
 def compare(folder: Path, weights: Path, count: int, size: int, batch_size: int, device: str) -> None:
     """Both programs on the same pictures, a fifth of them and all; SystemExit where their figures differ."""
     theirs = save_pictures(folder / "real", REFERENCE, size, 1)
-    seconds = []
+    times = []
     for number in sorted({max(2 * PART, count // PART), count}):
-        ours = save_pictures(folder / f"generated-{number}", number, size, 0)
+        ours, out = save_pictures(folder / f"generated-{number}", number, size, 0), folder / f"out-{number}"
         print(f"{number} pictures of {size} px against {REFERENCE}, from files to figures", flush=True)
-        published = _by_torch_fidelity(ours, theirs, weights, batch_size, device)
-        own = _by_argrpo(ours, theirs, weights, batch_size, device, folder / f"out-{number}")
-        for name, (taken, score, distance) in {"torch-fidelity": published, "argrpo": own}.items():
-            print(f"  {name:16}{taken:8.1f} s   IS {score:.6f}   FID {distance:.5f}")
-        print(f"  {'ratio':16}{published[0] / own[0]:8.2f} x", flush=True)
-        for value, published_value in zip(own[1:], published[1:], strict=True):
-            if not math.isclose(value, published_value, rel_tol=TOLERANCE):
-                raise SystemExit(f"the figures differ: {value} here, {published_value} by torch-fidelity")
-        seconds.append((number, published[0], own[0]))
-    if len(seconds) > 1:
-        (few, *before), (all_of_them, *after) = seconds
+        printed, published = _timed(
+            "torch_fidelity.fidelity", "--isc", "--fid", "--json", "--silent", "--no-cache", "--isc-splits", "1",
+            "--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", str(weights),
+            "--batch-size", str(batch_size), *(["--gpu", "0"] if device.startswith("cuda") else ["--cpu"]),
+            "--input1", str(ours), "--input2", str(theirs),
+        )  # fmt: skip
+        values = json.loads(printed[printed.index("{") :])
+        _, own = _timed(
+            "argrpo_cli", "eval", "imagenet", "--images", str(ours), "--reference", str(theirs), "--inception",
+            str(weights), "--batch-size", str(batch_size), "--device", device, "--out", str(out), cache=out,
+        )  # fmt: skip
+        (row,) = Result.load(out / "summary.json").rows.values()
+        figures = {
+            "torch-fidelity": (values["inception_score_mean"], values["frechet_inception_distance"]),
+            "argrpo": (row["inception_score"].value, row["fid"].value),
+        }
+        for (name, (score, distance)), seconds in zip(figures.items(), (published, own), strict=True):
+            print(f"  {name:16}{seconds:8.1f} s   IS {score:.6f}   FID {distance:.5f}")
+        print(f"  {'ratio':16}{published / own:8.2f} x", flush=True)
+        for reported, mine in zip(*figures.values(), strict=True):
+            if not math.isclose(mine, reported, rel_tol=TOLERANCE):
+                raise SystemExit(f"the figures differ: {mine} here, {reported} by torch-fidelity")
+        times.append((number, published, own))
+    if len(times) > 1:
+        (few, *before), (all_of_them, *after) = times
         each = [(late - early) / (all_of_them - few) for early, late in zip(before, after, strict=True)]
         print(f"  one more picture: {each[0]:.4f} s and {each[1]:.4f} s, {each[0] / each[1]:.2f} x")
 
 
-def _by_torch_fidelity(
-    ours: Path, theirs: Path, weights: Path, batch_size: int, device: str
-) -> tuple[float, float, float]:
-    """Seconds, IS and FID by torch-fidelity's command line."""
-    place = ["--gpu", "0"] if device.startswith("cuda") else ["--cpu"]
-    printed, seconds = _timed(
-        "torch_fidelity.fidelity", "--isc", "--fid", "--json", "--silent", "--no-cache", "--isc-splits", "1",
-        "--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", str(weights),
-        "--batch-size", str(batch_size), *place, "--input1", str(ours), "--input2", str(theirs),
-    )  # fmt: skip
-    values = json.loads(printed[printed.index("{") :])
-    return seconds, values["inception_score_mean"], values["frechet_inception_distance"]
-
-
-def _by_argrpo(
-    ours: Path, theirs: Path, weights: Path, batch_size: int, device: str, out: Path
-) -> tuple[float, float, float]:
-    """Seconds, IS and FID by `argrpo eval imagenet`, which has seen neither set before."""
-    _, seconds = _timed(
-        "argrpo_cli", "eval", "imagenet", "--images", str(ours), "--reference", str(theirs), "--inception",
-        str(weights), "--batch-size", str(batch_size), "--device", device, "--out", str(out), cache=out,
-    )  # fmt: skip
-    row = next(iter(Result.load(out / "summary.json").rows.values()))
-    return seconds, row["inception_score"].value, row["fid"].value
-
-
-def manifolds(sizes: tuple[tuple[int, int], ...] | list[tuple[int, int]], device: str) -> None:
+def manifolds(sizes: Sequence[tuple[int, int]], device: str) -> None:
     """Seconds and peak memory of precision and recall on random features."""
     print("precision and recall, random features of 2048 numbers")
     seconds = []
@@ -141,8 +120,8 @@ def manifolds(sizes: tuple[tuple[int, int], ...] | list[tuple[int, int]], device
         start = time.perf_counter()
         precision_recall(*rows)
         seconds.append(time.perf_counter() - start)
-        peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else _peak_memory()
-        print(f"  {generated:6} x {reference:5}{seconds[-1]:9.1f} s, {peak / 2**30:.1f} GB at most", flush=True)
+        peak = peak_memory(device) / 2**30
+        print(f"  {generated:6} x {reference:5}{seconds[-1]:9.1f} s, {peak:.1f} GB at most", flush=True)
     if len(sizes) > 1:
         growth = sizes[1][0] / sizes[0][0]
         exponent = math.log(seconds[1] / seconds[0]) / math.log(growth)
@@ -207,9 +186,3 @@ def _timed(module: str, *arguments: str, cache: Path | None = None) -> tuple[str
     if done.returncode:
         raise SystemExit(f"{module} failed:\n{done.stderr}")
     return done.stdout, seconds
-
-
-def _peak_memory() -> int:
-    """Of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -6,7 +6,6 @@ ViT-H-14 and MANIQA at their real size with random weights, written to a tempora
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -16,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argrpo_cli.bench import machine, measure
+from argrpo_cli.bench import measure, parse
 from argrpo_cli.rewards import RewardSet, load_rewards
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.processes import resolve_device
 
 SMALL = ("nano-clip", "nano-quality", "nano-critic")
 FULL = ("clip", "hpsv2", "maniqa")
@@ -27,25 +25,21 @@ FULL = ("clip", "hpsv2", "maniqa")
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print a line for each reward and one for all."""
-    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench rewards", description=__doc__)
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--full", action="store_true", help="the paper's networks at their real size")
-    parser.add_argument("--rewards", help="only these, with commas between them")
-    options = parser.parse_args(arguments)
-    device = resolve_device(options.device)
+    more = [
+        ("--full", {"action": "store_true", "help": "the paper's networks at their real size"}),
+        ("--rewards", {"help": "only these, with commas between them"}),
+    ]
+    options = parse("rewards", __doc__, arguments, more, images=64, repeats=3)
     names = options.rewards.split(",") if options.rewards else list(FULL if options.full else SMALL)
     size = 256 if options.full else 64
     images = torch.randint(0, 256, (options.images, 3, size, size), dtype=torch.uint8)
     conditions = [Condition("a photo of a dog") for _ in range(options.images)]
-    print(machine(device))
     print(f"{options.images} images of {size} px, median of {options.repeats}")
     print(f"{'':16}{'one by one':>12}{'batched':>12}{'ratio':>9}")
     with tempfile.TemporaryDirectory() as folder:
-        whole = load_rewards(names, device, {name: random_weights(name, Path(folder)) for name in names})
+        whole = load_rewards(names, options.device, {name: random_weights(name, Path(folder)) for name in names})
     for chosen in [[name] for name in names] + ([names] if len(names) > 1 else []):
-        rewards = RewardSet({name: whole.rewards[name] for name in chosen}, device)
+        rewards = RewardSet({name: whole.rewards[name] for name in chosen}, options.device)
         jobs: dict[str, Callable[[], object]] = {
             "one": partial(one_by_one, rewards, images, conditions),
             "batch": partial(rewards.score, images, conditions),

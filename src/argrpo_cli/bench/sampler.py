@@ -1,5 +1,7 @@
 """The sampler at a published size against LlamaGen's own algorithm: `python -m argrpo_cli.bench sampler`.
 
+(`python -m argrpo_cli.bench nano` is the second benchmark of this file: the nano policy with and without the cache.)
+
 Random weights of a published geometry; time and memory do not depend on the values. These are timed in turns in one
 process:
 
@@ -15,10 +17,7 @@ are the floor's time by argrpo's.
 
 from __future__ import annotations
 
-import argparse
-import resource
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -27,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from argrpo_cli.bench import machine, measure
+from argrpo_cli.bench import measure, parse, peak_memory
+from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.config import SIZES, published_config
 from argrpo_cli.policy.llamagen.model import (
     Attention,
@@ -38,27 +38,21 @@ from argrpo_cli.policy.llamagen.model import (
     apply_rope,
     rope_table,
 )
-from argrpo_cli.policy.llamagen.sample import packed_linears, sample_tokens
+from argrpo_cli.policy.llamagen.sample import image_uniforms, inverse_cdf, packed_linears, sample_tokens
 from argrpo_cli.shapes import Sampling
-from argrpo_cli.system.processes import resolve_device
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print a table for every precision."""
-    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench sampler", description=__doc__)
-    parser.add_argument("--size", default="B", choices=list(SIZES))
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--cfg-scale", type=float, default=2.0)
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--bandwidth", type=float, help="of the device's memory in GB/s, for the roofline")
-    options = parser.parse_args(arguments)
-    device = resolve_device(options.device)
+    more = [
+        ("--size", {"default": "B", "choices": list(SIZES)}),
+        ("--dtypes", {"nargs": "*", "default": ["float32", "bfloat16"]}),
+        ("--bandwidth", {"type": float, "help": "of the device's memory in GB/s, for the roofline"}),
+    ]
+    options = parse("sampler", __doc__, arguments, more, image_size=256, batch_size=8, cfg_scale=2.0, repeats=1)
+    device = options.device
     config = published_config(options.size, options.image_size)
     tokens = options.batch_size * config.block_size
-    print(machine(device))
     print(
         f"LlamaGen-{options.size}, {options.image_size} px ({config.block_size} tokens), {options.batch_size} images, "
         f"cfg {options.cfg_scale:g}, median of {options.repeats}"
@@ -68,10 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     for dtype in options.dtypes:
         model = random_policy(options.size, options.image_size, getattr(torch, dtype), device)
         classes, scale = torch.arange(options.batch_size, device=device), options.cfg_scale
-        seeds = list(range(options.batch_size))
         jobs: dict[str, Callable[[], object]] = {
             "reference": partial(sample_as_published, model, classes, scale),
-            "argrpo": partial(sample_tokens, model, Encoded(classes), Sampling(cfg_scale=scale), seeds=seeds),
+            "argrpo": partial(sample_tokens, model, Encoded(classes), Sampling(scale), seeds=range(len(classes))),
         }
         if device == "cpu":
             jobs["floor"] = partial(linear_layers_alone, model, len(classes), scale)
@@ -84,12 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
         if device != "cpu" and options.bandwidth:
             times["floor"] = roofline_seconds(model, len(classes), scale, options.bandwidth)
         cells = "".join(f"{times[name]:9.2f} s {tokens / times[name]:5.0f} tok/s" for name in ("reference", "argrpo"))
-        floors = "".join(
-            f"{times[name]:8.2f} s ({times[name] / times['argrpo']:4.0%})"
-            for name in ("floor", "packed")
-            if name in times
-        )
-        print(f"{dtype:10}{cells}{times['reference'] / times['argrpo']:7.2f}x{floors}")
+        floors = [times[name] for name in ("floor", "packed") if name in times]
+        cells += f"{times['reference'] / times['argrpo']:7.2f}x"
+        cells += "".join(f"{seconds:8.2f} s ({seconds / times['argrpo']:4.0%})" for seconds in floors)
+        print(f"{dtype:10}{cells}")
         first = first or (dtype, times["reference"])
         if dtype != first[0]:
             print(f"{'':10}{first[1] / times['argrpo']:.2f}x the {first[0]} reference")
@@ -200,10 +191,51 @@ def explain_memory(model: LlamaGenForImageGeneration, batch: int, cfg_scale: flo
     config, rows = model.config, 2 * batch if cfg_scale > 1 else batch
     positions = config.num_hidden_layers * rows * (config.cls_token_num + config.block_size)
     cache = 2 * positions * config.num_key_value_heads * config.head_dim * model.lm_head.weight.element_size() / mib
+    packed, what = "", "allocated, the reference included"
     if device == "cpu":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else mib)
+        packed = f" (and a packed copy of {linear:,.0f} MiB)"
         what = "of the process so far, the reference and torch itself included"
-    else:
-        peak, what = torch.cuda.max_memory_allocated() / mib, "allocated, the reference included"
-    packed = f" (and a packed copy of {linear:,.0f} MiB)" if device == "cpu" else ""
-    print(f"{'':10}weights {weights:,.0f} MiB{packed}, cache {cache:,.0f} MiB, peak {peak:,.0f} MiB {what}")
+    peak = f"peak {peak_memory(device) / mib:,.0f} MiB {what}"
+    print(f"{'':10}weights {weights:,.0f} MiB{packed}, cache {cache:,.0f} MiB, {peak}")
+
+
+def nano(arguments: list[str] | None = None) -> None:
+    """The nano policy with and without its key-value cache, and where the time of a sampled image goes."""
+    options = parse("nano", nano.__doc__, arguments, policy="nano-c2i", batch_size=48, cfg_scale=2.0, repeats=5)
+    batch, policy, sampling = (
+        options.batch_size,
+        load_policy(options.policy, options.device),
+        Sampling(options.cfg_scale),
+    )
+    encoded = policy.encode(policy.conditions(index % len(policy.card.names) for index in range(batch)))
+    jobs = {
+        "cached": lambda: policy.sample(encoded, sampling, range(batch)).tokens,
+        "uncached": lambda: sample_without_cache(policy.model, encoded, options.cfg_scale, range(batch)),
+    }
+    # The first calls are the warm-up; they also show that both draw the same images.
+    tokens, others = (job() for job in jobs.values())
+    times = measure(jobs | {"decode": lambda: policy.decode(tokens)}, options.repeats)
+    whole = times["cached"] + times["decode"]
+    print(f"{options.policy}, batch {batch}, cfg {options.cfg_scale:g}, median of {options.repeats}")
+    print(f"tokens with the cache       {batch / times['cached']:8.1f} images/s")
+    print(f"tokens without the cache    {batch / times['uncached']:8.1f} images/s")
+    print(f"ratio                       {times['uncached'] / times['cached']:8.1f} x")
+    print(f"same tokens                 {(tokens == others).float().mean().item():8.1%}")
+    print(f"tokens and pixels           {batch / whole:8.1f} images/s")
+    print(f"time in tokens              {times['cached'] / whole:8.1%}")
+    print(f"time in pixels              {times['decode'] / whole:8.1%}")
+
+
+@torch.inference_mode()
+def sample_without_cache(
+    model: LlamaGenForImageGeneration, encoded: Encoded, cfg_scale: float, seeds: Sequence[int]
+) -> Tensor:
+    """The same tokens int64 [B, T] as `sample_tokens` draws, with the whole prefix run again for every token."""
+    length = model.config.block_size
+    uniforms = image_uniforms(seeds, length, encoded.condition.device)
+    tokens = torch.empty(len(encoded), 0, dtype=torch.int64, device=encoded.condition.device)
+    for index in range(length):
+        hidden = model.model(encoded, F.pad(tokens, (0, 1)), cfg_scale)[:, -1]
+        chosen = inverse_cdf(model.lm_head(hidden).float(), uniforms[:, index])
+        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+    return tokens

@@ -13,7 +13,6 @@ all weights without a reference model (no KL term). Shares are of the first row'
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from argrpo_cli.bench import machine
+from argrpo_cli.bench import parse
 from argrpo_cli.bench.sampler import random_policy
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import POLICIES
@@ -36,7 +35,6 @@ from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.recipe import Recipe, load_recipe
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.processes import resolve_device
 from argrpo_cli.training.grpo import build_trainer, quiet_libraries
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.scorer import BatchScorer
@@ -98,16 +96,14 @@ class Brightness:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m argrpo_cli.bench train", description=__doc__)
-    parser.add_argument("recipe", nargs="?", default="nano/c2i")
-    parser.add_argument("--steps", type=int, default=4, help="timed, after one that is not")
-    parser.add_argument("--micro-batch-sizes", type=int, nargs="*", help="instead of the recipe's")
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args(arguments)
-    device = resolve_device(options.device)
+    more = [
+        ("recipe", {"nargs": "?", "default": "nano/c2i"}),
+        ("--steps", {"type": int, "default": 4, "help": "timed, after one that is not"}),
+        ("--micro-batch-sizes", {"type": int, "nargs": "*", "help": "instead of the recipe's"}),
+    ]
+    options = parse("train", __doc__, arguments, more)
     recipe = load_recipe(options.recipe)
     sizes = options.micro_batch_sizes or [recipe.grpo.micro_batch_size or recipe.grpo.batch_size]
-    print(machine(device))
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         base = _base(recipe, Path(folder) / "base")
         print(
@@ -120,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
         first = None
         for size in sizes:
             for name, changed in _ways(recipe, base, size).items():
-                seconds, peak = measure_steps(changed, options.steps, device, Path(folder) / "trainer")
+                seconds, peak = measure_steps(changed, options.steps, options.device, Path(folder) / "trainer")
                 first = first or seconds["step"]
                 cells = "".join(f"{seconds[stage]:8.2f} s" for stage in (*STAGES, "step"))
                 memory = ", ".join(f"{stage} {peak[stage] / 2**30:.1f}" for stage in STAGES if stage in peak)
