@@ -2,7 +2,7 @@
 
     images = open_images("images/")          # or an .npz with `arr_0`, uint8 [N, H, W, 3], as ADM's scripts write them
     images.read(images.items[:64])           # uint8 [64, 3, H, W]
-    find_items([Path("images/")], Said())    # the same with prompts, for what looks at them
+    find_items([Path("images/")])            # the same with prompts, for what looks at them
 
 Pictures of every kind become RGB: grey, transparent (laid on white), 16 bits, turned by EXIF. An .npz of any length is
 read image by image, never as a whole.
@@ -41,19 +41,7 @@ ARRAY = "arr_0"  # of an .npz
 EXPECTED = f"expected {ARRAY}, uint8 images [N, H, W, 3]"
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError)  # what an .npz raises that is cut
 READERS = 8  # threads that unpack pictures
-NO_PROMPT_WORDS = {
-    "",
-    "dsc",
-    "generated",
-    "image",
-    "images",
-    "img",
-    "output",
-    "photo",
-    "picture",
-    "sample",
-    "untitled",
-}
+NO_PROMPT_WORDS = re.compile("|dsc|generated|images?|img|output|photo|picture|sample|untitled", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -131,32 +119,6 @@ class ImageSet:
         return torch.from_numpy(np.stack(arrays))
 
 
-@dataclass(frozen=True)
-class Said:
-    """What the command line says the images show: one prompt for all, a class, or a file of captions."""
-
-    prompt: str | None = None
-    class_name: str | None = None
-    captions: Path | None = None
-
-    def check(self) -> None:
-        """UserError for two sources, or an empty one."""
-        given = [
-            (option, value)
-            for option, value in (("--prompt", self.prompt), ("--class", self.class_name), ("--prompts", self.captions))
-            if value is not None
-        ]
-        if len(given) > 1:
-            raise UserError(f"give {given[0][0]} or {given[1][0]}, not both")
-        for option, value in given:
-            if not str(value).strip():
-                raise UserError(f"{option} is empty; say what the images should show")
-
-    @property
-    def anything(self) -> bool:
-        return (self.prompt, self.class_name, self.captions) != (None, None, None)
-
-
 def open_images(path: str | Path) -> ImageSet:
     """The images at `path`: a folder of pictures in the order of their names, or an .npz file. Nothing says what they
     show; see `find_items` for that.
@@ -175,40 +137,52 @@ def open_images(path: str | Path) -> ImageSet:
     return ImageSet(path, [Item(f"{i:0{digits}d}", stamp, partial(array.read, i)) for i in range(len(array))])
 
 
-def find_items(sources: Sequence[Path], said: Said) -> ImageSet:
+def find_items(
+    sources: Sequence[Path], prompt: str | None = None, class_name: str | None = None, captions: Path | None = None
+) -> ImageSet:
     """The images of one folder, of one .npz, or of image files, with what they show.
 
-    Prompts: what the command line says, else metadata.jsonl of the folder (`file`, `prompt`, `class_id`), else file
-    names that are words (`golden_retriever-12.png`).
+    That is what the command line says (a prompt for all, a class, or a file of captions), else metadata.jsonl of the
+    folder (`file`, `prompt`, `class_id`), else file names that are words (`golden_retriever-12.png`).
 
     Raises:
         UserError: something is not there or not readable, or two things say what the images show.
     """
-    said.check()
+    options = {"--prompt": prompt, "--class": class_name, "--prompts": captions}
+    said = {option: value for option, value in options.items() if value is not None}
+    if len(said) > 1:
+        raise UserError(f"give {' or '.join(list(said)[:2])}, not both")
+    for option, value in said.items():
+        if not str(value).strip():
+            raise UserError(f"{option} is empty; say what the images should show")
     first = sources[0]
-    if len(sources) == 1 and first.is_dir():
+    if len(sources) == 1 and (first.is_dir() or first.suffix == ".npz"):
         if (first / METADATA).is_file():
-            if said.anything:
+            if said:
                 raise UserError(
                     f"{first / METADATA} says what the images show; leave out --prompt, --class and --prompts"
                 )
             return ImageSet(first, _items_of_metadata(first))
-        if not said.anything:
-            recorded_sampling(first)  # refuses an unfinished one
-        return _with_conditions(open_images(first), said)
-    if len(sources) == 1 and first.suffix == ".npz":
-        if not first.is_file():
+        if not first.exists():
             raise UserError(f"there is no file {first}")
-        return _with_conditions(open_images(first), said)
-    for path in sources:
-        if path.is_dir() or path.suffix == ".npz":
-            raise UserError(f"{path} is not an image file; give one folder, one .npz, or image files")
-        if not path.is_file():
-            raise UserError(
-                f"no folder {path}" if len(sources) == 1 and not path.suffix else f"there is no image {path}"
-            )
-    items = [replace(file_item(path.parent, path.name), file=str(path)) for path in sources]
-    return _with_conditions(ImageSet(first.parent, items), said)
+        if first.is_dir() and not said:
+            recorded_sampling(first)  # refuses an unfinished one
+        images = open_images(first)
+    else:
+        for path in sources:
+            if path.is_dir() or path.suffix == ".npz":
+                raise UserError(f"{path} is not an image file; give one folder, one .npz, or image files")
+            if not path.is_file():
+                what = "no folder" if len(sources) == 1 and not path.suffix else "there is no image"
+                raise UserError(f"{what} {path}")
+        items = [replace(file_item(path.parent, path.name), file=str(path)) for path in sources]
+        images = ImageSet(first.parent, items)
+    if captions is not None:
+        return replace(images, items=_captioned(images.items, captions))
+    if not said:
+        return _named(images)
+    condition = Condition(prompt if class_name is None else class_prompt(class_name))
+    return replace(images, items=[replace(item, condition=condition) for item in images.items])
 
 
 def image_files(folder: Path) -> list[str]:
@@ -358,21 +332,13 @@ def _items_of_metadata(folder: Path) -> list[Item]:
     return items
 
 
-def _with_conditions(images: ImageSet, said: Said) -> ImageSet:
-    """The images with what the command line says of them, or else what their names say."""
-    if said.captions is not None:
-        return replace(images, items=_captioned(images.items, said.captions))
-    prompt = said.prompt if said.class_name is None else class_prompt(said.class_name)
-    if prompt is not None:
-        return replace(images, items=[replace(item, condition=Condition(prompt)) for item in images.items])
-    items, note = [], ""
-    for item in images.items:
-        text = prompt_from_file_name(Path(item.file).stem)
-        if text is not None:
-            note = note or f"prompts were read from the file names ({Path(item.file).name}: {text!r})"
-            item = replace(item, condition=Condition(text))
-        items.append(item)
-    return replace(images, items=items, note=note)
+def _named(images: ImageSet) -> ImageSet:
+    """The images with what their names say of them."""
+    texts = [prompt_from_file_name(Path(item.file).stem) for item in images.items]
+    conditions = [None if text is None else Condition(text) for text in texts]
+    items = [replace(item, condition=one) for item, one in zip(images.items, conditions, strict=True)]
+    note = next((f"{Path(item.file).name}: {item.condition.prompt!r}" for item in items if item.condition), "")
+    return replace(images, items=items, note=note and f"prompts were read from the file names ({note})")
 
 
 def prompt_from_file_name(stem: str) -> str | None:
@@ -382,7 +348,7 @@ def prompt_from_file_name(stem: str) -> str | None:
     """
     words = re.sub(r"[_\-\s]+", " ", stem).strip()
     words = re.sub(r"^(\d+ )+|( ?\(?\d+\)?)+$", "", words).strip()
-    if words.lower() in NO_PROMPT_WORDS or not any(character.isalpha() for character in words):
+    if NO_PROMPT_WORDS.fullmatch(words) or not any(character.isalpha() for character in words):
         return None
     return words if len(words.split()) >= 4 else class_prompt(words)
 

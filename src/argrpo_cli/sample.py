@@ -74,17 +74,6 @@ class Order:
             raise UserError(f"{self.policy} draws classes, not captions; give --class instead of --prompt")
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Where the images are, how many, and how many of them an earlier, interrupted run had drawn."""
-
-    folder: Path
-    grid: Path
-    count: int
-    kept: int
-    first: bool = True  # of several processes, the one that reports
-
-
 def draw_samples(
     order: Order,
     out: Path,
@@ -94,11 +83,14 @@ def draw_samples(
     text_device: str = "same",
     npz: bool = False,
     overwrite: bool = False,
-) -> Samples:
+) -> tuple[int, int] | None:
     """Draw the images into `out`; several processes share the work.
 
     An `out` that an interrupted call with the same order left is completed, in batches of its own size. Anything else
     in it is an error, unless `overwrite`, which removes the samples of an earlier call (and no other file) first.
+
+    Returns:
+        How many images there are, and how many of them an earlier call had drawn; None in all processes but the first.
 
     Raises:
         UserError: a setting out of range, an unknown policy or class, an `out` in use or not writable.
@@ -108,7 +100,10 @@ def draw_samples(
     if seen is not None:
         order.check_kind(seen.reads)
         seen.check(order.classes)
-    _check_folder(out, overwrite)
+    if not overwrite and (out / EARLIER_SETTINGS).is_file():
+        raise UserError(f"{out} holds samples of an earlier version; choose another --out, or --overwrite to replace")
+    if not overwrite or not out.is_dir():
+        check_claim(out)
     notice(f"loading {order.policy} ...")
     from argrpo_cli.draw import draw_into
     from argrpo_cli.policy import load_policy
@@ -120,7 +115,7 @@ def draw_samples(
     identity = {"command": SAMPLE, **asdict(order), **asdict(order.sampling), "weights": policy.fingerprint()}
     del identity["sampling"]  # its settings stand beside the others
     batch_size = team.from_lead(lambda: _claim(out, identity, batch_size, overwrite))
-    kept = draw_into(
+    before = draw_into(
         out, policy, shots, order.sampling, batch_size=batch_size, label="sampling", team=team, size=order.resize
     )
 
@@ -131,7 +126,7 @@ def draw_samples(
         write_jsonl(out / METADATA, [_row(shot, policy.card, order) for shot in shots])
 
     team.lead(finish)
-    return Samples(folder=out, grid=out / GRID, count=len(shots), kept=kept, first=team.first)
+    return (len(shots), before) if team.first else None
 
 
 def file_name(number: int, name: str, seed: int) -> str:
@@ -177,26 +172,20 @@ def _row(shot: Shot, card: Card, order: Order) -> dict[str, Any]:
     }
 
 
-def _check_folder(out: Path, overwrite: bool) -> None:
-    """What can be refused before the policy is loaded."""
-    if not overwrite and (out / EARLIER_SETTINGS).is_file():
-        raise UserError(f"{out} holds samples of an earlier version; choose another --out, or --overwrite to replace")
-    if not overwrite or not out.is_dir():
-        check_claim(out)
-
-
 def _claim(out: Path, identity: dict[str, Any], batch_size: int, overwrite: bool) -> int:
     """Make `out` ready: new, emptied of older samples, or an unfinished one of the same `identity`."""
+    there = any((out / name).is_file() for name in (SETTINGS, EARLIER_SETTINGS))
     if overwrite and not _is_of_another_command(out):
-        for path in _samples_in(out):
+        images = [path.name for path in out.iterdir() if OUR_IMAGE.fullmatch(path.name)] if there else []
+        # Metadata first, for it vouches for the others.
+        for path in [out / name for name in (METADATA, GRID, NPZ, EARLIER_SETTINGS, *images)] if there else []:
             try:
-                path.unlink()
+                path.unlink(missing_ok=True)
             except OSError as error:
                 raise cannot_write(path, error) from error
         write_json(make_dir(out) / SETTINGS, {**identity, "batch_size": batch_size})
-    return claim(
-        out, identity, batch_size, "samples of other settings", "choose another --out, or --overwrite to replace"
-    )
+    mend = "choose another --out, or --overwrite to replace"
+    return claim(out, identity, batch_size, "samples of other settings", mend)
 
 
 def _is_of_another_command(out: Path) -> bool:
@@ -204,14 +193,6 @@ def _is_of_another_command(out: Path) -> bool:
         return read_json(out / SETTINGS).get("command") != SAMPLE
     except UserError:  # none, or a damaged one
         return False
-
-
-def _samples_in(out: Path) -> list[Path]:
-    """The files in `out` that an earlier call wrote; metadata first, for it vouches for the others."""
-    if not any((out / name).is_file() for name in (SETTINGS, EARLIER_SETTINGS)):
-        return []
-    fixed = [out / name for name in (METADATA, GRID, NPZ, EARLIER_SETTINGS) if (out / name).is_file()]
-    return fixed + [path for path in out.iterdir() if OUR_IMAGE.fullmatch(path.name)]
 
 
 def _write_grid(shots: Sequence[Shot], card: Card, per_class: int, out: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from argrpo_cli.images import Item, Said, find_items
+from argrpo_cli.images import READERS, Item, find_items
 from argrpo_cli.kept import Rows, in_batches, kept
 from argrpo_cli.shapes import Column, Condition, Result, Value
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import check_writable, make_dir, save_png, write_jsonl, write_text
+from argrpo_cli.system.files import atomic_path, check_writable, make_dir, save_png, write_jsonl
 from argrpo_cli.system.progress import notice
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 SCORES, TABLE, SUMMARY, SHEET = "scores.jsonl", "scores.csv", "summary.json", "best_worst.png"
 PARTIAL = "scores.partial"  # of a job that has not ended, or has no score for some images
 SHEET_COLUMNS, THUMBNAIL = 8, 128
-READERS = 8  # threads that decode images
 MOST_BYTES = 2**28  # of images at a time, however many
 
 
@@ -50,7 +49,9 @@ def score_images(
     sources: Sequence[Path],
     rewards: Sequence[str],
     *,
-    said: Said | None = None,
+    prompt: str | None = None,
+    class_name: str | None = None,
+    captions: Path | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     out: Path | None = None,
     batch_size: int = 64,
@@ -63,7 +64,7 @@ def score_images(
 
     Args:
         sources: a folder, an .npz, or image files; see `images.find_items`.
-        said: what the images should show, where nothing beside them says it.
+        prompt, class_name, captions: what the images should show, where nothing beside them says it.
         options: name of a reward to options of its own.
         out: by default the folder of the images, or one beside the .npz.
 
@@ -76,7 +77,7 @@ def score_images(
     for name in rewards:
         if rewards.count(name) > 1:
             raise UserError(f"--rewards names {name!r} twice")
-    images = find_items(sources, said or Said())
+    images = find_items(sources, prompt, class_name, captions)
     items, target = images.items, out or images.folder
     check_writable(target)
     notice(f"loading {', '.join(rewards)} ...")
@@ -89,24 +90,20 @@ def score_images(
         store = Rows(
             target / PARTIAL, reward_set.identity(options), item_key, complete=lambda row: None not in row.values()
         )
-        before = score_items(reward_set, items, store, batch_size)
+        score = partial(score_rows, reward_set)
+        before = kept(items, score, store, batch_size=batch_size, label="scoring", whole=False)
         scores = store.read(items)
         columns = {name: [row[name] for row in scores] for name in rewards}
         result = _result(str(sources[0] if len(sources) == 1 else images.folder), reward_set, columns)
         rows = [row_of(item, row) for item, row in zip(items, scores, strict=True)]
         write_jsonl(make_dir(target) / SCORES, rows)
-        write_text(target / TABLE, _csv(rows, list(rewards)))
+        _write_table(target / TABLE, rows, rewards)
         save_png(target / SHEET, best_and_worst(items, columns))
         result.save(target / SUMMARY)
         if not result.warnings:
             store.remove()  # otherwise the same call asks again for what is missing
     uses_prompt = any(reward_set.entries[name].reads_prompt for name in rewards)
     return Scored(result, target, before, images.note if uses_prompt else "")
-
-
-def score_items(reward_set: RewardSet, items: Sequence[Item], store: Rows, batch_size: int) -> int:
-    """Score what the store has no complete row for, {reward: score or None} of each image; how many it had before."""
-    return kept(items, partial(score_rows, reward_set), store, batch_size=batch_size, label="scoring", whole=False)
 
 
 def score_rows(reward_set: RewardSet, items: Sequence[Item]) -> list[dict[str, float | None]]:
@@ -142,10 +139,12 @@ def _result(source: str, reward_set: RewardSet, columns: Mapping[str, Sequence[f
     values, rewards, warnings = {}, {}, []
     for name, column in columns.items():
         scores = [score for score in column if score is not None]
-        values[name] = _mean(scores)
+        count = len(scores)
+        error = stdev(scores) / math.sqrt(count) if count > 1 else None
+        values[name] = Value(fmean(scores) if scores else None, error, count)
         rewards[name] = {"family": reward_set.family[name]}
         rewards[name] |= {"min": min(scores, default=None), "max": max(scores, default=None)}
-        if missing := len(column) - len(scores):
+        if missing := len(column) - count:
             why = reward_set.last_error.get(name, "it said no more")
             rewards[name] |= {"missing": missing, "last_error": why}
             warnings.append(f"{name} has no score for {missing} images (the latest: {why})")
@@ -158,16 +157,6 @@ def _result(source: str, reward_set: RewardSet, columns: Mapping[str, Sequence[f
         protocol={"images": len(next(iter(columns.values()))), "rewards": rewards},
         warnings=warnings,
     )
-
-
-def _mean(scores: Sequence[float]) -> Value:
-    """The mean with its standard error, which a single image has not."""
-    count = len(scores)
-    if not count:
-        return Value(None, count=0)
-    mean = math.fsum(scores) / count
-    variance = math.fsum((score - mean) ** 2 for score in scores) / (count - 1) if count > 1 else math.nan
-    return Value(mean, math.sqrt(variance / count), count)
 
 
 def best_and_worst(items: Sequence[Item], columns: Mapping[str, Sequence[float | None]]) -> Image.Image:
@@ -236,10 +225,9 @@ def row_of(item: Item, scores: Mapping[str, float | None]) -> dict[str, Any]:
     return {"file": item.file, **said, **item.extra, "scores": scores}
 
 
-def _csv(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "prompt", "class_id", *names])
-    for row in rows:
-        writer.writerow([row["file"], row.get("prompt"), row.get("class_id"), *(row["scores"][name] for name in names)])
-    return text.getvalue()
+def _write_table(path: Path, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        columns = ["file", "prompt", "class_id", *names]
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | row["scores"] for row in rows)

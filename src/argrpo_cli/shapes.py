@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_json, write_json
+from argrpo_cli.system.files import read_json, read_text, write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 RESULT_FORMAT = 2  # of summary.json; files of the first one had a shape for each benchmark
@@ -180,34 +180,14 @@ class Result:
             known = "result of an earlier version" if {"scores", "policies", "rewards"} & held.keys() else "result"
             what = "a " + known if known != "result" else "no result of argrpo"
             raise UserError(f"{path} is {what}; measure again with this version, into another --out")
+        from pydantic import TypeAdapter, ValidationError
+
         try:
-            return cls(
-                benchmark=_of(str, held["benchmark"]),
-                columns={_of(str, key): Column(**one) for key, one in held["columns"].items()},
-                rows={_of(str, row): _values(one) for row, one in held["rows"].items()},
-                difference=_values(held["difference"]),
-                paper={row: {key: float(number) for key, number in one.items()} for row, one in held["paper"].items()},
-                protocol=_of(dict, held["protocol"]),
-                departures=[_of(str, text) for text in held["departures"]],
-                warnings=[_of(str, text) for text in held["warnings"]],
-            )
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise UserError(f"{path} is a damaged result ({type(error).__name__}: {error}); measure again") from error
-
-
-def _values(held: Mapping[str, Any]) -> dict[str, Value]:
-    values = {key: Value(**one) for key, one in held.items()}
-    for one in values.values():
-        for number in (one.value, one.error, one.count):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
-                raise TypeError(f"{number!r} is no number")
-    return values
-
-
-def _of(kind: type, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
-    return value
+            return TypeAdapter(cls).validate_json(read_text(path), strict=True)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"]))
+            raise UserError(f"{path} is a damaged result ({where}: {fault['msg']}); measure again") from error
 
 
 def _plain(value: object) -> str:

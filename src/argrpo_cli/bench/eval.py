@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -152,15 +153,9 @@ def save_random_weights(path: Path) -> Path:
     """
     from torch_fidelity import feature_extractor_inceptionv3 as port
 
-    fetch = port.load_state_dict_from_url
-    fill = port.FeatureExtractorInceptionV3.load_state_dict
-    try:  # its constructor insists on a file
-        port.load_state_dict_from_url = lambda *given, **named: {}
-        port.FeatureExtractorInceptionV3.load_state_dict = lambda self, state: None
-        network = port.FeatureExtractorInceptionV3("random", ["2048"])
-    finally:
-        port.load_state_dict_from_url = fetch
-        port.FeatureExtractorInceptionV3.load_state_dict = fill
+    extractor = port.FeatureExtractorInceptionV3
+    with patch.object(port, "load_state_dict_from_url"), patch.object(extractor, "load_state_dict"):
+        network = extractor("random", ["2048"])  # its constructor insists on a file
     torch.manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

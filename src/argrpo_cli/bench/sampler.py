@@ -202,14 +202,10 @@ def explain_memory(model: LlamaGenForImageGeneration, batch: int, cfg_scale: flo
 def nano(arguments: list[str] | None = None) -> None:
     """The nano policy with and without its key-value cache, and where the time of a sampled image goes."""
     options = parse("nano", nano.__doc__, arguments, policy="nano-c2i", batch_size=48, cfg_scale=2.0, repeats=5)
-    batch, policy, sampling = (
-        options.batch_size,
-        load_policy(options.policy, options.device),
-        Sampling(options.cfg_scale),
-    )
+    batch, policy = options.batch_size, load_policy(options.policy, options.device)
     encoded = policy.encode(policy.conditions(index % len(policy.card.names) for index in range(batch)))
     jobs = {
-        "cached": lambda: policy.sample(encoded, sampling, range(batch)).tokens,
+        "cached": lambda: policy.sample(encoded, Sampling(options.cfg_scale), range(batch)).tokens,
         "uncached": lambda: sample_without_cache(policy.model, encoded, options.cfg_scale, range(batch)),
     }
     # The first calls are the warm-up; they also show that both draw the same images.

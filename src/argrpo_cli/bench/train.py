@@ -40,7 +40,6 @@ from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.scorer import BatchScorer
 
 STAGES = ("rollout", "reward", "update")
-LORA = {"rank": 16, "alpha": 32.0}
 
 
 class StageMeter(Stopwatch):
@@ -134,15 +133,13 @@ def _ways(recipe: Recipe, base: str, micro_batch_size: int) -> dict[str, Recipe]
     tree["grpo"]["micro_batch_size"] = micro_batch_size
     tree["rewards"]["terms"] = [{"name": "brightness"}]
 
-    def changed(section: str, **keys: Any) -> Recipe:
-        return Recipe.model_validate(tree | {section: tree[section] | keys})
-
-    return {
-        "all weights": Recipe.model_validate(tree),
-        "recomputed activations": changed("grpo", gradient_checkpointing=True),
-        "LoRA": changed("policy", lora=LORA),
-        "no reference model": changed("grpo", beta=0.0),
+    changes = {
+        "all weights": {},
+        "recomputed activations": {"grpo": tree["grpo"] | {"gradient_checkpointing": True}},
+        "LoRA": {"policy": tree["policy"] | {"lora": {"rank": 16, "alpha": 32.0}}},
+        "no reference model": {"grpo": tree["grpo"] | {"beta": 0.0}},
     }
+    return {name: Recipe.model_validate(tree | change) for name, change in changes.items()}
 
 
 def _base(recipe: Recipe, folder: Path) -> str:

@@ -39,7 +39,7 @@ def sample(
         --overwrite: Replace the samples in --out.
     """
     from argrpo_cli.captions import read_captions
-    from argrpo_cli.sample import Order, draw_samples
+    from argrpo_cli.sample import GRID, Order, draw_samples
 
     captions = [*(prompt or ()), *(read_captions(prompts) if prompts is not None else ())]
     order = Order(
@@ -60,6 +60,7 @@ def sample(
         npz=npz,
         overwrite=overwrite,
     )
-    if samples.first:
-        kept = f" ({samples.kept} were there already)" if samples.kept else ""
-        print(f"{samples.count} images{kept} in {out}, overview in {samples.grid}")
+    if samples is not None:  # the first of several processes tells
+        count, before = samples
+        kept = f" ({before} were there already)" if before else ""
+        print(f"{count} images{kept} in {out}, overview in {out / GRID}")

@@ -37,7 +37,6 @@ def score(
         --out: Where to write the scores.  [default: beside the images]
     """
     from argrpo_cli.evals.tables import show
-    from argrpo_cli.images import Said
     from argrpo_cli.score import SHEET, score_images
 
     names = names_in(rewards)
@@ -46,7 +45,9 @@ def score(
     scored = score_images(
         images,
         names,
-        said=Said(prompt, class_, prompts),
+        prompt=prompt,
+        class_name=class_,
+        captions=prompts,
         options=options,
         out=out,
         batch_size=batch_size,
