@@ -177,8 +177,3 @@ def test_model_files_that_are_missing_or_damaged_are_named(monkeypatch, tmp_path
         (tmp_path / "models" / f"PP-OCR_{part}_small.onnx").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"models cannot be used .*force-reinstall rapidocr"):
         Ocr()
-
-
-def test_a_thread_count_below_one_is_refused():
-    with pytest.raises(UserError, match="threads = 0"):
-        Ocr(threads=0)

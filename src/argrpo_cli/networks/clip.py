@@ -24,7 +24,6 @@ from argrpo_cli.networks.weights import fit_state, published_file, read_state
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line
 from argrpo_cli.system.files import fetch, read_json
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REMEMBERED = 10_000  # prompts; 40 MB of features of width 1024
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -53,8 +52,8 @@ class ClipModel:
         device: str = "cpu",
         dtype: str = "float32",
     ):
-        self.network = network.to(device=device, dtype=check_dtype(dtype)).eval().requires_grad_(False)
-        self.tokenizer, self.prepare, self.device, self.dtype = tokenizer, prepare, device, DTYPES[dtype]
+        self.tokenizer, self.prepare, self.device, self.dtype = tokenizer, prepare, device, getattr(torch, dtype)
+        self.network = network.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
         self._texts: dict[str, Tensor] = {}  # the one used last is at the end
 
     @torch.inference_mode()
@@ -84,13 +83,6 @@ class ClipModel:
         return (self.image_features(images) * self.text_features(prompts)).sum(-1)
 
 
-def check_dtype(name: str) -> torch.dtype:
-    """The torch type of a name; UserError lists the names."""
-    if name not in DTYPES:
-        raise UserError(f"dtype {name!r} is unknown; there are {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}")
-    return DTYPES[name]
-
-
 # open_clip
 
 
@@ -112,7 +104,6 @@ def load_open_clip(
     Raises:
         UserError: an unknown name or tag, weights that are missing, damaged or of another network.
     """
-    check_dtype(dtype)
     if model.startswith(HUB_PREFIX):
         repo, files = model.removeprefix(HUB_PREFIX), OPEN_CLIP_FILES
         whole = read_json(fetch(repo, "open_clip_config.json"))
@@ -258,7 +249,6 @@ def load_transformers_clip(
     Raises:
         UserError: no such model, another kind of model, weights that are missing, damaged or of another network.
     """
-    check_dtype(dtype)
     folder = Path(model)
     config = read_json(folder / "config.json" if folder.is_dir() else fetch(model, "config.json"))
     if (kind := config.get("model_type")) != "clip":

@@ -41,7 +41,7 @@ REWARDS = {  # name to the class that carries all else that is to be known of it
     "imagereward": "argrpo_cli.rewards.imagereward:ImageReward",
     "pickscore": "argrpo_cli.rewards.clip:PickScore",
     "deqa": "argrpo_cli.rewards.judge.deqa:Deqa",
-    "unified-reward": "argrpo_cli.rewards.judge.unified_reward:UnifiedReward",
+    "unified-reward": "argrpo_cli.rewards.judge:UnifiedReward",
     "geneval": "argrpo_cli.rewards.geneval:GenEval",
     "ocr": "argrpo_cli.rewards.ocr:Ocr",
 }

@@ -12,7 +12,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
+
+from annotated_types import Ge
 
 from argrpo_cli import __version__
 from argrpo_cli.shapes import Condition
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FAMILIES = ("conditional", "quality", "realism")  # r_C, r_I, r_R of equations 7 to 9
+
+# Of options; `Reward.check_options` holds values against the annotations of a constructor.
+Count = Annotated[int, Ge(1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Needs(NamedTuple):
@@ -50,7 +56,8 @@ class Needs(NamedTuple):
 class Reward:
     """A reward model: one raw score per image, in the reward's own unit.
 
-    A subclass takes `device` and, by keyword, its options. What it can say without its network are class attributes:
+    A subclass takes `device` and, by keyword, its options, which `check_options` has held against their annotations.
+    What it can say without its network are class attributes:
 
     Attributes:
         name: as on the command line.
@@ -120,20 +127,27 @@ class Reward:
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        """UserError for an option that it does not have, or a value of another type than its constructor says."""
+        """UserError for an option that it does not have, or a value that its constructor's annotation does not allow."""
         from pydantic import ConfigDict, TypeAdapter, ValidationError
 
         hints = option_types(cls)
-        known = list(hints)
         for key, value in options.items():
-            if key not in known:
-                has = f"it has {', '.join(known)}" if known else "it has none"
-                raise UserError(f"reward {cls.name}: no option {key!r}; {has}{did_you_mean(key, known)}")
+            if key not in hints:
+                has = f"it has {', '.join(hints)}" if hints else "it has none"
+                raise UserError(f"reward {cls.name}: no option {key!r}; {has}{did_you_mean(key, hints)}")
+            plain = hints[key].__origin__ if hasattr(hints[key], "__metadata__") else hints[key]
             try:
                 TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
             except ValidationError as error:
-                expected = getattr(hints[key], "__name__", str(hints[key])).replace("pathlib.", "")
-                raise UserError(f"reward {cls.name}: {key} is {value!r}; expected {expected}") from error
+                problem = error.errors()[0]
+                if problem["type"] == "literal_error":
+                    choose(f"reward {cls.name}", key, value, get_args(plain))
+                bound = problem["msg"].removeprefix("Input should be ")
+                expected = getattr(plain, "__name__", str(plain)).replace("pathlib.", "")
+                mend = (
+                    f"it must be {bound}" if problem["type"].startswith(("greater", "less")) else f"expected {expected}"
+                )
+                raise UserError(f"reward {cls.name}: {key} is {value!r}; {mend}") from error
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """Raise UserError for a condition that it cannot read."""
@@ -151,7 +165,8 @@ def option_types(reward: type[Reward]) -> dict[str, Any]:
     types: dict[str, Any] = {}
     for one in reward.__mro__:
         if constructor := vars(one).get("__init__"):
-            parameters, hints = inspect.signature(constructor).parameters.values(), get_type_hints(constructor)
+            parameters = inspect.signature(constructor).parameters.values()
+            hints = get_type_hints(constructor, include_extras=True)
             types |= {each.name: hints[each.name] for each in parameters if each.kind is each.KEYWORD_ONLY}
             if not any(each.kind is each.VAR_KEYWORD for each in parameters):
                 break

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from argrpo_cli.rewards.base import Needs, Reward, choose
+from argrpo_cli.rewards.base import Dtype, Needs, Reward, choose
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.files import HubFile
 
@@ -65,7 +65,7 @@ class Clip(ClipReward):
         model: str = "ViT-B-32-quickgelu",
         pretrained: str = "openai",
         weights: str | Path | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
     ):
         import open_clip
 
@@ -121,16 +121,15 @@ class HPSv2(ClipReward):
         *,
         version: str | float = "2.1",
         weights: str | Path | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
     ):
         import open_clip
 
-        from argrpo_cli.networks.clip import check_dtype, open_clip_from
+        from argrpo_cli.networks.clip import open_clip_from
         from argrpo_cli.networks.pixels import letterbox
         from argrpo_cli.networks.weights import published_file
 
         file = self.checkpoint(version)
-        check_dtype(dtype)
         path = published_file(file.repo, file.file, weights)
         config = open_clip.get_model_config(self.architecture)
         prepare = partial(letterbox, size=config["vision_cfg"]["image_size"])
@@ -190,11 +189,10 @@ class PickScore(ClipReward):
         },
     }
 
-    def __init__(self, device: str = "cpu", *, weights: str | Path | None = None, dtype: str = "float32"):
-        from argrpo_cli.networks.clip import TRANSFORMERS_FILES, check_dtype, transformers_clip
+    def __init__(self, device: str = "cpu", *, weights: str | Path | None = None, dtype: Dtype = "float32"):
+        from argrpo_cli.networks.clip import TRANSFORMERS_FILES, transformers_clip
         from argrpo_cli.networks.weights import published_file
 
-        check_dtype(dtype)
         path = published_file(self.files["weights"].repo, TRANSFORMERS_FILES, weights)
         self.clip = transformers_clip(self.config, path, device, dtype)
 
@@ -235,7 +233,7 @@ class Aesthetic(Reward):
         *,
         weights: str | Path | None = None,
         clip_weights: str | Path | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
     ):
         from argrpo_cli.networks.clip import AestheticHead, load_open_clip, load_state
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from argrpo_cli.geneval import DETECTORS
 from argrpo_cli.geneval.grammar import Prompt, parse_prompt
 from argrpo_cli.geneval.rules import reward_score
-from argrpo_cli.rewards.base import Needs, Reward, choose
+from argrpo_cli.rewards.base import Needs, Reward
 from argrpo_cli.rewards.clip import L14, OPENAI_FILES
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.files import HubFile
@@ -38,7 +37,7 @@ class GenEval(Reward):
         clip_weights: a local file of OpenAI's ViT-L/14 in open_clip's layout in the place of the published one.
 
     Raises:
-        UserError: an unknown detector, weights that are missing, damaged or of another network.
+        UserError: weights that are missing, damaged or of another network.
     """
 
     name = "geneval"
@@ -52,7 +51,7 @@ class GenEval(Reward):
         self,
         device: str = "cpu",
         *,
-        detector: str = "mask2former",
+        detector: Literal["mask2former", "nano"] = "mask2former",
         strict: bool = False,
         weights: str | Path | None = None,
         clip_weights: str | Path | None = None,
@@ -66,7 +65,6 @@ class GenEval(Reward):
     @classmethod
     def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
         """The detector and the CLIP that names colours; the nano world's are bundled."""
-        choose("geneval", "detector", options.get("detector", "mask2former"), DETECTORS)
         if options.get("detector") == "nano":
             return Needs()
         config = () if options.get("weights") is not None else (HubFile(REPO, "config.json"),)

@@ -9,15 +9,16 @@ and pooling are ours, because pyiqa pools the patches of all crops together and 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from unittest import mock
 
 import numpy as np
+from annotated_types import Interval
 
-from argrpo_cli.rewards.base import Reward, choose
+from argrpo_cli.rewards.base import Count, Reward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import HubFile
@@ -45,24 +46,15 @@ def build_network() -> nn.Module:
         from pyiqa.archs import maniqa_arch
     except ImportError as error:
         raise UserError(f"maniqa needs pyiqa, which cannot be imported ({error}); run: pip install pyiqa") from error
-    with _untrained_backbone(maniqa_arch):
+    create_model = maniqa_arch.timm.create_model
+
+    def untrained(name: str, pretrained: bool) -> nn.Module:
+        return create_model(name, pretrained=False)
+
+    # It asks timm for ImageNet weights whatever it is told; MANIQA's own file replaces every one of them.
+    with mock.patch.object(maniqa_arch, "timm", SimpleNamespace(create_model=untrained)):
         network = maniqa_arch.MANIQA(pretrained=False, scale=SCALE)
     return network.eval().requires_grad_(False)
-
-
-@contextmanager
-def _untrained_backbone(module: object) -> Iterator[None]:
-    """pyiqa asks timm for ImageNet weights whatever it is told; MANIQA's own file replaces every one of them."""
-    timm = module.timm
-
-    def create_model(name: str, pretrained: bool) -> nn.Module:
-        return timm.create_model(name, pretrained=False)
-
-    module.timm = SimpleNamespace(create_model=create_model)
-    try:
-        yield
-    finally:
-        module.timm = timm
 
 
 def patch_maps(network: nn.Module, crops: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +136,7 @@ class Maniqa(Reward):
     An image with a side below 224 is enlarged until its short side is 224 (the published code fails there).
 
     Raises:
-        UserError: pyiqa is not installed, an option has another value, or the weights are missing or do not fit.
+        UserError: pyiqa is not installed, or the weights are missing or do not fit.
     """
 
     name, family, reads_prompt = "maniqa", "quality", False
@@ -160,16 +152,10 @@ class Maniqa(Reward):
         *,
         weights: str | Path | None = None,
         crops: Literal["grid", "random"] = "grid",
-        seed: int = 0,
+        seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        crop_batch: int = 20,
+        crop_batch: Count = 20,
     ):
-        choose("maniqa", "crops", crops, ("grid", "random"))
-        choose("maniqa", "dtype", dtype, ("float32", "bfloat16"))
-        if crop_batch < 1:
-            raise UserError(f"maniqa: crop_batch is {crop_batch}; it must be at least 1")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"maniqa: seed is {seed}; it must be at least 0 and below 2^32")
         import torch
 
         from argrpo_cli.networks.weights import fit_state, read_state

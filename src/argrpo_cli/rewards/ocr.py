@@ -24,9 +24,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
+from annotated_types import Ge
 
 from argrpo_cli.rewards.base import Reward
 from argrpo_cli.shapes import Condition
@@ -148,11 +149,9 @@ class Ocr(Reward):
     packages: ClassVar = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime"}  # which bring the weights
     network_name = "PP-OCR of rapidocr, CPU"
 
-    def __init__(self, device: str = "cpu", *, threads: int | None = None):
+    def __init__(self, device: str = "cpu", *, threads: Annotated[int | None, Ge(1)] = None):
         import torch
 
-        if threads is not None and threads < 1:
-            raise UserError(f"ocr: threads = {threads}: give 1 or more")
         self.device, self.threads = device, threads or torch.get_num_threads()
         self.reader = load_reader()
 

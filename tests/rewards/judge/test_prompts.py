@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from argrpo_cli.rewards.judge.prompts import FAKE, FORCED_PREFIX, QUALITY, WEIRD
+from argrpo_cli.rewards.judge.prompts import FAKE, FORCED_PREFIX, QUALITY, WEIRD, unified_question
 from argrpo_cli.rewards.judge.replies import read_score
-from argrpo_cli.rewards.judge.unified_reward import question
 
 
 def test_a_plain_caption_stands_as_in_the_figure():
@@ -34,7 +33,7 @@ def test_no_caption_breaks_the_question(caption):
 def test_markers_of_chat_templates_in_a_caption_are_broken_up():
     for caption in ("<|im_end|>", "<|image_pad|>", "</s>", "<image>", "a<|vision_start|>b"):
         assert caption.replace("<", "< ") in QUALITY.fill(caption)[0]
-        assert question(caption).endswith(f"Text Caption: [{caption.replace('<', '< ')}]")
+        assert unified_question(caption).endswith(f"Text Caption: [{caption.replace('<', '< ')}]")
     assert "I <3 cats" in QUALITY.fill("I <3 cats")[0]
 
 

@@ -11,16 +11,16 @@ import re
 import signal
 import threading
 import time
-from asyncio import CancelledError
+from concurrent.futures import CancelledError
 from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
-from argrpo_cli.rewards.judge import JudgeFake, JudgeQuality, JudgeWeird
+from argrpo_cli.rewards import load_reward
+from argrpo_cli.rewards.judge import JudgeFake, JudgeQuality, JudgeWeird, UnifiedReward
 from argrpo_cli.rewards.judge.server import MAX_RETRY_AFTER, pause, retry_after
-from argrpo_cli.rewards.judge.unified_reward import UnifiedReward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from tests.rewards.judge.fake_server import MODEL, FakeServer
@@ -268,12 +268,15 @@ def test_no_part_of_the_key_is_left_where_a_text_is_cut(server):
         ({"backend": "server", "url": "http://host", "concurrency": 0}, "concurrency is 0"),
         ({"backend": "server", "url": "http://host", "timeout": 0}, "timeout is 0"),
         ({"backend": "server", "url": "http://host", "temperature": -1}, "temperature is -1"),
-        ({"backend": "server", "url": "http://host", "image_format": "gif"}, "image_format is 'gif'"),
+        (
+            {"backend": "server", "url": "http://host", "image_format": "gif"},
+            "image_format 'gif' is unknown; there are png, jpeg",
+        ),
     ],
 )
 def test_options_that_are_none(options, why):
     with pytest.raises(UserError, match=why) as error:
-        JudgeQuality(**options)
+        load_reward("judge-quality", options=options)
     assert "hunter2" not in str(error.value)
 
 

@@ -1,4 +1,5 @@
 """judge-quality, judge-fake and judge-weird: the paper's VLM-as-a-judge (figure 13), Qwen2.5-VL-3B-Instruct by default.
+And unified-reward, another model that is asked so.
 
 The questions are in `prompts.py`, the reading of replies in `replies.py`; the model runs in this process (`local.py`)
 or behind a server (`server.py`). An image that the judge gives no score to is NaN, never 0 (the published code gives
@@ -9,18 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from argrpo_cli.rewards.base import Needs, choose
-from argrpo_cli.rewards.judge.prompts import FAKE, QUALITY, WEIRD, Question
-from argrpo_cli.rewards.judge.replies import read_score
-from argrpo_cli.rewards.judge.server import ServerReward, server_needs, to_pil
+from annotated_types import Interval
+
+from argrpo_cli.rewards.base import Count, Needs
+from argrpo_cli.rewards.judge.prompts import FAKE, QUALITY, WEIRD, Question, unified_question
+from argrpo_cli.rewards.judge.replies import read_final_score, read_score
+from argrpo_cli.rewards.judge.server import ServerReward, to_pil
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import HubFile
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -31,8 +34,6 @@ FILES = (
     HubFile(MODEL, "model-00002-of-00002.safetensors", 3_530_000_000),
 )
 WORKING = 2 * 10**9  # keys and values of 64 chats: 36 layers x 512 numbers x 2 bytes for each of some 700 tokens
-BACKENDS = ("local", "server")
-READINGS = ("generate", "logit")
 
 
 class Judge(ServerReward):
@@ -51,7 +52,7 @@ class Judge(ServerReward):
         server: further options of the server backend, see `ServerReward`.
 
     Raises:
-        UserError: an option that is not one, a model that cannot be loaded, a server that is not there.
+        UserError: options that contradict each other, a model that cannot be loaded, a server that is not there.
     """
 
     family, factor, reads_prompt = "realism", 0.25, False
@@ -63,17 +64,15 @@ class Judge(ServerReward):
         self,
         device: str = "cpu",
         *,
-        backend: str = "local",
+        backend: Literal["local", "server"] = "local",
         model: str = MODEL,
         url: str | None = None,
-        reading: str = "generate",
-        attempts: int = 3,
-        temperature: float = 0.0,
+        reading: Literal["generate", "logit"] = "generate",
+        attempts: Count = 3,
+        temperature: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0,
         **server: Any,
     ):
         name = self.name
-        choose(name, "backend", backend, BACKENDS)
-        choose(name, "reading", reading, READINGS)
         if reading == "logit" and not self.question.whole:
             raise UserError(f"{name}: reading 'logit' is for the 0/1 questions; use 'generate'")
         if reading == "logit" and backend == "server":
@@ -83,10 +82,6 @@ class Judge(ServerReward):
                 "give its url, such as http://localhost:8000/v1" if url is None else "use backend 'server' with a url"
             )
             raise UserError(f"{name}: backend is {backend!r} and url {'missing' if url is None else 'given'}; {mend}")
-        if attempts < 1:
-            raise UserError(f"{name}: attempts is {attempts}; it must be at least 1")
-        if not 0 <= temperature < math.inf:
-            raise UserError(f"judge: temperature is {temperature!r}; it must be 0 or more")
         self.device, self.reading, self.attempts, self.temperature = device, reading, attempts, temperature
         self.remote = backend == "server"  # a scheduler may ask it while the device is at other work
         if self.remote:
@@ -100,9 +95,8 @@ class Judge(ServerReward):
     def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
         """A server, or the model here, which is known in full where it is the paper's."""
         model, backend = options.get("model", MODEL), options.get("backend", "local")
-        choose("judge", "backend", backend, BACKENDS)
         if backend == "server":
-            return server_needs(f"{model} at {options.get('url', '?')}", options)
+            return super().needs(options, device)
         if model == MODEL:
             return Needs(FILES, {}, (4 if device == "cpu" else 2) * PARAMETERS, WORKING, model)
         files = (HubFile(model, "config.json"),) if "/" in model else ()
@@ -114,17 +108,18 @@ class Judge(ServerReward):
         0 to 5 for the quality; 0 or 1 (between them with reading "logit") for the others, 1 being good. Only the
         quality question has the prompt in it.
         """
-        pictures, prompts = to_pil(images), [self.question.fill(one.prompt) for one in conditions]
-        if not pictures:
-            return self.scores_of([])
-        if self.reading == "logit":
-            return self.local.probability_of_one(pictures, prompts)
-        read = partial(read_score, question=self.question)
         if self.remote:
-            answers = self.ask_server(pictures, prompts, read)
-        else:
-            answers = self.local.ask(pictures, prompts, read, self.attempts)
-        return self.scores_of(answers)
+            return super().score(images, conditions)
+        pictures, texts = to_pil(images), [self.texts(one) for one in conditions]
+        if self.reading == "logit" and pictures:
+            return self.local.probability_of_one(pictures, texts)
+        return self.scores_of(self.local.ask(pictures, texts, self.read_reply, self.attempts))
+
+    def texts(self, condition: Condition) -> tuple[str, str]:
+        return self.question.fill(condition.prompt)
+
+    def read_reply(self, reply: str) -> float:
+        return read_score(reply, self.question)
 
 
 class JudgeQuality(Judge):
@@ -144,3 +139,32 @@ class JudgeWeird(Judge):
     """0 where the image has a strange feature, 1 where it has none."""
 
     name, question = "judge-weird", WEIRD
+
+
+class UnifiedReward(ServerReward):
+    """UnifiedReward-7b-v1.5 behind a server: 1 to 5 for how well an image fits its caption and how good it looks.
+
+    The question is the pointwise one for generated images of the model's card as far as it is known here; it has not
+    been run against the real model. As the published evaluation: 512 x 512 pixels, temperature 0, the number after
+    "Final Score:". The published code divides it by 5; here it is raw. Options are those of `ServerReward`.
+    """
+
+    name, low, high, factor = "unified-reward", 1.0, 5.0, 1 / 5
+    label, unit, divisor = "UnifiedReward", "score / 5, images at 512 pixels", 5.0
+    published = "CodeGoat24/UnifiedReward-7b-v1.5"
+
+    def check(self, conditions: Sequence[Condition]) -> None:
+        """UserError where a prompt is empty, since there is nothing to hold the image against."""
+        if any(not condition.prompt.strip() for condition in conditions):
+            raise UserError("unified-reward: a prompt is empty; give every image a caption")
+
+    def request(self, image: Image, condition: Condition) -> dict[str, Any]:
+        from PIL.Image import Resampling
+
+        return super().request(image.resize((512, 512), Resampling.BICUBIC), condition)
+
+    def texts(self, condition: Condition) -> tuple[str, str]:
+        return "", unified_question(condition.prompt)
+
+    def read_reply(self, reply: str) -> float:
+        return read_final_score(reply)

@@ -9,17 +9,15 @@ asked through an OpenAI-compatible server that returns the `top_logprobs` of the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.rewards.judge.replies import UnusableReply
-from argrpo_cli.rewards.judge.server import ServerReward, data_url, to_pil
+from argrpo_cli.rewards.judge.server import ServerReward, data_url
 from argrpo_cli.shapes import Condition
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
 QUESTION = "How would you rate the quality of this image?"
 ANSWER = "The quality of the image is"
@@ -102,17 +100,18 @@ def squared(image: Image) -> Image:
 
 
 class Deqa(ServerReward):
-    """Quality from 1 (bad) to 5 (excellent), by a model behind a server; options as those of the judge's."""
+    """Quality from 1 (bad) to 5 (excellent), by a model behind a server; options as those of `ServerReward`.
+
+    The conditions are not looked at.
+    """
 
     name, family, reads_prompt = "deqa", "quality", False
     low, high = 1.0, 5.0
     label, unit, divisor = "DeQA", "score / 5", 5.0
-    published = "zhiyuanyou/DeQA-Score-Mix3"
+    published, resample = "zhiyuanyou/DeQA-Score-Mix3", False
 
-    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] to float32 [B], NaN where the server gave no score; the conditions are not looked at."""
-        requests = [partial(self._request, image) for image in to_pil(images)]
-        return self.scores_of(self.complete(requests, score_of, resample=False))
-
-    def _request(self, image: Image) -> dict[str, Any]:
+    def request(self, image: Image, condition: Condition) -> dict[str, Any]:
         return build_request(data_url(squared(image), self.image_format))
+
+    def read(self, response: Any) -> float:
+        return score_of(response)

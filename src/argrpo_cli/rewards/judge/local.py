@@ -72,14 +72,12 @@ class LocalJudge:
         """One reply for each image: greedy where `sample` is 0, else drawn with `sample` as the seed."""
         inputs = self._inputs(images, [self._chat(prompt) for prompt in prompts])
         # Whatever the model's own generation settings are, such as Qwen's repetition penalty and near-0 temperature.
-        settings = {"do_sample": True, **RESAMPLING} if sample else {"do_sample": False, "temperature": None}
-        settings |= {} if sample else {"top_p": None, "top_k": None}
-        device = self.model.device
+        settings = {"do_sample": bool(sample), **(RESAMPLING if sample else dict.fromkeys(RESAMPLING))}
+        device, tokenizer = self.model.device, self.processor.tokenizer
+        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(sample)
-            tokens = self.model.generate(
-                **inputs, max_new_tokens=self.max_tokens, pad_token_id=self._padding(), **settings
-            )
+            tokens = self.model.generate(**inputs, max_new_tokens=self.max_tokens, pad_token_id=padding, **settings)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new, skip_special_tokens=True)
 
@@ -116,14 +114,7 @@ class LocalJudge:
         inputs = self.processor(
             images=[[image] for image in images], text=list(texts), padding=True, return_tensors="pt"
         )
-        inputs = inputs.to(self.model.device)
-        return {
-            name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
-        }
-
-    def _padding(self) -> int:
-        tokenizer = self.processor.tokenizer
-        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return dict(inputs.to(self.model.device, self.model.dtype))  # numbers that are whole stay so
 
 
 def load_local(name: str, device: str) -> LocalJudge:
@@ -132,16 +123,11 @@ def load_local(name: str, device: str) -> LocalJudge:
     Raises:
         UserError: there is no such model, it cannot be fetched, is of a kind that is not known, or not complete.
     """
-    key = (name, str(torch.device(device)))
-    loaded = _LOADED.get(key)
-    if loaded is None:
-        loaded = _LOADED[key] = _load(name, device)
-    return loaded
-
-
-def _load(name: str, device: str) -> LocalJudge:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    key = (name, str(torch.device(device)))
+    if (loaded := _LOADED.get(key)) is not None:
+        return loaded
     folder = _folder(name)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     try:
@@ -155,7 +141,8 @@ def _load(name: str, device: str) -> LocalJudge:
         ) from error
     if getattr(processor, "chat_template", None) is None or not hasattr(processor, "tokenizer"):
         raise UserError(f"judge: the model {name!r} has no chat template; give one that is trained to chat")
-    return LocalJudge(model.to(device).eval().requires_grad_(False), processor)
+    _LOADED[key] = judge = LocalJudge(model.to(device).eval().requires_grad_(False), processor)
+    return judge
 
 
 def _folder(name: str) -> Path:

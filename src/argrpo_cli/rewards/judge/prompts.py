@@ -1,8 +1,8 @@
-"""The three questions of the paper's figure 13, and captions set into them so that they stay captions.
+"""The three questions of the paper's figure 13 and UnifiedReward's, with captions in them that stay captions.
 
-The wording, with its slips, is the figure's. Two things differ on purpose: the example replies stand in the ``` fences
-that the figure prints as ''', and they are strict JSON on unbroken lines (in the published code the examples of the
-0/1 questions end in a comma, `{"score": 0,}`, which is not JSON, and judges copy it).
+The wording of the three, with its slips, is the figure's. Two things differ on purpose: the example replies stand in
+the ``` fences that the figure prints as ''', and they are strict JSON on unbroken lines (in the published code the
+examples of the 0/1 questions end in a comma, `{"score": 0,}`, which is not JSON, and judges copy it).
 """
 
 from __future__ import annotations
@@ -96,18 +96,28 @@ exmaple of response:
     + "\n```",
 )
 
-FAKE = Question(
-    name="fake",
-    whole=True,
-    before="",
-    after=_YES_NO.replace("{question}", "Is the image an AI-generated image?"),
-)
 
-WEIRD = Question(
-    name="weird",
-    whole=True,
-    before="",
-    after=_YES_NO.replace("{question}", "Is there any strange feature in the image?"),
-)
+def _yes_no(name: str, question: str) -> Question:
+    return Question(name, whole=True, before="", after=_YES_NO.replace("{question}", question))
+
+
+FAKE = _yes_no("fake", "Is the image an AI-generated image?")
+WEIRD = _yes_no("weird", "Is there any strange feature in the image?")
 
 FORCED_PREFIX = '```json\n{"score": '  # what the reply to a 0/1 question begins with, up to the digit
+
+_UNIFIED = """\
+You are given a text caption and a generated image based on that caption. \
+Your task is to evaluate this image based on two key criteria:
+1. Alignment with the Caption: Assess how well this image aligns with the provided caption. \
+Consider the accuracy of depicted objects, their relationships, and attributes as described in the caption.
+2. Overall Image Quality: Examine the visual quality of this image, including clarity, detail preservation, \
+color accuracy, and overall aesthetic appeal.
+Based on the above criteria, assign a score from 1 to 5 after 'Final Score:'.
+Your task is provided as follows:
+Text Caption: """
+
+
+def unified_question(caption: str) -> str:
+    """UnifiedReward's about an image of this caption: on one line, in square brackets as the model was trained."""
+    return f"{_UNIFIED}[{' '.join(plain(caption).split())}]"

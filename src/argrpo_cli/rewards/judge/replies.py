@@ -13,6 +13,7 @@ by what follows; the published code takes the first block.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from argrpo_cli.rewards.judge.prompts import Question
@@ -63,21 +64,17 @@ def read_score(reply: str, question: Question) -> float:
     match = _SCORE.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
         raise UnusableReply("the score in the reply is not a number")
-    return _in_range(float(match[1]), match[2], question.low, question.high, question.whole)
+    return _in_range(match, question.low, question.high, question.whole)
 
 
-def read_final_score(reply: str, low: float = 1.0, high: float = 5.0) -> float:
-    """The number after the last "Final Score:" of a reply.
-
-    Raises:
-        UnusableReply: there is none, or it is outside `low` to `high`.
-    """
+def read_final_score(reply: str) -> float:
+    """The number, 1 to 5, after the last "Final Score:" of a reply; UnusableReply where there is none."""
     _check_length(reply)
     *_, place = [None, *re.finditer("final score", reply, re.IGNORECASE)]
     match = _FINAL_SCORE.match(reply, place.start()) if place else None
     if match is None:
         raise UnusableReply("the reply has no number after 'Final Score:'")
-    return _in_range(float(match[1]), match[2], low, high, whole=False)
+    return _in_range(match, 1.0, 5.0)
 
 
 def _check_length(reply: str) -> None:
@@ -87,8 +84,9 @@ def _check_length(reply: str) -> None:
         raise UnusableReply("the reply is empty")
 
 
-def _in_range(score: float, out_of: str | None, low: float, high: float, whole: bool) -> float:
-    """`score` where it answers the question; UnusableReply otherwise."""
+def _in_range(match: re.Match[str], low: float, high: float, whole: bool = False) -> float:
+    """The number in a match where it answers the question; UnusableReply otherwise."""
+    score, out_of = float(match[1]), match[2]
     if out_of is not None and float(out_of) != high:
         raise UnusableReply(f"the score is given out of {out_of}, not out of {high:g}")
     if not low <= score <= high:
@@ -126,9 +124,7 @@ def _scores(value: Any) -> list[Any]:
 
 def _keys(value: Any) -> bool:
     """Whether there is an object with a key somewhere, so that it is more than a bracket in prose."""
-    if isinstance(value, dict):
-        return bool(value)
-    return isinstance(value, list) and any(_keys(child) for child in value)
+    return any(map(_keys, value)) if isinstance(value, list) else isinstance(value, dict) and bool(value)
 
 
 class _Reader:
@@ -165,19 +161,25 @@ class _Reader:
         self.position = _SPACE.match(self.text, self.position).end()
         return self.text[self.position : self.position + 1]
 
-    def _object(self, depth: int) -> dict[str, Any]:
-        pairs: dict[str, Any] = {}
+    def _parts(self, end: str) -> Iterator[str]:
+        """Where each part of an object or array begins, its first character, until it ends or the text does."""
         self.position += 1
         while not self.cut:
             first = self._peek()
             if not first:
                 self.cut = True
-            elif first == "}":
+            elif first == end:
                 self.position += 1
-                break
+                return
             elif self.text.startswith("```", self.position):
-                break
-            elif first == "{" and depth + 1 < DEPTH:
+                return
+            else:
+                yield first
+
+    def _object(self, depth: int) -> dict[str, Any]:
+        pairs: dict[str, Any] = {}
+        for first in self._parts("}"):
+            if first == "{" and depth + 1 < DEPTH:
                 pairs[f"{{{len(pairs)}"] = self.value(depth + 1)  # an object where a key should be
             elif (key := _KEY.match(self.text, self.position)) is not None:
                 self.position = key.end()
@@ -188,17 +190,8 @@ class _Reader:
 
     def _array(self, depth: int) -> list[Any]:
         items: list[Any] = []
-        self.position += 1
-        while not self.cut:
-            first = self._peek()
-            if not first:
-                self.cut = True
-            elif first == "]":
-                self.position += 1
-                break
-            elif self.text.startswith("```", self.position):
-                break
-            elif first in "},，`" or (first in "{[" and depth + 1 >= DEPTH):
+        for first in self._parts("]"):
+            if first in "},，`" or (first in "{[" and depth + 1 >= DEPTH):
                 self.position += 1
             else:
                 items.append(self.value(depth + 1))

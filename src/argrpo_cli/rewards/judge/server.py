@@ -18,20 +18,22 @@ import os
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from argrpo_cli.rewards.base import Needs, Reward
+from annotated_types import Interval
+from anyio.from_thread import start_blocking_portal
+
+from argrpo_cli.rewards.base import Count, Needs, Reward
 from argrpo_cli.rewards.judge.replies import UnusableReply
+from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import reason
 
 if TYPE_CHECKING:
-    from httpx2 import AsyncClient, Headers, Response
+    from httpx2 import AsyncClient
     from PIL.Image import Image
     from torch import Tensor
 
@@ -48,7 +50,7 @@ RETRIED = (408, 425, 429)  # and every 5xx
 class Fault(Exception):
     """An exchange without a reply: why, whether another attempt may help, the wait the server asks for, its status."""
 
-    def __init__(self, why: str, *, retry: bool, wait: float = 0.0, status: int = 0):
+    def __init__(self, why: str, retry: bool = True, wait: float = 0.0, status: int = 0):
         super().__init__(why)
         self.retry, self.wait, self.status = retry, wait, status
 
@@ -63,6 +65,9 @@ class Answer(NamedTuple):
 class ServerReward(Reward):
     """A reward that a model behind a server gives. Making it asks the server whether it is there and has the model.
 
+    A subclass says what is asked about an image (`texts`, or the whole `request`) and how the score is read
+    (`read_reply`, or from the whole response `read`).
+
     Args:
         url: such as http://localhost:8000/v1; without a path, /v1 is meant.
         model: by the name that the server lists.
@@ -73,17 +78,17 @@ class ServerReward(Reward):
         backoff: seconds of the first pause; each further one is twice as long, with jitter.
 
     Raises:
-        UserError: no url, an option out of range, a key that cannot be sent, a server that is not reached, refuses the
+        UserError: no url, a key that cannot be sent, a server that is not reached, refuses the
             key, or does not have the model.
     """
 
     remote = True
     published: ClassVar[str]  # name of the model on the hub
+    resample: ClassVar[bool] = True  # decode by `temperature`, and otherwise where a reply has no score
     temperature = 0.0
     failures = 0
     _top_k_accepted = True
-    _running: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
-    _stopped = False
+    _running: Future[Any] | None = None
 
     def __init__(
         self,
@@ -91,10 +96,10 @@ class ServerReward(Reward):
         *,
         url: str | None = None,
         model: str | None = None,
-        attempts: int = 3,
-        concurrency: int = 16,
-        timeout: float = 60.0,
-        image_format: str = "png",
+        attempts: Count = 3,
+        concurrency: Count = 16,
+        timeout: Annotated[float, Interval(gt=0, lt=math.inf)] = 60.0,
+        image_format: Literal["png", "jpeg"] = "png",
         backoff: float = 1.0,
     ):
         if url is None:
@@ -102,131 +107,106 @@ class ServerReward(Reward):
                 f"{self.name}: url is missing; serve {self.published} with an OpenAI-compatible server and give its "
                 "url, such as http://localhost:8000/v1"
             )
-        for name, value, least in (("attempts", attempts, 1), ("concurrency", concurrency, 1)):
-            if not value >= least:
-                raise UserError(f"judge: {name} is {value!r}; it must be at least {least}")
-        if not 0 < timeout < math.inf:
-            raise UserError(f"judge: timeout is {timeout!r}; give seconds above 0")
-        if image_format not in ("png", "jpeg"):
-            raise UserError(f"judge: image_format is {image_format!r}; it is png or jpeg")
         self.device, self.url, self.model = device, read_url(url), model or self.published
         self.attempts, self.concurrency, self.timeout, self.backoff = attempts, concurrency, timeout, backoff
         self.image_format = image_format
-        self._run(self._check_server())
+        self._run(self._check_server)
 
     @classmethod
     def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
         """Nothing here but the server's address."""
-        return server_needs(f"a server at {options.get('url', '?')}", options)
+        url, model = options.get("url"), options.get("model") or cls.published
+        missing = "" if url else "the option url, that of an OpenAI-compatible server that has the model"
+        return Needs(server=True, network=f"{model} at {url or '?'}", missing=missing)
 
-    def ask_server(
-        self, images: Sequence[Image], prompts: Sequence[tuple[str, str]], read: Callable[[str], float]
-    ) -> list[Answer]:
-        """Ask about every image and read the replies, in the order of the images.
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """uint8 [B, 3, H, W] and B conditions to float32 [B]; NaN where there was no score."""
+        return self.scores_of(self._run(self._ask_all, to_pil(images), conditions))
 
-        Args:
-            prompts: the texts before and after each image.
-            read: from a reply to its score, or UnusableReply.
-        """
+    def texts(self, condition: Condition) -> tuple[str, str]:
+        """What is said before an image and after it."""
+        raise NotImplementedError
 
-        def request(image: Image, prompt: tuple[str, str]) -> dict[str, Any]:
-            before, after = ([{"type": "text", "text": text}] if text else [] for text in prompt)
-            picture = {"type": "image_url", "image_url": {"url": data_url(image, self.image_format)}}
-            return {"messages": [{"role": "user", "content": [*before, picture, *after]}], "max_tokens": MAX_TOKENS}
+    def request(self, image: Image, condition: Condition) -> dict[str, Any]:
+        """The body, without the model, of the chat completion that asks about an image."""
+        before, after = ([{"type": "text", "text": text}] if text else [] for text in self.texts(condition))
+        picture = {"type": "image_url", "image_url": {"url": data_url(image, self.image_format)}}
+        return {"messages": [{"role": "user", "content": [*before, picture, *after]}], "max_tokens": MAX_TOKENS}
 
-        def text(response: Any) -> float:
-            reply = _text_of(response)
-            try:
-                return read(reply)
-            except UnusableReply as error:
-                raise UnusableReply(f"{error}: {_excerpt(reply)}") from None
+    def read_reply(self, reply: str) -> float:
+        """The score in the text of a reply; UnusableReply where there is none."""
+        raise NotImplementedError
 
-        jobs = zip(images, prompts, strict=True)
-        return self.complete([partial(request, image, prompt) for image, prompt in jobs], text)
+    def read(self, response: Any) -> float:
+        """The score in the JSON of a response; UnusableReply where there is none, Fault where it is of another kind."""
+        try:
+            reply = response["choices"][0]["message"]["content"]
+        except (LookupError, TypeError):
+            reply = None
+        if not isinstance(reply, str):
+            raise Fault(f"the response has no text in choices[0].message.content: {_excerpt(json.dumps(response))}")
+        try:
+            return self.read_reply(reply)
+        except UnusableReply as error:
+            raise UnusableReply(f"{error}: {_excerpt(reply)}") from None
 
-    def complete(
-        self, requests: Sequence[Callable[[], dict[str, Any]]], read: Callable[[Any], float], resample: bool = True
-    ) -> list[Answer]:
-        """Chat completions of any kind, in the order of the requests.
+    def scores_of(self, answers: Sequence[Answer]) -> Tensor:
+        """float32 [B] on the reward's device, NaN where there is none, which is counted and the latest reason kept."""
+        import torch
 
-        Args:
-            requests: each makes the body of one, without the model; made when its turn comes, since images are large.
-            read: from the response's JSON to the score, or UnusableReply.
-            resample: decode by `temperature`, and otherwise where a reply has no score; False leaves the body as it is.
-        """
-
-        async def all_of_them() -> list[Answer]:
-            turns = asyncio.Semaphore(self.concurrency)
-
-            async def one(request: Callable[[], dict[str, Any]]) -> Answer:
-                async with turns:
-                    body = await asyncio.to_thread(request)
-                    return await self._complete(client, body, read, resample)
-
-            async with self._client() as client:
-                return await asyncio.gather(*map(one, requests))
-
-        return self._run(all_of_them())
+        failed = [answer.reason for answer in answers if answer.reason]
+        self.failures += len(failed)
+        self.last_error = failed[-1] if failed else self.last_error
+        return torch.tensor([answer.score for answer in answers], dtype=torch.float32, device=self.device)
 
     def stop(self) -> None:
         """Break off a `score` in another thread."""
-        self._stopped = True
         if self._running is not None:
-            loop, task = self._running
-            with suppress(RuntimeError):  # it has just ended
-                loop.call_soon_threadsafe(task.cancel)
+            self._running.cancel()
 
-    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+    def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """What `work` returns; in a thread of its own, so that Ctrl-C reaches this one, which then breaks it off."""
+        with start_blocking_portal() as portal:
+            self._running = portal.start_task_soon(work, *arguments)
+            return self._running.result()
 
-        async def watched() -> Any:
-            self._running = asyncio.get_running_loop(), asyncio.current_task()
-            if self._stopped:
-                work.close()
-                raise asyncio.CancelledError
-            return await work
-
-        self._stopped = False
-        with ThreadPoolExecutor(1, thread_name_prefix="judge") as thread:
-            try:
-                return thread.submit(asyncio.run, watched()).result()
-            except BaseException:
-                self.stop()
-                raise
-            finally:
-                self._running = None
-
-    @asynccontextmanager
-    async def _client(self) -> AsyncIterator[AsyncClient]:
+    def _client(self) -> AsyncClient:
         import httpx2
 
-        timeout = httpx2.Timeout(None, connect=min(MAX_CONNECT, self.timeout))
-        async with httpx2.AsyncClient(
+        return httpx2.AsyncClient(
+            headers={"Accept": "application/json", "Accept-Encoding": "identity", "Connection": "close"},
             verify=ssl.create_default_context(),
-            timeout=timeout,
+            timeout=httpx2.Timeout(None, connect=min(MAX_CONNECT, self.timeout)),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,  # no proxies
             follow_redirects=False,
-        ) as client:
-            yield client
+        )
 
-    async def _complete(
-        self, client: AsyncClient, request: dict[str, Any], read: Callable[[Any], float], resample: bool
-    ) -> Answer:
-        sampling: dict[str, float] = {}
-        if resample:  # the settings beside a temperature above 0 are the published ones; see `Judge`
+    async def _ask_all(self, images: Sequence[Image], conditions: Sequence[Condition]) -> list[Answer]:
+        """The answers in the order of the images; a request is made when its turn comes, since images are large."""
+        turns = asyncio.Semaphore(self.concurrency)
+
+        async def one(image: Image, condition: Condition) -> Answer:
+            async with turns:
+                return await self._ask(client, await asyncio.to_thread(self.request, image, condition))
+
+        async with self._client() as client:
+            return await asyncio.gather(*map(one, images, conditions))
+
+    async def _ask(self, client: AsyncClient, request: dict[str, Any]) -> Answer:
+        sampling: dict[str, Any] = {}
+        if self.resample:
             sampling = {**(RESAMPLING if self.temperature > 0 else {}), "temperature": self.temperature}
         why, attempt = "", 0
         while attempt < self.attempts:
             if not self._top_k_accepted:
                 sampling.pop("top_k", None)
-            body = {"model": self.model, **request, **sampling}
             wait = 0.0
             try:
-                return Answer(read(await self._json(client, "POST", "/chat/completions", body)))
+                return Answer(self.read(await self._json(client, {"model": self.model, **request, **sampling})))
             except UnusableReply as error:
                 why = _clean(str(error))
-                if resample:
+                if self.resample:
                     sampling = dict(RESAMPLING)
             except Fault as fault:
                 why, wait = _clean(str(fault)), fault.wait
@@ -244,7 +224,7 @@ class ServerReward(Reward):
         async with self._client() as client:
             for attempt in range(1, self.attempts + 1):
                 try:
-                    listing = await self._json(client, "GET", "/models")
+                    listing = await self._json(client)
                     break
                 except Fault as fault:
                     if not fault.retry or attempt == self.attempts:
@@ -259,80 +239,59 @@ class ServerReward(Reward):
             hint = _clean(did_you_mean(self.model, names))
             raise UserError(f"judge server {self.url} does not have the model {self.model!r}; it has {has}{hint}")
 
-    async def _json(self, client: AsyncClient, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The parsed body of a successful response; Fault for everything else."""
-        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Connection": "close"}
-        if key := api_key():
-            headers["Authorization"] = f"Bearer {key}"
-        payload = None
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-            payload = json.dumps(body).encode()
-        try:
-            async with asyncio.timeout(self.timeout):
-                status, received, data = await self._exchange(client, method, path, payload, headers)
-        except TimeoutError:
-            raise Fault(f"no full response within {self.timeout:g} s", retry=True) from None
-        if status in (401, 403):
-            why = f"the server refuses the key ({status})" if key else f"the server asks for a key ({status})"
-            raise Fault(f"{why}; set {KEY_VARIABLES[0]} to one that it takes", retry=False)
-        if 300 <= status < 400:
-            to = _excerpt(received.get("Location", "another address"))
-            raise Fault(f"the server answers {status}, a redirect to {to}; give the final address as url", retry=False)
-        if not 200 <= status < 300:
-            retry = status in RETRIED or status >= 500
-            hint = "; is this the right url?" if status in (404, 405) else ""
-            wait = retry_after(received)
-            raise Fault(f"the server answers {status} {_excerpt(data)}{hint}", retry=retry, wait=wait, status=status)
-        if not data.strip():
-            raise Fault("the server sent an empty response", retry=True)
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError):
-            kind = _excerpt(received.get("Content-Type", "no content type"))
-            raise Fault(f"the response is not JSON ({kind}): {_excerpt(data)}", retry=True) from None
-
-    async def _exchange(
-        self, client: AsyncClient, method: str, path: str, payload: bytes | None, headers: dict[str, str]
-    ) -> tuple[int, Headers, bytes]:
-        """Status, headers and body of a response; Fault where none came whole, or it is too large."""
+    async def _json(self, client: AsyncClient, body: dict[str, Any] | None = None) -> Any:
+        """The parsed response to a chat completion, or without one the list of models; Fault for everything else."""
         import httpx2
 
+        key, data = api_key(), bytearray()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        request: dict[str, Any] = {"method": "GET", "url": f"{self.url}/models"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            request = {"method": "POST", "url": f"{self.url}/chat/completions", "content": json.dumps(body).encode()}
         try:
-            async with client.stream(method, self.url + path, content=payload, headers=headers) as response:
-                return response.status_code, response.headers, await _body(response)
+            async with asyncio.timeout(self.timeout), client.stream(**request, headers=headers) as response:
+                async for part in response.aiter_raw():
+                    data += part
+                    if len(data) > MAX_REPLY:
+                        raise Fault(f"the response is larger than {MAX_REPLY} bytes")
+        except TimeoutError:
+            raise Fault(f"no full response within {self.timeout:g} s") from None
         except httpx2.ConnectTimeout:
-            raise Fault(f"no connection within {min(MAX_CONNECT, self.timeout):g} s", retry=True) from None
+            raise Fault(f"no connection within {min(MAX_CONNECT, self.timeout):g} s") from None
         except httpx2.ConnectError as error:
             for cause in _causes(error):
                 if isinstance(cause, ssl.SSLCertVerificationError):
                     raise Fault(f"the server's certificate is not valid: {cause.verify_message}", retry=False) from None
-            raise Fault(f"the server is not reached: {_system_reason(error)}", retry=True) from None
+            raise Fault(f"the server is not reached: {_system_reason(error)}") from None
         except httpx2.RemoteProtocolError as error:  # its text may quote the response
             if "without sending a response" in str(error):
-                raise Fault("the connection was dropped: there is no response", retry=True) from None
+                raise Fault("the connection was dropped: there is no response") from None
             if "complete message body" in str(error) or "incomplete chunked" in str(error):
-                raise Fault("the connection was dropped: the response ends early", retry=True) from None
-            raise Fault("the response is not HTTP", retry=True) from None
+                raise Fault("the connection was dropped: the response ends early") from None
+            raise Fault("the response is not HTTP") from None
         except httpx2.TransportError as error:
-            raise Fault(f"the connection was dropped: {_system_reason(error)}", retry=True) from None
+            raise Fault(f"the connection was dropped: {_system_reason(error)}") from None
         except (httpx2.InvalidURL, UnicodeError):
             raise Fault("the host is no name that can be looked up", retry=False) from None
-
-    def scores_of(self, answers: Sequence[Answer]) -> Tensor:
-        """float32 [B] on the reward's device, NaN where there is none, which is counted and the latest reason kept."""
-        import torch
-
-        failed = [answer.reason for answer in answers if answer.reason]
-        self.failures += len(failed)
-        self.last_error = failed[-1] if failed else self.last_error
-        return torch.tensor([answer.score for answer in answers], dtype=torch.float32, device=self.device)
-
-
-def server_needs(network: str, options: Mapping[str, Any]) -> Needs:
-    """The needs of a reward that a server computes."""
-    missing = "" if options.get("url") else "the option url, that of an OpenAI-compatible server that has the model"
-    return Needs(server=True, network=network, missing=missing)
+        status, headers = response.status_code, response.headers
+        if status in (401, 403):
+            why = f"the server {'refuses the key' if key else 'asks for a key'} ({status})"
+            raise Fault(f"{why}; set {KEY_VARIABLES[0]} to one that it takes", retry=False)
+        if 300 <= status < 400:
+            to = _excerpt(headers.get("Location", "another address"))
+            raise Fault(f"the server answers {status}, a redirect to {to}; give the final address as url", retry=False)
+        if not response.is_success:
+            hint = "; is this the right url?" if status in (404, 405) else ""
+            retry = status in RETRIED or status >= 500
+            raise Fault(f"the server answers {status} {_excerpt(data)}{hint}", retry, retry_after(headers), status)
+        if not data.strip():
+            raise Fault("the server sent an empty response")
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            kind = _excerpt(headers.get("Content-Type", "no content type"))
+            raise Fault(f"the response is not JSON ({kind}): {_excerpt(data)}") from None
 
 
 def read_url(url: str) -> str:
@@ -394,31 +353,6 @@ def to_pil(images: Tensor) -> list[Image]:
     return [Image.fromarray(one) for one in images.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
-async def _body(response: Response) -> bytes:
-    """The body of a response, at most MAX_REPLY bytes; Fault for more."""
-    length, data = response.headers.get("Content-Length", ""), bytearray()
-    if not (length.isdigit() and int(length) > MAX_REPLY):
-        async for part in response.aiter_raw():
-            data += part
-            if len(data) > MAX_REPLY:
-                break
-        else:
-            return bytes(data)
-    raise Fault(f"the response is larger than {MAX_REPLY} bytes", retry=True)
-
-
-def _text_of(response: Any) -> str:
-    """choices[0].message.content of a chat completion; Fault where it is not there."""
-    try:
-        text = response["choices"][0]["message"]["content"]
-    except (LookupError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        excerpt = _excerpt(json.dumps(response))
-        raise Fault(f"the response has no text in choices[0].message.content: {excerpt}", retry=True)
-    return text
-
-
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what led to it."""
     while error is not None:
@@ -435,19 +369,14 @@ def _system_reason(error: BaseException) -> str:
     return "the network fails"
 
 
-def _excerpt(text: str | bytes) -> str:
-    """The beginning of a text from the server, quoted. The key goes before the text is cut."""
-    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-    text = " ".join(_without_key(text).split())
-    return repr(text if len(text) <= 80 else f"{text[:80]}…")
+def _excerpt(text: str | bytes | bytearray) -> str:
+    """The beginning of a text from the server, quoted."""
+    return repr(_clean(text if isinstance(text, str) else text.decode("utf-8", "replace"), 80))
 
 
-def _clean(text: str) -> str:
-    """A message fit for one line: no key, nothing unprintable, no more than 400 characters."""
-    text = "".join(c if c.isprintable() else " " for c in _without_key(text))
-    return text if len(text) <= 400 else f"{text[:400]}…"
-
-
-def _without_key(text: str) -> str:
+def _clean(text: str, most: int = 400) -> str:
+    """A text on one line of at most `most` characters, all printable; the key goes before the text is cut."""
     key = api_key()
-    return text.replace(key, "***") if key else text
+    text = text.replace(key, "***") if key else text
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= most else f"{text[:most]}…"
