@@ -127,7 +127,7 @@ class Reward:
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        """UserError for an option that it does not have, or a value that its constructor's annotation does not allow."""
+        """UserError for an option that it does not have, or a value that the constructor's annotation forbids."""
         from pydantic import ConfigDict, TypeAdapter, ValidationError
 
         hints = option_types(cls)
@@ -142,11 +142,9 @@ class Reward:
                 problem = error.errors()[0]
                 if problem["type"] == "literal_error":
                     choose(f"reward {cls.name}", key, value, get_args(plain))
-                bound = problem["msg"].removeprefix("Input should be ")
-                expected = getattr(plain, "__name__", str(plain)).replace("pathlib.", "")
-                mend = (
-                    f"it must be {bound}" if problem["type"].startswith(("greater", "less")) else f"expected {expected}"
-                )
+                mend = f"expected {getattr(plain, '__name__', str(plain)).replace('pathlib.', '')}"
+                if problem["type"].startswith(("greater", "less")):
+                    mend = problem["msg"].replace("Input should", "it must")
                 raise UserError(f"reward {cls.name}: {key} is {value!r}; {mend}") from error
 
     def check(self, conditions: Sequence[Condition]) -> None:
