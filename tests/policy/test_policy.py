@@ -6,14 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from argrpo_cli.policy import Policy, load_policy
+from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import class_names
 from argrpo_cli.policy.llamagen.checkpoints import from_published, to_published
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
@@ -26,7 +25,7 @@ from argrpo_cli.shapes import Condition, Sampling, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import WEIGHTS
 from tests.formula import formula_weights
-from tests.training.tiny import tiny_caption_policy
+from tests.training.tiny import sample, tiny_caption_policy
 
 CLASSES = ["dog", "umbrella", "hot dog"]
 
@@ -56,11 +55,6 @@ def miniature() -> LlamaGen:
     shapes = {key: value.shape for key, value in to_published(LlamaGenForImageGeneration(config)).items()}
     model = from_published(formula_weights(shapes), config)
     return LlamaGen(model, tokenizer.eval(), None, list(CLASSES), 16, "miniature")
-
-
-def sample(policy: Policy, conditions: list[Condition], seeds: Sequence[int], **settings: float) -> torch.Tensor:
-    """Tokens."""
-    return policy.sample(policy.encode(conditions), Sampling(**settings), seeds).tokens
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
+from tests.training.tiny import sample
 
 DATA = Path(__file__).parents[1] / "data" / "policy"
 PUBLISHED = json.loads((DATA / "sizes.json").read_text())
@@ -104,7 +105,7 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 def test_a_file_draws_pictures_and_comes_back_bit_for_bit(tiny, tmp_path, capsys):
     policy = load_policy(tiny / "c2i_tiny_256.pt")
     assert (policy.image_size, policy.tokenizer_name, policy.class_names) == (256, None, list("01234"))
-    tokens = policy.sample(policy.conditions([0, 3]), seeds=[0, 1])
+    tokens = sample(policy, policy.conditions([0, 3]), [0, 1])
     assert tokens.shape == (2, 256)
     assert policy.decode(tokens[:1]).shape == (1, 3, 256, 256)
     for arguments in (
@@ -115,7 +116,7 @@ def test_a_file_draws_pictures_and_comes_back_bit_for_bit(tiny, tmp_path, capsys
             patch.setattr(sys, "argv", ["published", *arguments])
             published.main()
     again = load_policy(tmp_path / "folder")
-    assert torch.equal(again.sample(again.conditions([0, 3]), seeds=[0, 1]), tokens)
+    assert torch.equal(sample(again, again.conditions([0, 3]), [0, 1]), tokens)
     before, after = weights_of(tiny / "c2i_tiny_256.pt"), weights_of(tmp_path / "back.pt")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 

@@ -9,7 +9,7 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen import text
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
-from tests.training.tiny import save_tiny_policy, tiny_caption_policy, tiny_text_encoder
+from tests.training.tiny import sample, save_tiny_policy, tiny_caption_policy, tiny_text_encoder
 
 
 def test_features_are_left_padded_zero_in_the_padding_and_independent_of_the_batch():
@@ -94,12 +94,12 @@ def test_the_caption_and_the_seed_decide_the_image():
     policy = tiny_caption_policy()
     asked = policy.conditions(["a dog", "a blue cat", "A Dog", "a dog"])
     assert asked[0] == Condition("a dog")
-    tokens = policy.sample(asked, cfg_scale=3.0, seeds=[1, 1, 1, 2])
+    tokens = sample(policy, asked, [1, 1, 1, 2], cfg_scale=3.0)
     assert torch.equal(tokens[0], tokens[2])
     assert not torch.equal(tokens[0], tokens[1])
     assert not torch.equal(tokens[0], tokens[3])
     one_by_one = torch.cat(
-        [policy.sample([one], cfg_scale=3.0, seeds=[s]) for one, s in zip(asked, [1, 1, 1, 2], strict=True)]
+        [sample(policy, [one], [s], cfg_scale=3.0) for one, s in zip(asked, [1, 1, 1, 2], strict=True)]
     )
     assert torch.equal(tokens, one_by_one)
 
@@ -109,9 +109,8 @@ def test_a_policy_folder_brings_its_text_encoder(tmp_path):
     policy.save(tmp_path)
     again = load_policy(tmp_path)
     asked = ["a red dog", "a cat"]
-    assert torch.equal(
-        policy.sample(policy.conditions(asked), seeds=[3, 4]), again.sample(again.conditions(asked), seeds=[3, 4])
-    )
+    first, second = (sample(one, one.conditions(asked), [3, 4]) for one in (policy, again))
+    assert torch.equal(first, second)
     assert again.text_encoder.words == policy.text_encoder.words
 
 

@@ -18,6 +18,7 @@ from argrpo_cli.policy.llamagen.policy import class_prompt
 from argrpo_cli.rewards import REWARDS, load_rewards
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
+from tests.training.tiny import sample
 
 NAMES = ["nano-clip", "nano-quality", "nano-critic"]
 
@@ -166,7 +167,7 @@ def test_the_rewards_of_captions_tell_scenes_from_samples_of_each_category():
     chosen = [i for i, one in enumerate(conditions) if parse_prompt(one.prompt).tag in ("counting", "two_object")][:48]
     asked = [conditions[i] for i in chosen]
     scenes = policy.decode(tokens[chosen])
-    drawn = policy.decode(policy.sample(asked, seeds=range(48)))
+    drawn = policy.decode(sample(policy, asked, range(48)))
     known = load_rewards(["nano-quality-t2i", "nano-critic-t2i"])
     real, generated = known.score(scenes, asked), known.score(drawn, asked)
     above = {name: (real[name] > generated[name]).float().mean().item() for name in known.names}

@@ -11,13 +11,14 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from argrpo_cli.policy import Policy
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.llamagen.text import TextEncoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.recipe import Recipe
-from argrpo_cli.shapes import Condition
+from argrpo_cli.shapes import Condition, Sampling
 
 CODES, TOKENS, CLASSES = 32, 16, 4
 IMAGE_SIZE = 8  # 4 x 4 tokens of 2 x 2 pixels
@@ -102,6 +103,11 @@ def save_tiny_policy(folder: Path) -> Path:
     """The same as a policy folder."""
     tiny_policy().save(folder)
     return folder
+
+
+def sample(policy: Policy, conditions: Sequence[Condition], seeds: Sequence[int], **settings: float) -> Tensor:
+    """Tokens int64 [B, T], drawn in one batch."""
+    return policy.sample(policy.encode(conditions), Sampling(**settings), seeds).tokens
 
 
 def paint(tokens: Tensor) -> Tensor:

@@ -147,63 +147,18 @@ class LlamaGen:
     def sample(
         self,
         encoded: Encoded,
-        sampling: Sampling | None = None,
-        *old: Any,
-        seeds: Sequence[int] | None = None,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
         model: nn.Module | None = None,
         logp: str | None = None,
-        **older: Any,
     ) -> Drawn:
         """See `protocol.Policy`; `sample.sample_tokens` is where it is done."""
-        if not isinstance(encoded, Encoded):
-            before = () if sampling is None else (sampling,)
-            given = {} if seeds is None else {"seeds": seeds}
-            return self._old_sample(encoded, *before, *old, **given, **older)
-        if old:
-            (seeds,) = old
         return sample_tokens(self.model if model is None else model, encoded, sampling, seeds=seeds, logp=logp)
 
     def tokenise(self, images: Tensor) -> Tensor:
         """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
         return self.tokenizer.encode(from_uint8(images.to(self.model.device)))
-
-    # --- transitional: removed when the last caller draws through draw.py
-    def embed(self, conditions: Sequence[Condition]) -> tuple[Tensor, Tensor | None]:
-        """What the model takes for these conditions, on its device.
-
-        Returns:
-            class ids int64 [B] and None; or caption features [B, P, caption_dim], left padded, and their mask [B, P].
-        """
-        encoded = self.encode(conditions)
-        return encoded.condition, encoded.mask
-
-    def _old_sample(
-        self,
-        conditions: Sequence[Condition],
-        cfg_scale: float = 2.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        cfg_interval: int = -1,
-        seeds: Sequence[int] | None = None,
-        batch_size: int = 64,
-    ) -> Tensor:
-        """Draw one image per condition.
-
-        Returns:
-            Token ids int64 [B, T] on the model's device, in the order of the conditions.
-        """
-        if batch_size < 1:
-            raise UserError(f"batch size {batch_size} is not positive")
-        if seeds is not None and len(seeds) != len(conditions):
-            raise UserError(f"{len(seeds)} seeds for {len(conditions)} conditions; give one each")
-        drawn = [torch.empty(0, self.model.config.block_size, dtype=torch.long, device=self.model.device)]
-        for start in range(0, len(conditions), batch_size):
-            part = slice(start, start + batch_size)
-            sampling = Sampling(cfg_scale, temperature, top_k, top_p, cfg_interval)
-            encoded, own = self.encode(conditions[part]), None if seeds is None else seeds[part]
-            drawn.append(sample_tokens(self.model, encoded, sampling, seeds=own).tokens)
-        return torch.cat(drawn)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
