@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from argrpo_cli.geneval.grammar import TAGS, content, mirrored
-from argrpo_cli.geneval.prompts import SETS, prompt_set
+from argrpo_cli.geneval.prompts import SETS, TAGS, content, mirrored, prompt_set
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import read_jsonl, read_text
 

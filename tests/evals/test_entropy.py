@@ -12,7 +12,7 @@ import torch
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import entropy as e
 from argrpo_cli.evals.entropy_figures import result_of
-from argrpo_cli.geneval.grammar import TAGS, parse_prompt
+from argrpo_cli.geneval.prompts import TAGS, parse_prompt
 from argrpo_cli.nano.tokens import load_held_out
 from argrpo_cli.policy import load_policy
 from argrpo_cli.shapes import Result, Sampling, Value

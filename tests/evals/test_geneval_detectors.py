@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import Mask2FormerForUniversalSegmentation
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.evals.geneval import open_judge
-from argrpo_cli.geneval import colors, detector
-from argrpo_cli.geneval.grammar import COLORS
+from argrpo_cli.evals.geneval import open_observer
+from argrpo_cli.geneval import detector
+from argrpo_cli.geneval.prompts import COLORS
 from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
@@ -28,7 +28,7 @@ PROMPTS = ("a photo of a bench", "a photo of a red car and a blue dog")
 @pytest.fixture(autouse=True)
 def small(monkeypatch, clip):  # noqa: F811
     """Colours by a tiny CLIP, and a quick input."""
-    monkeypatch.setattr(colors, "load_color_clip", lambda device, weights=None: clip)
+    monkeypatch.setattr("argrpo_cli.networks.clip.load_open_clip", lambda *given: clip)
     monkeypatch.setattr(detector, "SHORT_EDGE", 64)
 
 
@@ -76,18 +76,18 @@ def test_the_benchmarks_own_file_is_known_by_its_hash(tmp_path, monkeypatch):
     path = tmp_path / "mask2former_swin-s.pth"
     torch.save({"state_dict": tiny_state()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    label = open_judge(str(path), "cpu").label
+    label = open_observer(str(path), "cpu").label
     assert (label["source"], label["sha256"], label["benchmarks_own"]) == (path.name, digest, False)
-    monkeypatch.setattr("argrpo_cli.geneval.detector.BENCHMARKS_OWN", digest[:8])
-    judge = open_judge(str(path), "cpu", detector_batch_size=3)
-    assert judge.label["benchmarks_own"] and judge.observer.detector.batch_size == 3
-    assert judge.label["weights"] == label["weights"] != judge.label["colors"]["weights"]
+    monkeypatch.setattr("argrpo_cli.geneval.observers.BENCHMARKS_OWN", digest[:8])
+    observer = open_observer(str(path), "cpu", batch_size=3)
+    assert observer.label["benchmarks_own"] and observer.detector.batch_size == 3
+    assert observer.label["weights"] == label["weights"] != observer.label["colors"]["weights"]
 
 
 def test_an_unknown_detector_is_told_with_those_there_are(tmp_path):
     with pytest.raises(UserError, match=r"--detector maskformer: no such file or folder; give nano, mask2former"):
-        open_judge("maskformer")
+        open_observer("maskformer")
     with pytest.raises(UserError, match=r"--colors x\.pt: the detector nano names colours itself"):
-        open_judge("nano", colors="x.pt")
+        open_observer("nano", colors="x.pt")
     with pytest.raises(UserError, match=r"weights not found: .*config\.json"):
-        open_judge(str(tmp_path))
+        open_observer(str(tmp_path))

@@ -15,14 +15,13 @@ from rich.console import Console
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import benchmark as b
 from argrpo_cli.evals import geneval as g
-from argrpo_cli.evals.geneval import Judge
 from argrpo_cli.evals.geneval_pictures import read_pictures
 from argrpo_cli.evals.tables import table
 from argrpo_cli.geneval import prompts as prompt_sets
-from argrpo_cli.geneval.detector import Objects, OfficialObserver
-from argrpo_cli.geneval.grammar import COLORS
-from argrpo_cli.geneval.prompts import official_jsonl, official_prompts
-from argrpo_cli.geneval.rules import OFFICIAL, Detection
+from argrpo_cli.geneval.detector import Objects
+from argrpo_cli.geneval.observers import Observer, OfficialObserver
+from argrpo_cli.geneval.prompts import COLORS, official_jsonl, official_prompts
+from argrpo_cli.geneval.rules import Detection
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
@@ -37,10 +36,10 @@ LABEL = {
 }  # fmt: skip
 
 
-class PixelObserver:
+class PixelObserver(Observer):
     """Finds what a prompt asks for, where the sum of an image's pixels says so; knows colours where it is asked."""
 
-    thresholds = OFFICIAL
+    label, least_score = LABEL, 0.1
 
     def observe(self, images, prompts):
         return [self.look(int(image.sum()), prompt) for image, prompt in zip(images, prompts, strict=True)]
@@ -69,7 +68,7 @@ def stand_ins():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("argrpo_cli.policy.load_policy", load)
-        patch.setattr(g, "open_judge", lambda *given: Judge(PixelObserver(), LABEL, least_score=0.1))
+        patch.setattr(g, "open_observer", lambda *given: PixelObserver())
         yield
 
 
@@ -261,8 +260,9 @@ def test_the_crops_whose_colours_clip_is_asked_are_the_official_ones(tmp_path, m
                 seen += crops
                 return [COLORS[0]] * len(crops)
 
-        judge = Judge(OfficialObserver(Found(), Seen()), LABEL)
-        monkeypatch.setattr(g, "open_judge", lambda *given, judge=judge: judge)
+        observer = OfficialObserver(Found(), Seen())
+        observer.label = LABEL
+        monkeypatch.setattr(g, "open_observer", lambda *given, observer=observer: observer)
         folder = written(tmp_path / f"f{number}", ["a photo of a red car"], pixels=case["image"])
         result = judge_folder(folder, tmp_path / f"o{number}")
         assert result.rows[f"f{number}"]["geneval/correct images"].value == 1

@@ -14,8 +14,9 @@ from PIL import Image
 from argrpo_cli.evals import benchmark, geneval
 from argrpo_cli.evals.benchmark import Subject
 from argrpo_cli.evals.drawbench import DrawBench, PromptList
-from argrpo_cli.evals.geneval import OFFICIAL_RESULTS, RESULTS, GenEval, Judge
+from argrpo_cli.evals.geneval import OFFICIAL_RESULTS, RESULTS, GenEval
 from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS
+from argrpo_cli.geneval.observers import Observer
 from argrpo_cli.geneval.prompts import official_prompts
 from argrpo_cli.geneval.rules import OFFICIAL, Detection
 from argrpo_cli.rewards.custom import Custom, find_function
@@ -100,8 +101,10 @@ def test_scores_are_kept_until_the_source_of_a_reward_of_ones_own_changes(own_re
 # --- GenEval ---
 
 
-class Found:
+class Found(Observer):
     """Two objects of what is asked for, and a third where a picture is bright; how surely, `scores` say."""
+
+    label = {"name": "found"}  # noqa: RUF012
 
     def __init__(self, thresholds=OFFICIAL, scores=(0.95, 0.93, 0.91)):
         self.thresholds, self.scores = thresholds, scores
@@ -124,7 +127,7 @@ def judged(folder, observer):
     for shot, value in zip(shots, (10, 250), strict=True):
         save_picture(folder / shot.file, value)
     bench = GenEval()
-    bench.targets, bench.judge = [COUNTING] * 2, Judge(observer, {})
+    bench.targets, bench.observer = [COUNTING] * 2, observer
     bench.measure(Subject("a", "a", folder / "out", folder, shots, None, {}), 8, ALONE)
     rows = read_jsonl(folder / "out" / RESULTS)
     assert rows == bench.rows["a"]
@@ -157,7 +160,7 @@ def judge_folder(folder, out):
 
 
 def test_a_folder_whose_prompts_changed_places_does_not_get_its_old_verdicts(tmp_path, monkeypatch):
-    monkeypatch.setattr(geneval, "open_judge", lambda *given: Judge(Found(), {"name": "found"}))
+    monkeypatch.setattr(geneval, "open_observer", lambda *given: Found())
     folder, asked = tmp_path / "pictures", [prompt.text for prompt in official_prompts()[:2]]
     for number, place in enumerate((0, 1, 0)):
         save_picture(folder / f"0000{number}/samples/00000.png", 10)
@@ -170,7 +173,7 @@ def test_a_folder_whose_prompts_changed_places_does_not_get_its_old_verdicts(tmp
 
 
 def test_a_folder_whose_pictures_changed_does_not_get_its_old_verdicts(tmp_path, monkeypatch):
-    monkeypatch.setattr(geneval, "open_judge", lambda *given: Judge(Found(), {"name": "found"}))
+    monkeypatch.setattr(geneval, "open_observer", lambda *given: Found())
     folder, files = tmp_path / "pictures", [f"00000/samples/0000{number}.png" for number in range(2)]
     for file in files:
         save_picture(folder / file, 10)

@@ -10,10 +10,9 @@ import torch
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import drawbench, geneval
-from argrpo_cli.evals.geneval import Judge
 from argrpo_cli.geneval import prompts as prompt_sets
+from argrpo_cli.geneval.observers import Observer
 from argrpo_cli.geneval.prompts import official_prompts
-from argrpo_cli.geneval.rules import OFFICIAL
 from argrpo_cli.images import read_image
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.policy import LlamaGen
@@ -91,10 +90,11 @@ def test_geneval_draws_each_file_as_asked(drawn, tmp_path, monkeypatch):
         policy.text_encoder.words = None  # what it does not know it takes for one word
         return policy
 
-    blind = SimpleNamespace(thresholds=OFFICIAL, observe=lambda images, prompts: [({}, None)] * len(images))
+    blind = Observer()
+    blind.label, blind.observe = {"name": "blind"}, lambda images, prompts: [({}, None)] * len(images)
     few = official_prompts()[50:500:90]
     monkeypatch.setattr("argrpo_cli.policy.load_policy", load)
-    monkeypatch.setattr(geneval, "open_judge", lambda *given: Judge(blind, {"name": "blind"}))
+    monkeypatch.setattr(geneval, "open_observer", lambda *given: blind)
     monkeypatch.setitem(prompt_sets.SETS, "geneval", lambda: few)
     tiny_caption_policy().save(tmp_path / "policy")
     monkeypatch.chdir(tmp_path)

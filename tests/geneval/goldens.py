@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from argrpo_cli.geneval.colors import crop_for_color, pick_colors
-from argrpo_cli.geneval.grammar import Prompt
-from argrpo_cli.geneval.prompts import official_prompts
+from argrpo_cli.geneval.observers import crop_for_color, pick_colors
+from argrpo_cli.geneval.prompts import Prompt, Requirement, official_prompts
 from argrpo_cli.geneval.rules import ClassifyColor, Detection
 
 DATA = Path(__file__).parents[1] / "data" / "geneval"
@@ -50,7 +49,21 @@ def summary_numbers() -> dict[str, Any]:
 
 
 def prompt_of(case: dict[str, Any]) -> Prompt:
-    return official_prompts()[case["line"]] if "line" in case else Prompt.from_metadata(case["metadata"])
+    return official_prompts()[case["line"]] if "line" in case else prompt_from(case["metadata"])
+
+
+def prompt_from(row: dict[str, Any], index: int = 0) -> Prompt:
+    """The inverse of `Prompt.metadata`."""
+    parts = {
+        key: tuple(
+            Requirement(
+                one["class"], one["count"], one.get("color"), tuple(one["position"]) if "position" in one else None
+            )
+            for one in row.get(key, ())
+        )
+        for key in ("include", "exclude")
+    }
+    return Prompt(index, row["tag"], row["prompt"], **parts)
 
 
 def detections_of(case: dict[str, Any]) -> dict[str, list[Detection]]:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from argrpo_cli.geneval.colors import MODEL, PRETRAINED, ClipColors, load_color_clip
-from argrpo_cli.geneval.grammar import COLORS
+from argrpo_cli.geneval import observers
+from argrpo_cli.geneval.observers import MODEL, PRETRAINED, ClipColors
+from argrpo_cli.geneval.prompts import COLORS
 from argrpo_cli.networks.clip import ClipModel, Preprocess, build_open_clip, open_clip_config
 from argrpo_cli.system.errors import UserError
 
@@ -88,6 +89,7 @@ def test_the_real_network_is_openais_with_its_own_activation():
     assert pixels["interpolation"] == "bicubic" and pixels["resize_mode"] == "shortest"
 
 
-def test_missing_weights_are_named(tmp_path):
+def test_missing_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(observers, "load_mask2former", lambda *given: None)
     with pytest.raises(UserError, match=r"nothing\.safetensors"):
-        load_color_clip(weights=tmp_path / "nothing.safetensors")
+        observers.load_observer("mask2former", clip_weights=tmp_path / "nothing.safetensors")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from argrpo_cli.geneval.colors import GREY, color_texts, crop_for_color, pick_colors
-from argrpo_cli.geneval.grammar import COLORS
+from argrpo_cli.geneval.observers import GREY, color_texts, crop_for_color, pick_colors
+from argrpo_cli.geneval.prompts import COLORS
 from tests.geneval import goldens
 
 BACKGROUNDS = {"original": None, "#fff": (255, 255, 255)}

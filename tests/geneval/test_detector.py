@@ -25,7 +25,7 @@ from argrpo_cli.geneval.detector import (
     resize_bytes,
     scaled_size,
 )
-from argrpo_cli.geneval.grammar import OBJECT_NAMES
+from argrpo_cli.geneval.prompts import OBJECT_NAMES
 from argrpo_cli.system.errors import UserError
 from tests.geneval.goldens import DATA
 from tests.geneval.mask2former_files import Widths, published_shapes

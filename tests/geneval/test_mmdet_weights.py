@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 from argrpo_cli.geneval import detector
-from argrpo_cli.geneval.detector import NOT_NEEDED, build_mask2former, fill, load_mmdet
-from argrpo_cli.geneval.mmdet_weights import COMPUTED, from_mmdet, merged_pixels
+from argrpo_cli.geneval.detector import COMPUTED, NOT_NEEDED, build_mask2former, from_mmdet, load_mmdet, merged_pixels
 from argrpo_cli.system.errors import UserError
 from tests.formula import formula_tensor, formula_weights
 from tests.geneval.goldens import DATA
@@ -66,9 +65,10 @@ def test_the_files_keys_are_the_networks_one_to_one_in_equal_shapes():
     assert len(without) == 3, "Swin's last norm, which mmdet lacks, and a weight of the loss"
 
 
-def test_the_network_gives_what_mmdets_own_code_gives():
-    network = tiny_network()
-    fill(network, tiny_state(), "file")
+def test_the_network_gives_what_mmdets_own_code_gives(tmp_path, monkeypatch):
+    monkeypatch.setattr(detector, "build_mask2former", tiny_network)
+    torch.save({"state_dict": tiny_state()}, tmp_path / "file.pth")
+    network = load_mmdet(tmp_path / "file.pth")
     with torch.no_grad():
         found = network(pixel_values=10 * formula_tensor("pixels", (1, 3, 96, 160)))
     with np.load(DATA / "mmdet.npz") as official:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from argrpo_cli.geneval.detector import Objects, OfficialObserver
-from argrpo_cli.geneval.grammar import COLORS, Requirement, compose, parse_prompt
+from argrpo_cli.geneval.detector import Objects
+from argrpo_cli.geneval.observers import OfficialObserver
+from argrpo_cli.geneval.prompts import COLORS, Requirement, compose, parse_prompt
 from argrpo_cli.geneval.rules import Detection, Thresholds, colored_objects, judge_image, reward_score
 from tests.geneval import goldens
 

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from argrpo_cli.geneval import prompts
-from argrpo_cli.geneval.grammar import (
+from argrpo_cli.geneval.prompts import (
     COLORS,
     OBJECT_NAMES,
     RELATIONS,
     TAGS,
-    Prompt,
     Requirement,
     compose,
     parse_prompt,
@@ -23,6 +22,7 @@ from argrpo_cli.geneval.grammar import (
 )
 from argrpo_cli.nano import scenes
 from argrpo_cli.system.errors import UserError
+from tests.geneval.goldens import prompt_from
 
 NANO_SETS = ("geneval-nano", "geneval-nano-extra")
 
@@ -112,7 +112,7 @@ def test_metadata_is_the_official_dictionary_and_reads_back():
     )
     for name in prompts.SETS:
         for prompt in prompts.prompt_set(name):
-            assert Prompt.from_metadata(json.loads(json.dumps(prompt.metadata())), prompt.index) == prompt
+            assert prompt_from(json.loads(json.dumps(prompt.metadata())), prompt.index) == prompt
 
 
 def test_the_nano_set_is_the_official_prompts_of_nano_objects_and_colours():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from argrpo_cli.geneval.grammar import Prompt, Requirement, compose
+from argrpo_cli.geneval.prompts import Prompt, Requirement, compose
 from argrpo_cli.geneval.rules import (
     Detection,
     Thresholds,
@@ -38,6 +38,12 @@ def up(value: float) -> float:
     return float(np.nextafter(np.float32(value), np.float32(1)))
 
 
+def reward_and_verdict(prompt, detections, classify):
+    """Score, GenEval's verdict and that with exact counts, as the reward server answers."""
+    score, strict = reward_score(prompt, detections, classify)
+    return score, judge_image(prompt, detections, classify).correct, strict
+
+
 DOG = compose("single_object", (Requirement("dog"),))
 TWO_DOGS = compose("counting", (Requirement("dog", 2),))
 RED_DOG = compose("colors", (Requirement("dog", color="red"),))
@@ -58,10 +64,10 @@ def test_official_decisions(case):
         kept = [[*detection.box, detection.score] for detection in verdict.kept[name]]
         np.testing.assert_allclose(kept, rows, rtol=0, atol=1e-5)
     if "reward" in expected:
-        reward = reward_score(prompt, detections, classify, thresholds)
-        assert reward.score == pytest.approx(expected["reward"]["score"], abs=1e-6)
-        assert reward.correct == expected["reward"]["correct"]
-        assert reward.strict_correct == expected["reward"]["strict_correct"]
+        score, strict = reward_score(prompt, detections, classify, thresholds)
+        assert score == pytest.approx(expected["reward"]["score"], abs=1e-6)
+        assert verdict.correct == expected["reward"]["correct"]
+        assert strict == expected["reward"]["strict_correct"]
 
 
 def test_official_positions_and_overlaps():
@@ -257,25 +263,22 @@ def test_nothing_is_asked_nothing_is_wrong():
     [((0.99, 0.98), 1.0, 1.0, 1.0), ((0.99,), 0.5, 0.0, 0.0), ((0.99,) * 3, 0.5, 0.0, 0.0), ((0.99,) * 6, -1.0, 0, 0)],
 )
 def test_the_reward_of_a_count_falls_with_its_distance_below_zero_too(scores, score, correct, strict):
-    reward = reward_score(TWO_DOGS, {"dog": found(*scores)}, no_color)
-    assert (reward.score, reward.correct, reward.strict_correct) == (score, correct, strict)
+    assert reward_and_verdict(TWO_DOGS, {"dog": found(*scores)}, no_color) == (score, correct, strict)
 
 
 def test_extra_objects_cost_strict_correctness_and_reward_but_not_correctness():
-    reward = reward_score(RED_DOG, {"dog": found(0.9, 0.8)}, colors("red", "red"))
-    assert (reward.score, reward.correct, reward.strict_correct) == (0.0, 1.0, 0.0)
+    assert reward_and_verdict(RED_DOG, {"dog": found(0.9, 0.8)}, colors("red", "red")) == (0.0, 1.0, 0.0)
 
 
 def test_missing_objects_fail_their_colour_too_and_one_failure_fails_the_strict_verdict():
     prompt = compose("color_attr", (Requirement("dog", color="red"), Requirement("cat", color="blue")))
-    reward = reward_score(prompt, {"cat": found(0.9)}, colors("blue"))
-    assert (reward.score, reward.correct, reward.strict_correct) == ((0 + 0 + 1 + 1) / 4, 0.0, 0.0)
+    assert reward_and_verdict(prompt, {"cat": found(0.9)}, colors("blue")) == ((0 + 0 + 1 + 1) / 4, 0.0, 0.0)
 
 
 def test_a_wrong_place_adds_both_terms_and_a_missing_target_one():
     cat = found(0.9, box=MIDDLE)
     rewards = [
-        reward_score(DOG_LEFT_OF_CAT, {"dog": found(0.9, box=box), "cat": cats}, no_color).score
+        reward_score(DOG_LEFT_OF_CAT, {"dog": found(0.9, box=box), "cat": cats}, no_color)[0]
         for box, cats in [(LEFT, cat), (RIGHT, cat), (LEFT, [])]
     ]
     assert rewards == [1.0, (1 + 1 + 0 + 1) / 4, pytest.approx((0 + 1 + 0) / 3)]
@@ -289,6 +292,5 @@ def test_the_reward_asks_for_each_colour_once():
         return ["red"] * len(detections)
 
     prompt = compose("color_attr", (Requirement("dog", color="red"), Requirement("cat", color="blue")))
-    reward = reward_score(prompt, {"dog": found(0.9), "cat": found(0.8)}, classify)
+    assert reward_score(prompt, {"dog": found(0.9), "cat": found(0.8)}, classify) == (0.75, 0.0)
     assert asked == ["dog", "cat"]
-    assert (reward.score, reward.correct, reward.strict_correct) == (0.75, 0.0, 0.0)

@@ -7,8 +7,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from argrpo_cli.geneval.grammar import TAGS, parse_prompt
-from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS, Found, by_class, color_of, decode_maps, load_detector
+from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS, Found, decode_maps, load_detector, observation
+from argrpo_cli.geneval.prompts import TAGS, parse_prompt
 from argrpo_cli.geneval.rules import judge_image
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import load_judge
@@ -19,8 +19,8 @@ from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from tests.emoji import no_font  # noqa: F401
 
-DOG = Found("dog", (4.0, 8.0, 40.0, 36.0), 1.0, {"red": 1.0})
-TWO_CATS = [Found("cat", (2.0, 2.0, 30.0, 30.0), 1.0, {}), Found("cat", (34.0, 32.0, 62.0, 62.0), 1.0, {})]
+DOG = Found("dog", (4.0, 8.0, 40.0, 36.0), 1.0, "red")
+TWO_CATS = [Found("cat", (2.0, 2.0, 30.0, 30.0), 1.0, None), Found("cat", (34.0, 32.0, 62.0, 62.0), 1.0, None)]
 
 
 def perfect_maps(made):
@@ -87,7 +87,7 @@ def test_the_bundled_detector_finds_in_real_scenes_what_their_captions_say(held_
     right = defaultdict(list)
     for one, objects in zip(conditions, found, strict=True):
         prompt = parse_prompt(one.prompt)
-        verdict = judge_image(prompt, by_class(objects), color_of(objects), NANO_THRESHOLDS)
+        verdict = judge_image(prompt, *observation(objects), NANO_THRESHOLDS)
         right[prompt.tag].append(verdict.correct)
     shares = {tag: sum(values) / len(values) for tag, values in right.items()}
     assert set(shares) == set(TAGS)

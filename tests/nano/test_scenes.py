@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from argrpo_cli.geneval.grammar import TAGS
+from argrpo_cli.geneval.prompts import TAGS
 from argrpo_cli.nano import scenes
 from argrpo_cli.shapes import class_prompt
 from argrpo_cli.system.errors import UserError

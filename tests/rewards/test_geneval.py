@@ -29,7 +29,7 @@ class GoldenObserver:
 
 @pytest.mark.parametrize(("strict", "key"), [(False, "score"), (True, "strict_correct")])
 def test_scores_are_the_published_servers(monkeypatch, strict, key):
-    monkeypatch.setattr("argrpo_cli.geneval.detector.load_observer", lambda *rest: GoldenObserver())
+    monkeypatch.setattr("argrpo_cli.geneval.observers.load_observer", lambda *rest: GoldenObserver())
     conditions = [Condition(goldens.prompt_of(case).text) for case in CASES]
     reward = GenEval(strict=strict)
     reward.check(conditions)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from argrpo_cli.geneval.grammar import parse_prompt
+from argrpo_cli.geneval.prompts import parse_prompt
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.make import corrupt as c
 from argrpo_cli.nano.scenes import CLASS_NAMES

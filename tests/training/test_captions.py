@@ -15,8 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from argrpo_cli.captions import CAPTION_SETS, read_captions
-from argrpo_cli.geneval.grammar import TAGS, content, mirrored, parse_prompt
-from argrpo_cli.geneval.prompts import prompt_set
+from argrpo_cli.geneval.prompts import TAGS, content, mirrored, parse_prompt, prompt_set
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.rewards.shaping import reward_weights
 from argrpo_cli.seeds import of_training

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,18 +30,16 @@ from argrpo_cli import paper_numbers
 from argrpo_cli.evals.benchmark import Benchmark, Subject
 from argrpo_cli.evals.geneval_pictures import (
     OFFICIAL_SET,
-    absent,
+    SAMPLES,
     failure_sheet,
-    official_file,
     official_row,
     read_pictures,
     write_metadata,
 )
 from argrpo_cli.evals.statistics import Measure, average, mean_of
 from argrpo_cli.geneval import DETECTORS, MASK2FORMER, NANO, check_detector
-from argrpo_cli.geneval.detector import OfficialObserver, describe, load_observer
-from argrpo_cli.geneval.grammar import NANO_OBJECTS, Prompt
-from argrpo_cli.geneval.prompts import official_jsonl, prompt_set
+from argrpo_cli.geneval.observers import Observer, load_observer
+from argrpo_cli.geneval.prompts import NANO_OBJECTS, Prompt, official_jsonl, official_prompts, prompt_set
 from argrpo_cli.geneval.rules import ClassifyColor, Detection, Detections, judge_image
 from argrpo_cli.images import read_image
 from argrpo_cli.kept import Rows, kept
@@ -50,7 +48,6 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import save_png, write_jsonl
 
 if TYPE_CHECKING:
-    from argrpo_cli.geneval.detector import Observer
     from argrpo_cli.policy.protocol import Card, Policy
     from argrpo_cli.shapes import Sampling
     from argrpo_cli.system.processes import Team
@@ -66,54 +63,32 @@ ERRORS = (
 )
 
 
-@dataclass(frozen=True)
-class Judge:
-    """An observer, and what the results say of it.
-
-    Attributes:
-        label: name, source and hash of the weights, of the network for colours too; identifies the figures.
-        least_score: objects of a lower score are left out of results.jsonl; they cannot have counted.
-        names_every_color: colours are known of all objects, not only of those that a prompt asks them of.
-    """
-
-    observer: Observer
-    label: dict[str, Any]
-    packages: tuple[str, ...] = ()
-    least_score: float = 0.0
-    names_every_color: bool = False
-
-
-def open_judge(
-    detector: str, device: str = "cpu", colors: str | Path | None = None, detector_batch_size: int = 8
-) -> Judge:
-    """The judge of a name or of weights.
+def open_observer(
+    detector: str, device: str = "cpu", colors: str | Path | None = None, batch_size: int = 8
+) -> Observer:
+    """What looks at the pictures, by its name or its weights.
 
     Args:
         detector: `nano`, `mask2former` for the published weights, the benchmark's own .pth file, or a folder of
             transformers' Mask2Former.
         colors: a local file of CLIP ViT-L/14 in the place of the published one.
-        detector_batch_size: images in Mask2Former at a time.
+        batch_size: images in Mask2Former at a time.
 
     Raises:
         UserError: no such detector, weights that are missing, damaged or of another network.
     """
     check_detector(detector)
-    local = None if detector in DETECTORS else Path(detector)
     if detector == NANO and colors is not None:
         raise UserError(f"--colors {colors}: the detector nano names colours itself; leave it out")
-    observer = load_observer(MASK2FORMER if local else detector, device, local, colors)
-    label = describe(observer, local, colors)
-    if not isinstance(observer, OfficialObserver):
-        return Judge(observer, label, names_every_color=True)
-    observer.detector.batch_size = detector_batch_size
-    return Judge(observer, label, ("transformers", "open_clip_torch"), least_score=0.1)
+    name, weights = (detector, None) if detector in DETECTORS else (MASK2FORMER, detector)
+    return load_observer(name, device, weights, colors, batch_size)
 
 
 class GenEval(Benchmark):
     """Prompts of GenEval's grammar and a detector.
 
     Args:
-        detector, colors, detector_batch_size: see `open_judge`; by default the detector is that of the policy's world.
+        detector, colors, detector_batch_size: see `open_observer`; the detector by default that of the policy's world.
         sets: of prompts; by default those of the policy's world.
     """
 
@@ -131,7 +106,7 @@ class GenEval(Benchmark):
         self.questions: list[Prompt] = []  # in the order in which they are asked
         self.targets: list[Prompt] = []  # what each picture must show
         self.rows: dict[str, list[dict[str, Any]]] = {}  # policy to verdicts
-        self.judge: Judge
+        self.observer: Observer
 
     # --- before anything is drawn
 
@@ -139,7 +114,7 @@ class GenEval(Benchmark):
         """Prompts and detector by the policies' world.
 
         Raises:
-            UserError: policies of two worlds, prompts or a detector of another one, or see `open_judge`.
+            UserError: policies of two worlds, prompts or a detector of another one, or see `open_observer`.
         """
         nano = {card.name: draws_nano_world(card) for card in cards}
         if len(set(nano.values())) > 1 and self.sets is None:
@@ -155,8 +130,8 @@ class GenEval(Benchmark):
         detector = self.detector or (MASK2FORMER if official else NANO)
         if cards and official and detector == NANO:
             raise UserError(f"--detector {NANO}: it knows the nano world alone; leave it out, or give {MASK2FORMER}")
-        self.judge = open_judge(detector, team.device, self.colors, self.detector_batch_size)
-        self.packages = self.judge.packages
+        self.observer = open_observer(detector, team.device, self.colors, self.detector_batch_size)
+        self.packages = self.observer.packages
         self.questions = [prompt for name in self.sets or () for prompt in prompt_set(name)]
 
     @property
@@ -174,7 +149,7 @@ class GenEval(Benchmark):
 
     def file(self, prompt: int, sample: int) -> str:
         index = self.questions[prompt].index
-        return official_file(index, sample) if self.official else f"{index:05d}-{sample}.png"
+        return f"{index:05d}/{SAMPLES}/{sample:05d}.png" if self.official else f"{index:05d}-{sample}.png"
 
     def finished(self, images: Path) -> list[Shot]:
         pictures = read_pictures(images)
@@ -185,8 +160,8 @@ class GenEval(Benchmark):
         return {
             **({} if self.sets is None else {"sets": list(self.sets)}),
             "prompts": hashlib.sha256(official_jsonl(dict.fromkeys(self.targets)).encode()).hexdigest(),
-            "detector": self.judge.label,
-            "thresholds": asdict(self.judge.observer.thresholds),
+            "detector": self.observer.label,
+            "thresholds": asdict(self.observer.thresholds),
         }
 
     # --- the work
@@ -203,30 +178,25 @@ class GenEval(Benchmark):
         """Verdicts of all pictures, written to results.jsonl and results.official.jsonl, and their shares."""
         pairs = list(zip(subject.shots, self.targets, strict=True))
         store = self._store(subject)
-        judge = partial(judge_batch, subject.pictures, self.judge)
+        judge = partial(judge_batch, subject.pictures, self.observer)
         kept(pairs, judge, store, batch_size=batch_size, label=f"judging {subject.name}", team=team)
         verdicts = team.from_lead(lambda: store.read(pairs))
         self.rows[subject.name] = rows = [one["row"] for one in verdicts]
 
         def write() -> None:
-            lines = [
-                official_row(shot.file, prompt, one["row"]["correct"], one["row"]["reason"], one["kept"])
-                for (shot, prompt), one in zip(pairs, verdicts, strict=True)
-            ]
-            write_jsonl(subject.folder / OFFICIAL_RESULTS, lines)
+            write_jsonl(subject.folder / OFFICIAL_RESULTS, map(official_row, self.targets, verdicts))
             write_jsonl(subject.folder / RESULTS, rows)
 
         team.lead(write)
-        measures = {}
-        for part, prompts in self._parts().items():
-            own = [
-                (target, row["correct"]) for target, row in zip(self.targets, rows, strict=True) if target in prompts
-            ]
-            measures |= {f"{part}/{tag}": one for tag, one in shares(own).items()}
-        return measures
+        correct = [(target, row["correct"]) for target, row in zip(self.targets, rows, strict=True)]
+        return {
+            f"{part}/{tag}": one
+            for part, prompts in self._parts().items()
+            for tag, one in shares([pair for pair in correct if pair[0] in prompts]).items()
+        }
 
     def _store(self, subject: Subject) -> Rows:
-        identity = [self.judge.label, asdict(self.judge.observer.thresholds)]
+        identity = [self.observer.label, asdict(self.observer.thresholds)]
         return Rows(subject.folder / JOURNAL, identity, lambda pair: [pair[0].file, pair[1].text])
 
     def _parts(self) -> dict[str, set[Prompt]]:
@@ -258,7 +228,12 @@ class GenEval(Benchmark):
         }
 
     def protocol(self, subjects: Sequence[Subject]) -> dict[str, Any]:
-        return {**self.identity(), "about": detector_line(self.judge.label), "errors": ERRORS}
+        label = self.observer.label
+        about = f"detector: {label['name']}"
+        if "source" in label:
+            own = "the benchmark's own weights" if label["benchmarks_own"] else "not the benchmark's own weights"
+            about += f", {label['source']} ({own}); colours: {label['colors']['name']}"
+        return {**self.identity(), "about": about, "errors": ERRORS}
 
     def departures(self, subjects: Sequence[Subject]) -> list[str]:
         if subjects[0].card is not None:
@@ -267,16 +242,19 @@ class GenEval(Benchmark):
         return [f"images per prompt {' or '.join(map(str, other))} (paper {self.n})"] if other else []
 
     def warnings(self, subjects: Sequence[Subject]) -> list[str]:
-        count = absent(self.targets) if subjects[0].card is None else 0
-        return [f"{count} of the 553 official prompts have no image: overall is not the paper's"] if count else []
+        if subjects[0].card is not None:
+            return []
+        absent = {one.text for one in official_prompts()} - {one.text for one in self.targets}
+        text = f"{len(absent)} of the 553 official prompts have no image: overall is not the paper's"
+        return [text] if absent else []
 
     def finish(self, result: Result, subjects: Sequence[Subject], out: Path) -> Result:
-        write_jsonl(out / "prompts.jsonl", by_prompt(self.rows, list(dict.fromkeys(self.targets))))
+        write_jsonl(out / "prompts.jsonl", by_prompt(self.rows))
         failures = [row for row in self.rows[subjects[0].name] if not row["correct"]]
         if failures:
             count = min(MOST_FAILURES, len(failures))
             some = [failures[index * len(failures) // count] for index in range(count)]
-            sheet = failure_sheet(some, subjects[0].pictures, self.judge.observer.thresholds)
+            sheet = failure_sheet(some, subjects[0].pictures, self.observer.thresholds)
             save_png(out / "failures.png", sheet)
         return result
 
@@ -320,47 +298,41 @@ def shares(verdicts: Sequence[tuple[Prompt, float]]) -> dict[str, Measure]:
     return by_tag | {"overall": average(list(by_tag.values()))} | dict(zip(TOTALS, totals, strict=True))
 
 
-def by_prompt(rows: dict[str, list[dict[str, Any]]], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """A line per prompt: how many of its images are correct, and why not, policy by policy."""
-    own: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in rows}
+def by_prompt(rows: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A line per prompt: how many of its images are correct, and why not, policy by policy.
+
+    Args:
+        rows: of results.jsonl, the same prompts of each policy.
+    """
+    lines: dict[tuple[int, str], dict[str, Any]] = {}
     for name, verdicts in rows.items():
         for row in verdicts:
-            own[name].setdefault(row["index"], []).append(row)
-    lines = []
-    for prompt in prompts:
-        line: dict[str, Any] = {"index": prompt.index, "tag": prompt.tag, "prompt": prompt.text}
-        for name in rows:
-            images = own[name].get(prompt.index, [])
-            reasons = [row["reason"] for row in images if row["reason"]]
-            line[name] = {"correct": sum(row["correct"] for row in images), "images": len(images), "reasons": reasons}
-        lines.append(line)
-    return lines
+            line = {"index": row["index"], "tag": row["tag"], "prompt": row["prompt"]}
+            line = lines.setdefault((row["index"], row["prompt"]), line)
+            own = line.setdefault(name, {"correct": 0, "images": 0, "reasons": []})
+            own["correct"] += row["correct"]
+            own["images"] += 1
+            own["reasons"] += [row["reason"]] if row["reason"] else []
+    return list(lines.values())
 
 
-def detector_line(label: dict[str, Any]) -> str:
-    """The detector in words."""
-    if "source" not in label:
-        return f"detector: {label['name']}"
-    own = "the benchmark's own weights" if label["benchmarks_own"] else "not the benchmark's own weights"
-    return f"detector: {label['name']}, {label['source']} ({own}); colours: {label['colors']['name']}"
-
-
-def judge_batch(folder: Path, judge: Judge, pairs: Sequence[tuple[Shot, Prompt]]) -> list[dict[str, Any]]:
-    """Of each picture its row of results.jsonl and the boxes that counted; those of one size are looked at together."""
+def judge_batch(folder: Path, observer: Observer, pairs: Sequence[tuple[Shot, Prompt]]) -> list[dict[str, Any]]:
+    """Of each picture its "row" of results.jsonl and the boxes that counted ("kept"); those of one size are looked at
+    together."""
     pixels = [read_image(folder / shot.file) for shot, _ in pairs]
     verdicts: dict[int, dict[str, Any]] = {}
     for shape in dict.fromkeys(one.shape for one in pixels):
         places = [place for place, one in enumerate(pixels) if one.shape == shape]
         images = torch.from_numpy(np.stack([pixels[place] for place in places]))
-        observations = judge.observer.observe(images, [pairs[place][1] for place in places])
-        for place, (detections, classify) in zip(places, observations, strict=True):
+        observations = observer.observe(images, [pairs[place][1] for place in places])
+        for place, observation in zip(places, observations, strict=True):
             shot, prompt = pairs[place]
-            verdicts[place] = _verdict(shot.file, prompt, detections, classify, judge)
+            verdicts[place] = _verdict(shot.file, prompt, *observation, observer)
     return [verdicts[place] for place in range(len(pairs))]
 
 
 def _verdict(
-    file: str, prompt: Prompt, detections: Detections, classify: ClassifyColor, judge: Judge
+    file: str, prompt: Prompt, detections: Detections, classify: ClassifyColor, observer: Observer
 ) -> dict[str, Any]:
     colors: dict[tuple[str, int | None], str] = {}
 
@@ -369,12 +341,13 @@ def _verdict(
         colors.update({(name, one.index): color for one, color in zip(objects, answers, strict=True)})
         return answers
 
-    verdict = judge_image(prompt, detections, classify_and_note, judge.observer.thresholds)
-    if judge.names_every_color:
+    verdict = judge_image(prompt, detections, classify_and_note, observer.thresholds)
+    if observer.names_every_color:
         for name, objects in detections.items():
             classify_and_note(name, objects)
-    pairs = [(name, one) for name, objects in detections.items() for one in objects if one.score > judge.least_score]
-    pairs.sort(key=lambda pair: -pair[1].score)
+    listed = [
+        (name, one) for name, objects in detections.items() for one in objects if one.score > observer.least_score
+    ]
     row = {
         "file": file,
         "index": prompt.index,
@@ -389,7 +362,7 @@ def _verdict(
                 "score": round(one.score, 4),
                 "color": colors.get((name, one.index)),
             }
-            for name, one in pairs
+            for name, one in sorted(listed, key=lambda pair: -pair[1].score)
         ],
     }
     boxes = {name: [[*one.box, one.score] for one in objects] for name, objects in verdict.kept.items()}

@@ -11,33 +11,26 @@ and the evaluator a line for each picture that `summary_scores.py` reads (here `
 from __future__ import annotations
 
 import json
-import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from argrpo_cli.geneval.grammar import Prompt, parse_prompt
-from argrpo_cli.geneval.prompts import official_prompts
+from argrpo_cli.geneval.prompts import Prompt, official_prompts, parse_prompt
 from argrpo_cli.geneval.rules import Thresholds
 from argrpo_cli.images import read_image
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, reason, write_text
 
 METADATA, SAMPLES = "metadata.jsonl", "samples"
-SAMPLE = re.compile(r"(\d+)\.png")
 OFFICIAL_SET = "geneval"
 # Of the sheet.
 COLUMNS, SIDE, PAD, LINES, CHARACTERS = 5, 224, 8, 6, 36
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 BOX, DOUBTFUL = (220, 30, 60), (150, 150, 150)
-
-
-def official_file(index: int, sample: int) -> str:
-    """Where the picture `sample` of the prompt `index` lies in the benchmark's layout."""
-    return f"{index:05d}/{SAMPLES}/{sample:05d}.png"
 
 
 def write_metadata(folder: Path, prompts: Iterable[Prompt]) -> None:
@@ -57,10 +50,7 @@ def read_pictures(folder: Path) -> list[tuple[str, Prompt]]:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
     try:
-        inside = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
-        there = {
-            path: _samples(path / SAMPLES) for path in sorted(inside, key=lambda path: (int(path.name), path.name))
-        }
+        there = {path: _numbered(path / SAMPLES, ".png") for path in _numbered(folder)}
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
     count = max((len(samples) for samples in there.values()), default=0)
@@ -74,34 +64,30 @@ def read_pictures(folder: Path) -> list[tuple[str, Prompt]]:
     pictures = []
     for path, samples in there.items():
         prompt = _prompt(path, known)
-        pictures += [(f"{path.name}/{SAMPLES}/{name}", prompt) for name in samples]
+        pictures += [(sample.relative_to(folder).as_posix(), prompt) for sample in samples]
     return pictures
 
 
-def absent(prompts: Iterable[Prompt]) -> int:
-    """How many of the official prompts are not among these."""
-    return len({one.text for one in official_prompts()} - {one.text for one in prompts})
+def _numbered(folder: Path, suffix: str = "") -> list[Path]:
+    """The folders in a folder, or the files with a suffix, that have a number as their name, in this order."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    paths = [one for one in inside if one.stem.isdecimal() and one.suffix == suffix and one.is_file() == bool(suffix)]
+    return sorted(paths, key=lambda path: (int(path.stem), path.name))
 
 
-def official_row(file: str, prompt: Prompt, correct: bool, why: str, details: dict[str, Any]) -> dict[str, Any]:
-    """A line of the official evaluator; `details` are the boxes that counted, {class: [[x0, y0, x1, y1, score]]}."""
+def official_row(prompt: Prompt, verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the official evaluator, whose `details` are the boxes that counted, {class: [[x0, y0, x1, y1, score]]}.
+
+    Args:
+        verdict: of `geneval.judge_batch`.
+    """
+    row = verdict["row"]
     return {
-        "filename": file,
-        "tag": prompt.tag,
-        "prompt": prompt.text,
-        "correct": correct,
-        "reason": why,
+        "filename": row["file"],
+        **{key: row[key] for key in ("tag", "prompt", "correct", "reason")},
         "metadata": json.dumps(prompt.metadata()),
-        "details": json.dumps(details),
+        "details": json.dumps(verdict["kept"]),
     }
-
-
-def _samples(folder: Path) -> list[str]:
-    """Names of the pictures in the order of their numbers."""
-    if not folder.is_dir():
-        return []
-    names = [path.name for path in folder.iterdir() if SAMPLE.fullmatch(path.name)]
-    return sorted(names, key=lambda name: (int(SAMPLE.fullmatch(name)[1]), name))
 
 
 def _prompt(folder: Path, known: dict[str, Prompt]) -> Prompt:
@@ -116,7 +102,7 @@ def _prompt(folder: Path, known: dict[str, Prompt]) -> Prompt:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if prompt.index < 0:
-        prompt = Prompt(len(known) + int(folder.name), prompt.tag, prompt.text, prompt.include, prompt.exclude)
+        prompt = replace(prompt, index=len(known) + int(folder.name))
     if any(key in row and row[key] != value for key, value in prompt.metadata().items()):
         raise UserError(f"{path}: tag, include and exclude are not those of GenEval's prompt {text!r}")
     return prompt

@@ -1,8 +1,4 @@
-"""GenEval's detector, Mask2Former with a Swin-S backbone trained on COCO's instances; and what looks at images.
-
-    observer = load_observer("mask2former", "cuda")             # or "nano", see `nano_detector.py`
-    for prompt, (detections, classify_color) in zip(prompts, observer.observe(images, prompts)):
-        judge_image(prompt, detections, classify_color, observer.thresholds)
+"""GenEval's detector: Mask2Former with a Swin-S backbone, trained on COCO's instances.
 
 The benchmark runs mmdet 2.x (`mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco`). This is its test pipeline and its
 post-processing around transformers' Mask2Former. With the benchmark's own file (`load_mask2former(weights="....pth")`)
@@ -16,39 +12,39 @@ Mask2Former's authors. Trained apart, the two do not find quite the same, so res
   class probability x mean mask probability where the mask's logit is positive; the box bounds those pixels. No NMS.
 
 Which of them count, `rules.Thresholds` says.
+
+mmdet and transformers compute the same from the same numbers under other names (`NAMES`), but for three things:
+
+- query, key and value of an attention are one matrix in mmdet, in this order; transformers has three, except in the
+  decoder's attention across to the pixels;
+- where Swin merges four pixels into one, mmdet's columns run over channels and within each over the pixels (0, 0),
+  (0, 1), (1, 0), (1, 1) as (row, column); transformers' over the pixels (0, 0), (1, 0), (0, 1), (1, 1) and within each
+  over the channels;
+- Swin's indices of relative positions are stored by mmdet and computed by transformers.
+
+Feature levels run from coarse to fine in both; classes are COCO's 80 in its order, "no object" last, in both.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argrpo_cli.geneval import DETECTORS, MASK2FORMER, NANO
-from argrpo_cli.geneval.colors import MODEL, PRETRAINED, crop_for_color
-from argrpo_cli.geneval.grammar import OBJECT_NAMES, Prompt
-from argrpo_cli.geneval.mmdet_weights import from_mmdet
-from argrpo_cli.geneval.nano_detector import NanoObserver, load_detector
-from argrpo_cli.geneval.rules import OFFICIAL, ClassifyColor, Detection, Detections, Thresholds, colored_objects
-from argrpo_cli.networks.weights import fingerprint, fit_state, load_pretrained, read_state
-from argrpo_cli.system.errors import UserError, did_you_mean
-from argrpo_cli.system.files import WEIGHTS, fetch
-
-if TYPE_CHECKING:
-    from argrpo_cli.geneval.colors import ClipColors
-
+from argrpo_cli.geneval.prompts import OBJECT_NAMES
+from argrpo_cli.geneval.rules import Detection
+from argrpo_cli.networks.weights import fit_state, load_pretrained, read_state
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import fetch
 
 REPO, FILES = "facebook/mask2former-swin-small-coco-instance", ("config.json", "model.safetensors")
 MMDET_FILES = (".pth", ".pt")
 MMDET_SOURCE = "evaluation/download_models.sh of https://github.com/djghosh13/geneval"
-BENCHMARKS_OWN = "743b7d99"  # how the SHA-256 of the benchmark's file begins, as its name says
 LONG_EDGE, SHORT_EDGE, DIVISOR = 1333, 800, 32
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, in 0..255
 PADDING = 128  # before normalisation
@@ -65,8 +61,8 @@ class Objects:
     Masks are bool [H, W] and lie on the detector's device; several may be one tensor.
     """
 
-    detections: dict[str, list[Detection]]
-    masks: dict[str, list[Tensor]]
+    detections: dict[str, list[Detection]] = field(default_factory=dict)
+    masks: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 class Mask2Former:
@@ -82,20 +78,20 @@ class Mask2Former:
         self.network = network.to(device).eval().requires_grad_(False)
         self.device, self.batch_size = device, batch_size
 
+    @torch.inference_mode()
     def detect(self, images: Tensor) -> Iterator[Objects]:
         """uint8 [B, 3, H, W] to what is found in each; lazily, so that only one batch's masks are in memory."""
+        height, width = images.shape[-2:]
         for chunk in images.split(self.batch_size):
-            yield from self._detect(chunk.to(self.device))
-
-    @torch.inference_mode()
-    def _detect(self, images: Tensor) -> list[Objects]:
-        size = (images.shape[-2], images.shape[-1])
-        pixels = preprocess(images)
-        output = self.network(pixel_values=pixels)
-        padded = (pixels.shape[-2], pixels.shape[-1])
-        return postprocess(
-            output.class_queries_logits.float(), output.masks_queries_logits.float(), padded, scaled_size(*size), size
-        )
+            pixels = preprocess(chunk.to(self.device))
+            output = self.network(pixel_values=pixels)
+            yield from postprocess(
+                output.class_queries_logits.float(),
+                output.masks_queries_logits.float(),
+                padded=tuple(pixels.shape[-2:]),
+                scaled=scaled_size(height, width),
+                size=(height, width),
+            )
 
 
 def scaled_size(height: int, width: int) -> tuple[int, int]:
@@ -154,7 +150,15 @@ def postprocess(
     score = value * certainty.view(shape).gather(1, query)
     box = boxes.view(*shape, 4).gather(1, query[..., None].expand(-1, -1, 4))
     columns = (box.tolist(), score.tolist(), label.tolist(), query.tolist())
-    return [_objects(*rows) for rows in zip(*columns, masks.unflatten(0, shape), strict=True)]
+    images = []
+    for own, *rows in zip(masks.unflatten(0, shape), *columns, strict=True):
+        objects = Objects()
+        for corners, certain, index, number in zip(*rows, strict=True):
+            same = objects.detections.setdefault(OBJECT_NAMES[index], [])
+            same.append(Detection(tuple(corners), certain, len(same)))
+            objects.masks.setdefault(OBJECT_NAMES[index], []).append(own[number])
+        images.append(objects)
+    return images
 
 
 def measure_masks(
@@ -180,6 +184,15 @@ def measure_masks(
     return torch.cat(masks), torch.cat(certainty), torch.cat(boxes)
 
 
+def _bounds(masks: Tensor) -> Tensor:
+    """The boxes [N, 4] of masks bool [N, H, W]; zeros where one is empty."""
+    sides = []
+    for along in (masks.any(1), masks.any(2)):  # columns, then rows that are not empty
+        first, last = along.int().argmax(1), along.shape[1] - along.flip(1).int().argmax(1)
+        sides.append(torch.stack([first, last], 1) * along.any(1, keepdim=True))
+    return torch.cat(sides, 1)[:, [0, 2, 1, 3]].float()
+
+
 def build_mask2former() -> nn.Module:
     """The published architecture with random weights: Swin-S, 6 and 9 layers, 100 queries, 80 classes."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
@@ -191,7 +204,7 @@ def build_mask2former() -> nn.Module:
     return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_labels=len(OBJECT_NAMES)))
 
 
-def load_mask2former(device: str = "cpu", weights: str | Path | None = None) -> Mask2Former:
+def load_mask2former(device: str = "cpu", weights: str | Path | None = None, batch_size: int = 8) -> Mask2Former:
     """The published detector, fetched once, or a local one.
 
     Args:
@@ -203,7 +216,7 @@ def load_mask2former(device: str = "cpu", weights: str | Path | None = None) -> 
     from transformers import Mask2FormerForUniversalSegmentation
 
     if weights is not None and Path(weights).suffix in MMDET_FILES:
-        return Mask2Former(load_mmdet(weights), device)
+        return Mask2Former(load_mmdet(weights), device, batch_size)
     if weights is None:
         weights = [fetch(REPO, file) for file in FILES][-1].parent
     folder = Path(weights)
@@ -214,136 +227,115 @@ def load_mask2former(device: str = "cpu", weights: str | Path | None = None) -> 
     network = load_pretrained(Mask2FormerForUniversalSegmentation, folder, torch.float32, NOT_NEEDED)
     if network.config.num_labels != len(OBJECT_NAMES):
         raise UserError(f"{folder} tells {network.config.num_labels} classes apart, expected COCO's 80; use {REPO}")
-    return Mask2Former(network, device)
+    return Mask2Former(network, device, batch_size)
+
+
+# the benchmark's own file
+
+MERGED_PIXELS = (0, 2, 1, 3)  # transformers' order of the four pixels, in mmdet's numbers
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+FUSED = re.compile(r"(.*)\.(?:qkv\.|in_proj_)(weight|bias)")
+KEPT_FUSED = ".cross_attn"
+COMPUTED = ".relative_position_index"
+
+_SWIN = "model.pixel_level_module.encoder"
+_BLOCK, _OWN_BLOCK = "backbone.stages.#.blocks.#", f"{_SWIN}.swin.encoder.layers.#.blocks.#"
+_PIXEL, _OWN_PIXEL = "panoptic_head.pixel_decoder", "model.pixel_level_module.decoder"
+_ENCODER, _OWN_ENCODER = f"{_PIXEL}.encoder.layers.#", f"{_OWN_PIXEL}.encoder.layers.#"
+_QUERIES = "model.transformer_module"
+_DECODER, _OWN_DECODER = "panoptic_head.transformer_decoder.layers.#", f"{_QUERIES}.decoder.layers.#"
+
+# The beginnings of mmdet's keys and transformers' in their place; # is a number, the same in both.
+NAMES = {
+    "backbone.patch_embed.projection": f"{_SWIN}.swin.embeddings.patch_embeddings.projection",
+    "backbone.patch_embed.norm": f"{_SWIN}.swin.embeddings.norm",
+    f"{_BLOCK}.norm1": f"{_OWN_BLOCK}.layernorm_before",
+    f"{_BLOCK}.norm2": f"{_OWN_BLOCK}.layernorm_after",
+    f"{_BLOCK}.attn.w_msa.qkv": f"{_OWN_BLOCK}.attention.qkv",
+    f"{_BLOCK}.attn.w_msa.proj": f"{_OWN_BLOCK}.attention.o_proj",
+    f"{_BLOCK}.attn.w_msa": f"{_OWN_BLOCK}.attention.relative_position_bias",
+    f"{_BLOCK}.ffn.layers.0.0": f"{_OWN_BLOCK}.mlp.fc1",
+    f"{_BLOCK}.ffn.layers.1": f"{_OWN_BLOCK}.mlp.fc2",
+    "backbone.stages.#.downsample": f"{_SWIN}.swin.encoder.layers.#.downsample",
+    **{f"backbone.norm{stage}": f"{_SWIN}.hidden_states_norms.stage{stage + 1}" for stage in range(4)},
+    f"{_PIXEL}.input_convs.#.conv": f"{_OWN_PIXEL}.input_projections.#.0",
+    f"{_PIXEL}.input_convs.#.gn": f"{_OWN_PIXEL}.input_projections.#.1",
+    f"{_PIXEL}.level_encoding.weight": f"{_OWN_PIXEL}.level_embed",
+    f"{_PIXEL}.lateral_convs.0.conv": f"{_OWN_PIXEL}.adapter_1.0",
+    f"{_PIXEL}.lateral_convs.0.gn": f"{_OWN_PIXEL}.adapter_1.1",
+    f"{_PIXEL}.output_convs.0.conv": f"{_OWN_PIXEL}.layer_1.0",
+    f"{_PIXEL}.output_convs.0.gn": f"{_OWN_PIXEL}.layer_1.1",
+    f"{_PIXEL}.mask_feature": f"{_OWN_PIXEL}.mask_projection",
+    f"{_ENCODER}.attentions.0": f"{_OWN_ENCODER}.self_attn",
+    f"{_ENCODER}.norms.0": f"{_OWN_ENCODER}.self_attn_layer_norm",
+    f"{_ENCODER}.norms.1": f"{_OWN_ENCODER}.final_layer_norm",
+    f"{_ENCODER}.ffns.0.layers.0.0": f"{_OWN_ENCODER}.fc1",
+    f"{_ENCODER}.ffns.0.layers.1": f"{_OWN_ENCODER}.fc2",
+    f"{_DECODER}.attentions.0.attn": f"{_OWN_DECODER}.cross_attn",  # comes first in a layer
+    f"{_DECODER}.attentions.1.attn": f"{_OWN_DECODER}.self_attn",
+    f"{_DECODER}.norms.0": f"{_OWN_DECODER}.cross_attn_layer_norm",
+    f"{_DECODER}.norms.1": f"{_OWN_DECODER}.self_attn_layer_norm",
+    f"{_DECODER}.norms.2": f"{_OWN_DECODER}.final_layer_norm",
+    f"{_DECODER}.ffns.0.layers.0.0": f"{_OWN_DECODER}.fc1",
+    f"{_DECODER}.ffns.0.layers.1": f"{_OWN_DECODER}.fc2",
+    "panoptic_head.transformer_decoder.post_norm": f"{_QUERIES}.decoder.layernorm",
+    "panoptic_head.query_embed": f"{_QUERIES}.queries_embedder",
+    "panoptic_head.query_feat": f"{_QUERIES}.queries_features",
+    "panoptic_head.level_embed": f"{_QUERIES}.level_embed",
+    "panoptic_head.cls_embed": "class_predictor",
+    **{
+        f"panoptic_head.mask_embed.{2 * layer}": f"{_QUERIES}.decoder.mask_predictor.mask_embedder.{layer}.0"
+        for layer in range(3)
+    },
+}
 
 
 def load_mmdet(path: str | Path) -> nn.Module:
     """The detector of a file of mmdet 2.x, float32, in transformers' network; no pickled code is run.
 
     Raises:
-        UserError: the file is absent, damaged, or of another network.
+        UserError: the file is absent, damaged, or of another network; what is missing, left over or of another shape.
     """
     state = read_state(path, ("state_dict",))
     if not any(key.startswith("panoptic_head.") for key in state):
         raise UserError(f"{path} is no Mask2Former of mmdet 2.x; give the benchmark's own file, see {MMDET_SOURCE}")
     network = build_mask2former()
-    fill(network, state, path)
+    own = network.state_dict().items()  # Swin's last norm and the loss have no part in a prediction
+    rest = {key: value for key, value in own if key.endswith(NOT_NEEDED) or key.startswith("criterion.")}
+    fit_state(network, from_mmdet(state) | rest, path)
     return network
 
 
-def fill(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Give transformers' Mask2Former all numbers of mmdet's.
-
-    Raises:
-        UserError: `source`, and what is missing, left over or of another shape.
-    """
-    mapped = from_mmdet(state)
-    for key, value in network.state_dict().items():  # Swin's last norm and the loss have no part in a prediction
-        if key.endswith(NOT_NEEDED) or key.startswith("criterion."):
-            mapped[key] = value
-    fit_state(network, mapped, source)
-
-
-def _bounds(masks: Tensor) -> Tensor:
-    """The boxes [N, 4] of masks bool [N, H, W]; zeros where one is empty."""
-    sides = []
-    for along in (masks.any(1), masks.any(2)):  # columns, then rows that are not empty
-        first, last = along.int().argmax(1), along.shape[1] - along.flip(1).int().argmax(1)
-        sides.append(torch.stack([first, last], 1) * along.any(1, keepdim=True))
-    return torch.cat(sides, 1)[:, [0, 2, 1, 3]].float()
+def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """mmdet's state dict in transformers' names and layout; a key that has no place there stays as it is."""
+    mapped: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = renamed(key)
+        fused = FUSED.fullmatch(name)
+        if key.endswith(COMPUTED):
+            continue
+        if ".downsample." in name:
+            mapped[name] = merged_pixels(value)
+        elif fused and not fused[1].endswith(KEPT_FUSED):
+            parts = zip(PROJECTIONS, value.chunk(3), strict=True)
+            mapped.update({f"{fused[1]}.{part}.{fused[2]}": rows.contiguous() for part, rows in parts})
+        else:
+            mapped[name] = value
+    return mapped
 
 
-def _objects(
-    boxes: list[list[float]], scores: list[float], labels: list[int], queries: list[int], masks: Tensor
-) -> Objects:
-    """The rows of one image by class."""
-    objects = Objects({}, {})
-    for box, score, label, query in zip(boxes, scores, labels, queries, strict=True):
-        name = OBJECT_NAMES[label]
-        own = objects.detections.setdefault(name, [])
-        own.append(Detection(tuple(box), score, len(own)))
-        objects.masks.setdefault(name, []).append(masks[query])
-    return objects
+def renamed(key: str) -> str:
+    """transformers' name of a key of mmdet, attentions still in one; the key itself where there is none."""
+    for theirs, own in NAMES.items():
+        found = re.match(re.escape(theirs).replace(r"\#", r"(\d+)") + r"(?=\.|$)", key)
+        if found:
+            for number in found.groups():
+                own = own.replace("#", number, 1)
+            return own + key[found.end() :]
+    return key
 
 
-class Observer(Protocol):
-    """A detector and a judge of colours, with the thresholds for its scores."""
-
-    thresholds: Thresholds
-
-    def observe(self, images: Tensor, prompts: Sequence[Prompt]) -> list[tuple[Detections, ClassifyColor]]:
-        """uint8 [B, 3, H, W] and B prompts to what `judge_image` and `reward_score` take."""
-        ...
-
-
-class OfficialObserver:
-    """Mask2Former, and CLIP for the colours: the crops of all images go through it together."""
-
-    def __init__(self, detector: Mask2Former, colors: ClipColors, thresholds: Thresholds = OFFICIAL):
-        self.detector, self.colors, self.thresholds = detector, colors, thresholds
-
-    def observe(self, images: Tensor, prompts: Sequence[Prompt]) -> list[tuple[Detections, ClassifyColor]]:
-        """uint8 [B, 3, H, W] and B prompts; colours are known of the objects that the prompts ask them of."""
-        pictures = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        by_image: list[Detections] = []
-        questions: list[tuple[int, str, int]] = []  # image, class, index of the detection
-        crops: list[np.ndarray] = []
-        for place, (prompt, objects) in enumerate(zip(prompts, self.detector.detect(images), strict=True)):
-            by_image.append(objects.detections)
-            for name, detection in colored_objects(prompt, objects.detections, self.thresholds):
-                mask = objects.masks[name][detection.index].cpu().numpy()
-                questions.append((place, name, detection.index))
-                crops.append(crop_for_color(pictures[place], mask, detection.box))
-        answers = dict(zip(questions, self.colors.classify([name for _, name, _ in questions], crops), strict=True))
-
-        def classifier(place: int) -> ClassifyColor:
-            def classify(name: str, detections: Sequence[Detection]) -> list[str]:
-                return [answers[place, name, detection.index] for detection in detections]
-
-            return classify
-
-        return [(detections, classifier(place)) for place, detections in enumerate(by_image)]
-
-
-def load_observer(
-    detector: str, device: str = "cpu", weights: str | Path | None = None, clip_weights: str | Path | None = None
-) -> Observer:
-    """What looks at the images, by the detector's name.
-
-    Args:
-        weights: a local folder of the detector in the place of the published or bundled one, or the benchmark's own
-            .pth file.
-        clip_weights: a local file of OpenAI's ViT-L/14 in open_clip's layout in the place of the published one.
-
-    Raises:
-        UserError: an unknown detector, weights that are missing, damaged or of another network.
-    """
-    if detector == NANO:
-        if clip_weights is not None:
-            raise UserError(f"geneval: clip_weights = {clip_weights}: the detector nano has no CLIP; leave it out")
-        return NanoObserver(load_detector(WEIGHTS / "nano-detector" if weights is None else weights, device))
-    if detector == MASK2FORMER:
-        from argrpo_cli.geneval.colors import ClipColors, load_color_clip
-
-        return OfficialObserver(load_mask2former(device, weights), ClipColors(load_color_clip(device, clip_weights)))
-    hint = did_you_mean(detector, DETECTORS)
-    raise UserError(f"geneval: detector {detector!r} is unknown; there are {', '.join(DETECTORS)}{hint}")
-
-
-def describe(observer: Observer, weights: Path | None = None, clip_weights: str | Path | None = None) -> dict[str, Any]:
-    """What identifies an observer's figures: name, source and hash of the weights, of the network for colours too.
-
-    Args:
-        weights, clip_weights: what it was loaded with. Whether they are the benchmark's own, the file's hash says.
-    """
-    own = {"weights": fingerprint([observer.detector.network])}
-    if isinstance(observer, NanoObserver):
-        return {"name": "nano-detector", **own}
-    source: dict[str, Any] = {"source": REPO if weights is None else weights.name, "benchmarks_own": False}
-    if weights is not None and not weights.is_dir():
-        with open(weights, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        source |= {"sha256": digest, "benchmarks_own": digest.startswith(BENCHMARKS_OWN)}
-    name = f"CLIP {MODEL}, {PRETRAINED if clip_weights is None else Path(clip_weights).name}"
-    colors = {"name": name, "weights": fingerprint([observer.colors.clip.network])}
-    return {"name": "Mask2Former Swin-S", **source, **own, "colors": colors}
+def merged_pixels(value: Tensor) -> Tensor:
+    """[..., 4 C]: mmdet's columns (channel, pixel) as transformers' (pixel, channel)."""
+    by_pixel = value.unflatten(-1, (-1, 4)).transpose(-1, -2)
+    return by_pixel[..., MERGED_PIXELS, :].flatten(-2).contiguous()

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argrpo_cli.geneval.grammar import NANO_COLORS, NANO_OBJECTS, Prompt
-from argrpo_cli.geneval.rules import ClassifyColor, Detection, Detections, Thresholds
+from argrpo_cli.geneval.prompts import NANO_COLORS, NANO_OBJECTS
+from argrpo_cli.geneval.rules import ClassifyColor, Detection, Thresholds
 from argrpo_cli.networks.pixels import to_unit
 from argrpo_cli.networks.weights import load_network
 from argrpo_cli.system.files import WEIGHTS
@@ -30,17 +30,12 @@ MOST = 40  # objects reported of one picture
 
 @dataclass(frozen=True)
 class Found:
-    """One object: class name, box (x0, y0, x1, y1) in pixels, probability, and the probabilities of the colours."""
+    """One object: class name, box (x0, y0, x1, y1) in pixels, probability, and the likeliest colour."""
 
     name: str
     box: tuple[float, float, float, float]
     score: float
-    colors: dict[str, float]
-
-    @property
-    def color(self) -> str:
-        """The likeliest colour."""
-        return max(self.colors, key=self.colors.__getitem__)
+    color: str | None
 
 
 class Residual(nn.Module):
@@ -100,8 +95,6 @@ def decode_maps(centres: Tensor, sides: Tensor, colors: Tensor) -> list[list[Fou
     """The maps of `DetectorNet` to objects: cells that are likelier centres of a class than their eight neighbours."""
     score = centres.sigmoid()
     peak = score == F.max_pool2d(score, 3, stride=1, padding=1)
-    colors = colors.softmax(1)
-    names, color_names = NANO_OBJECTS, NANO_COLORS
     result = []
     for index in range(len(score)):
         scores, at = torch.where(peak[index], score[index], 0.0).flatten().topk(MOST)
@@ -113,39 +106,21 @@ def decode_maps(centres: Tensor, sides: Tensor, colors: Tensor) -> list[list[Fou
             row, column = divmod(place % cells, score.shape[3])
             x, y = (column + 0.5) * STRIDE, (row + 0.5) * STRIDE
             left, top, right, bottom = sides[index, :, row, column].tolist()
-            shares = dict(zip(color_names, colors[index, :, row, column].tolist(), strict=True))
+            color = NANO_COLORS[colors[index, :, row, column].argmax()]
             box = (max(0.0, x - left), max(0.0, y - top), min(64.0, x + right), min(64.0, y + bottom))
-            objects.append(Found(names[place // cells], box, value, shares))
+            objects.append(Found(NANO_OBJECTS[place // cells], box, value, color))
         result.append(objects)
     return result
 
 
-def by_class(objects: Sequence[Found]) -> dict[str, list[Detection]]:
-    """What was found in one image as GenEval's rules read it."""
-    found: dict[str, list[Detection]] = {}
+def observation(objects: Sequence[Found]) -> tuple[dict[str, list[Detection]], ClassifyColor]:
+    """What was found in one image as GenEval's rules read it, and the detector's own word for the colours."""
+    detections: dict[str, list[Detection]] = {}
     for index, one in enumerate(objects):
-        found.setdefault(one.name, []).append(Detection(one.box, one.score, index))
-    return found
-
-
-def color_of(objects: Sequence[Found]) -> ClassifyColor:
-    """The detector's own word for the colours of these objects."""
-    return lambda name, kept: [objects[detection.index].color for detection in kept]
+        detections.setdefault(one.name, []).append(Detection(one.box, one.score, index))
+    return detections, lambda name, some: [objects[detection.index].color for detection in some]
 
 
 def load_detector(folder: str | Path = WEIGHTS / "nano-detector", device: str = "cpu") -> Detector:
     """The bundled detector; UserError when its files are missing."""
     return Detector(load_network(DetectorNet, folder), device)
-
-
-class NanoObserver:
-    """The detector of the nano world, which names colours itself."""
-
-    def __init__(self, detector: Detector):
-        self.detector, self.thresholds = detector, NANO_THRESHOLDS
-
-    def observe(self, images: Tensor, prompts: Sequence[Prompt]) -> list[tuple[Detections, ClassifyColor]]:
-        """uint8 [B, 3, H, W], seen at 64x64, and B prompts."""
-        if len(prompts) != len(images):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        return [(by_class(objects), color_of(objects)) for objects in self.detector.detect(images)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from argrpo_cli.geneval.grammar import COLORS, Prompt, Requirement
+from argrpo_cli.geneval.prompts import COLORS, Prompt, Requirement
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,6 @@ class Verdict:
     kept: dict[str, tuple[Detection, ...]]
 
 
-@dataclass(frozen=True)
-class Reward:
-    """The form that serves as a reward: a score, GenEval's verdict, and the verdict with exact counts."""
-
-    score: float
-    correct: float
-    strict_correct: float
-
-
 def judge_image(
     prompt: Prompt, detections: Detections, classify_color: ClassifyColor, thresholds: Thresholds = OFFICIAL
 ) -> Verdict:
@@ -99,35 +90,28 @@ def judge_image(
 
 def reward_score(
     prompt: Prompt, detections: Detections, classify_color: ClassifyColor, thresholds: Thresholds = OFFICIAL
-) -> Reward:
-    """The reward server's form, which Flow-GRPO and AR-GRPO query (AR-GRPO uses `correct` alone).
+) -> tuple[float, float]:
+    """The reward server's form, which Flow-GRPO and AR-GRPO query: a score, at most 1, and the verdict with exact
+    counts, 1 or 0. (AR-GRPO uses GenEval's own verdict, which the server gives, too.)
 
     The score is the mean of these terms, for each requirement: 1 - |count wanted - count found| / count wanted; for
     a colour the same with the objects of that colour, for a position 1. Where the count is wrong, one 0 stands for
     both. Kept from the original: the score is negative when more than twice the count is found, and a position that
-    fails adds 0 *and* 1, or 0 where its target failed. Excluded objects lower `correct` only.
+    fails adds 0 *and* 1, or 0 where its target failed. Excluded objects lower neither.
     """
-    answers: dict[tuple[str, int], Sequence[str]] = {}
-
-    def classify_once(name: str, found: Sequence[Detection]) -> Sequence[str]:
-        key = name, len(found)  # always the best ones of the class
-        if key not in answers:
-            answers[key] = classify_color(name, found)
-        return answers[key]
-
-    verdict = judge_image(prompt, detections, classify_once, thresholds)
+    kept = select(detections, prompt.tag, thresholds)
     terms: list[float] = []
     strict = True
     groups: list[Sequence[Detection] | None] = []
     for wanted in prompt.include:
-        found = verdict.kept.get(wanted.name, ())
+        found = kept.get(wanted.name, ())
         terms.append(1 - abs(wanted.count - len(found)) / wanted.count)
         matched = len(found) == wanted.count
         if not matched:
             terms += [0.0] if wanted.color is not None or wanted.position is not None else []
         else:
             if wanted.color is not None:
-                right = list(classify_once(wanted.name, found)).count(wanted.color)
+                right = list(classify_color(wanted.name, found)).count(wanted.color)
                 terms.append(1 - abs(wanted.count - right) / wanted.count)
                 matched = right == wanted.count
             if wanted.position is not None and matched:
@@ -136,7 +120,7 @@ def reward_score(
                 terms += [1.0] if matched else [0.0] if no_target else [0.0, 1.0]
         groups.append(found if matched else None)
         strict = strict and matched
-    return Reward(sum(terms) / len(terms) if terms else 0.0, float(verdict.correct), float(strict))
+    return sum(terms) / len(terms) if terms else 0.0, float(strict)
 
 
 def select(detections: Detections, tag: str, thresholds: Thresholds = OFFICIAL) -> dict[str, tuple[Detection, ...]]:

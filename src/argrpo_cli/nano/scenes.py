@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from argrpo_cli.geneval.grammar import (
+from argrpo_cli.geneval.prompts import (
     COUNTS,
     NANO_COLORS,
     NANO_OBJECTS,

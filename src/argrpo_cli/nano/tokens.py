@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from argrpo_cli.geneval.grammar import NANO_OBJECTS
+from argrpo_cli.geneval.prompts import NANO_OBJECTS
 from argrpo_cli.networks.weights import load_pretrained
 from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
 from argrpo_cli.shapes import Condition, class_prompt

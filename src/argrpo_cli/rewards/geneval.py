@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from argrpo_cli.geneval.grammar import Prompt, parse_prompt
+from argrpo_cli.geneval.prompts import Prompt, parse_prompt
 from argrpo_cli.geneval.rules import reward_score
 from argrpo_cli.rewards.base import Needs, Reward
 from argrpo_cli.rewards.clip import L14, OPENAI_FILES
@@ -56,7 +56,7 @@ class GenEval(Reward):
         weights: str | Path | None = None,
         clip_weights: str | Path | None = None,
     ):
-        from argrpo_cli.geneval.detector import load_observer
+        from argrpo_cli.geneval.observers import load_observer
 
         self.device, self.strict = device, strict
         self.observer = load_observer(detector, device, weights, clip_weights)
@@ -87,7 +87,7 @@ class GenEval(Reward):
                 prompts, self.observer.observe(images, prompts), strict=True
             )
         ]
-        scores = [reward.strict_correct if self.strict else reward.score for reward in rewards]
+        scores = [strict if self.strict else score for score, strict in rewards]
         return torch.tensor(scores, dtype=torch.float32, device=self.device)
 
     def _prompt(self, text: str) -> Prompt:

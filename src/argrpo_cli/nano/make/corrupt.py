@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argrpo_cli.geneval.grammar import TAGS
+from argrpo_cli.geneval.prompts import TAGS
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.make.fit import Setting
 from argrpo_cli.nano.tokens import decode, encode

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argrpo_cli.geneval.grammar import TAGS
-from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS, STRIDE, Detector, DetectorNet, Found, by_class, color_of
+from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS, STRIDE, Detector, DetectorNet, Found, observation
+from argrpo_cli.geneval.prompts import TAGS
 from argrpo_cli.geneval.rules import judge_image
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import RecognitionNet, canonical_layout, canonical_scene
@@ -199,8 +199,7 @@ def truth(scene: scenes.Scene) -> list[Found]:
         solid = scenes.object_pixels(placed)[1][..., 0] > 0.2
         rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
         box = (placed.x + columns[0], placed.y + rows[0], placed.x + columns[-1] + 1, placed.y + rows[-1] + 1)
-        colors = {placed.color: 1.0} if placed.color else {}
-        result.append(Found(scenes.CLASS_NAMES[placed.class_id], tuple(float(v) for v in box), 1.0, colors))
+        result.append(Found(scenes.CLASS_NAMES[placed.class_id], tuple(float(v) for v in box), 1.0, placed.color))
     return result
 
 
@@ -226,7 +225,7 @@ def targets(made: list[list[Found]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             x, y = axis[column].item(), axis[row].item()
             places.append((index, row, column))
             sides.append((x - x0, y - y0, x1 - x, y1 - y))
-            colors.append(list(scenes.COLORS).index(one.color) if one.colors else -1)
+            colors.append(list(scenes.COLORS).index(one.color) if one.color else -1)
     return bells, torch.tensor(places), torch.tensor(sides), torch.tensor(colors)
 
 
@@ -263,10 +262,10 @@ def detector_facts(detector: Detector, images: Tensor, made: list[scenes.Scene])
             hits[one.name].append((one.score, hit))
             if hit:
                 known.remove(best)
-                if best.colors and one.score > threshold:
+                if best.color and one.score > threshold:
                     colors.append(one.color == best.color)
         if scene.prompt is not None:
-            verdict = judge_image(scene.prompt, by_class(objects), color_of(objects), NANO_THRESHOLDS)
+            verdict = judge_image(scene.prompt, *observation(objects), NANO_THRESHOLDS)
             right[scene.prompt.tag].append(verdict.correct)
     precision = np.mean([average_precision(hits[name], there[name]) for name in there])
     shares = [f"{tag} {np.mean(verdicts):.1%}" for tag, verdicts in right.items() if verdicts]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argrpo_cli.draw import draw
-from argrpo_cli.geneval.grammar import TAGS
+from argrpo_cli.geneval.prompts import TAGS
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.make.corrupt import Corrupted, augmented, damage_of, make_study, rank_agreement
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups
