@@ -1,21 +1,33 @@
-"""Reading recipes: YAML, bundled names, `extends`, `--set` overrides."""
+"""Reading recipes: YAML, bundled names, `extends`, `--set` overrides; and what is wrong with one, in one line."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from argrpo_cli.recipe.explain import Layer, explain, shown
-from argrpo_cli.recipe.schema import Recipe
+from argrpo_cli.recipe.schema import Recipe, section_of
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import read_text
 
 OWN_KEYS = ("name", "description", "out", "published")  # say which run this is, so `extends` does not hand them on
+# Keys that take values of several kinds, for which pydantic reports one fault per kind.
+UNIONS = {
+    "conditions.classes": "must be 'all' or a list of class names or ids",
+    "conditions.captions": "must be a name, a file or a list of captions",
+    "policy.trainable": "must be 'all', a part of the parameters' names or a list of such parts",
+}
+
+
+class Layer(NamedTuple):
+    """Some of a recipe's keys and where they were said: a file or a --set."""
+
+    source: str
+    tree: dict[str, Any]
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -120,48 +132,38 @@ def _file_layers(path: Path, opened: tuple[Path, ...]) -> Iterator[Layer]:
 
 def _override(text: str, tree: dict[str, Any]) -> Layer:
     """The layer of one `key=value`; `tree` is what it overrides, needed for keys that count into a list."""
-    key, equals, value_text = text.partition("=")
+    key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise UserError(f"--set {text!r}: expected key=value, for instance grpo.beta=0.02")
-    value = parse_yaml(value_text, f"--set {text}")
-    if len(parts) > 2 and any(part.isdigit() for part in parts):
-        return Layer(f"--set {text}", _set_in_list(parts, value, tree, text))
-    for part in reversed(parts):
-        value = {part: value}
-    return Layer(f"--set {text}", value)
+    source = f"--set {text}"
+    held = _merge(Recipe(name="x").model_dump(mode="json"), tree)
+    return Layer(source, _within(held, parts, 0, parse_yaml(value, source), source))
 
 
-def _set_in_list(parts: list[str], value: Any, tree: dict[str, Any], text: str) -> dict[str, Any]:
-    """`rewards.terms.0.weight=2` as a mapping with the whole changed list, for lists do not merge."""
-    at = next(index for index, part in enumerate(parts) if part.isdigit())
-    held: Any = Recipe(name="x").model_dump(mode="json")
-    held = _merge(held, tree)
-    for part in parts[:at]:
-        held = held.get(part) if isinstance(held, dict) else None
-    position = int(parts[at])
+def _within(held: Any, parts: list[str], depth: int, value: Any, source: str) -> Any:
+    """`value` under the keys from `depth` on; where one counts into a list, the whole list with the change in it, for
+    lists do not merge. `held` is what is there now."""
+    if depth == len(parts):
+        return value
+    key, name = parts[depth], ".".join(parts[:depth])
+    if not key.isdigit() or isinstance(held, dict):
+        inner = held.get(key) if isinstance(held, dict) else None
+        return {key: _within(inner, parts, depth + 1, value, source)}
     if not isinstance(held, list):
-        raise UserError(f"--set {text}: {'.'.join(parts[:at])} is not a list")
-    if position >= len(held):
-        raise UserError(f"--set {text}: {'.'.join(parts[:at])} has {len(held)} entries, counted from 0")
-    for part in reversed(parts[at + 1 :]):
-        value = {part: value}
-    changed = list(held)
-    old = changed[position]
-    changed[position] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    result: Any = changed
-    for part in reversed(parts[:at]):
-        result = {part: result}
-    return result
+        raise UserError(f"{source}: {name} is not a list")
+    if int(key) >= len(held):
+        raise UserError(f"{source}: {name} has {len(held)} entries, counted from 0")
+    old = held[int(key)]
+    changed = _merge(old, _within(old, parts, depth + 1, value, source))
+    return [*held[: int(key)], changed, *held[int(key) + 1 :]]
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: Any, over: Any) -> Any:
     """`base` with `over` laid on it: mappings merge, everything else is replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return base | {key: _merge(base.get(key), value) for key, value in over.items()}
 
 
 class _Loader(yaml.SafeLoader):
@@ -183,16 +185,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:null|Null|NULL|~|)$"), ["n", "N", "~", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), "-+0123456789")
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
-    ),
-    "-+.0123456789",
-)
+NUMBER = r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"
+for _tag, _pattern, _first in (
+    ("null", r"^(?:null|Null|NULL|~|)$", ["n", "N", "~", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
+    ("float", rf"{NUMBER}|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -206,3 +206,79 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(f"{source}{where}: not valid YAML: {what}") from error
     except RecursionError as error:
         raise UserError(f"{source}: not valid YAML: nested too deeply") from error
+
+
+def explain(error: ValidationError, layers: Sequence[Layer]) -> str:
+    """One line for the first fault that pydantic found, and how many more there are."""
+    faults = error.errors(include_url=False)
+    # The cause before its consequences: an unknown key is reported ahead of a missing one.
+    fault = min(faults, key=lambda one: one["type"] == "missing")
+    keys = [part for part in fault["loc"] if _is_key(part)]
+    dotted = ".".join(str(part) for part in keys)
+    source = _source(keys, layers)
+    more = len({tuple(p for p in one["loc"] if _is_key(p)) for one in faults}) - 1
+    tail = f" (and {more} more)" if more else ""
+    if fault["type"] == "extra_forbidden":
+        allowed, section = _allowed_keys(keys[:-1]), ".".join(map(str, keys[:-1]))
+        inside = f"the keys of {section}" if section else "the keys"
+        hint = did_you_mean(keys[-1], allowed)
+        return f"{source}: unknown key {dotted!r}; {inside} are {', '.join(allowed)}{hint}{tail}"
+    if fault["type"] == "missing":
+        return f"{source}: the key {dotted!r} is missing{tail}"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":  # our own checks, which name their values themselves
+        return f"{source}: {dotted + ': ' if dotted else ''}{message}{tail}"
+    message = message.replace("Input should be", "must be").replace("a valid ", "a ").replace("a integer", "an integer")
+    hint = ""
+    if fault["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        message = f"must be a mapping with the keys {', '.join(_allowed_keys(keys))}"
+    if fault["type"] == "string_pattern_mismatch":
+        message = "must be made of letters, digits, '.', '_' and '-'"
+    if fault["type"] in ("too_short", "too_long"):
+        least = fault["ctx"].get("min_length")
+        count = f"at least {least}" if least is not None else f"at most {fault['ctx']['max_length']}"
+        message = f"must have {count} entries"
+    message = UNIONS.get(dotted, message)
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        hint = did_you_mean(fault["input"], fault["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", "))
+    return f"{source}: {dotted} = {shown(fault['input'])}: {message}{hint}{tail}"
+
+
+def _is_key(part: str | int) -> bool:
+    """Whether a part of pydantic's location is ours; it also names the branches of a union there."""
+    if isinstance(part, int):
+        return True
+    return part not in ("str", "int", "constrained-str") and "[" not in part and "(" not in part
+
+
+def _source(keys: list[Any], layers: Sequence[Layer]) -> str:
+    """The layer that said the value at `keys`: the last one that reaches deepest into it."""
+    return max(reversed(layers), key=lambda layer: _reach(keys, layer.tree)).source
+
+
+def _reach(keys: list[Any], held: Any) -> int:
+    """How many of `keys` lead into the nested mappings and lists of `held`."""
+    for depth, key in enumerate(keys):
+        try:
+            held = held[key]
+        except (KeyError, IndexError, TypeError):
+            return depth
+    return len(keys)
+
+
+def _allowed_keys(keys: list[Any]) -> list[str]:
+    """The key names that the schema has at `keys`."""
+    model: type[BaseModel] | None = Recipe
+    for key in keys:
+        if isinstance(key, str):
+            field = model.model_fields.get(key)
+            model = field and section_of(field.annotation)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def shown(value: Any) -> str:
+    """A value, short enough for one line."""
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from argrpo_cli.recipe.schema import Recipe
+from argrpo_cli.recipe.schema import Recipe, section_of
 
 BOUNDS = {Ge: "from {}", Gt: "above {}", Le: "at most {}", Lt: "below {}"}
 KINDS = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", Any: "anything"}
@@ -36,7 +36,7 @@ def page() -> str:
         parts.append("\n| key | value | default | |\n| --- | --- | --- | --- |\n")
         notes = _comments(model)
         for key, field in model.model_fields.items():
-            if not _section_of(field.annotation):
+            if not section_of(field.annotation):
                 cells = (f"`{key}`", _value(field.annotation, field.metadata), _default(field), notes.get(key, ""))
                 parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
     return "".join(parts)
@@ -46,15 +46,9 @@ def _sections(model: type[BaseModel], name: str) -> Iterator[tuple[str, type[Bas
     """Dotted names and models of the sections, each before those inside it; `[]` after a list of them."""
     yield name, model
     for key, field in model.model_fields.items():
-        if inner := _section_of(field.annotation):
+        if inner := section_of(field.annotation):
             several = "[]" if get_origin(field.annotation) is list else ""
             yield from _sections(inner, f"{name}.{key}".lstrip(".") + several)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((model for one in get_args(annotation) if (model := _section_of(one))), None)
 
 
 def _value(annotation: Any, metadata: Sequence[Any] = ()) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -34,6 +34,13 @@ class Section(BaseModel):
     """A block of keys. Unknown keys and wrong types are errors; a whole number may stand for a float."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a key's type is, or has within it, as a list of sections has."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((model for one in get_args(annotation) if (model := section_of(one))), None)
 
 
 class LoraSection(Section):
