@@ -27,8 +27,7 @@ from argrpo_cli.system.files import (
     write_json,
     write_jsonl,
 )
-from argrpo_cli.system.processes import ALONE, Team
-from argrpo_cli.system.progress import shared_progress
+from argrpo_cli.system.processes import ALONE, Team, shared_progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,7 @@ from argrpo_cli.policy.folder import glance
 from argrpo_cli.shapes import Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, cannot_write, make_dir, read_json, save_png, write_json, write_jsonl
-from argrpo_cli.system.progress import notice
+from argrpo_cli.system.processes import notice
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Card, Policy
@@ -50,19 +50,6 @@ class Order:
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     resize: int | None = None
-
-    def check(self) -> None:
-        """Raise UserError for a number out of range."""
-        self.sampling.check()
-        check_resize(self.resize)
-        for name, least in (("n", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: must be {least} or more")
-        if self.n > MOST_OF_ONE:
-            raise UserError(f"--n {self.n}: must be at most {MOST_OF_ONE} of one class or prompt")
-        if self.seed + self.n > 2**32:  # torch's CPU generator looks at no more bits: images would repeat
-            last = self.seed + self.n - 1
-            raise UserError(f"--seed {self.seed} with --n {self.n}: the last seed, {last}, must be below 2**32")
 
     def check_kind(self, reads: str) -> None:
         """UserError where a policy that reads "classes" or "captions" is asked for the other."""
@@ -95,7 +82,12 @@ def draw_samples(
     Raises:
         UserError: a setting out of range, an unknown policy or class, an `out` in use or not writable.
     """
-    order.check()
+    check_resize(order.resize)
+    if order.n > MOST_OF_ONE:
+        raise UserError(f"--n {order.n}: must be at most {MOST_OF_ONE} of one class or prompt")
+    last = order.seed + order.n - 1
+    if last >= 2**32:  # torch's CPU generator looks at no more bits: images would repeat
+        raise UserError(f"--seed {order.seed} with --n {order.n}: the last seed, {last}, must be below 2**32")
     seen = glance(order.policy)
     if seen is not None:
         order.check_kind(seen.reads)

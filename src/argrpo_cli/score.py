@@ -22,7 +22,7 @@ from argrpo_cli.kept import Rows, in_batches, kept
 from argrpo_cli.shapes import Column, Condition, Result, Value
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, check_writable, make_dir, save_png, write_jsonl
-from argrpo_cli.system.progress import notice
+from argrpo_cli.system.processes import notice
 
 if TYPE_CHECKING:
     from PIL import Image

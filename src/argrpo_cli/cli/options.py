@@ -145,7 +145,7 @@ def check_policies(
     from argrpo_cli import seeds
     from argrpo_cli.kept import check_claim
     from argrpo_cli.policy.folder import glance
-    from argrpo_cli.system.progress import notice
+    from argrpo_cli.system.processes import notice
 
     for policy in policies:
         glance(policy)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from argrpo_cli.cli.options import command
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.progress import notice
+from argrpo_cli.system.processes import notice
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
@@ -46,6 +46,7 @@ def train(
     from argrpo_cli.recipe import load_recipe
     from argrpo_cli.runs.run import refuse_used
 
+    set_ = set_ or []
     if resume is not None:
         if recipe is not None or out is not None:
             raise UserError("--resume takes everything from the run directory; leave out the recipe and --out")
@@ -54,21 +55,23 @@ def train(
                 f"cannot resume {resume}: it is no run directory (it has no recipe.yaml); "
                 f"start with: argrpo train RECIPE --out {resume}"
             )
-        _check_resume_overrides(set_ or [])
-        loaded, run_dir = load_recipe(resume / "recipe.yaml", set_ or ()), resume
-        if loaded.grpo.schedule != "constant" and any(text.startswith("grpo.steps") for text in set_ or []):
+        for text in set_:
+            if not text.startswith(CHANGEABLE):
+                keys = ", ".join(key + "*" if key.endswith(".") else key for key in CHANGEABLE)
+                raise UserError(f"--set {text}: a resumed run keeps its recipe; only {keys} can change")
+        loaded, run_dir = load_recipe(resume / "recipe.yaml", set_), resume
+        if loaded.grpo.schedule != "constant" and any(text.startswith("grpo.steps") for text in set_):
             raise UserError(
                 f"--set grpo.steps: the {loaded.grpo.schedule} learning-rate schedule of this run depends on it"
             )
     elif recipe is None:
         raise UserError("train needs a recipe, for instance `argrpo train nano/c2i`, or --resume RUN_DIR")
     else:
-        loaded = load_recipe(recipe, set_ or ())
+        loaded = load_recipe(recipe, set_)
         run_dir = out if out is not None else loaded.run_dir
-    if resume is None:
         _check_names(loaded)
-    if resume is None and not dry_run:
-        refuse_used(run_dir)
+        if not dry_run:
+            refuse_used(run_dir)
     notice(f"loading {loaded.policy.checkpoint} ...")
     if dry_run:
         _dry_run(loaded, processes or 1)
@@ -79,7 +82,7 @@ def train(
         )
     if processes is not None and processes > 1:
         what = [str(recipe), "--out", str(run_dir)] if resume is None else ["--resume", str(resume)]
-        again = ["train", *what, *(f"--set={text}" for text in set_ or ())]
+        again = ["train", *what, *(f"--set={text}" for text in set_)]
         return _together(again, loaded, processes, accelerate_config or "ddp")
 
     from argrpo_cli.training.train import run_training
@@ -123,13 +126,6 @@ def _together(arguments: list[str], recipe: Recipe, processes: int, config: str)
     code = launch(arguments, processes, config, cpu)
     if code:
         raise SystemExit(code)
-
-
-def _check_resume_overrides(overrides: list[str]) -> None:
-    for text in overrides:
-        if not text.startswith(CHANGEABLE):
-            keys = ", ".join(key + "*" if key.endswith(".") else key for key in CHANGEABLE)
-            raise UserError(f"--set {text}: a resumed run keeps its recipe; only {keys} can change")
 
 
 def _dry_run(recipe: Recipe, processes: int) -> None:

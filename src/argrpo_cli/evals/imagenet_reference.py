@@ -28,8 +28,7 @@ from argrpo_cli.networks.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
 from argrpo_cli.shapes import Shot
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import atomic_path, load_tensors, save_tensors, user_cache
-from argrpo_cli.system.processes import Team
-from argrpo_cli.system.progress import progress
+from argrpo_cli.system.processes import Team, progress
 
 ADM_NAME = "adm-256"
 ADM_URL = (

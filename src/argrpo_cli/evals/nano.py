@@ -66,8 +66,7 @@ from argrpo_cli.rewards.shaping import reward_weights
 from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
-from argrpo_cli.system.processes import ALONE, Team, join_team
-from argrpo_cli.system.progress import progress
+from argrpo_cli.system.processes import ALONE, Team, join_team, progress
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Card, Policy

@@ -177,14 +177,9 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
 
 def open_to_all(path: str | os.PathLike[str]) -> None:
     """Let everyone read a file whom the umask allows; some libraries make theirs for the owner alone."""
-    os.chmod(path, 0o666 & ~_umask())
-
-
-def _umask() -> int:
-    """The process's umask; it can only be read by setting it."""
-    mask = os.umask(0)
+    mask = os.umask(0)  # which can only be read by setting it
     os.umask(mask)
-    return mask
+    os.chmod(path, 0o666 & ~mask)
 
 
 class HubFile(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def image_grid(
@@ -33,10 +34,8 @@ def image_grid(
     if labels is not None and len(labels) not in (rows, count):
         raise ValueError(f"{len(labels)} labels for {count} images in {rows} rows; give one per row or per image")
     by_row = labels is not None and len(labels) == rows
-    font = _font(max(11, min(18, width // 6)))
-    lines: list[list[str]] = []
-    if labels is not None and not by_row:
-        lines = [_wrap(label, font, width) for label in labels]
+    font = ImageFont.load_default(max(11, min(18, width // 6)))
+    lines = [] if labels is None or by_row else [_wrap(label, font, width) for label in labels]
     text = _line_height(font) * max(map(len, lines), default=1) if labels is not None else 0
     cell_height, cell_width = height + 2 * pad + text, width + 2 * pad
 
@@ -49,7 +48,7 @@ def image_grid(
         if scale != 1:
             tile = tile.resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(tile, (x, y + text if by_row else y))
-        if labels is not None and not by_row:
+        if lines:
             draw.multiline_text((x, y + height), "\n".join(lines[index]), fill=INK, font=font, spacing=2)
     if by_row:
         for row, label in enumerate(labels):
@@ -58,30 +57,23 @@ def image_grid(
 
 
 def before_after(
-    before: Any,
-    after: Any,
-    labels: Sequence[str] | None = None,
-    columns: int = 4,
-    scale: int = 2,
-    captions: tuple[str, str] = ("before", "after"),
+    before: Any, after: Any, labels: Sequence[str] | None = None, columns: int = 4, scale: int = 2
 ) -> Image.Image:
-    """Two grids of the same conditions and seeds side by side, captioned, image for image in the same place.
+    """Two grids of the same conditions and seeds side by side, image for image in the same place.
 
     Args:
         before, after: uint8 [B, 3, H, W].
         labels, columns, scale: as in `image_grid`, for each of the two.
-        captions: what stands above them.
     """
-    left = image_grid(before, columns, labels, scale=scale)
-    right = image_grid(after, columns, labels, scale=scale)
+    left, right = (image_grid(images, columns, labels, scale=scale) for images in (before, after))
     if left.size != right.size:
         raise ValueError(f"before has {len(before)} images and after {len(after)}; they must be the same conditions")
-    font = _font(20)
+    font = ImageFont.load_default(20)
     gap, head = 24, _line_height(font) + 8
     sheet = Image.new("RGB", (left.width * 2 + gap, left.height + head), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for x, caption, grid in ((0, captions[0], left), (left.width + gap, captions[1], right)):
-        draw.text((x + 2, 4), _fit(caption, font, grid.width), fill=INK, font=font)
+    for x, caption, grid in ((0, "before", left), (left.width + gap, "after", right)):
+        draw.text((x + 2, 4), caption, fill=INK, font=font)
         sheet.paste(grid, (x, head))
     x = left.width + gap // 2
     draw.line([(x, 4), (x, sheet.height - 4)], fill=(200, 200, 200), width=1)
@@ -97,15 +89,11 @@ def _as_array(images: Any) -> np.ndarray:
     return pixels
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
-def _line_height(font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
+def _line_height(font: Font) -> int:
     return round(font.getbbox("Ågjy|")[3]) + 3
 
 
-def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:
+def _wrap(text: str, font: Font, width: int, most: int = 3) -> list[str]:
     """The text in up to `most` lines of `width` pixels, broken between words; the last is cut where it must be."""
     lines: list[str] = []
     for word in text.split():
@@ -117,7 +105,7 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: 
     return [_fit(line, font, width) for line in lines] or [""]
 
 
-def _fit(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+def _fit(text: str, font: Font, width: int) -> str:
     """The text, cut with an ellipsis where it would be wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text

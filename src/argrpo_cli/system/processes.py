@@ -1,4 +1,4 @@
-"""Several processes, on one machine or many, that share one job: who this one is, its device, doing things in step.
+"""Several processes that share one job, on one machine or many: which this is, what it computes on, its progress.
 
 Started by `accelerate launch` or `torchrun`, which say in the environment how many there are; alone otherwise.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+LINE_EVERY_SECONDS = 10.0  # of progress, where there is no terminal
 LONGEST_JOB = timedelta(days=30)  # the first to finish waits for the last
 # Launchers end all processes once one has failed; the first must have had the time to say why.
 LAST_WORDS = 2.0  # seconds
@@ -184,3 +186,47 @@ def _leave() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def notice(text: str) -> None:
+    """A line on the terminal, from the first of several processes: what takes a while is under way."""
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """Show the progress of a job of `total` units on standard error; yields `advance(count)`."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+
+    start = shown = time.monotonic()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done, shown
+        done += count
+        now = time.monotonic()
+        if done >= total or now - shown >= LINE_EVERY_SECONDS:
+            shown = now
+            rate = done / max(now - start, 1e-9)
+            print(f"{label}: {done}/{total} {unit}, {rate:.1f}/s", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+@contextmanager
+def shared_progress(team: Team, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """As `progress`, of the first process's share of a team's job; nothing in the others, or of a share of nothing."""
+    if not (team.first and total):
+        yield lambda count: None
+        return
+    with progress(label if team.count == 1 else f"{label}, one of {team.count} processes", total) as advance:
+        yield advance
