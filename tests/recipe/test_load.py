@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from argrpo_cli.recipe import dump_recipe, list_recipes, load_recipe
@@ -153,3 +156,13 @@ def test_numbers_and_words_are_read_as_yaml_12_has_them():
     assert parse_yaml(text, "x") == [
         1e-5, 2e4, 1.5, 0.5, -3, 10, "no", "yes", "on", True, None, None, "1_000", "12:30:00", "2024-01-01",
     ]  # fmt: skip
+
+
+def test_a_wrong_recipe_is_told_before_anything_heavy_is_imported():
+    code = (
+        "import sys; from argrpo_cli.recipe import load_recipe; from argrpo_cli.system.errors import UserError\n"
+        "try: load_recipe('nano/c2i', ['grpo.bta=1'])\n"
+        "except UserError: print(*sorted({'torch', 'numpy', 'rich'} & sys.modules.keys()), 'told')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "told\n"

@@ -337,7 +337,7 @@ def _draw(axes: Axes, panel: Panel, steps: Sequence[int]) -> list[tuple[Line, li
     """Draw the lines of a panel and set its axes; the points that were drawn, thinned to `MOST_POINTS` of a line."""
     from matplotlib.ticker import LogLocator
 
-    drawn = []
+    plotted = []
     for line in panel.lines:
         known = [(step, value) for step, value in zip(steps, line.values, strict=True) if value is not None]
         if panel.logarithmic:
@@ -361,7 +361,7 @@ def _draw(axes: Axes, panel: Panel, steps: Sequence[int]) -> list[tuple[Line, li
             solid_capstyle="round",
             label=line.label or None,
         )
-        drawn.append((line, points))
+        plotted.append((line, points))
     if panel.logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -373,4 +373,4 @@ def _draw(axes: Axes, panel: Panel, steps: Sequence[int]) -> list[tuple[Line, li
         axes.set_ylim(-0.0005, 0.01)  # shares that stay at 0 have no room below
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(labelsize=8)
-    return drawn
+    return plotted

@@ -307,13 +307,13 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of everything that decides what a run computes; packages that are not there are left out."""
-    found = {"argrpo": __version__, "python": platform.python_version()}
+    installed = {"argrpo": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def device_name(device: str) -> str:

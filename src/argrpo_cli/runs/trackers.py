@@ -174,8 +174,8 @@ class Trackers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        code = getattr(error, "code", None)  # of Interrupted
-        self.close(0 if error is None else code if isinstance(code, int) else 1)
+        interrupted = isinstance(error, SystemExit) and isinstance(error.code, int)
+        self.close(0 if error is None else error.code if interrupted else 1)
 
     def _to_tell(self, step: int) -> list[tuple[str, GeneralTracker]]:
         """Those that do not know yet what there is to say of a step."""

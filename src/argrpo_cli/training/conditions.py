@@ -112,10 +112,10 @@ def _classes(section: ConditionSection, policy: Policy) -> Sequence[Condition]:
             raise UserError(f"conditions.weights: {named[one]!r} and {name!r} are the same class; give one weight")
         named[one] = name
         weights[one] = weight
-    drawn = [one for one in conditions if weights[one] > 0]
-    if not drawn:
+    positive = [one for one in conditions if weights[one] > 0]
+    if not positive:
         raise UserError("conditions.weights: every class has weight 0, so there is nothing to draw")
-    return WeightedConditions(tuple(drawn), tuple(weights[one] for one in drawn))
+    return WeightedConditions(tuple(positive), tuple(weights[one] for one in positive))
 
 
 def condition_order(conditions: int, groups: int, seed: int) -> list[int]:

@@ -92,20 +92,20 @@ class Guards:
         is_batch = record.get("reward") is not None
         if is_batch:
             self._batches.append(record)
-        section, found = self.section, []
-        found += self._report("ratio", section.ratio.action, self._ratio(), REARM)
-        found += self._report("kl", section.kl.action, kl_beyond(self._records, section.kl.limit), REARM)
+        section, findings = self.section, []
+        findings += self._report("ratio", section.ratio.action, self._ratio(), REARM)
+        findings += self._report("kl", section.kl.action, kl_beyond(self._records, section.kl.limit), REARM)
         growth: Action = "ignore" if section.kl.action == "ignore" else "warn"  # too uncertain a sign to stop for
-        found += self._report("kl", growth, kl_growth(self._records, section.kl.limit), REARM)
-        found += self._report("images_left_out", "warn", self._images_left_out(), math.inf)
+        findings += self._report("kl", growth, kl_growth(self._records, section.kl.limit), REARM)
+        findings += self._report("images_left_out", "warn", self._images_left_out(), math.inf)
         if is_batch:
             constant, held_out = section.constant_reward, section.held_out
             sightings = constant_rewards(self._batches, self.counting, constant.batches)
-            found += self._report("constant_reward", constant.action, sightings, constant.batches)
+            findings += self._report("constant_reward", constant.action, sightings, constant.batches)
             if len(self._batches) % max(1, held_out.batches // LOOKS) == 0:
                 sightings = falling_rewards(self._batches, self.held_out, held_out.batches, held_out.errors)
-                found += self._report("held_out", held_out.action, sightings, held_out.batches)
-        return found
+                findings += self._report("held_out", held_out.action, sightings, held_out.batches)
+        return findings
 
     def _report(self, guard: str, action: Action, sightings: Iterator[Sighting], rearm: float) -> Iterator[Finding]:
         """Findings for what was seen and is news: not seen in the `rearm` batches before, or enough to stop."""
@@ -319,17 +319,17 @@ class GuardCallback(TrainerCallback):
         self.guards = Guards(recipe, weights)
         self._in_a_row = 0  # updates left out because their gradient was not a number
         self._left_out = False  # the latest was
-        self._remembered: list[dict[str, Any]] = []
+        self._warnings: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A resumed run goes through its past first: what was said then is not said again."""
         if not state.is_world_process_zero:
             return
-        noted = self.run.notes().get("warnings", [])
-        self._remembered = [warning for warning in noted if warning["step"] <= state.global_step]
-        if self._remembered != noted:
+        known = self.run.notes().get("warnings", [])
+        self._warnings = [warning for warning in known if warning["step"] <= state.global_step]
+        if self._warnings != known:
             self._write()  # the others belong to updates that are done again
-        said = {(warning["step"], warning["guard"]) for warning in self._remembered}
+        said = {(warning["step"], warning["guard"]) for warning in self._warnings}
         for record in self.run.metrics():
             for finding in self.guards.look(record):
                 if finding.action == "warn" and (finding.step, finding.guard) not in said:
@@ -380,12 +380,12 @@ class GuardCallback(TrainerCallback):
         self._remember(finding)
 
     def _remember(self, finding: Finding) -> None:
-        self._remembered.append({"step": finding.step, "guard": finding.guard, "text": finding.text})
+        self._warnings.append({"step": finding.step, "guard": finding.guard, "text": finding.text})
         self._write()
 
     def _write(self) -> None:
         """All of them each time, so what a full disk did not take is there with the next."""
-        self.run.spare(lambda: self.run.note(warnings=self._remembered))
+        self.run.spare(lambda: self.run.note(warnings=self._warnings))
 
 
 def _is_finite(tensors: list[Tensor]) -> bool:

@@ -141,8 +141,8 @@ class StreamedConditions:
     def __repr__(self) -> str:
         """What was asked for, in one line: a run is continued only with the same."""
         one = self.section
-        asked = (one.name, one.config, one.split, one.revision, one.column, one.limit, self.deduplicate)
-        return f"StreamedConditions{asked!r}"
+        source = (one.name, one.config, one.split, one.revision, one.column, one.limit, self.deduplicate)
+        return f"StreamedConditions{source!r}"
 
     def __getitem__(self, group: int) -> Condition:
         if group < self._group and group not in self._window:

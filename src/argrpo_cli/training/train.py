@@ -154,10 +154,10 @@ def _load(
 
 def _load_base_policy(recipe: Recipe, out: Path, resume: bool, device: str) -> Policy:
     """The policy that training starts from; a resumed run takes the folder that it started from then."""
-    noted = RunDirectory(out).notes().get("base_policy") if resume else None
+    base = RunDirectory(out).notes().get("base_policy") if resume else None
     # Weights stay in float32 whatever policy.dtype says: bfloat16 is autocast, or small updates would be rounded away.
     chosen = recipe.policy
-    return load_policy(noted or chosen.checkpoint, device, dtype="float32", text_device=chosen.text_device)
+    return load_policy(base or chosen.checkpoint, device, dtype="float32", text_device=chosen.text_device)
 
 
 def _named(recipe: Recipe) -> str:
@@ -235,10 +235,10 @@ class Job:
         base, trained = self.writer.base(), trained_parameters(self.policy)
         trainer, metrics, stop = self._assemble(seconds, checkpoint)
         self._keep_sharding(trainer, checkpoint)
-        noted = start_notes(run.notes(), self.weights, self.rewards.family, str(self.policy.model.device))
-        noted |= {"base_policy": base, "trained": trained, "conditions": digest(self.conditions), "finished": None}
-        noted["sharding"] = sharding(trainer)
-        team.lead(lambda: run.note(**noted))
+        notes = start_notes(run.notes(), self.weights, self.rewards.family, str(self.policy.model.device))
+        notes |= {"base_policy": base, "trained": trained, "conditions": digest(self.conditions), "finished": None}
+        notes["sharding"] = sharding(trainer)
+        team.lead(lambda: run.note(**notes))
         self.display.note(self._opening(start))
         team.lead(lambda: self.trackers.open(start))
         # The base policy, and whole: only when training starts is a checkpoint loaded, and the model shared out.
@@ -289,8 +289,8 @@ class Job:
                 f"{self.run.root} was saved after step {start}, in the middle of a batch of "
                 f"{self.recipe.grpo.updates_per_batch} updates (grpo.updates_per_batch); it cannot be continued exactly"
             )
-        kept = self.run.forget_metrics_after(start)
-        return checkpoint, start, kept[-1]["seconds_total"] if kept else 0.0
+        records = self.run.forget_metrics_after(start)
+        return checkpoint, start, records[-1]["seconds_total"] if records else 0.0
 
     def _keep_sharding(self, trainer: ImageGRPOTrainer, checkpoint: Path | None) -> None:
         started = self.team.from_lead(lambda: self.run.notes().get("sharding", "none"))

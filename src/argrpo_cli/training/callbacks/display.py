@@ -89,10 +89,10 @@ class RunDisplay:
         (first_step, first_time), (last_step, last_time) = self._ends[0], self._ends[-1]
         if last_step == first_step or self.last is None:
             return None
-        left = (self.steps - last_step) * (last_time - first_time) / (last_step - first_step)
+        seconds = (self.steps - last_step) * (last_time - first_time) / (last_step - first_step)
         if self.time_limit is not None:
-            left = min(left, max(0.0, self.time_limit - self.last["seconds_total"]))
-        return left
+            seconds = min(seconds, max(0.0, self.time_limit - self.last["seconds_total"]))
+        return seconds
 
     def _left(self) -> str:
         seconds = self.seconds_left()
@@ -100,12 +100,12 @@ class RunDisplay:
 
     def _line(self, record: dict[str, Any]) -> str:
         rewards = ", ".join(f"{name} {number(value['mean'], '.3f')}" for name, value in record["rewards"].items())
-        left = self._left()
+        time_left = self._left()
         return (
             f"step {record['step']}/{self.steps}  reward {number(record['reward'])} ({rewards})"
             f"  std {number(record['within_group_std'], '.3f')}  kl {number(record['kl'])}"
             f"  entropy {number(record['entropy'], '.3f')}  clip {_clip(record)}  ratio {number(record['ratio'])}"
-            f"  {number(record['images_per_second'], '.1f')} images/s  left {left}"
+            f"  {number(record['images_per_second'], '.1f')} images/s  left {time_left}"
         )
 
     def _picture(self) -> Group:
