@@ -68,10 +68,10 @@ def file_rows(path: Path) -> list[str | dict[str, Any]]:
     return rows
 
 
-def nano_captions(per_category: int = PER_CATEGORY, seed: int = SEED) -> list[str]:
+def nano_captions() -> list[str]:
     """Captions to train on: the nano world's grammar without what the benchmark asks.
 
-    Distinct ones, at most `per_category` of each category, categories in turn. There are 24 captions of a single object
+    Distinct ones, at most `PER_CATEGORY` of each category, categories in turn. There are 24 captions of a single object
     and 72 of two to four, and the benchmark asks for most of them; those two categories are not held out. Of the others
     no caption asks for what a prompt of the benchmark asks, in any order of words ('a cat and a dog', 'a dog right of a
     cat').
@@ -80,20 +80,20 @@ def nano_captions(per_category: int = PER_CATEGORY, seed: int = SEED) -> list[st
 
     from argrpo_cli.nano.scenes import caption_scene
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     benchmark = {content(prompt) for name in ("geneval", "geneval-nano-extra") for prompt in prompt_set(name)}
     rows: list[list[str]] = []
     for tag in TAGS:
         captions: dict[str, None] = {}
-        for _ in range(40 * per_category):  # enough to meet every caption of the small categories
+        for _ in range(40 * PER_CATEGORY):  # enough to meet every caption of the small categories
             prompt = caption_scene(rng, tag).prompt
             held_out = tag not in SHARED and (
                 content(prompt) in benchmark or (tag == "position" and content(mirrored(prompt)) in benchmark)
             )
-            if prompt.tag == tag and len(captions) < per_category and not held_out:
+            if prompt.tag == tag and len(captions) < PER_CATEGORY and not held_out:
                 captions[prompt.text] = None
         rows.append(list(captions))
-    return [row[place] for place in range(per_category) for row in rows if place < len(row)]
+    return [row[place] for place in range(PER_CATEGORY) for row in rows if place < len(row)]
 
 
 def captions_in(row: dict[str, Any], column: str, where: str) -> list[str]:

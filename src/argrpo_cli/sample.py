@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli.images import EARLIER_SETTINGS, METADATA, SAMPLE, read_image
 from argrpo_cli.kept import SETTINGS, check_claim, claim
 from argrpo_cli.policy.folder import glance
-from argrpo_cli.shapes import Sampling, Shot
+from argrpo_cli.shapes import Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, cannot_write, make_dir, read_json, save_png, write_json, write_jsonl
 from argrpo_cli.system.processes import notice
@@ -141,22 +141,22 @@ def _shots(policy: Policy, order: Order) -> list[Shot]:
     for place, condition in enumerate(dict.fromkeys(policy.conditions(list(names)))):
         number = place if condition.class_id is None else condition.class_id
         for seed in range(order.seed, order.seed + order.n):
-            file = file_name(number, _name(Shot(condition, seed), policy.card), seed)
-            shots.append(Shot(condition, seed, file))
+            shots.append(Shot(condition, seed, file_name(number, _name(condition, policy.card), seed)))
     return shots
 
 
-def _name(shot: Shot, card: Card) -> str:
+def _name(condition: Condition, card: Card) -> str:
     """What is drawn: the name of the class, or the prompt."""
-    return shot.condition.prompt if shot.condition.class_id is None else card.names[shot.condition.class_id]
+    return condition.prompt if condition.class_id is None else card.names[condition.class_id]
 
 
 def _row(shot: Shot, card: Card, order: Order) -> dict[str, Any]:
-    of_class = {"class_id": shot.condition.class_id, "class_name": _name(shot, card)}
+    condition = shot.condition
+    of_class = {"class_id": condition.class_id, "class_name": _name(condition, card)}
     return {
         "file": shot.file,
-        "prompt": shot.condition.prompt,
-        **(of_class if shot.condition.class_id is not None else {}),
+        "prompt": condition.prompt,
+        **(of_class if condition.class_id is not None else {}),
         "seed": shot.seed,
         "policy": order.policy,
         **asdict(order.sampling),
@@ -197,7 +197,7 @@ def _write_grid(shots: Sequence[Shot], card: Card, per_class: int, out: Path) ->
     rows = [shots[start : start + columns] for start in range(0, len(shots), per_class)][:GRID_ROWS]
     images = np.stack([read_image(out / shot.file) for row in rows for shot in row])
     scale = max(1, 128 // images.shape[-1])
-    save_png(out / GRID, image_grid(images, columns, [_name(row[0], card) for row in rows], scale=scale))
+    save_png(out / GRID, image_grid(images, columns, [_name(row[0].condition, card) for row in rows], scale=scale))
 
 
 def _write_npz(paths: Sequence[Path], target: Path) -> None:

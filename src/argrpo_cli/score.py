@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -35,16 +34,6 @@ SHEET_COLUMNS, THUMBNAIL = 8, 128
 MOST_BYTES = 2**28  # of images at a time, however many
 
 
-@dataclass(frozen=True)
-class Scored:
-    """The result as written, the folder it is in, how many images had been scored before, and a remark (or "")."""
-
-    result: Result
-    folder: Path
-    kept: int
-    note: str
-
-
 def score_images(
     sources: Sequence[Path],
     rewards: Sequence[str],
@@ -56,7 +45,7 @@ def score_images(
     out: Path | None = None,
     batch_size: int = 64,
     device: str = "auto",
-) -> Scored:
+) -> tuple[Result, Path, int, str]:
     """Score images; scores.jsonl, scores.csv, summary.json and best_worst.png go to `out`.
 
     Scores are raw, in each reward's own unit. Scores of an interrupted call with the same rewards and images are kept,
@@ -67,6 +56,9 @@ def score_images(
         prompt, class_name, captions: what the images should show, where nothing beside them says it.
         options: name of a reward to options of its own.
         out: by default the folder of the images, or one beside the .npz.
+
+    Returns:
+        The result as written, the folder it is in, how many images had been scored before, and a remark (or "").
 
     Raises:
         UserError: no images, an unreadable one, an unknown reward, or a reward that looks at the prompt where there is
@@ -103,7 +95,7 @@ def score_images(
         if not result.warnings:
             store.remove()  # otherwise the same call asks again for what is missing
     uses_prompt = any(reward_set.entries[name].reads_prompt for name in rewards)
-    return Scored(result, target, before, images.note if uses_prompt else "")
+    return result, target, before, images.note if uses_prompt else ""
 
 
 def score_rows(reward_set: RewardSet, items: Sequence[Item]) -> list[dict[str, float | None]]:

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from argrpo_cli.recipe import dump_recipe, list_recipes, load_recipe
-from argrpo_cli.recipe.load import parse_yaml
+from argrpo_cli.recipe import dump_recipe, list_recipes, load_recipe, parse_yaml
 from argrpo_cli.system.errors import UserError
 
 

@@ -179,7 +179,7 @@ def reward_options(settings: list[str], names: list[str], where: str = "--reward
     Raises:
         UserError: another form, a reward that is not among the names.
     """
-    import yaml
+    from argrpo_cli.recipe import parse_yaml
 
     options: dict[str, dict[str, object]] = {}
     for text in settings:
@@ -189,8 +189,5 @@ def reward_options(settings: list[str], names: list[str], where: str = "--reward
             raise UserError(f"--set {text}: expected REWARD.KEY=VALUE, such as hpsv2.version=2.0")
         if name not in names:
             raise UserError(f"--set {text}: {name!r} is not among {where} {','.join(names)}{did_you_mean(name, names)}")
-        try:
-            options.setdefault(name, {})[option] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {text}: {value!r} is not a value in YAML") from error
+        options.setdefault(name, {})[option] = parse_yaml(value, f"--set {text}")
     return options

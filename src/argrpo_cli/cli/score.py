@@ -42,7 +42,7 @@ def score(
     names = names_in(rewards)
     options = reward_options(set_ or [], names)
     check_rewards(names, options)
-    scored = score_images(
+    result, folder, before, note = score_images(
         images,
         names,
         prompt=prompt,
@@ -53,14 +53,14 @@ def score(
         batch_size=batch_size,
         device=device,
     )
-    result, ranges = scored.result, scored.result.protocol["rewards"]
+    ranges = result.protocol["rewards"]
     (means,) = result.rows.values()
     ends = {end: {name: Value(row[end]) for name, row in ranges.items()} for end in ("min", "max")}
     show(replace(result, rows={"mean": means, **ends}))
-    if scored.note:
-        print(scored.note)
+    if note:
+        print(note)
     for name, row in ranges.items():
         if row["min"] is None:
             raise UserError(f"{name} scored none of the {result.protocol['images']} images: {row['last_error']}")
-    kept = f" ({scored.kept} were scored before)" if scored.kept else ""
-    print(f"scores{kept} in {scored.folder}, best and worst in {scored.folder / SHEET}")
+    kept = f" ({before} were scored before)" if before else ""
+    print(f"scores{kept} in {folder}, best and worst in {folder / SHEET}")
