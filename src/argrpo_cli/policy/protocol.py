@@ -1,6 +1,7 @@
 """What every family of policies is to the rest of the house: a card, tensors for conditions, tokens, pictures.
 
-A family (LlamaGen is one, `policy/llamagen/`) is a module with a class of this shape and one line in `open.py`. Its
+A family (LlamaGen is one, `policy/llamagen/`; tests/policy/toy_family.py is the smallest) is a module with a class of
+this shape, which has a classmethod `load(folder, device, dtype, text_device)` beside, and one line in `open.py`. Its
 conditions, its guidance, its log-probabilities and what comes before what are its own matter: nobody else looks into
 `Encoded`, counts positions or knows the name of a layer.
 """
@@ -71,11 +72,13 @@ class Policy(Protocol):
     """A policy as `load_policy` gives it.
 
     Attributes:
-        model: what is trained, sharded and saved. `model(encoded, tokens, sampling, entropy)` gives a `Scored` by one
+        name: what it was opened by; `load_policy` sets it.
+        model: a model of transformers, which is trained, sharded and saved. `model(encoded, tokens, sampling, entropy)` gives a `Scored` by one
             teacher-forced pass: log-probabilities under `sampling`'s guidance and temperature (its filters are no part
             of what is trained), differentiable with respect to the parameters.
     """
 
+    name: str
     card: Card
     model: nn.Module
 
@@ -128,4 +131,8 @@ class Policy(Protocol):
 
     def save(self, folder: str | Path) -> None:
         """Write a policy folder; UserError when it cannot be written."""
+        ...
+
+    def save_card(self, folder: str | Path) -> None:
+        """Make a policy folder of one that holds what `model.save_pretrained` writes."""
         ...
