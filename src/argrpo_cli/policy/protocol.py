@@ -73,9 +73,10 @@ class Policy(Protocol):
 
     Attributes:
         name: what it was opened by; `load_policy` sets it.
-        model: a model of transformers, which is trained, sharded and saved. `model(encoded, tokens, sampling, entropy)` gives a `Scored` by one
-            teacher-forced pass: log-probabilities under `sampling`'s guidance and temperature (its filters are no part
-            of what is trained), differentiable with respect to the parameters.
+        model: a model of transformers: what is trained, sharded and saved. `model(encoded, tokens, sampling, entropy)`
+            gives a `Scored` by one teacher-forced pass: log-probabilities under `sampling`'s guidance and temperature
+            (its filters are no part of what is trained), differentiable with respect to the parameters. TRL loads the
+            reference of the KL term by AutoModelForCausalLM and reads `auto_map` of its configuration.
     """
 
     name: str
