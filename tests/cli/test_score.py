@@ -54,7 +54,7 @@ def rewards(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr("argrpo_cli.rewards.load_rewards", load)
-    monkeypatch.setattr("argrpo_cli.cli.score.check_rewards", lambda names, options: None)
+    monkeypatch.setattr("argrpo_cli.cli.options.check_rewards", lambda names, options: None)
     return made
 
 

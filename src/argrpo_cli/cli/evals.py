@@ -10,10 +10,8 @@ from argrpo_cli.cli.options import (
     OF_A_POLICY,
     Drawing,
     check_policies,
-    check_rewards,
     command,
-    names_in,
-    reward_options,
+    read_rewards,
     set_options,
 )
 from argrpo_cli.geneval import check_detector
@@ -206,10 +204,9 @@ def drawbench(
         --n, --per-prompt: Images per prompt.
         --out: Folder for images, scores and numbers.
     """
-    names, policies = names_in(columns), _both(policy, baseline)
-    options = reward_options(set_ or [], names, "--columns")
+    policies = _both(policy, baseline)
+    names, options = read_rewards(columns, set_, "--columns")
     check_policies(policies, out, "drawbench", drawing.seed, n)
-    check_rewards(names, options)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.drawbench import DrawBench, read_prompts
 

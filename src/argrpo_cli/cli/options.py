@@ -156,6 +156,35 @@ def check_policies(
     notice(f"loading {', '.join(policies)} ..." if policies else "loading ...")
 
 
+def read_rewards(
+    text: str, settings: Sequence[str] | None, where: str = "--rewards"
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Names with commas between them, and `hpsv2.version=2.0` and the like as options of each reward.
+
+    Args:
+        settings: of `--set`; values are read as YAML.
+        where: the option that names the rewards.
+
+    Raises:
+        UserError: another form, a reward that is not among the names; and what `check_rewards` refuses.
+    """
+    from argrpo_cli.recipe import parse_yaml
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    options: dict[str, dict[str, Any]] = {}
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        name, dot, option = key.rpartition(".")
+        if not (equals and dot and name and option):
+            raise UserError(f"--set {setting}: expected REWARD.KEY=VALUE, such as hpsv2.version=2.0")
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise UserError(f"--set {setting}: {name!r} is not among {where} {','.join(names)}{hint}")
+        options.setdefault(name, {})[option] = parse_yaml(value, f"--set {setting}")
+    check_rewards(names, options)
+    return names, options
+
+
 def check_rewards(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse before torch is loaded rewards that there are not, and options that they do not have."""
     from argrpo_cli.rewards import REWARDS, check_options, networks_of
@@ -163,31 +192,3 @@ def check_rewards(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]
     for name, own in networks_of(names, options)[0].items():
         if own and name in REWARDS:
             check_options(name, own)
-
-
-def names_in(text: str) -> list[str]:
-    """Names with commas between them."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def reward_options(settings: list[str], names: list[str], where: str = "--rewards") -> dict[str, dict[str, object]]:
-    """`hpsv2.version=2.0` and the like as options of each reward; values are read as YAML.
-
-    Args:
-        where: the option that names the rewards.
-
-    Raises:
-        UserError: another form, a reward that is not among the names.
-    """
-    from argrpo_cli.recipe import parse_yaml
-
-    options: dict[str, dict[str, object]] = {}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        name, dot, option = key.rpartition(".")
-        if not (equals and dot and name and option):
-            raise UserError(f"--set {text}: expected REWARD.KEY=VALUE, such as hpsv2.version=2.0")
-        if name not in names:
-            raise UserError(f"--set {text}: {name!r} is not among {where} {','.join(names)}{did_you_mean(name, names)}")
-        options.setdefault(name, {})[option] = parse_yaml(value, f"--set {text}")
-    return options

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from argrpo_cli.cli.options import check_rewards, command, names_in, reward_options
+from argrpo_cli.cli.options import command, read_rewards
 from argrpo_cli.shapes import Value
 from argrpo_cli.system.errors import UserError
 
@@ -39,9 +39,7 @@ def score(
     from argrpo_cli.evals.tables import show
     from argrpo_cli.score import SHEET, score_images
 
-    names = names_in(rewards)
-    options = reward_options(set_ or [], names)
-    check_rewards(names, options)
+    names, options = read_rewards(rewards, set_)
     result, folder, before, note = score_images(
         images,
         names,

@@ -43,7 +43,7 @@ def train(
         --accelerate-config NAME|FILE: How they share the work: ddp, fsdp2, zero2, zero3, or a file of `accelerate
             config`.  [default: ddp]
     """
-    from argrpo_cli.recipe import load_recipe
+    from argrpo_cli.recipe import dump_recipe, load_recipe
     from argrpo_cli.runs.run import refuse_used
 
     set_ = set_ or []
@@ -74,7 +74,13 @@ def train(
             refuse_used(run_dir)
     notice(f"loading {loaded.policy.checkpoint} ...")
     if dry_run:
-        _dry_run(loaded, processes or 1)
+        # The plan for people on standard error, the resolved recipe for a file on standard output.
+        from rich.console import Console
+
+        from argrpo_cli.training.plan import plan, show_plan
+
+        show_plan(plan(loaded, processes or 1), Console(file=sys.stderr, highlight=False))
+        sys.stdout.write(dump_recipe(loaded))
         return
     if accelerate_config is not None and processes in (None, 1):
         raise UserError(
@@ -126,15 +132,3 @@ def _together(arguments: list[str], recipe: Recipe, processes: int, config: str)
     code = launch(arguments, processes, config, cpu)
     if code:
         raise SystemExit(code)
-
-
-def _dry_run(recipe: Recipe, processes: int) -> None:
-    """The plan for people on standard error, the resolved recipe for a file on standard output."""
-    from rich.console import Console
-
-    from argrpo_cli.recipe import dump_recipe
-    from argrpo_cli.training.plan import plan, show_plan
-
-    planned = plan(recipe, processes)
-    show_plan(planned, Console(file=sys.stderr, highlight=False))
-    sys.stdout.write(dump_recipe(recipe))

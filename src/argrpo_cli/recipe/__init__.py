@@ -218,7 +218,8 @@ def explain(error: ValidationError, layers: Sequence[Layer]) -> str:
     fault = min(faults, key=lambda one: one["type"] == "missing")
     keys = [part for part in fault["loc"] if _is_key(part)]
     dotted = ".".join(str(part) for part in keys)
-    source = _source(keys, layers)
+    # The layer that said the value: the last one that reaches deepest into it.
+    source = max(reversed(layers), key=lambda layer: _reach(keys, layer.tree)).source
     more = len({tuple(p for p in one["loc"] if _is_key(p)) for one in faults}) - 1
     tail = f" (and {more} more)" if more else ""
     if fault["type"] == "extra_forbidden":
@@ -252,11 +253,6 @@ def _is_key(part: str | int) -> bool:
     if isinstance(part, int):
         return True
     return part not in ("str", "int", "constrained-str") and "[" not in part and "(" not in part
-
-
-def _source(keys: list[Any], layers: Sequence[Layer]) -> str:
-    """The layer that said the value at `keys`: the last one that reaches deepest into it."""
-    return max(reversed(layers), key=lambda layer: _reach(keys, layer.tree)).source
 
 
 def _reach(keys: list[Any], held: Any) -> int:

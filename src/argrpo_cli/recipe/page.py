@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from argrpo_cli.recipe.schema import Recipe, section_of
 
@@ -37,7 +36,8 @@ def page() -> str:
         notes = _comments(model)
         for key, field in model.model_fields.items():
             if not section_of(field.annotation):
-                cells = (f"`{key}`", _value(field.annotation, field.metadata), _default(field), notes.get(key, ""))
+                default = "" if field.is_required() else f"`{json.dumps(field.default)}`"
+                cells = (f"`{key}`", _value(field.annotation, field.metadata), default, notes.get(key, ""))
                 parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
     return "".join(parts)
 
@@ -73,10 +73,6 @@ def _value(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         if isinstance(one, kind)
     ]
     return " ".join([KINDS[annotation], *bounds])
-
-
-def _default(field: FieldInfo) -> str:
-    return "" if field.is_required() else f"`{json.dumps(field.default)}`"
 
 
 def _comments(model: type[BaseModel]) -> dict[str, str]:
