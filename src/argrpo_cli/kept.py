@@ -85,12 +85,12 @@ def kept(
     """
     batches = in_batches(items, batch_size)
     missing = team.from_lead(lambda: [store.missing(batch) for batch in batches])
-    left = [
+    jobs = [
         (batch if whole else [batch[place] for place in places], len(places))
         for batch, places in zip(batches, missing, strict=True)
         if places
     ]
-    own = left[team.index :: team.count]
+    own = jobs[team.index :: team.count]
 
     def work() -> None:
         with shared_progress(team, label, sum(count for _, count in own)) as advance:

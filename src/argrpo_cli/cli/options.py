@@ -13,40 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
-from argrpo_cli.shapes import DTYPES, Sampling
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError, did_you_mean
-
-# What finished pictures have no use for, and a policy that draws them has.
-OF_A_POLICY = (
-    "policy", "baseline", "n", "cfg_scale", "temperature", "top_k", "top_p", "cfg_interval", "seed", "dtype",
-    "text_device", "resize", "keep_images",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What the shared options of a command that draws say."""
-
-    sampling: Sampling
-    seed: int
-    batch_size: int
-    device: str
-    text_device: str
-
-
-def _drawing(
-    cfg_scale: float = 2.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    cfg_interval: int = -1,
-    seed: int = 0,
-    batch_size: int = 64,
-    device: str = "auto",
-    dtype: str = DTYPES[0],
-    text_device: str = "same",
-) -> Drawing:
-    """The options of drawing, and others that several commands have.
+    """What the shared options of a command that draws say: those of `Sampling`, and these.
 
     Options:
         --cfg-scale: Classifier-free guidance scale, 1 or more; 1 is no guidance.
@@ -54,20 +27,27 @@ def _drawing(
         --top-k: Keep the k likeliest tokens; 0 keeps all.
         --top-p: Keep the likeliest tokens up to this probability; 1 keeps all.
         --cfg-interval: Guide decoding steps 0 to this one only, as LlamaGen; -1: all.
+        --dtype float32|bfloat16|float16: Number format of the policy.
         --seed: Of the noise: another seed, other images.
         --batch-size: Images at a time; by rounding it turns a few tokens.
         --device: auto, cpu, cuda, cuda:1, mps.
-        --dtype float32|bfloat16|float16: Number format of the policy.
         --text-device same|offload|DEVICE: Of the text encoder: beside the policy, there only while it reads captions,
             or elsewhere.
         --baseline: A second policy, drawn with the same seeds, to compare with.
         --images: Measure these pictures instead of a policy: a folder, or an .npz with arr_0.
     """
-    sampling = Sampling(cfg_scale, temperature, top_k, top_p, cfg_interval, dtype).check()
-    return Drawing(sampling, seed, batch_size, device, text_device)
+
+    sampling: Sampling
+    seed: int = 0
+    batch_size: int = 64
+    device: str = "auto"
+    text_device: str = "same"
 
 
-DRAWING = inspect.signature(_drawing, eval_str=True).parameters
+SAMPLING = dict(inspect.signature(Sampling, eval_str=True).parameters)
+DRAWING = SAMPLING | dict(list(inspect.signature(Drawing, eval_str=True).parameters.items())[1:])
+# What finished pictures have no use for, and a policy that draws them has.
+OF_A_POLICY = ("policy", "baseline", "n", "resize", "keep_images", "seed", "text_device", *SAMPLING)
 
 
 def command(
@@ -80,7 +60,7 @@ def command(
             --n, --per-class NUMBER: An option by its flags, and a metavar if it is to have one;
                 further lines are indented.
 
-    Those of `_drawing` need not be there. A last parameter `drawing` stands for all of these.
+    Those of `Drawing` need not be there. A last parameter `drawing` stands for what it holds.
 
     Args:
         least: name of a number to the least it may be.
@@ -91,14 +71,16 @@ def command(
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = dict(inspect.signature(function, eval_str=True).parameters)
-        entries = _options_in(_drawing) | _options_in(function)
+        entries = _options_in(Drawing) | _options_in(function)
         names = [name for name in DRAWING if name not in without] if own.pop("drawing", None) else []
         shared = [DRAWING[name].replace(default=defaults.get(name, DRAWING[name].default)) for name in names]
 
         @functools.wraps(function)
         def parsed(**values: Any) -> None:
             if names:
-                values["drawing"] = _drawing(**{name: values.pop(name) for name in names})
+                drawing = {name: values.pop(name) for name in names}
+                sampling = Sampling(**{name: drawing.pop(name) for name in names if name in SAMPLING})
+                values["drawing"] = Drawing(sampling.check(), **drawing)
             function(**values)
 
         parameters = []
@@ -116,10 +98,10 @@ def command(
     return decorate
 
 
-def _options_in(function: Callable[..., Any]) -> dict[str, tuple[list[str], str | None, str]]:
+def _options_in(thing: Callable[..., Any]) -> dict[str, tuple[list[str], str | None, str]]:
     """Name to flags, metavar and words of the options in a docstring, see `command`."""
     options = {}
-    _, _, text = inspect.getdoc(function).partition("Options:\n")
+    _, _, text = inspect.getdoc(thing).partition("Options:\n")
     for entry in re.split(r"\n(?=\S)", textwrap.dedent(text)):
         head, _, words = entry.partition(": ")
         flags = re.findall(r"--[\w-]+", head)
