@@ -187,11 +187,11 @@ def test_published_weights_are_sought_under_the_names_of_the_hub(tmp_path, monke
     torch.save(random_clip().state_dict(), tmp_path / "weights.pt")
     register(monkeypatch)
     patch_fetch(monkeypatch, fetch)
-    load_open_clip("tiny")
+    load_open_clip("tiny", "openai")
     assert asked == [("someone/tiny", "open_clip_model.safetensors"), ("someone/tiny", "open_clip_pytorch_model.bin")]
     register(monkeypatch, tags={"openai": {**PIXELS, "hf_hub": "someone/tiny/other.bin"}})
     with pytest.raises(UserError, match="not there"):
-        load_open_clip("tiny")
+        load_open_clip("tiny", "openai")
     assert asked[2:] == [("someone/tiny", "other.bin")]
 
 
@@ -204,7 +204,7 @@ def test_a_hub_repository_in_open_clips_layout(tmp_path, monkeypatch):
         {k: v.contiguous() for k, v in random_clip().state_dict().items()}, tmp_path / "open_clip_model.safetensors"
     )
     patch_fetch(monkeypatch, lambda repo, file: tmp_path / file if repo == "me/mine" else None)
-    clip = load_open_clip("hf-hub:me/mine")
+    clip = load_open_clip("hf-hub:me/mine", "openai")
     assert clip.prepare(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)).unique().tolist() == [1.0]
 
 

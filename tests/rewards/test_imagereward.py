@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from argrpo_cli.networks import blip
-from argrpo_cli.networks.blip import TEXT, VISION, build_network, from_published, load_network
+from argrpo_cli.networks.blip import TEXT, VISION, build_network, from_published
 from argrpo_cli.networks.pixels import Preprocess
+from argrpo_cli.networks.weights import fit_state
 from argrpo_cli.rewards.imagereward import ImageReward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
@@ -86,7 +87,7 @@ def test_unknown_and_missing_keys_are_told():
     state = small_state()
     state["blip.itm_head.weight"] = state.pop("blip.visual_encoder.blocks.1.attn.qkv.bias")
     with pytest.raises(UserError) as error:
-        load_network(small_network(), state, "ImageReward.pt")
+        fit_state(small_network(), from_published(state), "ImageReward.pt")
     assert "missing vision.encoder.layers.1.self_attn.qkv.bias" in str(error.value)
     assert "unexpected blip.itm_head.weight" in str(error.value)
 
@@ -145,7 +146,9 @@ def blip_reward(state: dict[str, torch.Tensor], pixels: torch.Tensor, tokens: to
 
 def test_network_computes_blip_with_prompts_of_different_lengths():
     state = small_state()
-    network = load_network(small_network(), state, "formula").double()
+    network = small_network()
+    fit_state(network, from_published(state), "formula")
+    network = network.double()
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tokens = torch.tensor([[2, 4, 5, 6, 7, 3], [2, 8, 9, 3, 0, 0], [2, 3, 0, 0, 0, 0]])
     ours = network(pixels, tokens, (tokens != 0).long())

@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from argrpo_cli.recipe.schema import RewardSection, RewardTerm
-from argrpo_cli.rewards import REWARDS, Reward, RewardSet, check_reward, load_reward, load_rewards
+from argrpo_cli.rewards import REWARDS, Reward, RewardSet, check_reward, load_reward, load_rewards, reward_weights
 from argrpo_cli.rewards.clip import ClipQuantized
 from argrpo_cli.rewards.custom import find_function, reward_of
-from argrpo_cli.rewards.shaping import reward_weights
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training.objective import advantages

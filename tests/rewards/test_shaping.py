@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from argrpo_cli.recipe import Recipe
-from argrpo_cli.rewards.shaping import reward_weights
+from argrpo_cli.rewards import reward_weights
 from argrpo_cli.system.errors import UserError
 
 FAMILY = {"a": "conditional", "b": "quality", "c": "realism"}

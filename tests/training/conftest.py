@@ -10,7 +10,7 @@ import pytest
 
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.recipe import Recipe
-from argrpo_cli.rewards.shaping import reward_weights
+from argrpo_cli.rewards import reward_weights
 from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer, quiet_libraries
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.scorer import BatchScorer

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from argrpo_cli.captions import CAPTION_SETS, read_captions
 from argrpo_cli.geneval.prompts import TAGS, content, mirrored, parse_prompt, prompt_set
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.rewards.shaping import reward_weights
+from argrpo_cli.rewards import reward_weights
 from argrpo_cli.seeds import of_training
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError

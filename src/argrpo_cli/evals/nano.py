@@ -61,8 +61,7 @@ from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import FITTED, Judge, diversity, load_judge
 from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
-from argrpo_cli.rewards import RewardSet, check_reward, load_rewards
-from argrpo_cli.rewards.shaping import reward_weights
+from argrpo_cli.rewards import RewardSet, check_reward, load_rewards, reward_weights
 from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl

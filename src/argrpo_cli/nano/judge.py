@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.matching import Match, Matcher, Template, match_classes
 from argrpo_cli.nano.tokens import TOKENS_FILE, decode, load_tokenizer
-from argrpo_cli.networks.weights import load_weights, read_config
+from argrpo_cli.networks.weights import load_weights
 from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import WEIGHTS
+from argrpo_cli.system.files import WEIGHTS, read_json
 
 LARGEST = scenes.SINGLE_SIZES[1]
 CENTRE = sum(scenes.SINGLE_SIZES) / 2
@@ -148,7 +148,7 @@ class Recogniser:
 
 def load_recogniser(folder: str | Path) -> Recogniser:
     """The bundled classifier from the judge's folder."""
-    return Recogniser(load_weights(RecognitionNet(**read_config(folder)["recogniser"]), folder))
+    return Recogniser(load_weights(RecognitionNet(**read_json(Path(folder) / "config.json")["recogniser"]), folder))
 
 
 def diversity(features: Tensor, class_ids: Tensor) -> Tensor:

@@ -16,20 +16,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from argrpo_cli.networks.weights import fit_state
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_text
 
 # transformers' defaults are those of BLIP base at 384 pixels, with 8 heads and another epsilon.
-VISION = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 16,
-    "layer_norm_eps": 1e-6,
-}
+SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+VISION = {**SIZES, "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6}
 TEXT = {"vocab_size": 30524, "num_attention_heads": 12, "encoder_hidden_size": 1024, "layer_norm_eps": 1e-12}
 HEAD = (1024, 128, 64, 16, 1)
 
@@ -71,7 +63,7 @@ class ImageRewardNetwork(nn.Module):
 def build_network(
     vision: Mapping[str, Any] = VISION, text: Mapping[str, Any] = TEXT, head: Sequence[int] = HEAD
 ) -> ImageRewardNetwork:
-    """The network without weights, which `load_network` brings: fields of BLIP's two configurations, head widths."""
+    """The network without weights: fields of BLIP's two configurations, head widths."""
     with init_empty_weights():  # tables that are computed stay
         network = ImageRewardNetwork(BlipVisionConfig(**vision), BlipTextConfig(**text), head)
     return network.eval().requires_grad_(False)
@@ -82,21 +74,12 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     What the score does not use (`IGNORED`) is left out; an unknown key keeps its name, so that `fit_state` tells it.
     """
-    return {_renamed(key): value for key, value in state.items() if not IGNORED.match(key)}
-
-
-def _renamed(key: str) -> str:
-    for pattern, ours in RENAMES:
-        new, count = re.subn(pattern, ours, key)
-        if count:
-            return new
-    return key
-
-
-def load_network(network: ImageRewardNetwork, state: Mapping[str, Tensor], source: str | Path) -> ImageRewardNetwork:
-    """Fill a network of `build_network` with a published state dict; UserError where it does not fit."""
-    fit_state(network, from_published(state), source)
-    return network
+    renamed = {}
+    for key, value in state.items():
+        pattern, ours = next((pair for pair in RENAMES if re.match(pair[0], key)), ("^", ""))
+        if not IGNORED.match(key):
+            renamed[re.sub(pattern, ours, key)] = value
+    return renamed
 
 
 def load_tokenizer(path: str | Path) -> BertTokenizer:

@@ -87,11 +87,7 @@ class ClipModel:
 
 
 def load_open_clip(
-    model: str,
-    pretrained: str = "openai",
-    weights: str | Path | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
+    model: str, pretrained: str, weights: str | Path | None = None, device: str = "cpu", dtype: str = "float32"
 ) -> ClipModel:
     """A model of open_clip with its published weights.
 
@@ -136,9 +132,8 @@ def open_clip_config(model: str, pretrained: str) -> tuple[dict[str, Any], dict[
     """
     names = open_clip.list_models()
     if model not in names:
-        raise UserError(
-            f"open_clip has no model {model!r}{did_you_mean(model, names) or '; see open_clip.list_models()'}"
-        )
+        hint = did_you_mean(model, names) or "; see open_clip.list_models()"
+        raise UserError(f"open_clip has no model {model!r}{hint}")
     tags = open_clip.list_pretrained_tags_by_model(model)
     pixels = open_clip.get_pretrained_cfg(model, pretrained)
     if not pixels:
@@ -164,11 +159,7 @@ def build_open_clip(config: Mapping[str, Any]) -> nn.Module:
 
 
 def tokenizer_of(text: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of an open_clip `text_cfg`.
-
-    Raises:
-        UserError: a tokenizer of the hub that cannot be fetched.
-    """
+    """The tokenizer of an open_clip `text_cfg`; UserError for one of the hub that cannot be fetched."""
     length, more = text.get("context_length", 77), text.get("tokenizer_kwargs", {})
     if not (name := text.get("hf_tokenizer_name")):
         return open_clip.SimpleTokenizer(context_length=length, **more)
@@ -197,16 +188,8 @@ class AestheticHead(nn.Module):
 
     def __init__(self, width: int = 768):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 1024),
-            nn.Dropout(0.2),
-            nn.Linear(1024, 128),
-            nn.Dropout(0.2),
-            nn.Linear(128, 64),
-            nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
+        first = [nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(), nn.Linear(128, 64)]
+        self.layers = nn.Sequential(*first, nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)[:, 0]

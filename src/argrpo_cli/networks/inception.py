@@ -28,7 +28,7 @@ from argrpo_cli.networks.weights import fingerprint, read_state
 from argrpo_cli.system.errors import UserError, first_line, out_of_memory
 
 if TYPE_CHECKING:
-    from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
+    from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 
 POOL_WIDTH, SPATIAL_WIDTH, CLASSES = 2048, 2023, 1008
 SPATIAL_CHANNELS = 7
@@ -68,9 +68,8 @@ class Inception:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            raise UserError(
-                f"Inception runs out of memory with {len(images)} images; give a smaller --batch-size"
-            ) from error
+            why = f"Inception runs out of memory with {len(images)} images; give a smaller --batch-size"
+            raise UserError(why) from error
         finally:
             hook.remove()
         spatial = caught[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
@@ -100,20 +99,11 @@ def load_inception(weights: str | Path | None = None, device: str = "cpu") -> In
     except RuntimeError as error:
         source = weights if weights is not None else f"the cached file of {port.URL_INCEPTION_V3}"
         raise UserError(f"weights do not fit Inception: {source} ({first_line(error)})") from error
-    package = f"torch-fidelity {torch_fidelity.__version__}"
     held = fingerprint([network])
-    fuse(network)
-    return Inception(network.to(device), device, held, package)
-
-
-def fuse(network: FeatureExtractorInceptionV3) -> None:
-    """Put a `ConvReLU` in the place of every convolution, batch normalisation and ReLU of the network."""
-    from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
-
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BasicConv2d):
-                setattr(parent, name, ConvReLU(child))
+    for name, block in list(network.named_modules()):
+        if isinstance(block, port.BasicConv2d):
+            network.set_submodule(name, ConvReLU(block))
+    return Inception(network.to(device), device, held, f"torch-fidelity {torch_fidelity.__version__}")
 
 
 class ConvReLU(nn.Module):
@@ -126,10 +116,9 @@ class ConvReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
-        if x.device.type != "cpu":
-            return F.relu(conv(x), inplace=True)
-        x = x.contiguous(memory_format=torch.channels_last)
-        if not _one_step():
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)
+        if x.device.type != "cpu" or not _one_step():
             return F.relu(conv(x), inplace=True)
         geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         weight = conv.weight.contiguous(memory_format=torch.channels_last)

@@ -171,11 +171,6 @@ def save_network(folder: str | Path, network: nn.Module, config: dict[str, Any])
         save_file(state, temporary, metadata={"format": "pt"})
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a network folder; UserError names a file that is missing or broken."""
-    return read_json(Path(folder) / "config.json")
-
-
 def load_weights(network: nn.Module, folder: str | Path, device: str = "cpu") -> nn.Module:
     """Fill `network` with the weights of `folder`: float32, evaluation mode, no gradients, on `device`."""
     path = Path(folder) / "model.safetensors"
@@ -187,7 +182,7 @@ def load_weights(network: nn.Module, folder: str | Path, device: str = "cpu") ->
 
 def load_network(kind: type[nn.Module], folder: str | Path, device: str = "cpu") -> nn.Module:
     """A network of the configuration and with the weights of `folder`, as `load_weights`."""
-    return load_weights(kind(**read_config(folder)), folder, device)
+    return load_weights(kind(**read_json(Path(folder) / "config.json")), folder, device)
 
 
 # folders of transformers

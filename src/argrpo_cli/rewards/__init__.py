@@ -6,21 +6,31 @@ scores = load_rewards(["nano-clip", "nano-quality"]).score(images, conditions)  
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from argrpo_cli.rewards.base import FAMILIES, Reward, identity_of
+from argrpo_cli import __version__
+from argrpo_cli.rewards.base import FAMILIES, Reward, choose
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line, out_of_memory
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "REWARDS", "Reward", "RewardSet", "check_reward", "identity", "load_reward", "load_rewards"]
+    from argrpo_cli.recipe.schema import RewardSection
+
+__all__ = [
+    "FAMILIES", "REWARDS", "Reward", "RewardSet", "check_reward", "identity", "load_reward", "load_rewards",
+    "reward_weights",
+]  # fmt: skip
 
 REWARDS = {  # name to the class that carries all else that is to be known of it
     "nano-clip": "argrpo_cli.rewards.nano:NanoClip",
@@ -46,6 +56,9 @@ REWARDS = {  # name to the class that carries all else that is to be known of it
     "ocr": "argrpo_cli.rewards.ocr:Ocr",
 }
 
+OPERATIONAL = ("url", "timeout", "concurrency", "attempts", "backoff")  # options that change no score
+LIBRARIES = {"builtins", "torch", "transformers", "tokenizers", "open_clip", "httpx2", "PIL", "numpy"}
+
 
 def check_reward(name: str) -> type[Reward]:
     """The class of a reward, which says what is to be known of it (see `Reward`); torch is not imported.
@@ -58,15 +71,12 @@ def check_reward(name: str) -> type[Reward]:
     if name in REWARDS:
         module, _, attribute = REWARDS[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
-    from argrpo_cli.rewards.custom import own_reward
+    from argrpo_cli.rewards.custom import find_function, reward_of
 
-    own = own_reward(name)
-    if own is None:
-        how = "or module:function for one of your own"
-        raise UserError(
-            f"reward {name!r} is unknown; there are {', '.join(REWARDS)}, {how}{did_you_mean(name, REWARDS)}"
-        )
-    return own
+    if (function := find_function(name)) is not None:
+        return reward_of(name, function)
+    how = "or module:function for one of your own"
+    raise UserError(f"reward {name!r} is unknown; there are {', '.join(REWARDS)}, {how}{did_you_mean(name, REWARDS)}")
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> type[Reward]:
@@ -123,8 +133,8 @@ class RewardSet:
         Args:
             options: those that the set was loaded with.
         """
-        parts = {name: self.rewards[self.steps[name][0] if name in self.steps else name] for name in self.names}
-        return {name: _identity(name, options or {}, [parts[name]]) for name in self.names}
+        bases = {name: base for name, (base, _) in self.steps.items()}
+        return {name: _identity(name, options or {}, self.rewards[bases.get(name, name)]) for name in self.names}
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """Raise UserError for a condition that a reward cannot read, before anything is scored."""
@@ -159,7 +169,13 @@ class RewardSet:
         empty = torch.zeros(0, device=self.device)
         raw = {name: torch.cat(chunks) if chunks else empty for name, chunks in parts.items()} | answers
         raw = {name: self._trusted(name, raw[name].float(), len(images)) for name in self.rewards}
-        return raw | self._quantized(raw)
+        for name, (base, mapping) in self.steps.items():
+            raw[name] = self.entries[name].quantize(raw[base], mapping)
+            if missing := int(raw[name].isnan().sum()):
+                self.missing[name] += missing
+                why = "a score of 1 or more, for which there is no step"
+                self.last_error[name] = self.last_error.get(base, why)
+        return raw
 
     def _scores(self, name: str, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """The scores of one reward; its error is told under its name, or noted where it is tolerated."""
@@ -190,9 +206,8 @@ class RewardSet:
                     raise
                 now = len(images[part])
                 if now == 1:
-                    raise UserError(
-                        f"reward {name}: the memory of {self.device} does not suffice for one image"
-                    ) from error
+                    why = f"reward {name}: the memory of {self.device} does not suffice for one image"
+                    raise UserError(why) from error
                 self._most[name] = now // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -211,14 +226,6 @@ class RewardSet:
             why = self._why.pop(name, "") or self.rewards[name].last_error
             self.last_error[name] = (math.isnan(value) and why) or f"a score of {value:g}"
         return scores.masked_fill(wrong, math.nan)
-
-    def _quantized(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        steps = {name: self.entries[name].quantize(raw[of], mapping) for name, (of, mapping) in self.steps.items()}
-        for name, (of, _) in self.steps.items():
-            if missing := int(steps[name].isnan().sum()):
-                self.missing[name] += missing
-                self.last_error[name] = self.last_error.get(of, "a score of 1 or more, for which there is no step")
-        return steps
 
 
 def load_rewards(
@@ -248,13 +255,56 @@ def identity(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | No
     return {name: _identity(name, options or {}) for name in names}
 
 
-def _identity(
-    name: str, options: Mapping[str, Mapping[str, Any]], parts: Sequence[object] | None = None
-) -> dict[str, Any]:
+def _identity(name: str, options: Mapping[str, Mapping[str, Any]], loaded: Reward | None = None) -> dict[str, Any]:
     reward = check_reward(name)
-    # Options of a quantised reward may stand at its base.
-    own = {**(options.get(reward.steps_of, {}) if reward.steps_of else {}), **options.get(name, {})}
-    return identity_of(own, reward.function if name not in REWARDS else None, parts)
+    own = {**options.get(reward.steps_of or "", {}), **options.get(name, {})}  # those of a quantised one, at its base
+    known = {
+        "options": {key: value for key, value in own.items() if key not in OPERATIONAL},
+        "files": _file_stamps(own),
+        "code": None if name in REWARDS else _source_digest(reward.function),
+        "argrpo": __version__,
+    }
+    if loaded is None:
+        return known
+    from argrpo_cli.networks.weights import fingerprint
+
+    networks = _networks(loaded, set())
+    return {**known, "weights": fingerprint(networks) if networks else None}
+
+
+def _file_stamps(options: Mapping[str, Any]) -> dict[str, str]:
+    """Size and time of the files that options name, and of those in folders that they name."""
+    named = [Path(value) for value in options.values() if isinstance(value, str | Path) and str(value)]
+    files = [
+        file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()
+    ]
+    return {str(file): f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files}
+
+
+def _source_digest(function: Callable[..., Any]) -> str:
+    """A hash of the file that a function is in, "" where there is none: scores of other code are others."""
+    try:
+        return hashlib.sha256(Path(inspect.getsourcefile(function)).read_bytes()).hexdigest()[:16]
+    except (TypeError, OSError):
+        return ""
+
+
+def _networks(value: object, seen: set[int]) -> list[nn.Module]:
+    """The networks in an object of ours or of the user's, in its parts, and in lists and dictionaries of them."""
+    from torch import nn
+
+    if id(value) in seen:
+        return []
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        return [value]
+    if isinstance(value, list | tuple | dict):
+        parts = list(value.values()) if isinstance(value, dict) else list(value)
+    elif type(value).__module__.split(".")[0] in LIBRARIES or isinstance(value, type | ModuleType):
+        parts = []
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    return [network for part in parts for network in _networks(part, seen)]
 
 
 def networks_of(
@@ -272,15 +322,39 @@ def networks_of(
     steps: dict[str, tuple[str, str]] = {}
     for name in names:
         entry = check_reward(name)
-        if entry.steps_of is not None:
-            mapping = options.get(name, {}).pop("mapping", entry.mappings[0])
-            if mapping not in entry.mappings:
-                known = ", ".join(entry.mappings)
-                raise UserError(f"reward {name}: mapping {mapping!r} is unknown; choose one of {known}")
-            steps[name] = (entry.steps_of, mapping)
-            own, base = options.pop(name, {}), options.get(entry.steps_of, {})
-            if own and base and own != base:
-                raise UserError(f"{name} is made of the scores of {entry.steps_of}; give options to one of them")
-            options[entry.steps_of] = base or own
-    models = dict.fromkeys([*(name for name in names if name not in steps), *(of for of, _ in steps.values())])
+        if (base := entry.steps_of) is None:
+            continue
+        own = options.pop(name, {})
+        mapping = own.pop("mapping", entry.mappings[0])
+        choose(f"reward {name}", "mapping", mapping, entry.mappings)
+        if own and options.get(base) and own != options[base]:
+            raise UserError(f"{name} is made of the scores of {base}; give options to one of them")
+        options[base] = options.get(base) or own
+        steps[name] = base, mapping
+    models = dict.fromkeys([*(name for name in names if name not in steps), *(base for base, _ in steps.values())])
     return {name: options.get(name, {}) for name in models}, steps
+
+
+def reward_weights(section: RewardSection, family: Mapping[str, str]) -> dict[str, float]:
+    """What each raw score is multiplied by before the sum of equation 10: lambda_family * weight * factor.
+
+    The factor is the term's own, else the published one of its reward; 1 for one of one's own.
+
+    Args:
+        section: `rewards` of a recipe, whose order is kept.
+        family: name of a reward to "conditional", "quality" or "realism".
+
+    Raises:
+        UserError: all products are 0, so that nothing would be trained.
+    """
+    weights = {}
+    for term in section.terms:
+        published = check_reward(term.name).factor if term.name in REWARDS else 1.0
+        factor = published if term.factor is None else term.factor
+        weights[term.name] = getattr(section, f"lambda_{family[term.name]}") * term.weight * factor
+    if not any(weights.values()):
+        raise UserError(
+            "rewards: every reward has weight 0 (lambda x weight x factor), so there is nothing to train; "
+            "set one of rewards.lambda_conditional, lambda_quality, lambda_realism above 0"
+        )
+    return weights

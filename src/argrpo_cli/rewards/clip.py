@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from argrpo_cli.rewards.base import Dtype, Needs, Reward, choose
+from argrpo_cli.rewards.base import Dtype, File, Needs, Reward, choose
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.files import HubFile
 
@@ -36,7 +35,6 @@ class ClipReward(Reward):
     clip: ClipModel
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] and B conditions to float32 [B]."""
         return self.clip.cosine(images, [condition.prompt for condition in conditions])
 
 
@@ -51,9 +49,6 @@ class Clip(ClipReward):
         pretrained: which of open_clip's weights; its activation (GELU or QuickGELU) follows the weights.
         weights: a local file in the place of the published one.
         dtype: float32, bfloat16 or float16, of the network.
-
-    Raises:
-        UserError: an unknown name, weights that are missing, damaged or of another network.
     """
 
     name, factor, label = "clip", 5.0, "CLIP score"
@@ -64,7 +59,7 @@ class Clip(ClipReward):
         *,
         model: str = "ViT-B-32-quickgelu",
         pretrained: str = "openai",
-        weights: str | Path | None = None,
+        weights: File = None,
         dtype: Dtype = "float32",
     ):
         import open_clip
@@ -103,9 +98,6 @@ class HPSv2(ClipReward):
         version: "2.1" or "2.0", which published checkpoint.
         weights: a local file in its place.
         dtype: float32, bfloat16 or float16, of the network.
-
-    Raises:
-        UserError: an unknown version, weights that are missing, damaged or of another network.
     """
 
     name, factor, label = "hpsv2", 5.0, "HPSv2"
@@ -116,12 +108,7 @@ class HPSv2(ClipReward):
     }
 
     def __init__(
-        self,
-        device: str = "cpu",
-        *,
-        version: str | float = "2.1",
-        weights: str | Path | None = None,
-        dtype: Dtype = "float32",
+        self, device: str = "cpu", *, version: str | float = "2.1", weights: File = None, dtype: Dtype = "float32"
     ):
         import open_clip
 
@@ -149,6 +136,12 @@ class HPSv2(ClipReward):
         return cls.network_needs(options, {"weights": file}, H14, f"ViT-H-14 of {file.repo}")
 
 
+def _tower(width: int, layers: int) -> dict[str, Any]:
+    """transformers' configuration of one of ViT-H-14's two transformers."""
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": 16, "hidden_act": "gelu", "projection_dim": 1024}
+
+
 class PickScore(ClipReward):
     """PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569; repository yuvalkirstain/PickScore).
 
@@ -158,9 +151,6 @@ class PickScore(ClipReward):
     Args:
         weights: a local file in the place of the published one.
         dtype: float32, bfloat16 or float16, of the network.
-
-    Raises:
-        UserError: weights that are missing, damaged or of another network.
     """
 
     name, factor, label = "pickscore", 1 / 26, "PickScore"
@@ -170,26 +160,11 @@ class PickScore(ClipReward):
     parameters, network_name = H14, "ViT-H-14 of yuvalkirstain/PickScore_v1"
     config: ClassVar[dict[str, Any]] = {
         "projection_dim": 1024,
-        "text_config": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "hidden_act": "gelu",
-            "projection_dim": 1024,
-        },
-        "vision_config": {
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 16,
-            "patch_size": 14,
-            "hidden_act": "gelu",
-            "projection_dim": 1024,
-        },
+        "text_config": _tower(1024, layers=24),
+        "vision_config": {**_tower(1280, layers=32), "patch_size": 14},
     }
 
-    def __init__(self, device: str = "cpu", *, weights: str | Path | None = None, dtype: Dtype = "float32"):
+    def __init__(self, device: str = "cpu", *, weights: File = None, dtype: Dtype = "float32"):
         from argrpo_cli.networks.clip import TRANSFORMERS_FILES, transformers_clip
         from argrpo_cli.networks.weights import published_file
 
@@ -197,7 +172,6 @@ class PickScore(ClipReward):
         self.clip = transformers_clip(self.config, path, device, dtype)
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] and B conditions to float32 [B]."""
         scale = self.clip.network.clip.logit_scale.float().exp()
         return scale * super().score(images, conditions)
 
@@ -211,9 +185,6 @@ class Aesthetic(Reward):
         weights: a local file of the predictor in the place of the published one.
         clip_weights: a local file of OpenAI's ViT-L/14 in open_clip's layout in the place of the published one.
         dtype: float32, bfloat16 or float16, of the CLIP network; the predictor computes in float32.
-
-    Raises:
-        UserError: weights that are missing, damaged or of another network.
     """
 
     name, family, reads_prompt = "aesthetic", "quality", False
@@ -228,12 +199,7 @@ class Aesthetic(Reward):
     model: ClassVar[tuple[str, str]] = ("ViT-L-14-quickgelu", "openai")
 
     def __init__(
-        self,
-        device: str = "cpu",
-        *,
-        weights: str | Path | None = None,
-        clip_weights: str | Path | None = None,
-        dtype: Dtype = "float32",
+        self, device: str = "cpu", *, weights: File = None, clip_weights: File = None, dtype: Dtype = "float32"
     ):
         from argrpo_cli.networks.clip import AestheticHead, load_open_clip, load_state
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from argrpo_cli.rewards.base import FAMILIES, Reward
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.errors import UserError, out_of_memory
+from argrpo_cli.system.errors import UserError, first_line, out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,23 +61,13 @@ def find_function(name: str) -> Callable[..., Any] | None:
     return function
 
 
-def own_reward(name: str) -> type[Custom] | None:
-    """The class of a reward of one's own; None for a name that is none.
-
-    Raises:
-        UserError: as `find_function`, or its family is none.
-    """
-    function = find_function(name)
-    return None if function is None else reward_of(name, function)
-
-
 def reward_of(name: str, function: Callable[..., Any]) -> type[Custom]:
     """A function as a class of rewards; UserError where its family is none."""
     family = getattr(function, "family", "conditional")
     if family not in FAMILIES:
         raise UserError(f"reward {name!r}: its family is {family!r}; choose one of {', '.join(FAMILIES)}")
-    facts = {"name": name, "function": staticmethod(function), "family": family}
-    return type("Own", (Custom,), {**facts, "reads_prompt": family == "conditional"})
+    facts = {"name": name, "family": family, "reads_prompt": family == "conditional"}
+    return type("Own", (Custom,), {**facts, "function": staticmethod(function)})
 
 
 class Custom(Reward):
@@ -127,5 +117,4 @@ def _in_words(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     inner = next((one for one in reversed(frames) if one.filename != __file__), None)
     where = f" ({os.path.basename(inner.filename)}, line {inner.lineno})" if inner and inner.line else ""
-    text = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text}{where}"
+    return f"{type(error).__name__}: {first_line(error)}{where}"

@@ -7,12 +7,11 @@ The paper names task rewards as the way forward; this one is GenEval's own logic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from argrpo_cli.geneval.prompts import Prompt, parse_prompt
 from argrpo_cli.geneval.rules import reward_score
-from argrpo_cli.rewards.base import Needs, Reward
+from argrpo_cli.rewards.base import File, Needs, Reward
 from argrpo_cli.rewards.clip import L14, OPENAI_FILES
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.files import HubFile
@@ -35,9 +34,6 @@ class GenEval(Reward):
         weights: a local folder of the detector in the place of the published or bundled one, or the benchmark's own
             .pth file.
         clip_weights: a local file of OpenAI's ViT-L/14 in open_clip's layout in the place of the published one.
-
-    Raises:
-        UserError: weights that are missing, damaged or of another network.
     """
 
     name = "geneval"
@@ -53,8 +49,8 @@ class GenEval(Reward):
         *,
         detector: Literal["mask2former", "nano"] = "mask2former",
         strict: bool = False,
-        weights: str | Path | None = None,
-        clip_weights: str | Path | None = None,
+        weights: File = None,
+        clip_weights: File = None,
     ):
         from argrpo_cli.geneval.observers import load_observer
 

@@ -7,10 +7,9 @@ The network is `networks/blip.py`; the score is (r - mean) / std, with the const
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from argrpo_cli.rewards.base import Reward
+from argrpo_cli.rewards.base import File, Reward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import HubFile
@@ -31,9 +30,6 @@ class ImageReward(Reward):
     Args:
         weights: a local ImageReward.pt; otherwise it is fetched.
         vocabulary: a local vocab.txt of bert-base-uncased; otherwise it is fetched.
-
-    Raises:
-        UserError: the weights or the vocabulary are missing or do not fit.
     """
 
     name, label, unit = "imagereward", "ImageReward", "standardised"
@@ -43,14 +39,16 @@ class ImageReward(Reward):
     }
     parameters, network_name = PARAMETERS, "BLIP of ImageReward"
 
-    def __init__(self, device: str = "cpu", *, weights: str | Path | None = None, vocabulary: str | Path | None = None):
+    def __init__(self, device: str = "cpu", *, weights: File = None, vocabulary: File = None):
         from argrpo_cli.networks import blip
         from argrpo_cli.networks.pixels import Preprocess
-        from argrpo_cli.networks.weights import read_state
+        from argrpo_cli.networks.weights import fit_state, read_state
 
         self.tokenizer = blip.load_tokenizer(self.path("vocabulary", vocabulary))
         path = self.path("weights", weights)
-        self.network = blip.load_network(blip.build_network(), read_state(path), path).to(device)
+        network = blip.build_network()
+        fit_state(network, blip.from_published(read_state(path)), path)
+        self.network = network.to(device)
         self.prepare = Preprocess(self.network.vision.config.image_size)
         self.device = device
 
@@ -61,7 +59,6 @@ class ImageReward(Reward):
                 raise UserError(f"imagereward: image {number} of {len(conditions)} has no prompt; give it one")
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] and B conditions to float32 [B]."""
         if not len(images):
             return images.new_zeros(0, device=self.device).float()
         prompts = [condition.prompt for condition in conditions]

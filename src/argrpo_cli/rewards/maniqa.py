@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from unittest import mock
@@ -18,7 +17,7 @@ from unittest import mock
 import numpy as np
 from annotated_types import Interval
 
-from argrpo_cli.rewards.base import Count, Reward
+from argrpo_cli.rewards.base import Count, File, Reward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import HubFile
@@ -134,9 +133,6 @@ class Maniqa(Reward):
         crop_batch: how many crops go through the network at once; each takes some 0.2 GB in float32.
 
     An image with a side below 224 is enlarged until its short side is 224 (the published code fails there).
-
-    Raises:
-        UserError: pyiqa is not installed, or the weights are missing or do not fit.
     """
 
     name, family, reads_prompt = "maniqa", "quality", False
@@ -150,7 +146,7 @@ class Maniqa(Reward):
         self,
         device: str = "cpu",
         *,
-        weights: str | Path | None = None,
+        weights: File = None,
         crops: Literal["grid", "random"] = "grid",
         seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0,
         dtype: Literal["float32", "bfloat16"] = "float32",

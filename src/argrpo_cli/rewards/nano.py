@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from argrpo_cli.rewards.base import Needs, Reward
 from argrpo_cli.rewards.clip import ClipReward
 from argrpo_cli.rewards.geneval import GenEval
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean
-from argrpo_cli.system.files import WEIGHTS
+from argrpo_cli.system.files import WEIGHTS, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,10 +36,10 @@ class NanoClip(ClipReward):
         from argrpo_cli.networks.clip import ClipModel
         from argrpo_cli.networks.nano import build_clip
         from argrpo_cli.networks.pixels import to_unit
-        from argrpo_cli.networks.weights import load_weights, read_config
+        from argrpo_cli.networks.weights import load_weights
 
         folder = folder or WEIGHTS / self.name
-        network, tokenizer = build_clip(read_config(folder))
+        network, tokenizer = build_clip(read_json(Path(folder) / "config.json"))
         self.clip = ClipModel(load_weights(network, folder, device), tokenizer, to_unit, device)
 
     def check(self, conditions: Sequence[Condition]) -> None:
@@ -61,22 +61,32 @@ class NanoClip(ClipReward):
         return super().score(images, conditions)
 
 
-class NanoQuality(Reward):
-    """Quality in [0, 1]; 1 is undamaged."""
+class NanoNetwork(Reward):
+    """A bundled network that looks at the pictures alone."""
 
-    name, family, reads_prompt = "nano-quality", "quality", False
+    reads_prompt = False
+    kind: ClassVar[str]  # in `networks/nano.py`
 
     def __init__(self, device: str = "cpu", folder: str | Path | None = None):
-        from argrpo_cli.networks.nano import QualityNet
+        from argrpo_cli.networks import nano
         from argrpo_cli.networks.weights import load_network
 
-        self.network = load_network(QualityNet, folder or WEIGHTS / self.name, device)
+        self.network = load_network(getattr(nano, self.kind), folder or WEIGHTS / self.name, device)
 
-    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""
+    def logits(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 [B]."""
         from argrpo_cli.networks.pixels import to_unit
 
-        return self.network(to_unit(images)).sigmoid()
+        return self.network(to_unit(images))
+
+
+class NanoQuality(NanoNetwork):
+    """Quality in [0, 1]; 1 is undamaged."""
+
+    name, family, kind = "nano-quality", "quality", "QualityNet"
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        return self.logits(images).sigmoid()
 
 
 class NanoQualityT2I(NanoQuality):
@@ -85,23 +95,15 @@ class NanoQualityT2I(NanoQuality):
     name = "nano-quality-t2i"
 
 
-class NanoCritic(Reward):
+class NanoCritic(NanoNetwork):
     """Softly bounded logit in (-5, 5); the higher, the more real."""
 
-    name, family, reads_prompt = "nano-critic", "realism", False
-
-    def __init__(self, device: str = "cpu", folder: str | Path | None = None):
-        from argrpo_cli.networks.nano import CriticNet
-        from argrpo_cli.networks.weights import load_network
-
-        self.network = load_network(CriticNet, folder or WEIGHTS / self.name, device)
+    name, family, kind = "nano-critic", "realism", "CriticNet"
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""
         from argrpo_cli.networks.nano import soft_limit
-        from argrpo_cli.networks.pixels import to_unit
 
-        return soft_limit(self.network(to_unit(images)))
+        return soft_limit(self.logits(images))
 
 
 class NanoCriticT2I(NanoCritic):

@@ -12,9 +12,8 @@ import torch
 
 from argrpo_cli.policy.llamagen.published import Outline, count, outline_policy
 from argrpo_cli.policy.open import check_targets, choose_trainable
-from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, networks_of
+from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, networks_of, reward_weights
 from argrpo_cli.rewards.base import Needs
-from argrpo_cli.rewards.shaping import reward_weights
 from argrpo_cli.system.files import HubFile, is_cached
 from argrpo_cli.training.conditions import check_source, run_captions, run_conditions
 from argrpo_cli.training.memory import PHASES, Part, estimate, total, trained_parameters

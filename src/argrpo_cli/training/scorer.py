@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,9 @@ from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.objective import group_std
 
 if TYPE_CHECKING:
+    from argrpo_cli.rewards import RewardSet
     from argrpo_cli.shapes import Condition
     from argrpo_cli.training.rollout import Stopwatch
-
-RewardFunction = Callable[..., list[float | None]]
 
 # Names under which the reward functions hand their measurements to TRL's log.
 WITHIN_GROUP_STD = "reward_within_group_std"
@@ -35,19 +34,6 @@ def spread_of(name: str) -> str:
     return f"within_group_std/{name}"
 
 
-class Rewards(Protocol):
-    """What training needs of a set of rewards; `argrpo_cli.rewards.load_rewards` gives one."""
-
-    names: Sequence[str]
-    family: dict[str, str]
-    tolerated: set[str]  # rewards that are only measured: one that fails has no score, and stops nothing
-    last_error: dict[str, str]  # why the latest missing score of a reward is missing
-
-    def score(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
-        """Raw scores, float32 [B] each, of images uint8 [B, 3, H, W]; NaN where there is none."""
-        ...
-
-
 @dataclass
 class BatchScorer:
     """Scores a batch when the first reward function asks, and answers the others from memory.
@@ -61,7 +47,7 @@ class BatchScorer:
         blank: no image of the latest batch has a score, so that there is nothing to learn from it.
     """
 
-    rewards: Rewards
+    rewards: RewardSet
     weights: dict[str, float]
     group_size: int
     stopwatch: Stopwatch
@@ -73,11 +59,11 @@ class BatchScorer:
     _scores: dict[str, list[float | None]] = field(default_factory=dict, init=False, repr=False)
     _missing: deque[Tensor] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False, repr=False)
 
-    def functions(self) -> list[RewardFunction]:
+    def functions(self) -> list[Callable[..., list[float | None]]]:
         """One TRL reward function per reward, named after it (TRL logs it under that name)."""
         return [self._function(name) for name in self.weights]
 
-    def _function(self, name: str) -> RewardFunction:
+    def _function(self, name: str) -> Callable[..., list[float | None]]:
         def reward(
             images: list[Tensor], conditions: list[Condition], log_metric: Callable[[str, float], None], **_: Any
         ) -> list[float | None]:
@@ -127,12 +113,9 @@ class BatchScorer:
     def _watch(self, missing: Tensor) -> None:
         """Fail when too many scores were missing; `missing` [rewards] is their share in the latest batch."""
         self._missing.append(missing)
-        if len(self._missing) < WINDOW:
-            return
-        for (name, weight), share in zip(
-            self.weights.items(), torch.stack(list(self._missing)).mean(dim=0), strict=True
-        ):
-            if weight and share > self.max_missing:
-                last = self.rewards.last_error.get(name, "")
+        shares = torch.stack(list(self._missing)).mean(dim=0)
+        for (name, weight), share in zip(self.weights.items(), shares, strict=True):
+            if weight and share > self.max_missing and len(self._missing) == WINDOW:
+                last = self.rewards.last_error.get(name)
                 why = f" (the latest: {last})" if last else ""
                 self.fail(f"reward {name} lacks {share:.0%} of the scores of the last {WINDOW} batches{why}")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.open import choose_trainable
-from argrpo_cli.rewards.shaping import reward_weights
+from argrpo_cli.rewards import reward_weights
 from argrpo_cli.runs.checkpoints import PolicyWriter, newest_whole_checkpoint
 from argrpo_cli.runs.disk import Disk, is_full, remove_folder
 from argrpo_cli.runs.report import refresh_report
@@ -52,7 +52,7 @@ from argrpo_cli.training.gathering import sharding, whole_model
 from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer, lora_config, quiet_libraries
 from argrpo_cli.training.guards import GuardCallback, check_weights
 from argrpo_cli.training.rollout import Rollout, Stopwatch
-from argrpo_cli.training.scorer import BatchScorer, Rewards
+from argrpo_cli.training.scorer import BatchScorer
 from argrpo_cli.training.shares import images_per_process
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
     from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
+    from argrpo_cli.rewards import RewardSet
 
 PATIENCE = timedelta(hours=2)  # for the slowest of several processes: one may wait for a judge, or draw a grid
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -72,7 +73,7 @@ def run_training(
     out: str | os.PathLike[str],
     resume: bool = False,
     *,
-    rewards: Rewards | None = None,
+    rewards: RewardSet | None = None,
     console: Console | None = None,
 ) -> Path:
     """Train a policy by GRPO as the recipe says.
@@ -127,8 +128,8 @@ def _leaving_at_once(request: StopRequest, out: Path, console: Console | None) -
 
 
 def _load(
-    recipe: Recipe, out: Path, resume: bool, rewards: Rewards | None, team: Team
-) -> tuple[Policy, Conditions, Rewards]:
+    recipe: Recipe, out: Path, resume: bool, rewards: RewardSet | None, team: Team
+) -> tuple[Policy, Conditions, RewardSet]:
     """All that a run needs before it writes anything: policy, conditions and rewards, each process its own."""
     if not resume:
         refuse_used(out)
@@ -168,7 +169,7 @@ def _named(recipe: Recipe) -> str:
     return str(section.captions) if section.dataset is None else section.dataset.name
 
 
-def _load_rewards(recipe: Recipe, policy: Policy, conditions: Conditions) -> Rewards:
+def _load_rewards(recipe: Recipe, policy: Policy, conditions: Conditions) -> RewardSet:
     """The package's rewards, all of which can read all conditions."""
     from argrpo_cli.rewards import load_rewards
 
@@ -195,7 +196,7 @@ class Job:
         run: RunDirectory,
         policy: Policy,
         conditions: Conditions,
-        rewards: Rewards,
+        rewards: RewardSet,
         weights: dict[str, float],
         request: StopRequest,
         team: Team,

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from argrpo_cli.rewards.judge import JudgeFake, JudgeQuality, JudgeWeird
 from argrpo_cli.rewards.judge.local import LocalJudge, load_local
-from argrpo_cli.rewards.judge.prompts import FAKE, FORCED_PREFIX, QUALITY
-from argrpo_cli.rewards.judge.replies import read_score
+from argrpo_cli.rewards.judge.questions import FAKE, FORCED_PREFIX, QUALITY, read_score
 from argrpo_cli.rewards.judge.server import to_pil
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError

@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from argrpo_cli.rewards.judge.prompts import FAKE, FORCED_PREFIX, QUALITY, WEIRD, unified_question
-from argrpo_cli.rewards.judge.replies import read_score
+from argrpo_cli.rewards.judge.questions import FAKE, FORCED_PREFIX, QUALITY, WEIRD, read_score, unified_question
 
 
 def test_a_plain_caption_stands_as_in_the_figure():

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from argrpo_cli.rewards.judge.prompts import FAKE, QUALITY, WEIRD
-from argrpo_cli.rewards.judge.replies import LIMIT, UnusableReply, read_final_score, read_score
+from argrpo_cli.rewards.judge.questions import FAKE, LIMIT, QUALITY, WEIRD, UnusableReply, read_final_score, read_score
 
 CASES = Path(__file__).parents[2] / "data" / "judge" / "replies.jsonl"
 QUESTIONS = {one.name: one for one in (QUALITY, FAKE, WEIRD)}

@@ -1,7 +1,7 @@
 """judge-quality, judge-fake and judge-weird: the paper's VLM-as-a-judge (figure 13), Qwen2.5-VL-3B-Instruct by default.
 And unified-reward, another model that is asked so.
 
-The questions are in `prompts.py`, the reading of replies in `replies.py`; the model runs in this process (`local.py`)
+The questions and the reading of replies are in `questions.py`; the model runs in this process (`local.py`)
 or behind a server (`server.py`). An image that the judge gives no score to is NaN, never 0 (the published code gives
 0); `failures` counts them and `last_error` says why the last one has none.
 """
@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Interval
 
 from argrpo_cli.rewards.base import Count, Needs
-from argrpo_cli.rewards.judge.prompts import FAKE, QUALITY, WEIRD, Question, unified_question
-from argrpo_cli.rewards.judge.replies import read_final_score, read_score
+from argrpo_cli.rewards.judge.questions import (
+    FAKE,
+    QUALITY,
+    WEIRD,
+    Question,
+    read_final_score,
+    read_score,
+    unified_question,
+)
 from argrpo_cli.rewards.judge.server import ServerReward, to_pil
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from argrpo_cli.rewards.judge.replies import UnusableReply
+from argrpo_cli.rewards.judge.questions import UnusableReply
 from argrpo_cli.rewards.judge.server import ServerReward, data_url
 from argrpo_cli.shapes import Condition
 
@@ -50,7 +50,7 @@ def expected_level(logprobs: Mapping[str, float]) -> float:
     Raises:
         UnusableReply: there is none of the levels, or none is finite.
     """
-    known = {level: logprobs[level] for level in LEVELS if level in logprobs and logprobs[level] > -math.inf}
+    known = {level: value for level, value in logprobs.items() if level in LEVELS and value > -math.inf}
     if not known or not all(math.isfinite(value) for value in known.values()):
         raise UnusableReply("no log-probability of excellent, good, fair, poor or bad")
     largest = max(known.values())

@@ -15,8 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from argrpo_cli.networks.weights import load_pretrained, quiet_transformers
-from argrpo_cli.rewards.judge.prompts import FORCED_PREFIX
-from argrpo_cli.rewards.judge.replies import UnusableReply
+from argrpo_cli.rewards.judge.questions import FORCED_PREFIX, UnusableReply
 from argrpo_cli.rewards.judge.server import MAX_TOKENS, RESAMPLING, Answer
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import fetch

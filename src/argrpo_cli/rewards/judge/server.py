@@ -27,7 +27,7 @@ from annotated_types import Interval
 from anyio.from_thread import start_blocking_portal
 
 from argrpo_cli.rewards.base import Count, Needs, Reward
-from argrpo_cli.rewards.judge.replies import UnusableReply
+from argrpo_cli.rewards.judge.questions import UnusableReply
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import reason
