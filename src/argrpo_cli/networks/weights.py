@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from argrpo_cli.system.errors import UserError, first_line
-from argrpo_cli.system.files import atomic_path, cannot_write, fetch, open_to_all, read_json, write_json
+from argrpo_cli.system.files import cannot_write, fetch, open_to_all, read_json, save_tensors, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,14 +161,10 @@ def fingerprint(modules: Iterable[nn.Module], settings: Mapping[str, Any] | None
 
 def save_network(folder: str | Path, network: nn.Module, config: dict[str, Any]) -> None:
     """Write `config` and the float16 weights of `network` into `folder`."""
-    folder = Path(folder)
-    write_json(folder / "config.json", config)
-    state = {
-        key: (value.half() if value.is_floating_point() else value).detach().contiguous()
-        for key, value in network.state_dict().items()
-    }
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+    write_json(Path(folder) / "config.json", config)
+    state = network.state_dict().items()
+    halves = {key: value.half() if value.is_floating_point() else value for key, value in state}
+    save_tensors(Path(folder) / "model.safetensors", halves)
 
 
 def load_weights(network: nn.Module, folder: str | Path, device: str = "cpu") -> nn.Module:

@@ -7,9 +7,10 @@ The paper names task rewards as the way forward; this one is GenEval's own logic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from argrpo_cli.geneval.prompts import Prompt, parse_prompt
+from argrpo_cli.geneval.prompts import parse_prompt
 from argrpo_cli.geneval.rules import reward_score
 from argrpo_cli.rewards.base import File, Needs, Reward
 from argrpo_cli.rewards.clip import L14, OPENAI_FILES
@@ -56,7 +57,7 @@ class GenEval(Reward):
 
         self.device, self.strict = device, strict
         self.observer = load_observer(detector, device, weights, clip_weights)
-        self._prompts: dict[str, Prompt] = {}
+        self.parse = cache(parse_prompt)
 
     @classmethod
     def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
@@ -70,23 +71,14 @@ class GenEval(Reward):
     def check(self, conditions: Sequence[Condition]) -> None:
         """Raise UserError for a prompt that GenEval's templates do not make."""
         for condition in conditions:
-            self._prompt(condition.prompt)
+            self.parse(condition.prompt)
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B], at most 1; UserError as `check` says."""
         import torch
 
-        prompts = [self._prompt(condition.prompt) for condition in conditions]
-        rewards = [
-            reward_score(prompt, detections, classify_color, self.observer.thresholds)
-            for prompt, (detections, classify_color) in zip(
-                prompts, self.observer.observe(images, prompts), strict=True
-            )
-        ]
+        prompts = [self.parse(condition.prompt) for condition in conditions]
+        seen = zip(prompts, self.observer.observe(images, prompts), strict=True)
+        rewards = [reward_score(prompt, *both, self.observer.thresholds) for prompt, both in seen]
         scores = [strict if self.strict else score for score, strict in rewards]
         return torch.tensor(scores, dtype=torch.float32, device=self.device)
-
-    def _prompt(self, text: str) -> Prompt:
-        if text not in self._prompts:
-            self._prompts[text] = parse_prompt(text)
-        return self._prompts[text]

@@ -20,6 +20,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -328,14 +329,11 @@ def pause(attempt: int, backoff: float, least: float = 0.0) -> float:
 
 def retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that a Retry-After header asks for, as a number or a date, from 0 to MAX_RETRY_AFTER."""
-    value = headers.get("Retry-After", "").strip()
-    if value.isascii() and value.isdigit():
-        seconds = float(value[:9])
-    else:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            seconds = 0.0
+    value, seconds = headers.get("Retry-After", ""), 0.0
+    with suppress(ValueError, OverflowError):
+        seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    with suppress(ValueError):
+        seconds = float(int(value[:9]))
     return min(max(seconds, 0.0), MAX_RETRY_AFTER)
 
 
