@@ -12,7 +12,7 @@ import pytest
 from argrpo_cli.rewards.judge.questions import FAKE, LIMIT, QUALITY, WEIRD, UnusableReply, read_final_score, read_score
 
 CASES = Path(__file__).parents[2] / "data" / "judge" / "replies.jsonl"
-QUESTIONS = {one.name: one for one in (QUALITY, FAKE, WEIRD)}
+QUESTIONS = {"quality": QUALITY, "fake": FAKE, "weird": WEIRD}
 
 
 def score(reply: str, question=QUALITY) -> float | None:

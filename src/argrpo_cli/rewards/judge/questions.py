@@ -31,7 +31,6 @@ class Question:
     `before` may hold one `{prompt}`, where the caption goes.
     """
 
-    name: str
     before: str
     after: str
     low: float = 0.0
@@ -81,7 +80,6 @@ The answer should be in a JSON format as follows:
 ```"""
 
 QUALITY = Question(
-    name="quality",
     high=5.0,
     before="You are given a text prompt used to generate image: {prompt}\nBelow is one generated image: ",
     after="""
@@ -109,12 +107,8 @@ exmaple of response:
 )
 
 
-def _yes_no(name: str, question: str) -> Question:
-    return Question(name, whole=True, before="", after=_YES_NO.replace("{question}", question))
-
-
-FAKE = _yes_no("fake", "Is the image an AI-generated image?")
-WEIRD = _yes_no("weird", "Is there any strange feature in the image?")
+FAKE = Question("", _YES_NO.replace("{question}", "Is the image an AI-generated image?"), whole=True)
+WEIRD = Question("", _YES_NO.replace("{question}", "Is there any strange feature in the image?"), whole=True)
 
 FORCED_PREFIX = '```json\n{"score": '  # what the reply to a 0/1 question begins with, up to the digit
 
