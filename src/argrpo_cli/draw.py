@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from argrpo_cli.kept import Pictures, in_batches, kept
+from argrpo_cli.kept import Pictures, kept
 from argrpo_cli.system.processes import ALONE, Team
 
 if TYPE_CHECKING:
@@ -25,14 +25,6 @@ def draw_batch(
     encoded = policy.encode([shot.condition for shot in shots])
     tokens = policy.sample(encoded, sampling, [shot.seed for shot in shots]).tokens
     return tokens, policy.decode(tokens, size)
-
-
-def draw(
-    policy: Policy, shots: Sequence[Shot], sampling: Sampling, *, batch_size: int = 64, size: int | None = None
-) -> Iterator[tuple[Sequence[Shot], Tensor, Tensor]]:
-    """All shots, batch by batch: the shots, their tokens and their images as `draw_batch` gives them."""
-    for batch in in_batches(shots, batch_size):
-        yield batch, *draw_batch(policy, batch, sampling, size)
 
 
 def draw_into(

@@ -246,14 +246,13 @@ def read_image(path: Path) -> np.ndarray:
             pixels = np.asarray(image.convert("RGB"))
     except FileNotFoundError as error:
         raise UserError(f"there is no image {path}") from error
-    except OSError as error:  # Pillow's UnidentifiedImageError and truncated files are OSErrors without a number
-        why = reason(error) if error.errno else "it is not an image, or a damaged one"
-        raise UserError(f"cannot read the image {path}: {why}") from error
     except Image.DecompressionBombError as error:
         most = 2 * Image.MAX_IMAGE_PIXELS
         raise UserError(f"cannot read the image {path}: it unpacks to more than {most:,} pixels") from error
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"cannot read the image {path}: it is not an image, or a damaged one") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        # Pillow's UnidentifiedImageError and truncated files are OSErrors without a number.
+        why = reason(error) if getattr(error, "errno", None) else "it is not an image, or a damaged one"
+        raise UserError(f"cannot read the image {path}: {why}") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argrpo_cli.draw import draw
+from argrpo_cli.draw import draw_batch
 from argrpo_cli.geneval.prompts import TAGS
+from argrpo_cli.kept import in_batches
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.make.corrupt import Corrupted, augmented, damage_of, make_study, rank_agreement
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups
@@ -293,7 +294,7 @@ def sampled(policy: Policy, block: int, seed: int, count: int) -> Tensor:
     images = []
     for index, scale in enumerate(GUIDANCE):
         part = shots[index * count // len(GUIDANCE) : (index + 1) * count // len(GUIDANCE)]
-        images += [batch for _, _, batch in draw(policy, part, Sampling(cfg_scale=scale), batch_size=100)]
+        images += [draw_batch(policy, batch, Sampling(cfg_scale=scale))[1] for batch in in_batches(part, 100)]
     return torch.cat(images)
 
 
