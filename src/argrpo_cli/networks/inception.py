@@ -54,11 +54,7 @@ class Inception:
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Features:
-        """uint8 [B, 3, H, W] of any size to features on the network's device, in IEEE float32.
-
-        Raises:
-            UserError: not enough memory for the batch.
-        """
+        """uint8 [B, 3, H, W] of any size to features on its device, in IEEE float32; UserError where memory ends."""
         caught: list[Tensor] = []
         hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: caught.append(call[2]))
         try:

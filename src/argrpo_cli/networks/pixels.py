@@ -33,11 +33,7 @@ class Preprocess:
     resize_mode: str = "shortest"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to float32 [B, 3, size, size], normalised, on the device of the images.
-
-        Raises:
-            UserError: an image far too oblong.
-        """
+        """uint8 [B, 3, H, W] to normalised float32 [B, 3, size, size] on their device; UserError for oblong ones."""
         height, width = images.shape[-2:]
         if max(height, width) > MOST_OBLONG * min(height, width):
             raise UserError(f"an image of {width} x {height} pixels is too oblong for CLIP; crop it to {MOST_OBLONG}:1")

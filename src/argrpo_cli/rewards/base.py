@@ -150,7 +150,7 @@ class Reward:
         """Raise UserError for a condition that it cannot read."""
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] and B conditions to float32 [B]; NaN where there is no score."""
+        """uint8 [B, 3, H, W] and B conditions to float32 [B], NaN where there is no score; UserError as `check`."""
         raise NotImplementedError
 
     def stop(self) -> None:

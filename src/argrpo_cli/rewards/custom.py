@@ -89,11 +89,7 @@ class Custom(Reward):
             pass  # written in C: it has no signature to look at
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """Float32 [B] of what the function returns.
-
-        Raises:
-            UserError: the function failed or returned something else than B numbers; it names the reward.
-        """
+        """Float32 [B] of what the function returns; UserError, which names it, where it fails or gives no B numbers."""
         import torch
 
         try:

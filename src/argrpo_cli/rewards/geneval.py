@@ -74,7 +74,6 @@ class GenEval(Reward):
             self.parse(condition.prompt)
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] and B conditions to float32 [B], at most 1; UserError as `check` says."""
         import torch
 
         prompts = [self.parse(condition.prompt) for condition in conditions]

@@ -36,11 +36,7 @@ Corner = tuple[int, int]
 
 
 def build_network() -> nn.Module:
-    """pyiqa's MANIQA at the size of its KonIQ-10k weights, with random weights; nothing is downloaded.
-
-    Raises:
-        UserError: pyiqa is not installed.
-    """
+    """pyiqa's MANIQA at the size of its KonIQ-10k weights, at random, nothing fetched; UserError without pyiqa."""
     try:
         from pyiqa.archs import maniqa_arch
     except ImportError as error:

@@ -43,11 +43,7 @@ class NanoClip(ClipReward):
         self.clip = ClipModel(load_weights(network, folder, device), tokenizer, to_unit, device)
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        """Refuse prompts with words it never saw: what it would say of them means nothing.
-
-        Raises:
-            UserError: the first such word, with its prompt.
-        """
+        """UserError for the first word it never saw, with its prompt: what it would say of it means nothing."""
         for prompt in dict.fromkeys(condition.prompt for condition in conditions):
             for word in self.clip.tokenizer.split(prompt):
                 if word not in self.clip.tokenizer.ids:
@@ -56,7 +52,6 @@ class NanoClip(ClipReward):
                     raise UserError(f"nano-clip does not know the word {word!r} in the prompt {prompt!r}{hint}")
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] and B conditions to float32 [B]; UserError as `check` says."""
         self.check(conditions)
         return super().score(images, conditions)
 

@@ -161,7 +161,6 @@ class Ocr(Reward):
             quoted(condition.prompt)
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """uint8 [B, 3, H, W] and B conditions to float32 [B] in [0, 1]; UserError as `check` says."""
         import torch
 
         pairs = zip([quoted(one.prompt) for one in conditions], self.read(images), strict=True)

@@ -85,10 +85,10 @@ class Judge(ServerReward):
         if reading == "logit" and backend == "server":
             raise UserError(f"{name}: reading 'logit' needs the model in this process; use backend 'local'")
         if (url is not None) != (backend == "server"):
-            mend = (
-                "give its url, such as http://localhost:8000/v1" if url is None else "use backend 'server' with a url"
-            )
-            raise UserError(f"{name}: backend is {backend!r} and url {'missing' if url is None else 'given'}; {mend}")
+            have, mend = "given", "use backend 'server' with a url"
+            if url is None:
+                have, mend = "missing", "give its url, such as http://localhost:8000/v1"
+            raise UserError(f"{name}: backend is {backend!r} and url {have}; {mend}")
         self.device, self.reading, self.attempts, self.temperature = device, reading, attempts, temperature
         self.remote = backend == "server"  # a scheduler may ask it while the device is at other work
         if self.remote:

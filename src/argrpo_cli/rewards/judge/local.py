@@ -23,7 +23,6 @@ from argrpo_cli.system.files import fetch
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXAMPLE = "Qwen/Qwen2.5-VL-3B-Instruct"
 FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]  # no pickles
 
 _LOADED: weakref.WeakValueDictionary[tuple[str, str], LocalJudge] = weakref.WeakValueDictionary()
@@ -151,7 +150,9 @@ def _folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
-        raise UserError(f"judge: there is no model folder {name!r}, and a hub name looks like {EXAMPLE}")
+        raise UserError(
+            f"judge: there is no model folder {name!r}, and a hub name looks like Qwen/Qwen2.5-VL-3B-Instruct"
+        )
     fetch(name, "config.json")
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
