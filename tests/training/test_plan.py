@@ -146,7 +146,7 @@ def test_an_outline_has_the_shapes_of_the_policy(name: str) -> None:
     assert {key: value.shape for key, value in outline.policy.model.state_dict().items()} == shapes
     assert count(outline.policy.tokenizer) == count(policy.tokenizer)
     assert outline.policy.class_names == policy.class_names and outline.files == ()
-    assert outline.draws == ("classes" if name == "nano-c2i" else "captions")
+    assert outline.policy.card.reads == ("classes" if name == "nano-c2i" else "captions")
 
 
 @pytest.mark.parametrize(

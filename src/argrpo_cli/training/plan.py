@@ -136,8 +136,8 @@ def _other_packages(recipe: Recipe) -> list[str]:
 def _draws(recipe: Recipe, outline: Outline) -> tuple[str, list[str]]:
     """What is drawn, in words, and what the user has to bring for it; checked as far as it is there."""
     section, policy = recipe.conditions, outline.policy
-    check_source(section, outline.draws, recipe.policy.checkpoint)
-    if outline.draws == "classes":
+    check_source(section, policy.card.reads, recipe.policy.checkpoint)
+    if policy.card.reads == "classes":
         conditions = run_conditions(recipe, policy)
         _check_bundled_rewards(recipe, conditions)
         return f"{len(conditions)} classes" + (" by weights" if section.weights else ""), []
@@ -152,7 +152,7 @@ def _draws(recipe: Recipe, outline: Outline) -> tuple[str, list[str]]:
         say = f"{named} is missing: a file of captions, or name a data set (conditions.dataset)"
         return f"captions of {named}", [say]
     captions = run_captions(section)
-    if policy.card.reads == "captions":  # its text encoder is here
+    if policy.text_encoder is not None:  # of a published policy it is not here
         _check_bundled_rewards(recipe, policy.conditions(captions))
     return f"{len(captions)} captions" + (f" of {named}" if isinstance(named, str) else ""), []
 

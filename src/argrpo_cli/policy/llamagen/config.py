@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -39,46 +40,29 @@ class LlamaGenConfig(PreTrainedConfig):
     """
 
     model_type = "llamagen"
+    vocab_size: int = 16384
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None
+    block_size: int = 256
+    cls_token_num: int = 1
+    condition: str = "class"
+    num_classes: int = 1000
+    caption_dim: int = 2048
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    class_dropout_prob: float = 0.0
+    tie_word_embeddings: bool = False  # the embedding and the head are separate matrices
+    auto_map: dict[str, str] = field(default_factory=dict)  # TRL reads it of any custom model
 
-    def __init__(
-        self,
-        vocab_size: int = 16384,
-        hidden_size: int = 768,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        num_key_value_heads: int | None = None,
-        intermediate_size: int | None = None,
-        block_size: int = 256,
-        cls_token_num: int = 1,
-        condition: str = "class",
-        num_classes: int = 1000,
-        caption_dim: int = 2048,
-        rope_theta: float = 10000.0,
-        rms_norm_eps: float = 1e-5,
-        initializer_range: float = 0.02,
-        class_dropout_prob: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.intermediate_size = intermediate_size or swiglu_size(hidden_size)
-        self.block_size = block_size
-        self.cls_token_num = cls_token_num
-        self.condition = condition
-        self.num_classes = num_classes
-        self.caption_dim = caption_dim
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.initializer_range = initializer_range
-        self.class_dropout_prob = class_dropout_prob
+    def __post_init__(self, **others: Any) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.intermediate_size = self.intermediate_size or swiglu_size(self.hidden_size)
         self._check()
-        # The embedding and the head are separate matrices; TRL reads `auto_map` of any custom model.
-        kwargs.setdefault("tie_word_embeddings", False)
-        kwargs.setdefault("auto_map", {})
-        super().__init__(**kwargs)
+        super().__post_init__(**others)
 
     @property
     def head_dim(self) -> int:

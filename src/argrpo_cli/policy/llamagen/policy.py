@@ -119,7 +119,7 @@ class LlamaGen:
         return Card(
             name=self.name,
             family="llamagen",
-            reads="classes" if encoder is None else "captions",
+            reads="captions" if config.condition == "caption" else "classes",
             names=tuple(self.class_names),
             image_size=self.image_size,
             tokens=config.block_size,

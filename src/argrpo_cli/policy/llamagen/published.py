@@ -160,16 +160,6 @@ class Outline:
         """The geometry of the model."""
         return self.policy.model.config
 
-    @property
-    def draws(self) -> str:
-        """ "classes" or "captions", as `conditions.source` has them."""
-        return "captions" if self.config.condition == "caption" else "classes"
-
-    @property
-    def tokenizer_parameters(self) -> int:
-        """Of the image tokenizer."""
-        return count(self.policy.tokenizer)
-
     def blank(self, images: int) -> tuple[Encoded, Tensor]:
         """Conditions and tokens of the shapes that images of it have, all zero."""
         config = self.config
