@@ -64,4 +64,4 @@ nano: install
 	$(BIN)/python -m argrpo_cli.nano.make.build --install
 
 paper-nano: install
-	$(BIN)/python -m argrpo_cli.paper.nano
+	$(BIN)/python -m argrpo_cli.paper_nano

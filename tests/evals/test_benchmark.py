@@ -12,9 +12,8 @@ from rich.console import Console
 from argrpo_cli import seeds
 from argrpo_cli.draw import draw_into
 from argrpo_cli.evals import benchmark as b
-from argrpo_cli.evals.report import sections
 from argrpo_cli.evals.statistics import mean_of
-from argrpo_cli.evals.tables import table
+from argrpo_cli.evals.tables import sections, table
 from argrpo_cli.images import read_image
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, Value

@@ -316,8 +316,8 @@ def test_the_protocol_tells_how_it_was_measured(policies, tmp_path):
 def test_argrpo_score_reads_the_pictures(policies, tmp_path):
     result = measure(policies[:1], tmp_path / "o", ["clip"])
     (name,) = result.rows
-    scored = score_images([tmp_path / "o" / name / "images"], ["nano-clip"], out=tmp_path / "s", device="cpu")
-    assert scored.result.protocol["images"] == 6
+    scored, *_ = score_images([tmp_path / "o" / name / "images"], ["nano-clip"], out=tmp_path / "s", device="cpu")
+    assert scored.protocol["images"] == 6
     assert [row["prompt"] for row in read_jsonl(tmp_path / "s" / "scores.jsonl")][::2] == list(PROMPTS.prompts)
 
 

@@ -84,6 +84,5 @@ def test_prompts_are_held_against_the_hashes_of_drawbench(monkeypatch):
     assert p.PromptList("x", ("A red colored car.", "no such prompt")).matching == 1
     assert "1 of its 200 are among them, and 1 are others" in p.PromptList("x", ("A red colored car.", "no")).remark()
     monkeypatch.setattr(p, "published_hashes", lambda: {p.digest("one"), p.digest("two")})
-    assert p.PromptList("x", ("two", "one")).official and not p.PromptList("x", ("two", "one")).remark()
-    assert not p.PromptList("x", ("two", "one", "three")).official
-    assert not p.PromptList("x", ("two",)).official
+    assert not p.PromptList("x", ("two", "one")).remark()
+    assert p.PromptList("x", ("two", "one", "three")).remark() and p.PromptList("x", ("two",)).remark()

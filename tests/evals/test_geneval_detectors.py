@@ -12,15 +12,24 @@ from PIL import Image
 from transformers import Mask2FormerForUniversalSegmentation
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.evals.geneval import open_observer
+from argrpo_cli.evals.geneval import GenEval
 from argrpo_cli.geneval import detector
 from argrpo_cli.geneval.prompts import COLORS
 from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
+from argrpo_cli.system.processes import ALONE
 from tests.geneval.test_clip_colors import clip  # noqa: F401
 from tests.geneval.test_detector import tiny_config
 from tests.geneval.test_mmdet_weights import tiny_network, tiny_state
+
+
+def open_observer(detector, *settings):
+    """The observer of `argrpo eval geneval --images`."""
+    benchmark = GenEval(str(detector), *settings)
+    benchmark.open([], ALONE)
+    return benchmark.observer
+
 
 PROMPTS = ("a photo of a bench", "a photo of a red car and a blue dog")
 
@@ -76,10 +85,10 @@ def test_the_benchmarks_own_file_is_known_by_its_hash(tmp_path, monkeypatch):
     path = tmp_path / "mask2former_swin-s.pth"
     torch.save({"state_dict": tiny_state()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    label = open_observer(str(path), "cpu").label
+    label = open_observer(path).label
     assert (label["source"], label["sha256"], label["benchmarks_own"]) == (path.name, digest, False)
     monkeypatch.setattr("argrpo_cli.geneval.observers.BENCHMARKS_OWN", digest[:8])
-    observer = open_observer(str(path), "cpu", batch_size=3)
+    observer = open_observer(path, None, 3)
     assert observer.label["benchmarks_own"] and observer.detector.batch_size == 3
     assert observer.label["weights"] == label["weights"] != observer.label["colors"]["weights"]
 
@@ -88,6 +97,6 @@ def test_an_unknown_detector_is_told_with_those_there_are(tmp_path):
     with pytest.raises(UserError, match=r"--detector maskformer: no such file or folder; give nano, mask2former"):
         open_observer("maskformer")
     with pytest.raises(UserError, match=r"--colors x\.pt: the detector nano names colours itself"):
-        open_observer("nano", colors="x.pt")
+        open_observer("nano", "x.pt")
     with pytest.raises(UserError, match=r"weights not found: .*config\.json"):
-        open_observer(str(tmp_path))
+        open_observer(tmp_path)

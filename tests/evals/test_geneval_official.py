@@ -68,7 +68,7 @@ def stand_ins():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("argrpo_cli.policy.load_policy", load)
-        patch.setattr(g, "open_observer", lambda *given: PixelObserver())
+        patch.setattr(g, "load_observer", lambda *given: PixelObserver())
         yield
 
 
@@ -262,7 +262,7 @@ def test_the_crops_whose_colours_clip_is_asked_are_the_official_ones(tmp_path, m
 
         observer = OfficialObserver(Found(), Seen())
         observer.label = LABEL
-        monkeypatch.setattr(g, "open_observer", lambda *given, observer=observer: observer)
+        monkeypatch.setattr(g, "load_observer", lambda *given, observer=observer: observer)
         folder = written(tmp_path / f"f{number}", ["a photo of a red car"], pixels=case["image"])
         result = judge_folder(folder, tmp_path / f"o{number}")
         assert result.rows[f"f{number}"]["geneval/correct images"].value == 1

@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from argrpo_cli import paper_nano as paper
 from argrpo_cli import paper_numbers
 from argrpo_cli.geneval.prompts import prompt_set
-from argrpo_cli.paper import nano as paper
-from argrpo_cli.paper import page as paper_page
 from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.system.errors import UserError
@@ -22,7 +21,7 @@ EVERY = [prompt for name in ("geneval-nano-extra", "geneval-nano") for prompt in
 
 
 def units(numbers, entropy=3.0, shift=0.0):
-    values = dict(zip(paper_page.FIDELITY, numbers.values() if isinstance(numbers, dict) else numbers, strict=True))
+    values = dict(zip(paper.FIDELITY, numbers.values() if isinstance(numbers, dict) else numbers, strict=True))
     values |= {"match": 14.0, "recognised": 0.9, "entropy": entropy}
     return {key: value + SPREAD + shift for key, value in values.items()}
 
@@ -56,16 +55,20 @@ def results():
     t2i = {"base": [verdicts(t2i_designs["base"])], "t2i": three(verdicts, t2i_designs["D"])}
     t2i |= {f"t2i_{letter.lower()}": [verdicts(t2i_designs[letter])] for letter in "ABC"}
     real = entropy_rows(["base", "0", "1", "2"], [0, -0.2, -0.21, -0.19])
-    return paper_page.Results(c2i, swept, t2i, real, entropy_rows(["base", "20", "40"], [0, -0.2, -0.4]))
+    return paper.Results(c2i, swept, t2i, real, entropy_rows(["base", "20", "40"], [0, -0.2, -0.4]))
+
+
+def findings(results):
+    return [line for line in paper.page(results, 1008, 4).splitlines() if line.startswith("- ")]
 
 
 def line(results, start):
-    (found,) = [line for line in paper_page.findings(results) if line.startswith(f"- {start}")]
+    (found,) = [line for line in findings(results) if line.startswith(f"- {start}")]
     return found
 
 
 def test_the_papers_own_numbers_show_all_of_its_findings(results):
-    lines = paper_page.findings(results)
+    lines = findings(results)
     assert len(lines) == 25
     for one in lines:
         assert "**shows**" in one, one
@@ -73,14 +76,14 @@ def test_the_papers_own_numbers_show_all_of_its_findings(results):
 
 def test_without_any_difference_nothing_is_found(results):
     flat = [{**row, "change": 0.0, "change_error": 0.1} for row in results.curve if row["step"]]
-    same = paper_page.Results(
+    same = paper.Results(
         {name: results.c2i["base"] * len(runs) for name, runs in results.c2i.items()},
         dict.fromkeys(results.swept, results.swept[2.0]),
-        {name: [verdicts(dict.fromkeys(paper_page.TAGS, 0.25))] * len(runs) for name, runs in results.t2i.items()},
+        {name: [verdicts(dict.fromkeys(paper.TAGS, 0.25))] * len(runs) for name, runs in results.t2i.items()},
         flat,
         flat,
     )
-    assert all("**not clear**" in one for one in paper_page.findings(same))
+    assert all("**not clear**" in one for one in findings(same))
 
 
 def test_the_opposite_of_a_finding_is_said(results):
@@ -123,7 +126,7 @@ def test_geneval_is_compared_prompt_by_prompt(results, wins, word):
 
 
 def test_prompts_that_were_trained_on_are_told_apart(results):
-    numbers = dict.fromkeys(paper_page.TAGS, 0.3)
+    numbers = dict.fromkeys(paper.TAGS, 0.3)
     gained = [(prompt, 0.3 + 0.5 * (prompt.tag in ("single_object", "counting"))) for prompt in EVERY]
     t2i = {**results.t2i, "base": [verdicts(numbers)], "t2i": [gained] * 3}
     changed = dataclasses.replace(results, t2i=t2i)
@@ -146,7 +149,7 @@ def test_every_result_lands_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "subjects_of_run", lambda run: [paper.Subject(str(run), "run")])
     asked = lambda self, subjects, question: ([one.path for one in subjects], question.split, question.prompts)  # noqa: E731
     monkeypatch.setattr(paper.Workplace, "entropy", asked)
-    results = paper.repeat_the_paper(paper.Workplace(tmp_path, 96, 1), say=lambda line: None)
+    results = paper.repeat_the_paper(paper.Workplace(tmp_path, 96, 1))
     assert results.c2i["base"] == [("nano-c2i", 2.0)] and results.t2i["base"] == ["nano-t2i"]
     assert results.c2i["c2i"] == [(f"c2i/{seed}", 2.0) for seed in (0, 1, 2)]
     assert results.t2i["t2i"] == ["t2i/0", "t2i/1", "t2i/2"] and results.t2i["t2i_b"] == ["t2i_b/0"]
@@ -157,7 +160,7 @@ def test_every_result_lands_under_its_name(tmp_path, monkeypatch):
 
 
 def test_the_page_has_every_table_with_the_papers_numbers_beside(results, tmp_path):
-    text = paper_page.page(results, 1008, 4)
+    text = paper.page(results, 1008, 4)
     for heading in ("Table 2", "Table 5", "Table 6", "Table 3", "Table 7", "Figures 4 and 6", "findings"):
         assert heading in text
     rows = [line for line in text.splitlines() if line.startswith("| *")]
@@ -166,8 +169,8 @@ def test_the_page_has_every_table_with_the_papers_numbers_beside(results, tmp_pa
     measured = next(line for line in text.splitlines() if line.startswith("| AR-GRPO | 211"))
     assert measured.split(" | ")[1].startswith("211.670 ± 0.000")
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {len(paper_page.MEASURES) + 2, len(paper_page.TAGS) + 3}
-    paper_page.draw_figures(results, tmp_path / "figure.png")
+    assert widths == {len(paper.MEASURES) + 2, len(paper.TAGS) + 3}
+    paper.draw_figures(results, tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").width > 1000
 
 

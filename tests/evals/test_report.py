@@ -10,7 +10,7 @@ import pytest
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals.imagenet import ImageNet, run_imagenet
-from argrpo_cli.evals.report import html_page, read_results, sections, write_report
+from argrpo_cli.evals.tables import read_results, sections, write_report
 from argrpo_cli.shapes import Column, Result, Value
 from argrpo_cli.system.errors import UserError
 from tests.evals.stub_inception import StubInception, install
@@ -242,8 +242,10 @@ class Checked(HTMLParser):
         self.text.append(data)
 
 
-def test_html_is_one_escaped_file_light_and_dark(write):
-    page = html_page([table_of(write("s.json", drawbench(name="<script>alert(1)</script>&")))])
+def test_html_is_one_escaped_file_light_and_dark(write, tmp_path):
+    results = read_results([write("s.json", drawbench(name="<script>alert(1)</script>&"))])
+    write_report(results, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
     parser = Checked()
     parser.feed(page)
     assert not parser.open

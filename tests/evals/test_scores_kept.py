@@ -160,7 +160,7 @@ def judge_folder(folder, out):
 
 
 def test_a_folder_whose_prompts_changed_places_does_not_get_its_old_verdicts(tmp_path, monkeypatch):
-    monkeypatch.setattr(geneval, "open_observer", lambda *given: Found())
+    monkeypatch.setattr(geneval, "load_observer", lambda *given: Found())
     folder, asked = tmp_path / "pictures", [prompt.text for prompt in official_prompts()[:2]]
     for number, place in enumerate((0, 1, 0)):
         save_picture(folder / f"0000{number}/samples/00000.png", 10)
@@ -173,7 +173,7 @@ def test_a_folder_whose_prompts_changed_places_does_not_get_its_old_verdicts(tmp
 
 
 def test_a_folder_whose_pictures_changed_does_not_get_its_old_verdicts(tmp_path, monkeypatch):
-    monkeypatch.setattr(geneval, "open_observer", lambda *given: Found())
+    monkeypatch.setattr(geneval, "load_observer", lambda *given: Found())
     folder, files = tmp_path / "pictures", [f"00000/samples/0000{number}.png" for number in range(2)]
     for file in files:
         save_picture(folder / file, 10)

@@ -94,7 +94,7 @@ def test_geneval_draws_each_file_as_asked(drawn, tmp_path, monkeypatch):
     blind.label, blind.observe = {"name": "blind"}, lambda images, prompts: [({}, None)] * len(images)
     few = official_prompts()[50:500:90]
     monkeypatch.setattr("argrpo_cli.policy.load_policy", load)
-    monkeypatch.setattr(geneval, "open_observer", lambda *given: blind)
+    monkeypatch.setattr(geneval, "load_observer", lambda *given: blind)
     monkeypatch.setitem(prompt_sets.SETS, "geneval", lambda: few)
     tiny_caption_policy().save(tmp_path / "policy")
     monkeypatch.chdir(tmp_path)

@@ -23,6 +23,7 @@ from argrpo_cli.geneval.prompts import (
 from argrpo_cli.nano import scenes
 from argrpo_cli.system.errors import UserError
 from tests.geneval.goldens import prompt_from
+from tests.geneval.nano_extra import chosen_prompts
 
 NANO_SETS = ("geneval-nano", "geneval-nano-extra")
 
@@ -137,6 +138,10 @@ def test_the_extra_set_fills_every_category_with_compositions_the_official_list_
         assert part.name in scenes.CLASS_NAMES and (part.color is None or part.color in scenes.COLORS)
     for prompt in extra:
         assert prompt == compose(prompt.tag, prompt.include, prompt.index)
+
+
+def test_the_extra_set_is_what_its_rule_chooses():
+    assert prompts.nano_extra_prompts() == chosen_prompts()
 
 
 def test_the_extra_set_is_the_same_on_every_machine():

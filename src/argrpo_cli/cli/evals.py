@@ -222,7 +222,7 @@ def report(results: list[Path], out: Path = Path("report.md")) -> None:
         RESULTS...: summary.json of eval, score and entropy, what eval nano --out wrote, or folders of such files.
         --out: The page: a name that ends in .md or .html.
     """
-    from argrpo_cli.evals.report import CONFLICT, read_results, write_report
+    from argrpo_cli.evals.tables import CONFLICT, read_results, write_report
 
     sections = write_report(read_results(results), out)
     warnings = [(section.title, warning) for section in sections for warning in section.warnings]

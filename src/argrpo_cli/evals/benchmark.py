@@ -16,13 +16,13 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from argrpo_cli import __version__, seeds
+from argrpo_cli import seeds
 from argrpo_cli.images import file_item
 from argrpo_cli.kept import check_claim, claim
+from argrpo_cli.runs.run import versions
 from argrpo_cli.shapes import Column, Result, Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import Team, join_team
@@ -64,6 +64,7 @@ class Benchmark:
         name: as on the command line; `title` as people write it.
         reads: "captions" or "classes" where only such policies can be asked, and `example` one of them.
         sampling, n: the paper's protocol; `counted` is what n counts, in words.
+        pictures: the folder of a policy's pictures in its own.
         final: a finished folder is not measured again, since what it was measured from is gone.
         packages: beside torch, those whose versions belong to the protocol.
     """
@@ -75,6 +76,7 @@ class Benchmark:
     sampling = Sampling()
     n = 1
     counted = "images per prompt"
+    pictures = "images"
     final = False
     packages: Sequence[str] = ()
 
@@ -129,10 +131,6 @@ class Benchmark:
         return {}
 
     # --- the work
-
-    def folder_of_pictures(self, folder: Path) -> Path:
-        """Where in its own folder a policy's pictures lie."""
-        return folder / "images"
 
     def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
         """Draw what is to be measured; pictures here, features where nobody needs the pictures."""
@@ -236,13 +234,20 @@ def run(
     def load() -> list[Subject]:
         if images is not None:
             benchmark.open([], team)
-            return [_finished(benchmark, images, names[0], out)]
+            shots = benchmark.finished(images)
+            about = benchmark.about(images, shots)
+            return [Subject(names[0], str(images), out / names[0], images, shots, None, about)]
         loaded.update((name, load_policy(path, team.device, sampling.dtype, text_device)) for name, path in paths)
         cards = {name: replace(loaded[name].card, name=path) for name, path in paths}
         for card in cards.values():
             benchmark.check(card)
         benchmark.open(list(cards.values()), team)
-        return [_drawn(benchmark, loaded[name], cards[name], out / name, n, seed) for name in names]
+        subjects = []
+        for name, card in cards.items():
+            about = {"weights": loaded[name].fingerprint(), "base": card.base, "image_size": card.image_size}
+            shots, pictures = benchmark.shots(loaded[name], n, seed), out / name / benchmark.pictures
+            subjects.append(Subject(name, card.name, out / name, pictures, shots, card, about))
+        return subjects
 
     paths = list(zip(names, policies, strict=True))
     subjects = team.together(load)
@@ -264,58 +269,33 @@ def run(
     measured = benchmark.measure_all(subjects, batch_size, team)
 
     def finish() -> Result:
-        protocol = {
-            **drawing,
-            "measured": {one.name: {"path": one.path, **one.identity} for one in subjects},
-            **benchmark.protocol(subjects),
-            "versions": versions(benchmark.packages),
-        }
-        warnings = list(dict.fromkeys([*early, *benchmark.late_warnings(subjects)]))
-        result = tell(benchmark, subjects, measured, protocol, departures, warnings)
+        columns, difference = benchmark.columns(), {}
+        if len(measured) == 2:
+            first, second = measured.values()
+            both = [key for key in columns if key in first and key in second]
+            difference = {key: first[key].minus(second[key]).summary() for key in both}
+        rows = {**measured, **benchmark.references()}
+        result = Result(
+            benchmark=benchmark.name,
+            columns=columns,
+            rows={name: {key: own[key].summary() for key in columns if key in own} for name, own in rows.items()},
+            difference=difference,
+            paper=benchmark.paper(subjects),
+            protocol={
+                **drawing,
+                "measured": {one.name: {"path": one.path, **one.identity} for one in subjects},
+                **benchmark.protocol(subjects),
+                "versions": versions(("torch", *benchmark.packages)),
+            },
+            departures=departures,
+            warnings=list(dict.fromkeys([*early, *benchmark.late_warnings(subjects)])),
+        )
         result = benchmark.finish(result, subjects, out)
         result.save(out / SUMMARY)
         benchmark.clean(subjects)
         return result
 
     return team.lead(finish)
-
-
-def tell(
-    benchmark: Benchmark,
-    subjects: Sequence[Subject],
-    measured: Mapping[str, Mapping[str, Measure]],
-    protocol: Mapping[str, Any],
-    departures: Sequence[str] = (),
-    warnings: Sequence[str] = (),
-) -> Result:
-    """The result of what was measured: rows, the paired difference of two, the paper's rows."""
-    columns = benchmark.columns()
-    difference = {}
-    if len(measured) == 2:
-        first, second = measured.values()
-        difference = {key: first[key].minus(second[key]).summary() for key in columns if key in first and key in second}
-    rows = {**measured, **benchmark.references()}
-    return Result(
-        benchmark=benchmark.name,
-        columns=columns,
-        rows={name: {key: own[key].summary() for key in columns if key in own} for name, own in rows.items()},
-        difference=difference,
-        paper=benchmark.paper(subjects),
-        protocol=protocol,
-        departures=departures,
-        warnings=warnings,
-    )
-
-
-def _drawn(benchmark: Benchmark, policy: Policy, card: Card, folder: Path, n: int, seed: int) -> Subject:
-    identity = {"weights": policy.fingerprint(), "base": card.base, "image_size": card.image_size}
-    shots = benchmark.shots(policy, n, seed)
-    return Subject(folder.name, card.name, folder, benchmark.folder_of_pictures(folder), shots, card, identity)
-
-
-def _finished(benchmark: Benchmark, images: Path, name: str, out: Path) -> Subject:
-    shots = benchmark.finished(images)
-    return Subject(name, str(images), out / name, images, shots, None, benchmark.about(images, shots))
 
 
 def policy_folders(policies: Sequence[str]) -> list[str]:
@@ -330,14 +310,3 @@ def policy_folders(policies: Sequence[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise UserError(f"{policies[0]} and {policies[1]} are the same policy; give another baseline")
     return names
-
-
-def versions(packages: Sequence[str] = ()) -> dict[str, str]:
-    """Of argrpo, torch and those of some packages that are installed."""
-    numbers = {"argrpo": __version__}
-    for name in ("torch", *packages):
-        try:
-            numbers[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return numbers

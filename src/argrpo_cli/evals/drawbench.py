@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -99,7 +99,14 @@ class DrawBench(Benchmark):
     def measure_all(self, subjects: Sequence[Subject], batch_size: int, team: Team) -> dict[str, dict[str, Measure]]:
         """One reward in memory at a time; a number only where nearly every picture has a score."""
         self.scores = {reward: self._scores(reward, subjects, batch_size, team) for reward in self.rewards}
-        return {one.name: {reward: self._mean(reward, one) for reward in self.rewards} for one in subjects}
+        places = {prompt: place for place, prompt in enumerate(self.prompt_list.prompts)}
+        means: dict[str, dict[str, Measure]] = {}
+        for one in subjects:
+            prompts = [places[shot.condition.prompt] for shot in one.shots]
+            means[one.name] = {
+                reward: own.mean(one.name, prompts, check_reward(reward).divisor) for reward, own in self.scores.items()
+            }
+        return means
 
     def _scores(self, reward: str, subjects: Sequence[Subject], batch_size: int, team: Team) -> Scores:
         """The scores of one reward, of all pictures; those of an earlier call stand, where the same weights gave them.
@@ -108,7 +115,7 @@ class DrawBench(Benchmark):
         """
         options = {reward: self.options.get(reward, {})}
         question = {"reward": reward, **identity([reward], options)[reward]}
-        scorer = Scorer(reward, options, team.device)
+        items = [_items(one) for one in subjects]
 
         def open_stores() -> list[Rows]:
             return [Rows(one.folder / "scores", question, item_key) for one in subjects]
@@ -116,30 +123,26 @@ class DrawBench(Benchmark):
         def read() -> list[list[tuple[float, str | None] | None]]:
             return [store.read(own) for store, own in zip(stores, items, strict=True)]
 
-        items = [_items(one) for one in subjects]
-        stores = open_stores()
+        stores, fault, missing = open_stores(), "", ""
         rows = team.from_lead(read)
         weights = {None if row is None else (row[1],) for part in rows for row in part}  # None: not scored
         if None in weights or len(weights) > 1:
-            team.exchange(scorer.load())
-            if not scorer.fault and weights - {None, (scorer.weights,)}:
+            scorer = Scorer(reward, options, team.device)
+            if not any(team.exchange(scorer.fault)) and weights - {None, (scorer.weights,)}:
                 team.lead(lambda: [store.remove() for store in stores])
                 stores = open_stores()
             for store, one, own in zip(stores, subjects, items, strict=True):
                 label = f"{reward} of {one.name}"
                 kept(own, scorer.score, store, batch_size=batch_size, label=label, team=team, whole=False)
             rows = team.from_lead(read)
-        reports = team.exchange((scorer.fault, scorer.missing))
-        fault, missing = (next(filter(None, texts), "") for texts in zip(*reports, strict=True))
-        values = [[math.nan if row is None else row[0] for row in part] for part in rows]
+            reports = team.exchange((scorer.fault, scorer.missing))
+            fault, missing = (next(filter(None, texts), "") for texts in zip(*reports, strict=True))
         hashes = [row[1] for part in rows for row in part if row is not None]
-        by_name = dict(zip((one.name for one in subjects), values, strict=True))
-        return Scores(by_name, hashes[0] if hashes else None, fault, missing)
-
-    def _mean(self, reward: str, subject: Subject) -> Measure:
-        places = {prompt: place for place, prompt in enumerate(self.prompt_list.prompts)}
-        prompts = [places[shot.condition.prompt] for shot in subject.shots]
-        return self.scores[reward].mean(subject.name, prompts, check_reward(reward).divisor)
+        values = {
+            one.name: [math.nan if row is None else row[0] for row in part]
+            for one, part in zip(subjects, rows, strict=True)
+        }
+        return Scores(values, hashes[0] if hashes else None, fault, missing)
 
     def columns(self) -> dict[str, Column]:
         facts = {reward: check_reward(reward) for reward in self.rewards}
@@ -240,19 +243,16 @@ class Scorer:
     """One reward as `kept` asks it; an error goes into `fault`, and nothing is asked after it."""
 
     def __init__(self, reward: str, options: Mapping[str, Mapping[str, Any]], device: str):
-        self.reward, self.options, self.device = reward, options, device
-        self.fault, self.weights = "", None
+        self.reward, self.fault, self.weights = reward, "", None
         self._rewards: RewardSet | None = None
+        with self._noted():
+            self._rewards = load_rewards([reward], device, options)
+            self.weights = self._rewards.identity(options)[reward]["weights"]
 
     @property
     def missing(self) -> str:
         """Why the latest picture without a score has none, or ""."""
         return "" if self._rewards is None else self._rewards.last_error.get(self.reward, "")
-
-    def load(self) -> None:
-        with self._noted():
-            self._rewards = load_rewards([self.reward], self.device, self.options)
-            self.weights = self._rewards.identity(self.options)[self.reward]["weights"]
 
     def score(self, batch: Sequence[Item]) -> list[tuple[float, str | None] | None]:
         """Of each picture its score and the hash of the weights; None where there is no score."""
@@ -282,9 +282,9 @@ def _write_scores(subject: Subject, scores: Mapping[str, Sequence[float]]) -> No
     path = subject.folder / "scores" / "scores.jsonl"
     earlier = {row["file"]: row["scores"] for row in read_jsonl(path)} if path.is_file() else {}
     rows = []
-    for place, item in enumerate(_items(subject)):
-        own = {reward: None if math.isnan(values[place]) else values[place] for reward, values in scores.items()}
-        rows.append(row_of(item, earlier.get(item.file, {}) | own))
+    for item, *values in zip(_items(subject), *scores.values(), strict=True):
+        own = [None if math.isnan(value) else value for value in values]
+        rows.append(row_of(item, earlier.get(item.file, {}) | dict(zip(scores, own, strict=True))))
     write_jsonl(path, rows)
 
 
@@ -292,22 +292,23 @@ def _with_earlier(result: Result, earlier: Result) -> Result:
     """The result, and before its columns those of an earlier one of the same pictures."""
     if any(earlier.protocol.get(key) != result.protocol[key] for key in ("prompts", "measured", "versions")):
         return result
-    rewards = {**earlier.protocol["rewards"], **result.protocol["rewards"]}
     own = tuple(f"{reward} " for reward in result.columns)
-    texts = {
-        key: list(dict.fromkeys([*getattr(result, key), *(t for t in getattr(earlier, key) if not t.startswith(own))]))
-        for key in ("warnings", "departures")
-    }
+
+    def both(texts: Sequence[str], others: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys([*texts, *(text for text in others if not text.startswith(own))]))
+
+    def merged(rows: Mapping[str, Mapping], others: Mapping[str, Mapping]) -> dict[str, dict]:
+        return {row: {**others.get(row, {}), **rows.get(row, {})} for row in {**others, **rows}}
+
     return replace(
         result,
         columns={**earlier.columns, **result.columns},
-        rows={row: {**earlier.rows[row], **cells} for row, cells in result.rows.items()},
+        rows=merged(result.rows, earlier.rows),
         difference={**earlier.difference, **result.difference},
-        paper={
-            row: earlier.paper.get(row, {}) | result.paper.get(row, {}) for row in {**earlier.paper, **result.paper}
-        },
-        protocol={**result.protocol, "rewards": rewards},
-        **texts,
+        paper=merged(result.paper, earlier.paper),
+        protocol={**result.protocol, "rewards": {**earlier.protocol["rewards"], **result.protocol["rewards"]}},
+        departures=both(result.departures, earlier.departures),
+        warnings=both(result.warnings, earlier.warnings),
     )
 
 
@@ -328,17 +329,11 @@ class PromptList:
         """How many are among DrawBench's 200."""
         return len({digest(prompt) for prompt in self.prompts} & published_hashes())
 
-    @property
-    def official(self) -> bool:
-        """Whether they are DrawBench's, all of them and no other."""
-        return self.matching == len(self.prompts) == len(published_hashes())
-
     def remark(self) -> str:
-        """What to warn of, or ""."""
-        if self.official:
+        """What to warn of, where these are not DrawBench's, all of them and no other; else ""."""
+        total, own = len(published_hashes()), len(self.prompts) - self.matching
+        if not own and self.matching == total:
             return ""
-        total = len(published_hashes())
-        own = len(self.prompts) - self.matching
         others = f", and {own} are others" if own else ""
         return (
             f"the prompts of {self.source} are not DrawBench's list: {self.matching} of its {total} are among "
@@ -396,16 +391,20 @@ def _texts(rows: Sequence[str | Mapping[str, Any]], source: Path) -> list[str]:
         turns = [row.get("conversations") for row in rows]
         texts = [turn[0].get("value") if isinstance(turn, list) and turn else None for turn in turns]
     else:
-        column = next((name for name in PROMPT_COLUMNS if name in rows[0]), None)
-        if column is None:
-            names = f"{PROMPT_COLUMNS[0]} or {PROMPT_COLUMNS[3]}"
-            has = ", ".join(map(str, rows[0]))
-            raise UserError(f"{source}: no column of prompts (it has {has}); name it {names}")
+        column = _column(rows[0], str(source), f"name it {PROMPT_COLUMNS[0]} or {PROMPT_COLUMNS[3]}")
         texts = [row.get(column) for row in rows]
     bad = next((number for number, text in enumerate(texts, 1) if not isinstance(text, str)), None)
     if bad is not None:
         raise UserError(f"{source}, row {bad}: its prompt is missing or not text")
     return texts
+
+
+def _column(names: Iterable[str], source: str, mend: str) -> str:
+    """The one of `PROMPT_COLUMNS` that there is."""
+    column = next((name for name in PROMPT_COLUMNS if name in names), None)
+    if column is None:
+        raise UserError(f"{source}: no column of prompts (it has {', '.join(map(str, names))}); {mend}")
+    return column
 
 
 def _of_hub(name: str) -> list[str]:
@@ -423,9 +422,5 @@ def _of_hub(name: str) -> list[str]:
     finally:
         hub_logging.set_verbosity(level)
     table = next(iter(loaded.values()))
-    column = next((key for key in PROMPT_COLUMNS if key in table.column_names), None)
-    if column is None:
-        raise UserError(
-            f"the data set {name} has no column of prompts (it has {', '.join(table.column_names)}); {mend}"
-        )
+    column = _column(table.column_names, f"the data set {name}", mend)
     return [str(text) for text in table[column]]

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,32 +64,14 @@ ERRORS = (
 )
 
 
-def open_observer(
-    detector: str, device: str = "cpu", colors: str | Path | None = None, batch_size: int = 8
-) -> Observer:
-    """What looks at the pictures, by its name or its weights.
-
-    Args:
-        detector: `nano`, `mask2former` for the published weights, the benchmark's own .pth file, or a folder of
-            transformers' Mask2Former.
-        colors: a local file of CLIP ViT-L/14 in the place of the published one.
-        batch_size: images in Mask2Former at a time.
-
-    Raises:
-        UserError: no such detector, weights that are missing, damaged or of another network.
-    """
-    check_detector(detector)
-    if detector == NANO and colors is not None:
-        raise UserError(f"--colors {colors}: the detector nano names colours itself; leave it out")
-    name, weights = (detector, None) if detector in DETECTORS else (MASK2FORMER, detector)
-    return load_observer(name, device, weights, colors, batch_size)
-
-
 class GenEval(Benchmark):
     """Prompts of GenEval's grammar and a detector.
 
     Args:
-        detector, colors, detector_batch_size: see `open_observer`; the detector by default that of the policy's world.
+        detector: `nano`, `mask2former` for the published weights, the benchmark's own .pth file, or a folder of
+            transformers' Mask2Former; by default that of the policy's world.
+        colors: a local file of CLIP ViT-L/14 in the place of the published one.
+        detector_batch_size: images in Mask2Former at a time.
         sets: of prompts; by default those of the policy's world.
     """
 
@@ -114,23 +97,28 @@ class GenEval(Benchmark):
         """Prompts and detector by the policies' world.
 
         Raises:
-            UserError: policies of two worlds, prompts or a detector of another one, or see `open_observer`.
+            UserError: policies of two worlds, prompts or a detector of another one, no such detector, weights that are
+                missing, damaged or of another network.
         """
         nano = {card.name: draws_nano_world(card) for card in cards}
-        if len(set(nano.values())) > 1 and self.sets is None:
-            raise UserError(f"{' and '.join(nano)} draw different worlds; give another baseline")
         if cards and self.sets is None:
+            if len(set(nano.values())) > 1:
+                raise UserError(f"{' and '.join(nano)} draw different worlds; give another baseline")
             self.sets = NANO_SETS if all(nano.values()) else OFFICIAL_SETS
-        official = not cards or tuple(self.sets) == OFFICIAL_SETS
-        for path, fits in nano.items():
-            if not fits and not official:
-                raise UserError(
-                    f"policy {path} does not draw the nano world's objects, so its judges cannot measure it"
-                )
+        official = not cards or self.official
+        others = [path for path, fits in nano.items() if not fits]
+        if others and not official:
+            raise UserError(
+                f"policy {others[0]} does not draw the nano world's objects, so its judges cannot measure it"
+            )
         detector = self.detector or (MASK2FORMER if official else NANO)
         if cards and official and detector == NANO:
             raise UserError(f"--detector {NANO}: it knows the nano world alone; leave it out, or give {MASK2FORMER}")
-        self.observer = open_observer(detector, team.device, self.colors, self.detector_batch_size)
+        if detector == NANO and self.colors is not None:
+            raise UserError(f"--colors {self.colors}: the detector {NANO} names colours itself; leave it out")
+        check_detector(detector)
+        name, weights = (detector, None) if detector in DETECTORS else (MASK2FORMER, detector)
+        self.observer = load_observer(name, team.device, weights, self.colors, self.detector_batch_size)
         self.packages = self.observer.packages
         self.questions = [prompt for name in self.sets or () for prompt in prompt_set(name)]
 
@@ -166,8 +154,9 @@ class GenEval(Benchmark):
 
     # --- the work
 
-    def folder_of_pictures(self, folder: Path) -> Path:
-        return folder if self.official else folder / "images"
+    @property
+    def pictures(self) -> str:
+        return "" if self.official else "images"
 
     def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
         if self.official:
@@ -317,18 +306,16 @@ def by_prompt(rows: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, An
 
 
 def judge_batch(folder: Path, observer: Observer, pairs: Sequence[tuple[Shot, Prompt]]) -> list[dict[str, Any]]:
-    """Of each picture its "row" of results.jsonl and the boxes that counted ("kept"); those of one size are looked at
-    together."""
-    pixels = [read_image(folder / shot.file) for shot, _ in pairs]
-    verdicts: dict[int, dict[str, Any]] = {}
-    for shape in dict.fromkeys(one.shape for one in pixels):
-        places = [place for place, one in enumerate(pixels) if one.shape == shape]
-        images = torch.from_numpy(np.stack([pixels[place] for place in places]))
-        observations = observer.observe(images, [pairs[place][1] for place in places])
-        for place, observation in zip(places, observations, strict=True):
-            shot, prompt = pairs[place]
-            verdicts[place] = _verdict(shot.file, prompt, *observation, observer)
-    return [verdicts[place] for place in range(len(pairs))]
+    """Of each picture its "row" of results.jsonl and the boxes that counted ("kept"); neighbours of one size are
+    looked at together."""
+    pictures = [(read_image(folder / shot.file), shot.file, prompt) for shot, prompt in pairs]
+    verdicts = []
+    for _, run in groupby(pictures, key=lambda picture: picture[0].shape):
+        pixels, files, prompts = zip(*run, strict=True)
+        observations = observer.observe(torch.from_numpy(np.stack(pixels)), prompts)
+        for file, prompt, observation in zip(files, prompts, observations, strict=True):
+            verdicts.append(_verdict(file, prompt, *observation, observer))
+    return verdicts
 
 
 def _verdict(

@@ -1,11 +1,19 @@
-"""Results as tables: for the terminal, and as Markdown."""
+"""Results as tables: for the terminal, and all on one page in the shape of the paper's, as Markdown or HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from argrpo_cli import __version__
 from argrpo_cli.shapes import Column, Result, Value
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import fill_template, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +30,15 @@ ARROWS = {"higher": " ↑", "lower": " ↓"}
 TITLE_WIDTH = 70  # characters that a title and a caption have at least, where the terminal does
 LABEL_WIDTH = 12  # characters of the first column that must fit beside the figures
 FRAME = 3  # characters between two columns
+# Of the page.
+EXPECTED = "what `argrpo eval`, `score` or `entropy` wrote: summary.json, or the file of `eval nano --out`"
+CONFLICT = "not measured alike"
+MEASURED, DIFFERENCE, PAPER = "measured", "difference", "paper"
+OWN = {"path", "weights", "base", "step", "sha256", "images_sha256", "files", "count"}  # tells a row from others
+DETAILS = {"n", "batch_size", "keep_images"}
+HASH = re.compile(r"[0-9a-f]{64}")
+HEADING = "Measured beside the AR-GRPO paper"
+ABOUT = f"Made by argrpo {__version__}. ± standard errors, where there are any. A dash: not measured."
 
 
 def table(result: Result, width: int = 80) -> Table:
@@ -40,8 +57,10 @@ def table(result: Result, width: int = 80) -> Table:
         cells = {key: ["" if counts[key] is None else str(counts[key]), *own] for key, own in cells.items()}
     if sum(_widths(cells.values())) + FRAME * (len(heads) + 1) + LABEL_WIDTH > width:
         cells = {key: [text.replace(" ± ", "\n± ") for text in own] for key, own in cells.items()}
+    about = [result.protocol[key] for key in ("about", "errors") if key in result.protocol]
+    about += [f"not as in the paper: {', '.join(result.departures)}"] if result.departures else []
     least = min(width, TITLE_WIDTH)
-    out = Table(title=title(result, counts), caption=caption(result), min_width=least, caption_justify="left")
+    out = Table(title=title(result, counts), caption="\n".join(about), min_width=least, caption_justify="left")
     out.add_column("", min_width=LABEL_WIDTH)
     for head, least in zip(heads, _widths(cells.values()), strict=True):
         style = "dim" if head.startswith("paper: ") else None
@@ -108,16 +127,178 @@ def title(result: Result, counts: Mapping[str, Any]) -> str:
     return f"{TITLES.get(result.benchmark, result.benchmark)}: {', '.join(parts)}; ± standard error"
 
 
-def caption(result: Result) -> str:
-    """What the errors are of, and where the protocol is not the paper's."""
-    lines = [result.protocol[key] for key in ("about", "errors") if key in result.protocol]
-    if result.departures:
-        lines.append(f"not as in the paper: {', '.join(result.departures)}")
-    return "\n".join(lines)
+# the page of `argrpo eval report`
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """A table of numbers: names on the left without a heading, cells flush right; the texts are taken as they are."""
-    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
-    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: measures, and how they were measured, as flat keys (`sampling.seed`) to values."""
+
+    name: str
+    cells: Mapping[str, Value]
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table ready to be written.
+
+    Attributes:
+        lines: name of a row, the texts of its cells, and MEASURED, DIFFERENCE or PAPER.
+        protocol: what all its measured rows share, and what some alone tell, a line each.
+        warnings: what to know before rows are compared.
+    """
+
+    title: str
+    columns: list[str]
+    lines: list[tuple[str, list[str], str]]
+    protocol: list[str]
+    warnings: list[str]
+
+
+def read_results(sources: Sequence[Path]) -> dict[str, Result]:
+    """Path to result, of files, and of folders with what lies below them (where other files are passed over).
+
+    Raises:
+        UserError: a file that is no result, or a folder without any.
+    """
+    results = {}
+    for source in sources:
+        paths = [path for path in sorted(source.rglob("*.json")) if _is_result(path)] if source.is_dir() else [source]
+        if not paths:
+            raise UserError(f"no results in {source}; expected {EXPECTED}")
+        results |= {str(path): Result.load(path) for path in paths}
+    return results
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        value = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError):
+        return False
+    return not path.name.startswith(".") and isinstance(value, dict) and {"format", "benchmark"} <= value.keys()
+
+
+def write_report(results: Mapping[str, Result], out: Path) -> list[Section]:
+    """Write the page to `out`, as its suffix says (.md or .html); the tables that are on it.
+
+    Results of one benchmark share a table, a baseline above what was compared with it; rows that were not measured
+    alike are flagged, setting by setting. The HTML needs no other file, and is light or dark as the reader's system is.
+
+    Raises:
+        UserError: another suffix, or a file that cannot be written.
+    """
+    kind = {".md": "md", ".html": "html", ".htm": "html"}.get(out.suffix.lower())
+    if kind is None:
+        raise UserError(f"--out {out}: give the page a name that ends in .md or .html")
+    tables = sections(results)
+    template = Path(__file__).with_name(f"page.{kind}.j2")
+    write_text(out, fill_template(template, heading=HEADING, about=ABOUT, sections=tables, plain=_plain))
+    return tables
+
+
+def sections(results: Mapping[str, Result]) -> list[Section]:
+    """A table for each benchmark, or for each of its groups of columns."""
+    kinds = [(one.benchmark, column.group) for one in results.values() for column in one.columns.values()]
+    return [_section(results, *kind) for kind in dict.fromkeys(kinds)]
+
+
+def _section(results: Mapping[str, Result], benchmark: str, group: str) -> Section:
+    columns: dict[str, Column] = {}
+    rows, differences, paper, notes = [], [], {}, []
+    for source, result in results.items():
+        own = {key: one for key, one in result.columns.items() if one.group == group}
+        if result.benchmark != benchmark or not own:
+            continue
+        columns |= own
+        if result.difference:
+            cells = {key: result.difference[key] for key in own if key in result.difference}
+            differences.append(Row(" − ".join(list(result.rows)[:2]), cells, source=source))
+        for name in _order(result):
+            cells = {key: result.rows[name][key] for key in own if key in result.rows[name]}
+            rows.append(Row(name, cells, _protocol(result, name), source))
+        for name, numbers in result.paper.items():
+            paper.setdefault(name, {}).update({key: Value(numbers[key]) for key in own if key in numbers})
+        notes += [*result.warnings, *(f"not as in the paper: {text}" for text in result.departures)]
+
+    def texts(cells: Mapping[str, Value], absent: Value | None, sign: str = "") -> list[str]:
+        return [cell(cells.get(key, absent), column, sign) for key, column in columns.items()]
+
+    rows, dash = _distinct(rows), Value(None)
+    lines = [(row.name, texts(row.cells, dash), MEASURED) for row in rows]
+    lines += [(row.name, texts(row.cells, dash, "+"), DIFFERENCE) for row in _distinct(differences)]
+    lines += [(f"{name} (paper)", texts(cells, None), PAPER) for name, cells in paper.items() if cells]
+    protocol, conflicts = _protocols(rows)
+    labels = [f"{one.label}{ARROWS.get(one.better, '')}" for one in columns.values()]
+    title = TITLES.get(benchmark, benchmark) + (f", {group}" if group else "")
+    return Section(title, labels, lines, protocol, list(dict.fromkeys([*conflicts, *notes])))
+
+
+def _protocol(result: Result, row: str) -> dict[str, Any]:
+    """How a row was measured; nothing of one that is no policy and no set of pictures."""
+    measured = result.protocol.get("measured", {})
+    if row not in measured:
+        return {}
+    shared = {key: part for key, part in result.protocol.items() if key != "measured"}
+    counts = [value.count for value in result.rows[row].values() if value.count]
+    images = {"images": max(counts)} if counts else {}
+    return _flat(shared, skip=DETAILS) | images | _flat(measured[row], skip=OWN | DETAILS)
+
+
+def _flat(part: Mapping[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
+    """Nested settings as one level of keys with dots; what has a name in `skip` is left out, however deep."""
+    flat: dict[str, Any] = {}
+    for key, value in part.items():
+        if key in skip or value in (None, [], ""):
+            continue
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": one for inner, one in _flat(value, skip).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    """Rows in order, one that several files have alike once; others of the same name say which file they are of."""
+    several: list[Row] = []
+    for row in rows:
+        if not any(replace(row, source=one.source) == one for one in several):
+            several.append(row)
+    count = Counter(row.name for row in several)
+    return [replace(row, name=f"{row.name} ({row.source})") if count[row.name] > 1 else row for row in several]
+
+
+def _protocols(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """What the measured rows share, or some of them alone tell, and a line for each setting in which they differ."""
+    measured = [row for row in rows if row.protocol]
+    shared: dict[tuple[str, ...], list[str]] = {tuple(row.name for row in measured): []}
+    conflicts = []
+    for key in dict.fromkeys(key for row in measured for key in row.protocol):
+        names: dict[str, list[str]] = {}
+        for row in measured:
+            if key in row.protocol:
+                names.setdefault(_text(row.protocol[key]), []).append(row.name)
+        if len(names) == 1:
+            value, having = next(iter(names.items()))
+            shared.setdefault(tuple(having), []).append(f"{key}: {value}")
+        else:
+            parts = "; ".join(f"{value} for {', '.join(own)}" for value, own in names.items())
+            conflicts.append(f"{CONFLICT}: {key} is {parts}")
+    (_, of_all), *others = shared.items()
+    return [*of_all, *(f"of {', '.join(names)} alone: {text}" for names, texts in others for text in texts)], conflicts
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str) and HASH.fullmatch(value):
+        return value[:16]
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _plain(text: str) -> str:
+    """A text that Markdown takes for nothing but words, within a table too."""
+    for sign, stand_in in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("*", "\\*"), ("\n", " ")):
+        text = text.replace(sign, stand_in)
+    return text

@@ -12,11 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +47,6 @@ backpack, umbrella, banana, apple, pizza, donut, cake, clock, teddy bear
 NANO_OBJECTS = tuple(" ".join(_NANO_OBJECTS.split()).split(", "))
 NANO_COLORS = COLORS[:8]  # distinct on 64 pixels; black and white would vanish into outlines and highlights
 OFFICIAL_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"  # of evaluation_metadata.jsonl
-NANO_PROMPTS_PER_TAG = 40  # in geneval-nano and geneval-nano-extra together
 
 
 def plural(name: str) -> str:
@@ -183,28 +180,10 @@ def nano_prompts() -> tuple[Prompt, ...]:
 
 @cache
 def nano_extra_prompts() -> tuple[Prompt, ...]:
-    """Compositions of the nano world that the official list lacks, numbered after it.
-
-    They fill each category up to NANO_PROMPTS_PER_TAG, except single_object: the 24 nano objects are all official.
-    Each next one is the composition whose classes, colours, count and relation have been asked for least so far in
-    its category; ties go by the SHA-256 of the prompt, which is the same on every machine and with every library.
-    """
-    extra: list[Prompt] = []
-    official = {content(prompt) for prompt in official_prompts()}
-    for tag in TAGS:
-        compositions: dict[object, Prompt] = {}
-        for prompt in sorted(_nano_compositions(tag), key=lambda prompt: hashlib.sha256(prompt.text.encode()).digest()):
-            compositions.setdefault(content(prompt), prompt)
-        candidates = [prompt for content, prompt in compositions.items() if content not in official]
-        del candidates[1000:]  # plenty to choose from; the pairs of coloured objects are 15,456
-        chosen = [prompt for prompt in nano_prompts() if prompt.tag == tag]
-        used = Counter(word for prompt in chosen for word in _words(prompt))
-        for _ in range(min(NANO_PROMPTS_PER_TAG - len(chosen), len(candidates))):
-            best = min(candidates, key=lambda prompt: sum(used[word] for word in _words(prompt)))
-            candidates.remove(best)
-            used.update(_words(best))
-            extra.append(compose(tag, best.include, len(official_prompts()) + len(extra)))
-    return tuple(extra)
+    """Compositions of the nano world that the official list lacks, numbered after it."""
+    facts = _read_facts(Path(__file__).with_name("prompts_nano.txt"))
+    first = len(official_prompts())
+    return tuple(compose(tag, _requirements(tag, fact), index) for index, (tag, fact) in enumerate(facts, first))
 
 
 SETS = {"geneval": official_prompts, "geneval-nano": nano_prompts, "geneval-nano-extra": nano_extra_prompts}
@@ -240,33 +219,3 @@ def _requirements(tag: str, fact: str) -> tuple[Requirement, ...]:
     if tag in ("colors", "color_attr"):
         return tuple(Requirement(name, color=color) for color, name in (part.split(" ", 1) for part in parts))
     return tuple(Requirement(name) for name in parts)
-
-
-def _nano_compositions(tag: str) -> Iterator[Prompt]:
-    """Everything that a category can ask of the nano world."""
-    names, colors = NANO_OBJECTS, NANO_COLORS
-    includes: Iterable[tuple[Requirement, ...]]
-    if tag == "single_object":
-        includes = ((Requirement(name),) for name in names)
-    elif tag == "counting":
-        includes = ((Requirement(name, count),) for name, count in product(names, COUNTS))
-    elif tag == "colors":
-        includes = ((Requirement(name, color=color),) for name, color in product(names, colors))
-    elif tag == "position":
-        includes = (
-            (Requirement(target), Requirement(subject, position=(relation, 0)))
-            for (target, subject), relation in product(permutations(names, 2), RELATIONS)
-        )
-    else:
-        palette = permutations(colors, 2) if tag == "color_attr" else [(None, None)]
-        includes = (
-            (Requirement(first, color=one), Requirement(second, color=two))
-            for (first, second), (one, two) in product(permutations(names, 2), palette)
-        )
-    return (compose(tag, include) for include in includes)
-
-
-def _words(prompt: Prompt) -> list[str | int]:
-    """The classes, colours, counts and relations of a prompt."""
-    parts = [(part.name, part.color, part.count, part.position and part.position[0]) for part in prompt.include]
-    return [word for part in parts for word in part if word is not None]

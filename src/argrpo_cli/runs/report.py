@@ -19,7 +19,7 @@ from argrpo_cli.runs import curves
 from argrpo_cli.runs.curves import COLOURS, NO_STAGE, STAGES, Panel, Record, Roles
 from argrpo_cli.runs.run import duration, now
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import cannot_write, read_text, write_text
+from argrpo_cli.system.files import cannot_write, fill_template, read_text, write_text
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
@@ -40,20 +40,12 @@ def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -
     Raises:
         UserError: it cannot be written.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     records, notes = run.metrics(), run.notes()
     shown = curves.panels(records, reward_roles(recipe, notes))
     plots = [curves.panel_svg(panel, [record["step"] for record in records]) for panel in shown]
     changes = list(_changes(shown))
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # what users write is shown and never run
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = pages.get_template(f"{REPORT}.j2").render(
+    page = fill_template(
+        Path(__file__).with_name(f"{REPORT}.j2"),
         recipe=recipe,
         recipe_text=read_text(run.recipe_file),
         state=_state(recipe, records, notes, training),

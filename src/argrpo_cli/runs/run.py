@@ -305,10 +305,10 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that decides what a run computes; packages that are not there are left out."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of everything that decides what is computed; packages that are not there are left out."""
     installed = {"argrpo": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             installed[name] = version(name)
         except PackageNotFoundError:

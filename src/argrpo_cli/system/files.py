@@ -114,6 +114,20 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise UserError(f"cannot read {path}: it is not UTF-8 text") from error
 
 
+def fill_template(path: Path, **values: Any) -> str:
+    """A template of jinja2 with these values; in HTML they are escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=".html" in path.suffixes,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(read_text(path)).render(values)
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON object; UserError naming the path when it is missing, unreadable or something else."""
     try:

@@ -1,1 +1,0 @@
-"""The paper's numbers, and its tables in the nano world."""
