@@ -20,7 +20,7 @@ from argrpo_cli.rewards.clip import ClipQuantized
 from argrpo_cli.rewards.custom import find_function, reward_of
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.training.objective import advantages
+from tests.training.objective import advantages
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "data" / "reward_shaping.json").read_text())
 NAN = float("nan")

@@ -15,7 +15,7 @@ from argrpo_cli.policy.llamagen.sample import new_cache
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.recipe.schema import LoraSection
 from argrpo_cli.shapes import Sampling
-from argrpo_cli.training.memory import estimate, lora_parameters, pass_bytes, total
+from argrpo_cli.training.memory import estimate, pass_bytes, total, trained_parameters
 
 IMAGES = 4
 
@@ -98,7 +98,7 @@ def test_the_cache_is_as_large_as_the_sampler_makes_it(condition: str) -> None:
 def test_adapters_are_counted_as_peft_makes_them() -> None:
     peft = pytest.importorskip("peft")
     model, lora = LlamaGenForImageGeneration(small()), LoraSection(rank=3)
-    expected = lora_parameters(model, lora)
+    expected = trained_parameters(model, lora)
     peft.inject_adapter_in_model(peft.LoraConfig(r=3, target_modules=lora.targets), model)
     assert expected == sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
 

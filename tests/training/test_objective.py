@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from argrpo_cli.training.objective import advantages, group_std, grpo_objective, kl_estimate, ratio, surrogate
+from argrpo_cli.training import scorer
+from tests.training.objective import advantages, group_std, grpo_objective, kl_estimate, ratio, surrogate
 
 GOLDENS = Path(__file__).parents[1] / "data" / "grpo" / "H_grpo.safetensors"
 EPSILON, BETA = 0.2, 0.1
@@ -65,6 +66,7 @@ def test_missing_reward_stays_out_of_its_group() -> None:
     assert advantages(rewards)[0].tolist() == pytest.approx([-expected, 0.0, expected])
     assert advantages(rewards)[1:].tolist() == [[0.0] * 3] * 2  # one reward alone says nothing
     assert group_std(rewards).isnan().tolist() == [False, True, True]
+    assert torch.equal(scorer.group_std(rewards).nan_to_num(-1), group_std(rewards).nan_to_num(-1))  # what a run logs
 
 
 def test_clipping_by_hand() -> None:

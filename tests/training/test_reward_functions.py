@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.training.objective import group_std
 from argrpo_cli.training.rollout import Stopwatch
 from argrpo_cli.training.scorer import LEFT_OUT, WITHIN_GROUP_STD, BatchScorer
+from tests.training.objective import group_std
 from tests.training.tiny import FakeRewards
 
 NAN = float("nan")

@@ -20,8 +20,7 @@ from argrpo_cli.cli.app import run
 from argrpo_cli.recipe import dump_recipe
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training
-from argrpo_cli.training.launch import CONFIGS, config_file, launch
-from argrpo_cli.training.shares import images_per_process
+from argrpo_cli.training.launch import CONFIGS, config_file, images_per_process, launch
 from tests.training import together_worker
 from tests.training.tiny import FakeRewards, save_tiny_policy, tiny_caption_policy, tiny_recipe
 

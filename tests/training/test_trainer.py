@@ -19,7 +19,7 @@ from argrpo_cli.policy.protocol import Scored
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training.grpo import CodeTokenizer, ImageGRPOTrainer, RatioMeter, grpo_config
-from argrpo_cli.training.objective import advantages, grpo_objective, kl_estimate
+from tests.training.objective import advantages, grpo_objective, kl_estimate
 from tests.training.tiny import CLASSES, CODES, TOKENS, FakeRewards, brightness, count_of_3, redness, tiny_recipe
 
 Build = Callable[..., ImageGRPOTrainer]

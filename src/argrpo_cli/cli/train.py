@@ -123,8 +123,7 @@ def _check_names(recipe: Recipe) -> None:
 
 def _together(arguments: list[str], recipe: Recipe, processes: int, config: str) -> None:
     """The command by several processes; what can be checked cheaply is checked once, before they start."""
-    from argrpo_cli.training.launch import check_processes, config_file, launch
-    from argrpo_cli.training.shares import images_per_process
+    from argrpo_cli.training.launch import check_processes, config_file, images_per_process, launch
 
     config_file(config)
     cpu = check_processes(processes, recipe.policy.device, config)

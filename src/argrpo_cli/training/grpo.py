@@ -21,10 +21,9 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.conditions import prompt_dataset
 from argrpo_cli.training.gathering import check_sharding
-from argrpo_cli.training.objective import ratio
+from argrpo_cli.training.launch import images_per_process
 from argrpo_cli.training.rollout import Rollout
 from argrpo_cli.training.scorer import BatchScorer
-from argrpo_cli.training.shares import images_per_process
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -92,7 +91,7 @@ class RatioMeter:
 
     def add(self, logp: Tensor, sampled_logp: Tensor) -> None:
         """Count the tokens of logp and sampled_logp [B, T]; NaN marks those drawn from another distribution."""
-        r = ratio(logp, sampled_logp)
+        r = torch.exp(logp - sampled_logp)
         r = r[~r.isnan()]
         if r.numel():
             self.total += r.sum().item()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from argrpo_cli.training.shares import CHUNK
+from argrpo_cli.training.launch import CHUNK
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.llamagen.published import Outline
@@ -56,9 +56,9 @@ def pass_bytes(outline: Outline, images: int, sampling: Sampling, *, autocast: b
     With gradient checkpointing that is the layers' inputs, and one layer in full while it is computed again.
     """
     model = outline.policy.model.train()
-    if not checkpointing:
-        return _kept_bytes(outline, images, sampling, autocast)
     full = _kept_bytes(outline, images, sampling, autocast)
+    if not checkpointing:
+        return full
     with warnings.catch_warnings():  # transformers is about to call it otherwise
         warnings.simplefilter("ignore")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -91,22 +91,19 @@ def _kept_bytes(outline: Outline, images: int, sampling: Sampling, autocast: boo
         return sum(one.untyped_storage().nbytes() for key, one in kept.items() if key not in own)
 
 
-def lora_parameters(model: nn.Module, lora: LoraSection) -> int:
-    """Parameters of the adapters: rank x (inputs + outputs) of every linear layer that is named."""
+def trained_parameters(model: nn.Module, lora: LoraSection | None) -> int:
+    """How many parameters the optimiser holds; `policy.trainable` has been applied to the model.
+
+    Of adapters rank x (inputs + outputs) for every linear layer that is named.
+    """
+    if lora is None:
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return sum(
         lora.rank * (module.in_features + module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and any(name == target or name.endswith(f".{target}") for target in lora.targets)
     )
-
-
-def trained_parameters(recipe: Recipe, outline: Outline) -> int:
-    """How many parameters the optimiser holds; `policy.trainable` has been applied to the outline's model."""
-    model = outline.policy.model
-    if recipe.policy.lora is not None:
-        return lora_parameters(model, recipe.policy.lora)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def estimate(
@@ -122,7 +119,7 @@ def estimate(
     grpo, model = recipe.grpo, outline.policy.model
     autocast, adapted = recipe.policy.dtype == "bfloat16", recipe.policy.lora is not None
     parameters = [parameter.numel() for parameter in model.parameters()]
-    weights, trained = sum(parameters), trained_parameters(recipe, outline)
+    weights, trained = sum(parameters), trained_parameters(model, recipe.policy.lora)
     steered = recipe.sampling.cfg_scale > 1
     sampling = recipe.sampling if grpo.logprob == "guided" else replace(recipe.sampling, cfg_scale=1.0)
     kept = pass_bytes(outline, micro, sampling, autocast=autocast, checkpointing=grpo.gradient_checkpointing)

@@ -16,8 +16,8 @@ from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_reward
 from argrpo_cli.rewards.base import Needs
 from argrpo_cli.system.files import HubFile, is_cached
 from argrpo_cli.training.conditions import check_source, run_captions, run_conditions
+from argrpo_cli.training.launch import images_per_process
 from argrpo_cli.training.memory import PHASES, Part, estimate, total, trained_parameters
-from argrpo_cli.training.shares import images_per_process
 from argrpo_cli.training.streams import open_captions
 
 if TYPE_CHECKING:
@@ -61,11 +61,6 @@ class Plan:
     packages: list[str]
     supply: list[str]
 
-    @property
-    def to_fetch(self) -> list[HubFile]:
-        """What is not in the cache."""
-        return [file for file, cached in self.files.items() if not cached]
-
 
 def plan(recipe: Recipe, processes: int = 1) -> Plan:
     """Check all of a recipe that can be checked on the spot, and add up what it takes.
@@ -80,11 +75,14 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     choose_trainable(outline.policy, recipe.policy.trainable)
     if recipe.policy.lora is not None:
         check_targets(outline.policy, recipe.policy.lora.targets)
-    trained = trained_parameters(recipe, outline)
-    needs, packages = _reward_needs(recipe)
-    names = [term.name for term in recipe.rewards.terms]
-    family = {name: check_reward(name).family for name in names}
-    supply = [f"reward {name}: {one.missing}" for name, one in needs.items() if one.missing]
+    trained = trained_parameters(outline.policy.model, recipe.policy.lora)
+    options = {term.name: term.options for term in recipe.rewards.terms}
+    device = "cpu" if recipe.policy.device == "cpu" else "cuda"
+    networks, _ = networks_of(list(options), options)
+    needs = {name: check_options(name, chosen).needs(chosen, device) for name, chosen in networks.items()}
+    packages = {module: pip for one in needs.values() for module, pip in one.packages.items()}
+    packages |= {name: name for name in recipe.logging.trackers} | ({"peft": "peft"} if recipe.policy.lora else {})
+    family = {name: check_reward(name).family for name in options}
     draws, missing = _draws(recipe, outline)
     files = [*outline.files, *(file for one in needs.values() for file in one.files)]
     parts = estimate(
@@ -94,9 +92,9 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         share=share,
         micro=micro,
         processes=processes,
-        device="cpu" if recipe.policy.device == "cpu" else "cuda",
+        device=device,
     )
-    gpu = recipe.policy.device != "cpu" and torch.cuda.is_available()
+    gpu = device != "cpu" and torch.cuda.is_available()
     return Plan(
         recipe=recipe,
         outline=outline,
@@ -111,26 +109,9 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         memory=parts,
         memory_there=torch.cuda.get_device_properties(0).total_memory if gpu else None,
         files={file: is_cached(file) for file in dict.fromkeys(files)},
-        packages=[*packages, *_other_packages(recipe)],
-        supply=supply + missing,
+        packages=list(dict.fromkeys(pip for module, pip in packages.items() if find_spec(module) is None)),
+        supply=[f"reward {name}: {one.missing}" for name, one in needs.items() if one.missing] + missing,
     )
-
-
-def _reward_needs(recipe: Recipe) -> tuple[dict[str, Needs], list[str]]:
-    """Needs of the reward networks that are loaded, by name, and the packages that are not installed for them."""
-    options = {term.name: term.options for term in recipe.rewards.terms}
-    models, _ = networks_of(list(options), options)
-    device = "cpu" if recipe.policy.device == "cpu" else "cuda"
-    needs, packages = {}, []
-    for name, given in models.items():
-        needs[name] = check_options(name, given).needs(given, device)
-        packages += [pip for module, pip in needs[name].packages.items() if find_spec(module) is None]
-    return needs, packages
-
-
-def _other_packages(recipe: Recipe) -> list[str]:
-    names = list(recipe.logging.trackers) + (["peft"] if recipe.policy.lora is not None else [])
-    return [name for name in names if find_spec(name) is None]
 
 
 def _draws(recipe: Recipe, outline: Outline) -> tuple[str, list[str]]:
@@ -184,6 +165,9 @@ def _sections(plan: Plan) -> list[tuple[str, list[str]]]:
     model, tokens = count(outline.policy.model), outline.policy.card.tokens
     adapted = recipe.policy.lora is not None
     what = "all of them" if plan.trained == model else f"{_millions(plan.trained)} of adapters" if adapted else ""
+    images = -(-grpo.steps // grpo.updates_per_batch) * grpo.batch_size
+    minutes = grpo.time_limit_minutes
+    limit = "" if minutes is None else f", or what {minutes:g} minutes allow"
     sections = [
         ("plan", [recipe.name + (f": {recipe.description}" if recipe.description else "")]),
         ("repeats", _published(recipe)),
@@ -197,12 +181,12 @@ def _sections(plan: Plan) -> list[tuple[str, list[str]]]:
         ),
         ("draws", [f"{plan.draws}, with guidance {recipe.sampling.cfg_scale:g}"]),
         ("update", _update(plan)),
-        ("run", [f"{grpo.steps} updates, {_images_in_all(recipe)} images in all" + _end(recipe)]),
+        ("run", [f"{grpo.steps} updates, {images} images in all" + limit]),
         ("rewards", _rewards(plan)),
         ("memory", _memory(plan)),
         ("files", _files(plan)),
     ]
-    lacking = [f"pip install {' '.join(dict.fromkeys(plan.packages))}"] if plan.packages else []
+    lacking = [f"pip install {' '.join(plan.packages)}"] if plan.packages else []
     sections += [("missing", lacking), ("to supply", plan.supply)]
     if plan.packages or plan.supply:
         what = " and ".join(name for name, lines in (("missing", plan.packages), ("to supply", plan.supply)) if lines)
@@ -232,15 +216,6 @@ def _update(plan: Plan) -> list[str]:
     if grpo.updates_per_batch > 1:
         lines.append(f"{grpo.updates_per_batch} updates on the same images")
     return lines
-
-
-def _images_in_all(recipe: Recipe) -> int:
-    return -(-recipe.grpo.steps // recipe.grpo.updates_per_batch) * recipe.grpo.batch_size
-
-
-def _end(recipe: Recipe) -> str:
-    minutes = recipe.grpo.time_limit_minutes
-    return "" if minutes is None else f", or what {minutes:g} minutes allow"
 
 
 def _rewards(plan: Plan) -> list[str]:
@@ -277,8 +252,8 @@ def _memory(plan: Plan) -> list[str]:
 def _files(plan: Plan) -> list[str]:
     if not plan.files:
         return ["nothing to fetch"]
-    known = sum(file.size or 0 for file in plan.to_fetch)
-    lines = [f"about {_gigabytes(known).strip()} to fetch" if plan.to_fetch else "all in the cache"]
+    sizes = [file.size or 0 for file, cached in plan.files.items() if not cached]
+    lines = [f"about {_gigabytes(sum(sizes)).strip()} to fetch" if sizes else "all in the cache"]
     for file, cached in plan.files.items():
         size = "         " if file.size is None else _gigabytes(file.size)
         lines.append(f"  {size}  {'in the cache' if cached else 'to fetch    '}  {file.repo}: {file.file}")

@@ -22,7 +22,7 @@ from argrpo_cli.seeds import is_dropped, of_training
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.gathering import whole_model
-from argrpo_cli.training.shares import CHUNK
+from argrpo_cli.training.launch import CHUNK
 
 if TYPE_CHECKING:
     from argrpo_cli.policy import Policy

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
-from argrpo_cli.training.objective import group_std
 
 if TYPE_CHECKING:
     from argrpo_cli.rewards import RewardSet
@@ -32,6 +31,18 @@ WINDOW = 4  # batches over which missing scores are counted: a server that resta
 def spread_of(name: str) -> str:
     """The name under which the mean within-group standard deviation of one reward is logged."""
     return f"within_group_std/{name}"
+
+
+def group_std(rewards: Tensor) -> Tensor:
+    """Sample standard deviation of each group of rewards [groups, G], leaving missing ones (NaN) out.
+
+    Returns:
+        [groups]; NaN where fewer than two rewards are known.
+    """
+    known = ~rewards.isnan()
+    deviation = torch.where(known, rewards - rewards.nanmean(-1, keepdim=True), 0)
+    freedom = known.sum(-1) - 1
+    return torch.where(freedom > 0, deviation.square().sum(-1) / freedom, torch.nan).sqrt()
 
 
 @dataclass

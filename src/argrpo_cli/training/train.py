@@ -36,10 +36,9 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import reason, save_png
 from argrpo_cli.system.grids import before_after
 from argrpo_cli.system.processes import Team, join_team
-from argrpo_cli.training.callbacks.checkpoints import CheckpointCallback, EmaCallback
 from argrpo_cli.training.callbacks.display import RunDisplay, silent_console
-from argrpo_cli.training.callbacks.grids import Gallery, GridCallback
 from argrpo_cli.training.callbacks.metrics import MetricsCallback, StopCallback, StopRequest
+from argrpo_cli.training.callbacks.saving import CheckpointCallback, EmaCallback, Gallery, GridCallback
 from argrpo_cli.training.conditions import (
     Conditions,
     load_position,
@@ -51,9 +50,9 @@ from argrpo_cli.training.conditions import (
 from argrpo_cli.training.gathering import sharding, whole_model
 from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer, lora_config, quiet_libraries
 from argrpo_cli.training.guards import GuardCallback, check_weights
+from argrpo_cli.training.launch import images_per_process
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.scorer import BatchScorer
-from argrpo_cli.training.shares import images_per_process
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,7 +1,7 @@
 """The GRPO objective in the paper's symbols (section 3.2, eq. 3 to 6).
 
-Training runs TRL's implementation; this one is short enough to read, says what the settings in `trainer.py` must make
-TRL compute, and the tests hold TRL to it. The run itself uses `ratio` and `group_std` for what it logs.
+Training runs TRL's implementation; this one is short enough to read, says what the settings in `grpo.py` must make TRL
+compute, and the tests hold TRL to it.
 """
 
 from __future__ import annotations
