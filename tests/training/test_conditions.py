@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -23,7 +24,7 @@ from argrpo_cli.recipe.schema import DatasetSection
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training
-from argrpo_cli.training.conditions import condition_order, run_conditions, weighted_order
+from argrpo_cli.training.conditions import condition_order, run_conditions
 from argrpo_cli.training.streams import StreamedConditions
 from tests.training.tiny import FakeRewards, tiny_caption_policy, tiny_policy, tiny_recipe
 
@@ -71,23 +72,28 @@ def of_classes(**conditions: Any) -> Any:
 def test_weighted_classes_are_drawn_in_proportion_and_never_at_weight_0() -> None:
     source = of_classes(weights={"ant": 3.0, "1": 0.0, "dog": 0.5})  # cat counts 1
     assert [one.class_id for one in source] == [0, 2, 3]
-    order = weighted_order(source.weights, groups=900, seed=7)
+    order = condition_order(source.weights, groups=900, seed=7)
     counts = Counter(source[index].class_id for index in order)
     assert counts == pytest.approx({0: 600, 2: 200, 3: 100}, abs=2)
-    assert order == weighted_order(source.weights, 2000, seed=7)[:900]  # a longer run starts alike
-    assert order != weighted_order(source.weights, 900, seed=8)
+    assert order == condition_order(source.weights, 2000, seed=7)[:900]  # a longer run starts alike
+    assert order != condition_order(source.weights, 900, seed=8)
 
 
 def test_a_large_weight_among_many_classes_is_kept_closely() -> None:
     weights = [1.0] * 999 + [111.0]
     for seed in range(3):
-        counts = Counter(weighted_order(weights, 5000, seed))
+        counts = Counter(condition_order(weights, 5000, seed))
         assert counts[999] == pytest.approx(500, abs=3)
         assert max(counts[index] for index in range(999)) <= 6  # 4.5 on average, evenly
 
 
 def test_equal_weights_are_the_uniform_order() -> None:
-    assert weighted_order([2.5] * 7, 40, seed=3) == condition_order(7, 40, seed=3)
+    passes = [np.random.Generator(np.random.PCG64([3, number])).permutation(7) for number in range(6)]
+    assert (
+        condition_order([2.5] * 7, 40, seed=3)
+        == condition_order([1.0] * 7, 40, seed=3)
+        == np.concatenate(passes)[:40].tolist()
+    )
 
 
 def test_classes_are_drawn_once_each_unless_repeats_are_wanted() -> None:

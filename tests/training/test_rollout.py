@@ -198,17 +198,17 @@ def test_training_with_dropped_conditions_measures_the_ratio_of_the_others(new_t
 
 
 def test_every_condition_is_drawn_equally_often_in_an_order_of_its_own() -> None:
-    order = condition_order(conditions=5, groups=23, seed=3)
+    order = condition_order([1.0] * 5, groups=23, seed=3)
     assert all(sorted(order[at : at + 5]) == list(range(5)) for at in range(0, 20, 5))
     assert order[:5] != order[5:10]
-    assert condition_order(5, 40, seed=3)[:23] == order  # a longer run starts alike
-    assert condition_order(5, 23, seed=4) != order
-    assert condition_order(1, 3, seed=0) == [0, 0, 0]
+    assert condition_order([1.0] * 5, 40, seed=3)[:23] == order  # a longer run starts alike
+    assert condition_order([1.0] * 5, 23, seed=4) != order
+    assert condition_order([1.0], 3, seed=0) == [0, 0, 0]
 
 
 def test_prompts_are_indices_of_conditions() -> None:
     data = prompt_dataset(list("abcde"), groups=7, seed=3)
-    assert [int(prompt) for prompt in data["prompt"]] == condition_order(5, 7, 3)
+    assert [int(prompt) for prompt in data["prompt"]] == condition_order([1.0] * 5, 7, 3)
 
 
 def test_recipe_reaches_the_sampler(new_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:

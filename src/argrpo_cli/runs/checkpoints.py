@@ -199,28 +199,23 @@ def _look_through(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
     for path in sorted(folder.rglob("*")):
-        if path.suffix == ".safetensors" and not _reads_as_safetensors(path):
-            return f"{path.relative_to(folder)} is cut off or damaged"
-        if path.suffix in (".pt", ".pth") and not _reads_as_zip(path):
+        if not _is_readable(path):
             return f"{path.relative_to(folder)} is cut off or damaged"
     return None
 
 
-def _reads_as_safetensors(path: Path) -> bool:
+def _is_readable(path: Path) -> bool:
+    """Whether a file of tensors is whole; other files are taken to be."""
     try:
-        with safe_open(path, framework="pt"):  # compares the header with the length of the file
-            return True
-    except SafetensorError:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):  # compares the header with the length of the file
+                return True
+        if path.suffix in (".pt", ".pth"):
+            with zipfile.ZipFile(path) as archive:  # what torch.save writes, with a checksum for each part
+                return archive.testzip() is None
+    except (SafetensorError, zipfile.BadZipFile, EOFError, NotImplementedError):
         return False
-
-
-def _reads_as_zip(path: Path) -> bool:
-    """What torch.save writes is a zip archive, with a checksum for each part."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError):
-        return False
+    return True
 
 
 def _wrong_step(folder: Path, step: int) -> str | None:

@@ -114,13 +114,6 @@ def set_aside(folder: Path, name: str) -> Path:
     return aside
 
 
-def is_leftover(path: Path) -> bool:
-    """Whether a file or folder is what a death in the middle of writing leaves."""
-    return path.name.startswith((OLD, REMOVED, TEMPORARY)) or (
-        path.name.startswith(".") and path.name.endswith(PARTIAL)
-    )
-
-
 def recover(folder: Path) -> None:
     """Clear up what a death left in a folder: an older folder gets its name back, the rest goes.
 
@@ -131,12 +124,14 @@ def recover(folder: Path) -> None:
         return
     for path in list(folder.iterdir()):
         final = folder / path.name.removeprefix(OLD)
+        partial = path.name.startswith(".") and path.name.endswith(PARTIAL)
+        leftover = partial or path.name.startswith((OLD, REMOVED, TEMPORARY))
         try:
             if path.name.startswith(OLD) and not final.exists():
                 os.replace(path, final)
-            elif is_leftover(path) and path.is_dir():
+            elif leftover and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif is_leftover(path):
+            elif leftover:
                 path.unlink()
         except OSError as error:
             raise cannot_write(path, error) from error
@@ -151,11 +146,6 @@ def is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder and those inside it."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 class Disk:
@@ -191,8 +181,7 @@ class Disk:
             KeyboardInterrupt: the run was asked to stop meanwhile.
             Exception: any other that `write` raises.
         """
-        start = time.monotonic()
-        waits = False
+        start, waits, minutes = time.monotonic(), False, f"{PATIENCE / 60:.0f} minutes"
         while True:
             try:
                 write()
@@ -201,31 +190,25 @@ class Disk:
                     raise
                 if self.stopped():
                     raise KeyboardInterrupt from error
-                self._complain(what, start, waits)
+                lack = f"no room for {what}, {_gigabytes(shutil.disk_usage(self.folder).free)} free"
+                if time.monotonic() - start >= PATIENCE:
+                    raise UserError(
+                        f"the disk of {self.folder} was full for {minutes}: {lack}; what was saved is safe; make room "
+                        f"and continue with: argrpo train --resume {self.folder}"
+                    ) from None  # the reason is told, and a second mend would be added to a full disk's error
+                if not waits:
+                    self.tell(
+                        f"the disk of {self.folder} is full: {lack}; the run waits up to {minutes} for room (Ctrl-C "
+                        "stops it, and what was saved before is kept)"
+                    )
                 waits = True
             else:
                 if waits:
                     self.tell(f"there is room again for {what}; the run goes on")
                 return time.monotonic() - start if waits else 0.0
-            self._pause()
-
-    def _complain(self, what: str, start: float, waits: bool) -> None:
-        free = _gigabytes(shutil.disk_usage(self.folder).free)
-        if time.monotonic() - start >= PATIENCE:
-            raise UserError(
-                f"the disk of {self.folder} was full for {PATIENCE / 60:.0f} minutes: no room for {what}, {free} free; "
-                f"what was saved is safe; make room and continue with: argrpo train --resume {self.folder}"
-            ) from None  # the reason is told, and a second mend would be added to a full disk's error
-        if not waits:
-            self.tell(
-                f"the disk of {self.folder} is full: no room for {what}, {free} free; the run waits up to "
-                f"{PATIENCE / 60:.0f} minutes for room (Ctrl-C stops it, and what was saved before is kept)"
-            )
-
-    def _pause(self) -> None:
-        end = time.monotonic() + RETRY
-        while time.monotonic() < end and not self.stopped():
-            time.sleep(min(LOOK, RETRY))
+            end = time.monotonic() + RETRY
+            while time.monotonic() < end and not self.stopped():
+                time.sleep(min(LOOK, RETRY))
 
 
 def _gigabytes(size: int) -> str:

@@ -16,12 +16,12 @@ base/                the policy that training started from, where it came from n
 from __future__ import annotations
 
 import errno
+import fnmatch
 import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,59 +49,29 @@ if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
 
 LOCK = ".lock"
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")  # whose versions are noted
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")  # which decide what a run computes
 
 
 class Interrupted(SystemExit):
     """The run was stopped by a signal after its state was saved; `code` is what the process should exit with."""
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Paths inside a run directory, and the few things that must be read and written with care.
 
-    Attributes:
+    Args:
         tell: shows one line to the user.
-        unwritten: lines of metrics.jsonl that found no room on the disk.
     """
 
-    root: Path
-    tell: Callable[[str], None] = field(default=print, compare=False)
-    unwritten: list[bytes] = field(default_factory=list, compare=False)
-    _told: list[str] = field(default_factory=list, compare=False)
-
-    @property
-    def recipe_file(self) -> Path:
-        return self.root / "recipe.yaml"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def notes_file(self) -> Path:
-        return self.root / "run.json"
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.root / CHECKPOINTS
-
-    @property
-    def partial_dir(self) -> Path:
-        """Where checkpoints are written before they are complete; nobody reads it."""
-        return self.checkpoints_dir / ".partial"
-
-    @property
-    def policy_dir(self) -> Path:
-        return self.root / "policy"
-
-    @property
-    def ema_dir(self) -> Path:
-        return self.root / "policy_ema"
-
-    @property
-    def base_dir(self) -> Path:
-        return self.root / "base"
+    def __init__(self, root: Path, tell: Callable[[str], None] = print) -> None:
+        self.root, self.tell = root, tell
+        self.recipe_file, self.metrics_file = root / "recipe.yaml", root / "metrics.jsonl"
+        self.notes_file = root / "run.json"
+        self.policy_dir, self.ema_dir, self.base_dir = root / "policy", root / "policy_ema", root / "base"
+        self.checkpoints_dir = root / CHECKPOINTS
+        self.partial_dir = self.checkpoints_dir / ".partial"  # of checkpoints that are being written; nobody reads it
+        self._unwritten: list[bytes] = []  # lines of metrics.jsonl that found no room on the disk
+        self._spared = False  # something that a run can do without could not be written
 
     def grid_file(self, step: int) -> Path:
         return self.root / "grids" / f"step_{step:06d}.png"
@@ -129,7 +99,7 @@ class RunDirectory:
 
         Where the disk is full the line is kept, and written with a later one or by `sync_metrics`.
         """
-        self.unwritten.append((json.dumps(record) + "\n").encode())
+        self._unwritten.append((json.dumps(record) + "\n").encode())
         try:
             self._write_lines()
         except OSError as error:
@@ -153,22 +123,22 @@ class RunDirectory:
         with open(self.metrics_file, "ab", buffering=0) as file:
             end = file.tell()
             try:
-                for line in self.unwritten:
+                for line in self._unwritten:
                     if file.write(line) != len(line):  # the disk took a part and takes the rest with an error
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics_file))
             except OSError:
                 os.truncate(self.metrics_file, end)  # no half line for the next one to run into
                 raise
-        self.unwritten.clear()
+        self._unwritten.clear()
 
     def spare(self, write: Callable[[], None]) -> None:
         """Write what a run can do without, a picture for instance; a failure is told of, the first time."""
         try:
             write()
         except (UserError, OSError) as error:
-            if not self._told:
+            if not self._spared:
                 self.tell(f"{error}; the run goes on without it, and without others of its kind")
-            self._told.append(str(error))
+            self._spared = True
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a half-written last one is left out."""
@@ -237,11 +207,10 @@ def refuse_used(root: Path) -> None:
     """
     run = RunDirectory(root)
     try:
-        names = [path.name for path in run.root.iterdir()] if run.root.exists() else []
-        begun = (TEMPORARY, f"-{run.recipe_file.name}")  # how the name of a half-written recipe starts and ends
-        used = any(name != LOCK and not (name.startswith(begun[0]) and name.endswith(begun[1])) for name in names)
+        names = {path.name for path in root.iterdir()} if root.exists() else set()
     except OSError as error:
         raise UserError(f"cannot use {root} as a run directory: {reason(error)}") from error
+    used = names - {LOCK} - set(fnmatch.filter(names, f"{TEMPORARY}*-{run.recipe_file.name}"))
     if used and run.recipe_file.exists():
         raise UserError(
             f"{root} already holds a run; continue it with `argrpo train --resume {root}`, "
@@ -339,9 +308,13 @@ def start_notes(
         family: of each reward.
         device: "cpu", "cuda:0", ...
     """
+    versions = {"argrpo": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "started": notes.get("started") or now(),
-        "versions": versions(),
+        "versions": versions,
         "device": device_name(device),
         "rewards": {name: {"family": family.get(name), "weight": weight} for name, weight in weights.items()},
     }

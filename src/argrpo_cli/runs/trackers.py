@@ -30,22 +30,15 @@ PACKAGES = {
 GRID = "grid"  # the name under which pictures go
 
 # Names that stay as they are from version to version, and what they are called in a record of metrics.jsonl.
-SCALARS = {
-    "reward/total": "reward",
-    "reward/within_group_std": "within_group_std",
-    "reward/groups_without_spread": "groups_without_spread",
-    "reward/images_left_out": "images_left_out",
-    "policy/kl": "kl",
-    "policy/entropy": "entropy",
-    "policy/entropy_weight": "entropy_weight",
-    "policy/ratio": "ratio",
-    "policy/ratio_deviation_mean": "ratio_deviation_mean",
-    "policy/ratio_deviation": "ratio_deviation",
-    "policy/clip_low": "clip_low",
-    "policy/clip_high": "clip_high",
-    "optim/loss": "loss",
-    "optim/grad_norm": "grad_norm",
-    "optim/learning_rate": "learning_rate",
+_RATIO = ("ratio", "ratio_deviation_mean", "ratio_deviation", "clip_low", "clip_high")
+SCALARS = {"reward/total": "reward"} | {
+    f"{group}/{key}": key
+    for group, keys in {
+        "reward": ("within_group_std", "groups_without_spread", "images_left_out"),
+        "policy": ("kl", "entropy", "entropy_weight", *_RATIO),
+        "optim": ("loss", "grad_norm", "learning_rate"),
+    }.items()
+    for key in keys
 }
 
 

@@ -118,24 +118,11 @@ def _classes(section: ConditionSection, policy: Policy) -> Sequence[Condition]:
     return WeightedConditions(tuple(positive), tuple(weights[one] for one in positive))
 
 
-def condition_order(conditions: int, groups: int, seed: int) -> list[int]:
-    """Indices of the conditions that the run's groups draw, first group first.
+def condition_order(weights: Sequence[float], groups: int, seed: int) -> list[int]:
+    """Indices of the conditions that the run's groups draw, first group first, each in proportion to its weight.
 
-    Every pass over the conditions is a new permutation from (seed, pass), so all are drawn equally often, a longer run
-    starts like a shorter one, and a resumed run continues like an uninterrupted one.
-
-    Args:
-        conditions: how many there are, 1 or more.
-        groups: how many groups the run draws in all.
-    """
-    order: list[int] = []
-    for number in range(-(-groups // conditions)):
-        order.extend(np.random.Generator(np.random.PCG64([seed, number])).permutation(conditions).tolist())
-    return order[:groups]
-
-
-def weighted_order(weights: Sequence[float], groups: int, seed: int) -> list[int]:
-    """As `condition_order`, each condition in proportion to its weight; equal weights give that very order.
+    Every pass over the conditions is a new permutation from (seed, pass), so a longer run starts like a shorter one,
+    and a resumed run continues like an uninterrupted one. With equal weights a pass has each condition once.
 
     A pass is as many groups as there are conditions, chosen by systematic sampling: the conditions lie on a line, as
     long as their share of the pass, and evenly spaced points are laid on it. So a pass has each of them as often as its
@@ -143,7 +130,8 @@ def weighted_order(weights: Sequence[float], groups: int, seed: int) -> list[int
     by the golden ratio from pass to pass, which evens out what was rounded.
 
     Args:
-        weights: positive.
+        weights: positive, one for each condition.
+        groups: how many groups the run draws in all.
     """
     count = len(weights)
     ends = np.cumsum(weights, dtype=np.float64)
@@ -168,10 +156,9 @@ def prompt_dataset(conditions: Conditions, groups: int, seed: int) -> Dataset:
 
     if isinstance(conditions, StreamedConditions):
         order = list(range(groups))
-    elif isinstance(conditions, WeightedConditions):
-        order = weighted_order(conditions.weights, groups, seed)
     else:
-        order = condition_order(len(conditions), groups, seed)
+        weighted = isinstance(conditions, WeightedConditions)
+        order = condition_order(conditions.weights if weighted else [1.0] * len(conditions), groups, seed)
     return Dataset.from_dict({"prompt": [str(index) for index in order]})
 
 

@@ -123,15 +123,14 @@ class Guards:
         deviation = record.get("ratio_deviation_mean")
         if deviation is None or (record["step"] - 1) % self.recipe.grpo.updates_per_batch:
             return
-        dtype = self.recipe.policy.dtype
-        limit = self.section.ratio.limit or RATIO_LIMIT[dtype]
+        limit = self.section.ratio.limit or RATIO_LIMIT[self.recipe.policy.dtype]
         if deviation > limit:
-            text = (
+            yield (
+                "",
                 f"mean |ratio - 1| to the sampler is {deviation:.2g} on an on-policy update (limit {limit:g}): the "
                 "images were drawn from another distribution than the one that is trained, or numbers are too coarse; "
-                "see sampling.top_k and top_p, try policy.dtype: float32, or raise guards.ratio.limit"
+                "see sampling.top_k and top_p, try policy.dtype: float32, or raise guards.ratio.limit",
             )
-            yield "", text
 
     def _images_left_out(self) -> Iterator[Sighting]:
         left_out = self._records[-1].get("images_left_out")
@@ -267,16 +266,17 @@ def bad_gradient(step: int, choice: Literal["stop", "skip"], in_a_row: int) -> F
         in_a_row: how many updates were left out up to this one, without a good one between.
     """
     meaning = "usually training has diverged, so start again with a lower grpo.learning_rate"
-    if choice == "skip" and in_a_row < SKIPPED_IN_A_ROW:
-        text = f"the gradient is not a number; the update was left out ({in_a_row} in a row, {SKIPPED_IN_A_ROW} stop "
-        return Finding(step, "not_a_number", f"{text}the run): {meaning} if this goes on", "warn")
-    if choice == "skip":
+    text = "the gradient is not a number; the update was left out"
+    if choice == "stop":
+        text += (
+            f" and the weights are those before it: {meaning}, or pass over a single bad update with --set "
+            "guards.not_a_number=skip"
+        )
+    elif in_a_row < SKIPPED_IN_A_ROW:
+        text += f" ({in_a_row} in a row, {SKIPPED_IN_A_ROW} stop the run): {meaning} if this goes on"
+        return Finding(step, "not_a_number", text, "warn")
+    else:
         text = f"the gradients of {in_a_row} updates in a row are not numbers; they were left out: {meaning}"
-        return Finding(step, "not_a_number", text, "stop")
-    text = (
-        f"the gradient is not a number; the update was left out and the weights are those before it: {meaning}, or "
-        "pass over a single bad update with --set guards.not_a_number=skip"
-    )
     return Finding(step, "not_a_number", text, "stop")
 
 
@@ -333,7 +333,7 @@ class GuardCallback(TrainerCallback):
         for record in self.run.metrics():
             for finding in self.guards.look(record):
                 if finding.action == "warn" and (finding.step, finding.guard) not in said:
-                    self._warn(finding)  # of a guard that was set to a lower limit since
+                    self._act(finding, True)  # of a guard that was set to a lower limit since
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Gradients are clipped by now, by a norm that is not a number if one of them is not.
@@ -370,16 +370,10 @@ class GuardCallback(TrainerCallback):
         """Stop or warn; the first process alone shows and remembers it."""
         if finding.action == "stop":
             self.request.fail(finding.text)
-            if first:
-                self._remember(finding)
-        elif first:
-            self._warn(finding)
-
-    def _warn(self, finding: Finding) -> None:
-        self.display.note(Text.assemble(("warning:", "yellow"), f" step {finding.step}: {finding.text}"))
-        self._remember(finding)
-
-    def _remember(self, finding: Finding) -> None:
+        if not first:
+            return
+        if finding.action == "warn":
+            self.display.note(Text.assemble(("warning:", "yellow"), f" step {finding.step}: {finding.text}"))
         self._warnings.append({"step": finding.step, "guard": finding.guard, "text": finding.text})
         self._write()
 

@@ -215,8 +215,11 @@ class StreamedConditions:
                     raise UserError(f"conditions.dataset: {self.section.name} has no usable caption{self._why()}")
                 self._rewind()
                 continue
-            if self._is_repeated(text):
-                continue
+            if self.deduplicate:
+                digest = hashlib.blake2b(normalized(text).encode(), digest_size=DIGEST).digest()
+                if digest in self._seen:
+                    continue
+                self._seen.add(digest)
             condition = self._usable(text)
             if condition is None:
                 continue
@@ -237,14 +240,6 @@ class StreamedConditions:
                 return None
             self._rest.extend(captions_in(row, self.section.column, f"conditions.dataset: {self.section.name}"))
         return self._rest.popleft()
-
-    def _is_repeated(self, text: str) -> bool:
-        if not self.deduplicate:
-            return False
-        digest = hashlib.blake2b(normalized(text).encode(), digest_size=DIGEST).digest()
-        repeated = digest in self._seen
-        self._seen.add(digest)
-        return repeated
 
     def _usable(self, text: str) -> Condition | None:
         """The condition of a caption; None, and a word the first time, for one that cannot be read."""

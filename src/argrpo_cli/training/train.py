@@ -148,8 +148,17 @@ def _load(
         raise UserError(f"policy.trainable: {out} was started with another choice of parameters; a run keeps its own")
     conditions = run_conditions(recipe, policy)
     if notes.get("conditions", digest(conditions)) != digest(conditions):
-        raise UserError(f"conditions: {out} was started with others; a run keeps its own ({_named(recipe)})")
-    return policy, conditions, rewards or _load_rewards(recipe, policy, conditions)
+        section = recipe.conditions
+        source = section.dataset.name if section.dataset is not None else section.captions
+        source = "classes" if section.source == "classes" else source
+        raise UserError(f"conditions: {out} was started with others; a run keeps its own ({source})")
+    if rewards is None:
+        from argrpo_cli.rewards import load_rewards
+
+        options = {term.name: term.options for term in recipe.rewards.terms}
+        rewards = load_rewards(list(options), str(policy.model.device), options)
+        require(conditions, rewards.check)
+    return policy, conditions, rewards
 
 
 def _load_base_policy(recipe: Recipe, out: Path, resume: bool, device: str) -> Policy:
@@ -158,24 +167,6 @@ def _load_base_policy(recipe: Recipe, out: Path, resume: bool, device: str) -> P
     # Weights stay in float32 whatever policy.dtype says: bfloat16 is autocast, or small updates would be rounded away.
     chosen = recipe.policy
     return load_policy(base or chosen.checkpoint, device, dtype="float32", text_device=chosen.text_device)
-
-
-def _named(recipe: Recipe) -> str:
-    """Where the recipe's conditions come from, for a message."""
-    section = recipe.conditions
-    if section.source == "classes":
-        return "classes"
-    return str(section.captions) if section.dataset is None else section.dataset.name
-
-
-def _load_rewards(recipe: Recipe, policy: Policy, conditions: Conditions) -> RewardSet:
-    """The package's rewards, all of which can read all conditions."""
-    from argrpo_cli.rewards import load_rewards
-
-    options = {term.name: term.options for term in recipe.rewards.terms}
-    rewards = load_rewards(list(options), str(policy.model.device), options)
-    require(conditions, rewards.check)
-    return rewards
 
 
 class Job:
@@ -234,18 +225,23 @@ class Job:
             return
         base, trained = self.writer.base(), trained_parameters(self.policy)
         trainer, metrics, stop = self._assemble(seconds, checkpoint)
-        self._keep_sharding(trainer, checkpoint)
+        kind, started = sharding(trainer), team.from_lead(lambda: run.notes().get("sharding", "none"))
+        if checkpoint is not None and started != kind:
+            team.fail(
+                f"cannot continue {run.root}, started with sharding {started}, with {kind}: its checkpoints have other "
+                "files; launch it with the configuration that it was started with"
+            )
         notes = start_notes(run.notes(), self.weights, self.rewards.family, str(self.policy.model.device))
-        notes |= {"base_policy": base, "trained": trained, "conditions": digest(self.conditions), "finished": None}
-        notes["sharding"] = sharding(trainer)
-        team.lead(lambda: run.note(**notes))
+        notes |= {"base_policy": base, "trained": trained, "conditions": digest(self.conditions)}
+        team.lead(lambda: run.note(**notes, finished=None, sharding=kind))
         self.display.note(self._opening(start))
         team.lead(lambda: self.trackers.open(start))
         # The base policy, and whole: only when training starts is a checkpoint loaded, and the model shared out.
         before = team.lead(lambda: self.gallery.save(run, 0))
         if checkpoint is not None:
             load_position(self.conditions, checkpoint)
-        team.lead(self._forget_the_end)
+        for folder in (run.policy_dir, run.ema_dir):  # an earlier end of this run is overtaken once it goes on
+            team.lead(partial(remove_folder, folder))
         try:
             self._update(trainer, checkpoint, start)
             self._finish(trainer, stop, before)
@@ -260,7 +256,6 @@ class Job:
         """What comes after the last update: the last grid and the trained policy, or why the run stopped earlier."""
         recipe, run, team = self.recipe, self.run, self.team
         self.request.agree(team)  # a guard of the first process may have found something in the last update
-
         step = trainer.state.global_step
         if self.request.failure is not None:
             team.fail(
@@ -292,14 +287,6 @@ class Job:
         records = self.run.forget_metrics_after(start)
         return checkpoint, start, records[-1]["seconds_total"] if records else 0.0
 
-    def _keep_sharding(self, trainer: ImageGRPOTrainer, checkpoint: Path | None) -> None:
-        started = self.team.from_lead(lambda: self.run.notes().get("sharding", "none"))
-        if checkpoint is not None and started != sharding(trainer):
-            self.team.fail(
-                f"cannot continue {self.run.root}, started with sharding {started}, with {sharding(trainer)}: its "
-                "checkpoints have other files; launch it with the configuration that it was started with"
-            )
-
     def _opening(self, start: int) -> str:
         grpo = self.recipe.grpo
         return (
@@ -321,10 +308,9 @@ class Job:
         finished = self.team.from_lead(lambda: self.run.notes().get("finished"))
         if finished is None or finished["step"] != start:
             return False
-        same_limit = finished["time_limit_minutes"] == self.recipe.grpo.time_limit_minutes
         if start >= self.recipe.grpo.steps:
             limit = "grpo.steps"
-        elif finished["out_of_time"] and same_limit:
+        elif finished["out_of_time"] and finished["time_limit_minutes"] == self.recipe.grpo.time_limit_minutes:
             limit = "grpo.time_limit_minutes"
         else:
             return False
@@ -414,11 +400,6 @@ class Job:
     def _interrupted(self, step: int) -> None:
         self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
         raise Interrupted(self.request.exit_code)
-
-    def _forget_the_end(self) -> None:
-        """An earlier end of this run is overtaken once it goes on."""
-        remove_folder(self.run.policy_dir)
-        remove_folder(self.run.ema_dir)
 
 
 def trained_parameters(policy: Policy) -> list[str]:

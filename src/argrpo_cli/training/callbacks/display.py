@@ -19,6 +19,17 @@ from argrpo_cli.runs.run import duration
 RECENT = 10  # steps over which speed is averaged
 
 
+MEASURES = (  # of a record, below its rewards: what the table calls it, its key and how it is written
+    ("std within groups", "within_group_std", ".4f"),
+    ("groups without spread", "groups_without_spread", ".0%"),
+    ("KL to the base policy", "kl", ".5f"),
+    ("entropy (nats)", "entropy", ".4f"),
+    ("clipped tokens", "clip", ".2%"),
+    ("ratio to the sampler", "ratio", ".6f"),
+    ("gradient norm", "grad_norm", ".4f"),
+)
+
+
 def number(value: float | None, pattern: str = ".4f") -> str:
     """A number for people, a dash when there is none."""
     return "-" if value is None else format(value, pattern)
@@ -100,12 +111,12 @@ class RunDisplay:
 
     def _line(self, record: dict[str, Any]) -> str:
         rewards = ", ".join(f"{name} {number(value['mean'], '.3f')}" for name, value in record["rewards"].items())
-        time_left = self._left()
         return (
             f"step {record['step']}/{self.steps}  reward {number(record['reward'])} ({rewards})"
             f"  std {number(record['within_group_std'], '.3f')}  kl {number(record['kl'])}"
-            f"  entropy {number(record['entropy'], '.3f')}  clip {_clip(record)}  ratio {number(record['ratio'])}"
-            f"  {number(record['images_per_second'], '.1f')} images/s  left {time_left}"
+            f"  entropy {number(record['entropy'], '.3f')}  clip {number(_clip(record), '.2%')}"
+            f"  ratio {number(record['ratio'])}  {number(record['images_per_second'], '.1f')} images/s"
+            f"  left {self._left()}"
         )
 
     def _picture(self) -> Group:
@@ -128,33 +139,21 @@ class RunDisplay:
         table.add_column("")
         table.add_column(f"step {first['step']}", justify="right", style="dim")
         table.add_column(f"step {last['step']}", justify="right")
-        rows = [("reward, weighted total", number(first["reward"]), number(last["reward"]))]
+        table.add_row("reward, weighted total", number(first["reward"]), number(last["reward"]))
         for name, value in last["rewards"].items():
             before = first["rewards"].get(name, {}).get("mean")
             label = f"  {name}, held out" if name in self.held_out else f"  {name}"
-            rows.append((label, number(before), number(value["mean"])))
-        rows += [
-            ("std within groups", number(first["within_group_std"]), number(last["within_group_std"])),
-            ("groups without spread", *(_percent(one.get("groups_without_spread")) for one in (first, last))),
-            ("KL to the base policy", number(first["kl"], ".5f"), number(last["kl"], ".5f")),
-            ("entropy (nats)", number(first["entropy"]), number(last["entropy"])),
-            ("clipped tokens", _clip(first), _clip(last)),
-            ("ratio to the sampler", number(first["ratio"], ".6f"), number(last["ratio"], ".6f")),
-            ("gradient norm", *(number(one.get("grad_norm")) for one in (first, last))),
-        ]
-        for row in rows:
-            table.add_row(*row)
+            table.add_row(label, number(before), number(value["mean"]))
+        first, last = ({**record, "clip": _clip(record)} for record in (first, last))
+        for label, key, pattern in MEASURES:
+            table.add_row(label, number(first.get(key), pattern), number(last.get(key), pattern))
         return table
 
 
-def _clip(record: Mapping[str, Any]) -> str:
+def _clip(record: Mapping[str, Any]) -> float | None:
     """Share of tokens whose ratio is clipped, low and high together."""
     known = [share for share in (record["clip_low"], record["clip_high"]) if share is not None]
-    return f"{100 * sum(known):.2f}%" if known else "-"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
+    return sum(known) if known else None
 
 
 def _stages(record: Mapping[str, Any]) -> str:

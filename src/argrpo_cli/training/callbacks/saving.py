@@ -4,8 +4,9 @@ the same conditions and seeds drawn again and again, so that one sees the policy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from argrpo_cli.draw import draw_batch
 from argrpo_cli.runs.checkpoints import write_manifest
-from argrpo_cli.runs.disk import replace_folder, size_of
+from argrpo_cli.runs.disk import replace_folder
 from argrpo_cli.seeds import of_training
 from argrpo_cli.shapes import Shot
 from argrpo_cli.system.files import save_png
@@ -78,7 +79,8 @@ class CheckpointCallback(TrainerCallback):
         due = step // every > self._saved_at // every or step in self.logging.keep_steps
         if control.should_training_stop or (due and between_batches):
             control.should_save = True
-            self.metrics.leave_out(self.team.from_lead(lambda: self._wait_for_room(step, kwargs["model"])))
+            wait = partial(self.disk.wait_for_room, f"the checkpoint of step {step}")
+            self.metrics.leave_out(self.team.from_lead(lambda: wait(self._expected_size(kwargs["model"]))))
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved_at = state.global_step
@@ -99,14 +101,11 @@ class CheckpointCallback(TrainerCallback):
         replace_folder(written, self.run.checkpoint_dir(state.global_step))
         self.run.keep_newest(self.logging.keep_checkpoints, self.logging.keep_steps)
 
-    def _wait_for_room(self, step: int, model: nn.Module) -> float:
-        return self.disk.wait_for_room(f"the checkpoint of step {step}", self._expected_size(model))
-
     def _expected_size(self, model: nn.Module) -> int:
         """Bytes of the next checkpoint: of the one before, or of the weights, AdamW's two moments and the mean."""
         before = self.run.latest_checkpoint()
         if before is not None:
-            return size_of(before)
+            return sum(path.stat().st_size for path in before.rglob("*") if path.is_file())
         copies = {True: 4 if self.grpo.ema_decay else 3, False: 1}  # of a parameter, trained or not
         return sum(
             parameter.numel() * parameter.element_size() * copies[parameter.requires_grad]
@@ -137,8 +136,7 @@ class EmaCallback(TrainerCallback):
         file = self.checkpoint / MEAN
         if not file.is_file():
             self.team.fail(f"{self.checkpoint} has no {MEAN}: the run was started without grpo.ema_decay")
-        for name, saved in load_file(file).items():
-            self.mean[name].copy_(saved)
+        _copy(load_file(file), self.mean)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         weights = _trained(kwargs["model"])
@@ -154,15 +152,17 @@ class EmaCallback(TrainerCallback):
         """Within this context the model's trained weights are the mean."""
         weights = _trained(model)
         kept = {name: weight.detach().clone() for name, weight in weights.items()}
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(self.mean[name])
+        _copy(self.mean, weights)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    weight.copy_(kept[name])
+            _copy(kept, weights)
+
+
+def _copy(source: dict[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in source.items():
+            target[name].copy_(tensor)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
