@@ -24,7 +24,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], step: f
     kept: list[dict[str, Any]] = []
     run = SimpleNamespace(append_metrics=kept.append)
     display = SimpleNamespace(step=lambda record: None)
-    callback = MetricsCallback(run, display, stopwatch, ["a"], images=12, seconds_before=5.0)
+    callback = MetricsCallback(run, display, stopwatch, ["a"], images=12, seconds=5.0)
     state = SimpleNamespace(global_step=1, is_world_process_zero=True)
     for event in (callback.on_train_begin, callback.on_step_begin, callback.on_step_end):
         event(None, state, None)

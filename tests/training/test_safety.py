@@ -318,7 +318,7 @@ def test_a_checkpoint_waits_for_room_and_the_run_is_the_same(
 def test_seconds_that_are_left_out_are_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 9.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    callback = MetricsCallback(None, None, Stopwatch(), [], images=1, seconds_before=5.0)
+    callback = MetricsCallback(None, None, Stopwatch(), [], images=1, seconds=5.0)
     for event in (callback.on_train_begin, callback.on_step_end):
         event(None, None, None)
     callback.leave_out(6.5)

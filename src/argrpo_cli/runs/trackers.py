@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -185,6 +185,6 @@ class Trackers:
             yield
         except Exception as error:
             self._open.pop(name, None)
-            lines = str(error).strip().splitlines()
-            why = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+            why, kind = first_line(error), type(error).__name__
+            why = why if why == kind else f"{kind}: {why}"
             self.note(f"warning: the tracker {name} failed and is told nothing more ({why}); training goes on")

@@ -294,29 +294,27 @@ def check_weights(model: nn.Module, checkpoint: str) -> None:
             )
 
 
+@dataclass(eq=False)
 class GuardCallback(TrainerCallback):
     """Stands after MetricsCallback, whose record it reads, and before the checkpoint is written.
 
     The weights that are saved are always finite numbers: an update with a gradient that is none changes neither them
     nor the optimiser, and weights that are none are not saved.
 
-    Args:
+    Attributes:
         weights: what each raw reward counts.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        weights: Mapping[str, float],
-        run: RunDirectory,
-        display: RunDisplay,
-        request: StopRequest,
-        metrics: MetricsCallback,
-        team: Team = ALONE,
-    ) -> None:
-        self.recipe, self.run, self.display, self.request, self.metrics = recipe, run, display, request, metrics
-        self.team = team
-        self.guards = Guards(recipe, weights)
+    recipe: Recipe
+    weights: Mapping[str, float]
+    run: RunDirectory
+    display: RunDisplay
+    request: StopRequest
+    metrics: MetricsCallback
+    team: Team = ALONE
+
+    def __post_init__(self) -> None:
+        self.guards = Guards(self.recipe, self.weights)
         self._in_a_row = 0  # updates left out because their gradient was not a number
         self._left_out = False  # the latest was
         self._warnings: list[dict[str, Any]] = []

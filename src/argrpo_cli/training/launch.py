@@ -117,14 +117,15 @@ def launch(arguments: Sequence[str], processes: int, config: str, cpu: bool) -> 
         The exit code: 0, that of the process that failed first, or 128 and the signal that ended them.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     own = ["--config_file", str(config_file(config)), "--num_processes", str(processes), "--main_process_port", "0"]
-    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TIME_TO_SAVE)}
-    if cpu:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    with _environment(environment), _silent():
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": TIME_TO_SAVE} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
+    for name in environment.keys() & os.environ.keys():
+        del environment[name]  # what the user has set stays
+    with patch_environment(**environment), _silent():
         try:
             launch_command(launch_command_parser().parse_args([*own, "-m", "argrpo_cli", *arguments]))
         except SignalException as stop:
@@ -138,18 +139,6 @@ def launch(arguments: Sequence[str], processes: int, config: str, cpu: bool) -> 
             print(f"argrpo: error: process {rank} was ended by {signal.Signals(number).name}{why}", file=sys.stderr)
             return 128 + number
     return 0
-
-
-@contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the processes that are started within; what the user has set stays."""
-    added = {name: value for name, value in changes.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
 
 
 @contextmanager

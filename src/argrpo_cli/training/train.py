@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -105,7 +106,7 @@ def run_training(
         weights = reward_weights(recipe.rewards, rewards.family)
         rewards.tolerated = {name for name, weight in weights.items() if not weight}
         team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
-        job = Job(recipe, RunDirectory(out), policy, conditions, rewards, weights, request, team, console)
+        job = Job(recipe, out, policy, conditions, rewards, weights, request, team, console)
         with job.trackers:
             job.train(resume)
     return out
@@ -169,48 +170,43 @@ def _load_base_policy(recipe: Recipe, out: Path, resume: bool, device: str) -> P
     return load_policy(base or chosen.checkpoint, device, dtype="float32", text_device=chosen.text_device)
 
 
+@dataclass
 class Job:
     """Everything between an opened run directory and its end: assemble, update, write what comes out.
 
     There is one in each process of the team.
 
-    Args:
+    Attributes:
         weights: what each raw reward counts.
         request: whether the run is to stop.
         console: where the first process shows its progress; standard output by default.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunDirectory,
-        policy: Policy,
-        conditions: Conditions,
-        rewards: RewardSet,
-        weights: dict[str, float],
-        request: StopRequest,
-        team: Team,
-        console: Console | None,
-    ) -> None:
-        self.recipe, self.policy, self.request, self.team = recipe, policy, request, team
-        self.conditions, self.rewards, self.weights = conditions, rewards, weights
-        minutes = recipe.grpo.time_limit_minutes
-        self.time_limit = None if minutes is None else 60 * minutes
+    recipe: Recipe
+    root: Path
+    policy: Policy
+    conditions: Conditions
+    rewards: RewardSet
+    weights: dict[str, float]
+    request: StopRequest
+    team: Team
+    console: Console | None
+    ema: EmaCallback | None = None
+
+    def __post_init__(self) -> None:
+        recipe, grpo = self.recipe, self.recipe.grpo
+        self.time_limit = None if grpo.time_limit_minutes is None else 60 * grpo.time_limit_minutes
+        held_out = [name for name, weight in self.weights.items() if not weight]
+        console = self.console if self.team.first else silent_console()
         self.display = RunDisplay(
-            recipe.name,
-            recipe.grpo.steps,
-            recipe.logging.log_every,
-            self.time_limit,
-            held_out=[name for name, weight in weights.items() if not weight],
-            console=console if team.first else silent_console(),
+            recipe.name, grpo.steps, recipe.logging.log_every, self.time_limit, held_out=held_out, console=console
         )
-        self.run = RunDirectory(run.root, tell=self.display.note)
-        self.disk = Disk(run.root, self.display.note, lambda: request.signal is not None)
-        self.writer = PolicyWriter(recipe, self.run, policy, self.disk, team)
-        self.gallery = Gallery(recipe, policy, some_conditions(conditions, recipe.logging.grid_images))
-        self.ema: EmaCallback | None = None
+        self.run = RunDirectory(self.root, tell=self.display.note)
+        self.disk = Disk(self.root, self.display.note, lambda: self.request.signal is not None)
+        self.writer = PolicyWriter(recipe, self.run, self.policy, self.disk, self.team)
         self.trackers = Trackers(recipe, self.run, self.display.note)
-        self.gallery.watchers.append(self.trackers.picture)
+        shown = some_conditions(self.conditions, recipe.logging.grid_images)
+        self.gallery = Gallery(recipe, self.policy, shown, self.trackers.picture)
 
     def train(self, resume: bool) -> None:
         """From the base policy or the newest whole checkpoint to the end of the run.
@@ -341,7 +337,7 @@ class Job:
             callbacks.append(self.ema)
         callbacks += [checkpoints, grids]
         if team.first:
-            metrics.watchers.append(self.trackers.record)
+            metrics.watch = self.trackers.record
         trainer = team.together(lambda: build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks))
         if self.ema is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             team.fail(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -30,34 +31,32 @@ DIGITS = 6  # significant digits of a logged number
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as shells have it
 
 
+@dataclass(eq=False)
 class MetricsCallback(TrainerCallback):
     """Writes the record of each update.
 
-    Args:
+    Attributes:
         names: of the rewards.
         images: drawn per batch, for images per second.
-        seconds_before: training time of the run before it was resumed.
+        seconds: training time of the whole run, interruptions left out.
+        ratio_meter: the trainer's, which is built after its callbacks.
+        watch: shown every record, in the first process.
+        record: of the latest update; callbacks after this one read it.
         team: the processes of the run. The record is that of the whole batch, and the first process writes it; times
             are the first one's.
     """
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        display: RunDisplay,
-        stopwatch: Stopwatch,
-        names: list[str],
-        images: int,
-        seconds_before: float,
-        team: Team = ALONE,
-    ) -> None:
-        self.run, self.display, self.stopwatch, self.names, self.images = run, display, stopwatch, names, images
-        self.team = team
-        self.seconds = seconds_before  # training time of the whole run, interruptions left out
-        self.ratio_meter: RatioMeter | None = None  # the trainer's, which is built after its callbacks
-        self.watchers: list[Callable[[dict[str, Any]], None]] = []  # shown every record, in the first process
-        self.record: dict[str, Any] = {}  # of the latest update; callbacks after this one read it
-        self._last_step_end = self._step_start = self._step_seconds = 0.0
+    run: RunDirectory
+    display: RunDisplay
+    stopwatch: Stopwatch
+    names: list[str]
+    images: int
+    seconds: float
+    team: Team = ALONE
+    ratio_meter: RatioMeter | None = None
+    watch: Callable[[dict[str, Any]], None] = lambda record: None
+    record: dict[str, Any] = field(default_factory=dict)
+    _last_step_end = _step_start = _step_seconds = 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last_step_end = time.monotonic()
@@ -77,8 +76,7 @@ class MetricsCallback(TrainerCallback):
         record = self.record = self._record(state.global_step, logs)
         self.team.lead(lambda: self.run.append_metrics(record))
         self.display.step(record)
-        for watch in self.watchers:
-            watch(record)
+        self.watch(record)
 
     def leave_out(self, seconds: float) -> None:
         """Do not count these seconds, just gone by between two steps, as training time."""
@@ -187,10 +185,11 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
+@dataclass(eq=False)
 class StopCallback(TrainerCallback):
     """Ends training after the step during which a signal came or something failed, or when the time is up.
 
-    Args:
+    Attributes:
         updates_per_batch: a checkpoint between two updates of one batch could not be resumed exactly, so training goes
             on to the end of the batch.
         time_limit: seconds of training, or None.
@@ -198,19 +197,16 @@ class StopCallback(TrainerCallback):
         team: the processes that must stop after the same step, whichever of them is asked to.
     """
 
-    def __init__(
-        self,
-        request: StopRequest,
-        metrics: MetricsCallback,
-        updates_per_batch: int,
-        time_limit: float | None,
-        blank: Callable[[], bool] = lambda: False,
-        team: Team = ALONE,
-    ) -> None:
-        self.request, self.metrics, self.updates_per_batch = request, metrics, updates_per_batch
-        self.time_limit, self.blank, self.team = time_limit, blank, team
-        self.out_of_time = False
-        self._last_seconds = metrics.seconds
+    request: StopRequest
+    metrics: MetricsCallback
+    updates_per_batch: int
+    time_limit: float | None
+    blank: Callable[[], bool] = lambda: False
+    team: Team = ALONE
+    out_of_time: bool = False
+
+    def __post_init__(self) -> None:
+        self._last_seconds = self.metrics.seconds
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.blank():

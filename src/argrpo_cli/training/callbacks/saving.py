@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,13 +41,14 @@ MEAN = "ema.safetensors"  # in a checkpoint
 GRID_STEP = -1  # stands for "no step" in the seeds: no rollout ever draws a grid's image
 
 
+@dataclass(eq=False)
 class CheckpointCallback(TrainerCallback):
     """Saves every `logging.save_every` steps, after `logging.keep_steps` and whenever training stops.
 
     The trainer writes its checkpoint (weights, optimiser, schedule, random states) to the run's partial folder, which
     is its output folder; here it becomes a policy folder and gets its final name.
 
-    Args:
+    Attributes:
         disk: where a checkpoint waits for room.
         metrics: whose clock stands still meanwhile.
         complete: adds to a folder with the model's own files what makes it a policy folder.
@@ -54,29 +56,22 @@ class CheckpointCallback(TrainerCallback):
         team: the processes that write a checkpoint together; the first one gives it its name.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunDirectory,
-        disk: Disk,
-        metrics: MetricsCallback,
-        complete: Callable[[Path], None],
-        saved: Callable[[], None],
-        team: Team = ALONE,
-    ) -> None:
-        self.grpo, self.logging = recipe.grpo, recipe.logging
-        self.run, self.disk, self.metrics, self.team = run, disk, metrics, team
-        self.complete, self.saved = complete, saved
-        self._saved_at: int | None = None
+    recipe: Recipe
+    run: RunDirectory
+    disk: Disk
+    metrics: MetricsCallback
+    complete: Callable[[Path], None]
+    saved: Callable[[], None]
+    team: Team = ALONE
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved_at = state.global_step
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
-        between_batches = step % self.grpo.updates_per_batch == 0  # see `StopCallback`
-        every = self.logging.save_every
-        due = step // every > self._saved_at // every or step in self.logging.keep_steps
+        between_batches = step % self.recipe.grpo.updates_per_batch == 0  # see `StopCallback`
+        every, keep = self.recipe.logging.save_every, self.recipe.logging.keep_steps
+        due = step // every > self._saved_at // every or step in keep
         if control.should_training_stop or (due and between_batches):
             control.should_save = True
             wait = partial(self.disk.wait_for_room, f"the checkpoint of step {step}")
@@ -99,14 +94,14 @@ class CheckpointCallback(TrainerCallback):
 
         self.metrics.leave_out(self.disk.insist(f"the checkpoint of step {state.global_step}", complete))
         replace_folder(written, self.run.checkpoint_dir(state.global_step))
-        self.run.keep_newest(self.logging.keep_checkpoints, self.logging.keep_steps)
+        self.run.keep_newest(self.recipe.logging.keep_checkpoints, self.recipe.logging.keep_steps)
 
     def _expected_size(self, model: nn.Module) -> int:
         """Bytes of the next checkpoint: of the one before, or of the weights, AdamW's two moments and the mean."""
         before = self.run.latest_checkpoint()
         if before is not None:
             return sum(path.stat().st_size for path in before.rglob("*") if path.is_file())
-        copies = {True: 4 if self.grpo.ema_decay else 3, False: 1}  # of a parameter, trained or not
+        copies = {True: 4 if self.recipe.grpo.ema_decay else 3, False: 1}  # of a parameter, trained or not
         return sum(
             parameter.numel() * parameter.element_size() * copies[parameter.requires_grad]
             for parameter in model.parameters()
@@ -177,43 +172,42 @@ class Gallery:
         labels: a short name under each image.
         columns: of a grid.
         scale: how often each pixel is repeated, so that small images can be seen.
-        watchers: called with the file and the step of every grid that was written.
+        watch: called with the file and the step of every grid that was written.
     """
 
-    def __init__(self, recipe: Recipe, policy: Policy, conditions: Sequence[Condition]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        conditions: Sequence[Condition],
+        watch: Callable[[Path, int], None] = lambda file, step: None,
+    ) -> None:
         count, total = recipe.logging.grid_images, len(conditions)
         self.policy, self.sampling = policy, recipe.sampling
-        if count < total:
-            rows = [index * total // count for index in range(count)]  # evenly spread, first one included
-        else:
+        rows = [index * total // count for index in range(count)]  # evenly spread, first one included
+        if count >= total:
             rows = sorted(index % total for index in range(count))
-        seeds = [of_training(recipe.seed, GRID_STEP, index) for index in range(count)]
-        self.shots = [Shot(conditions[row], seed) for row, seed in zip(rows, seeds, strict=True)]
-        shown = [shot.condition for shot in self.shots]
+        shown = [conditions[row] for row in rows]
+        self.shots = [Shot(one, of_training(recipe.seed, GRID_STEP, index)) for index, one in enumerate(shown)]
         self.labels = [
             one.prompt.removeprefix("a photo of ") if one.class_id is None else policy.card.names[one.class_id]
             for one in shown
         ]
         self.columns = min(count, 8 if count > 12 else 6)
         self.scale = 2 if policy.card.image_size < 128 else 1
-        self.watchers: list[Callable[[Path, int], None]] = []
+        self.watch = watch
 
     @torch.inference_mode()
-    def draw(self) -> Tensor:
-        """Images uint8 [N, 3, H, W] on the CPU."""
-        return draw_batch(self.policy, self.shots, self.sampling)[1].cpu()
-
     def save(self, run: RunDirectory, step: int) -> Tensor:
-        """Draw, write the grid of `step`, and return the images."""
-        images = self.draw()
+        """Draw, write the grid of `step`, and return the images, uint8 [N, 3, H, W] on the CPU."""
+        images = draw_batch(self.policy, self.shots, self.sampling)[1].cpu()
         grid = image_grid(images, self.columns, labels=self.labels, scale=self.scale)
         run.spare(lambda: self._keep(run.grid_file(step), grid, step))
         return images
 
     def _keep(self, file: Path, grid: Image.Image, step: int) -> None:
         save_png(file, grid)
-        for watch in self.watchers:
-            watch(file, step)
+        self.watch(file, step)
 
 
 class GridCallback(TrainerCallback):
