@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from argrpo_cli.runs.run import duration
-from argrpo_cli.training.callbacks.display import RunDisplay
+from argrpo_cli.training.display import RunDisplay
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:

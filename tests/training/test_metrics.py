@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from argrpo_cli.training.callbacks.metrics import MetricsCallback
+from argrpo_cli.training.metrics import MetricsCallback
 from argrpo_cli.training.rollout import Stopwatch
 from tests.runs.test_trackers import metrics, train
 from tests.training.tiny import tiny_recipe

@@ -17,10 +17,10 @@ from argrpo_cli.seeds import is_dropped, of_training
 from argrpo_cli.shapes import Condition, Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import rollout
-from argrpo_cli.training.callbacks.saving import Gallery
 from argrpo_cli.training.conditions import condition_order, prompt_dataset
 from argrpo_cli.training.grpo import ImageGRPOTrainer
 from argrpo_cli.training.rollout import Rollout
+from argrpo_cli.training.saving import Gallery
 from tests.training.tiny import CLASSES, CODES, TOKENS, FakeRewards, count_of_3, paint, tiny_recipe
 
 Build = Callable[..., ImageGRPOTrainer]

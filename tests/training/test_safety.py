@@ -27,7 +27,7 @@ from argrpo_cli.runs.disk import Disk, recover, remove_folder, replace_folder
 from argrpo_cli.runs.run import Interrupted, RunDirectory, open_run
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training
-from argrpo_cli.training.callbacks.metrics import MetricsCallback, StopRequest
+from argrpo_cli.training.metrics import MetricsCallback, StopRequest
 from argrpo_cli.training.rollout import Stopwatch
 from tests.training.test_train import Stopped, assert_same_run, at_batch, die, metrics, send, train
 from tests.training.tiny import FakeRewards, tiny_recipe
@@ -257,7 +257,7 @@ def test_sigterm_before_the_first_update_leaves_a_run_to_continue(
 ) -> None:
     out = tmp_path / "run"
     console = Console(file=io.StringIO(), width=200)
-    monkeypatch.setattr("argrpo_cli.training.callbacks.saving.image_grid", lambda *a, **k: send(signal.SIGTERM)())
+    monkeypatch.setattr("argrpo_cli.training.saving.image_grid", lambda *a, **k: send(signal.SIGTERM)())
     with pytest.raises(Interrupted) as stop:
         run_training(recipe, out, rewards=FakeRewards(), console=console)
     assert stop.value.code == 143
@@ -391,7 +391,7 @@ def test_a_picture_that_cannot_be_written_is_told_once_and_ends_nothing(
     def full(path: Path, image: Any) -> None:
         raise UserError(f"cannot write {path}: no space left on device")
 
-    monkeypatch.setattr("argrpo_cli.training.callbacks.saving.save_png", full)
+    monkeypatch.setattr("argrpo_cli.training.saving.save_png", full)
     shown = train(recipe, tmp_path / "run")
     assert shown.count("no space left on device; the run goes on without it") == 1
     assert "finished at the last step" in shown

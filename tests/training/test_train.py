@@ -422,7 +422,7 @@ def test_full_disk_is_one_line(
     def full(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("argrpo_cli.training.callbacks.saving.replace_folder", full)
+    monkeypatch.setattr("argrpo_cli.training.saving.replace_folder", full)
     with pytest.raises(UserError, match=message):
         train(recipe, tmp_path / "run")
     assert metrics(tmp_path / "run")  # and the run can go on when there is space again

@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,22 +85,22 @@ class PolicyWriter:
         Raises:
             UserError: it cannot be written.
         """
-        what = f"{folder.name}/"
-        if self.team.count == 1:
-            self.disk.insist(what, lambda: self._write_trained(trainer, folder, lambda finish: finish()))
-        else:  # what the trainer writes together cannot be tried again by one of them
-            self._write_trained(trainer, folder, lambda finish: self.disk.insist(what, finish))
+        what, partial = f"{folder.name}/", _partial(folder)
 
-    def _write_trained(self, trainer: Trainer, folder: Path, finishing: Callable[[Callable[[], None]], object]) -> None:
-        partial = _partial(folder)
-        self.team.lead(lambda: shutil.rmtree(partial, ignore_errors=True))
-        try:
-            trainer.save_model(str(partial))  # gathers parameters that are shared out
-        except OSError as error:
-            raise cannot_write(folder, error) from error
-        except SafetensorError as error:  # carries the system's reason in its text
-            raise UserError(f"cannot write {folder}: {error}") from error
-        self.team.lead(lambda: finishing(lambda: self._finish(partial, folder)))
+        def save() -> None:
+            self.team.lead(lambda: shutil.rmtree(partial, ignore_errors=True))
+            try:
+                trainer.save_model(str(partial))  # gathers parameters that are shared out
+            except OSError as error:
+                raise cannot_write(folder, error) from error
+            except SafetensorError as error:  # carries the system's reason in its text
+                raise UserError(f"cannot write {folder}: {error}") from error
+
+        if self.team.count == 1:
+            self.disk.insist(what, save)
+        else:  # what the trainer writes together cannot be tried again by one of them
+            save()
+        self.team.lead(lambda: self.disk.insist(what, lambda: self._finish(partial, folder)))
 
     def _finish(self, partial: Path, folder: Path) -> None:
         self.complete(partial)

@@ -76,10 +76,9 @@ def refresh_report(
         if pictures:
             roles = reward_roles(recipe, run.notes())
             curves.draw_curves(run.metrics(), run.root / "curves.png", recipe.name, roles)
-    except UserError as error:
-        note(f"warning: {error}; the run itself is not touched by that")
-    except OSError as error:
-        note(f"warning: {cannot_write(run.root / REPORT, error)}; the run itself is not touched by that")
+    except (UserError, OSError) as error:
+        why = cannot_write(run.root / REPORT, error) if isinstance(error, OSError) else error
+        note(f"warning: {why}; the run itself is not touched by that")
 
 
 def reward_roles(recipe: Recipe, notes: Mapping[str, Any]) -> Roles:

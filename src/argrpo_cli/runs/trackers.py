@@ -21,12 +21,7 @@ if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.runs.run import RunDirectory
 
-# What each is imported as and installed by.
-PACKAGES = {
-    "tensorboard": ("torch.utils.tensorboard", "tensorboard"),
-    "wandb": ("wandb", "wandb"),
-    "trackio": ("trackio", "trackio"),
-}
+MODULES = {"tensorboard": "torch.utils.tensorboard"}  # what is not imported by the name that it is installed by
 GRID = "grid"  # the name under which pictures go
 
 # Names that stay as they are from version to version, and what they are called in a record of metrics.jsonl.
@@ -61,12 +56,11 @@ def check_trackers(names: Iterable[str]) -> None:
         UserError: one is missing; the line has the command that installs it.
     """
     for name in names:
-        module, package = PACKAGES[name]
         try:
-            import_module(module)
+            import_module(MODULES.get(name, name))
         except ImportError as error:
             raise UserError(
-                f"logging.trackers: {name} cannot be imported ({error}); `pip install {package}`, "
+                f"logging.trackers: {name} cannot be imported ({error}); `pip install {name}`, "
                 "or leave it out, e.g. --set logging.trackers=[]"
             ) from error
 

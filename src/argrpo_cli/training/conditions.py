@@ -7,7 +7,7 @@ place is a file of every checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -160,21 +160,6 @@ def prompt_dataset(conditions: Conditions, groups: int, seed: int) -> Dataset:
         weighted = isinstance(conditions, WeightedConditions)
         order = condition_order(conditions.weights if weighted else [1.0] * len(conditions), groups, seed)
     return Dataset.from_dict({"prompt": [str(index) for index in order]})
-
-
-def require(conditions: Conditions, check: Callable[[Sequence[Condition]], None]) -> None:
-    """Refuse conditions that `check` refuses, by its UserError; a stream passes over those captions instead."""
-    if isinstance(conditions, StreamedConditions):
-        conditions.require(check)
-    else:
-        check(conditions)
-
-
-def some_conditions(conditions: Conditions, count: int) -> Sequence[Condition]:
-    """Conditions to choose a gallery from: all there are, of a stream its first `count`."""
-    if isinstance(conditions, StreamedConditions):
-        return [conditions[group] for group in range(count)]
-    return conditions
 
 
 def save_position(conditions: Conditions, folder: Path) -> None:

@@ -24,8 +24,8 @@ from argrpo_cli.system.processes import ALONE, Team
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.runs.run import RunDirectory
-    from argrpo_cli.training.callbacks.display import RunDisplay
-    from argrpo_cli.training.callbacks.metrics import MetricsCallback, StopRequest
+    from argrpo_cli.training.display import RunDisplay
+    from argrpo_cli.training.metrics import MetricsCallback, StopRequest
 
 Record = dict[str, Any]
 Sighting = tuple[str, str]  # what was seen, and the line about it

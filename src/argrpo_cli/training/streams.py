@@ -109,12 +109,10 @@ def _in_one_line(section: DatasetSection) -> Iterator[Any]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # also what pyarrow and the hub raise
-        name = section.name
+        name, why = section.name, first_line(error)
         if isinstance(error, ConnectionError) or "offline" in str(error).lower():
-            mend = f"; fetch it with `hf download --repo-type dataset {name} --local-dir DIR` and give that folder"
-        else:
-            mend = ""
-        raise UserError(f"conditions.dataset: cannot read {name}: {first_line(error)}{mend}") from error
+            why += f"; fetch it with `hf download --repo-type dataset {name} --local-dir DIR` and give that folder"
+        raise UserError(f"conditions.dataset: cannot read {name}: {why}") from error
 
 
 class StreamedConditions:

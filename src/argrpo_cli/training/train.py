@@ -37,23 +37,22 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import reason, save_png
 from argrpo_cli.system.grids import before_after
 from argrpo_cli.system.processes import Team, join_team
-from argrpo_cli.training.callbacks.display import RunDisplay, silent_console
-from argrpo_cli.training.callbacks.metrics import MetricsCallback, StopCallback, StopRequest
-from argrpo_cli.training.callbacks.saving import CheckpointCallback, EmaCallback, Gallery, GridCallback
 from argrpo_cli.training.conditions import (
     Conditions,
     load_position,
-    require,
     run_conditions,
     save_position,
-    some_conditions,
 )
+from argrpo_cli.training.display import RunDisplay, silent_console
 from argrpo_cli.training.gathering import sharding, whole_model
 from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer, lora_config, quiet_libraries
 from argrpo_cli.training.guards import GuardCallback, check_weights
 from argrpo_cli.training.launch import images_per_process
+from argrpo_cli.training.metrics import MetricsCallback, StopCallback, StopRequest
 from argrpo_cli.training.rollout import Rollout, Stopwatch
+from argrpo_cli.training.saving import CheckpointCallback, EmaCallback, Gallery, GridCallback
 from argrpo_cli.training.scorer import BatchScorer
+from argrpo_cli.training.streams import StreamedConditions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,7 +157,10 @@ def _load(
 
         options = {term.name: term.options for term in recipe.rewards.terms}
         rewards = load_rewards(list(options), str(policy.model.device), options)
-        require(conditions, rewards.check)
+        if isinstance(conditions, StreamedConditions):
+            conditions.require(rewards.check)  # and pass over what they cannot read
+        else:
+            rewards.check(conditions)
     return policy, conditions, rewards
 
 
@@ -205,7 +207,9 @@ class Job:
         self.disk = Disk(self.root, self.display.note, lambda: self.request.signal is not None)
         self.writer = PolicyWriter(recipe, self.run, self.policy, self.disk, self.team)
         self.trackers = Trackers(recipe, self.run, self.display.note)
-        shown = some_conditions(self.conditions, recipe.logging.grid_images)
+        shown = self.conditions
+        if isinstance(shown, StreamedConditions):
+            shown = [shown[group] for group in range(recipe.logging.grid_images)]
         self.gallery = Gallery(recipe, self.policy, shown, self.trackers.picture)
 
     def train(self, resume: bool) -> None:

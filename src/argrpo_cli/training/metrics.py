@@ -23,7 +23,7 @@ from argrpo_cli.training.scorer import LEFT_OUT, WITHIN_GROUP_STD, WITHOUT_SPREA
 
 if TYPE_CHECKING:
     from argrpo_cli.runs.run import RunDirectory
-    from argrpo_cli.training.callbacks.display import RunDisplay
+    from argrpo_cli.training.display import RunDisplay
     from argrpo_cli.training.grpo import RatioMeter
     from argrpo_cli.training.rollout import Stopwatch
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from argrpo_cli.runs.disk import Disk
     from argrpo_cli.runs.run import RunDirectory
     from argrpo_cli.shapes import Condition
-    from argrpo_cli.training.callbacks.metrics import MetricsCallback
+    from argrpo_cli.training.metrics import MetricsCallback
 
 MEAN = "ema.safetensors"  # in a checkpoint
 GRID_STEP = -1  # stands for "no step" in the seeds: no rollout ever draws a grid's image
