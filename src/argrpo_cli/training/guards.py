@@ -89,33 +89,29 @@ class Guards:
     def look(self, record: Record) -> list[Finding]:
         """What there is to say about the latest record; the records before it were looked at in order."""
         self._records.append(record)
-        is_batch = record.get("reward") is not None
-        if is_batch:
-            self._batches.append(record)
-        section, findings = self.section, []
-        findings += self._report("ratio", section.ratio.action, self._ratio(), REARM)
-        findings += self._report("kl", section.kl.action, kl_beyond(self._records, section.kl.limit), REARM)
+        section, constant, held_out = self.section, self.section.constant_reward, self.section.held_out
         growth: Action = "ignore" if section.kl.action == "ignore" else "warn"  # too uncertain a sign to stop for
-        findings += self._report("kl", growth, kl_growth(self._records, section.kl.limit), REARM)
-        findings += self._report("images_left_out", "warn", self._images_left_out(), math.inf)
-        if is_batch:
-            constant, held_out = section.constant_reward, section.held_out
-            sightings = constant_rewards(self._batches, self.counting, constant.batches)
-            findings += self._report("constant_reward", constant.action, sightings, constant.batches)
+        looks = [  # guard, what it does, how it looks, and batches without trouble before it warns of the same again
+            ("ratio", section.ratio.action, self._ratio, REARM),
+            ("kl", section.kl.action, self._kl_beyond, REARM),
+            ("kl", growth, self._kl_growth, REARM),
+            ("images_left_out", "warn", self._images_left_out, math.inf),
+        ]
+        if record.get("reward") is not None:
+            self._batches.append(record)
+            looks.append(("constant_reward", constant.action, self._constant_rewards, constant.batches))
             if len(self._batches) % max(1, held_out.batches // LOOKS) == 0:
-                sightings = falling_rewards(self._batches, self.held_out, held_out.batches, held_out.errors)
-                findings += self._report("held_out", held_out.action, sightings, held_out.batches)
+                looks.append(("held_out", held_out.action, self._falling_rewards, held_out.batches))
+        findings, now = [], len(self._batches)
+        for guard, action, sightings, rearm in looks:
+            if action == "ignore":
+                continue
+            for what, text in sightings():
+                before = self._last_seen.get((guard, what))
+                self._last_seen[guard, what] = now
+                if action == "stop" or before is None or now - before > rearm:
+                    findings.append(Finding(record["step"], guard, text, action))
         return findings
-
-    def _report(self, guard: str, action: Action, sightings: Iterator[Sighting], rearm: float) -> Iterator[Finding]:
-        """Findings for what was seen and is news: not seen in the `rearm` batches before, or enough to stop."""
-        if action == "ignore":
-            return
-        for what, text in sightings:
-            now, before = len(self._batches), self._last_seen.get((guard, what))
-            self._last_seen[guard, what] = now
-            if action == "stop" or before is None or now - before > rearm:
-                yield Finding(self._records[-1]["step"], guard, text, action)
 
     def _ratio(self) -> Iterator[Sighting]:
         """The ratio on an on-policy update, the first of each batch. Off-policy ones are meant to move it."""
@@ -125,12 +121,12 @@ class Guards:
             return
         limit = self.section.ratio.limit or RATIO_LIMIT[self.recipe.policy.dtype]
         if deviation > limit:
-            yield (
-                "",
+            text = (
                 f"mean |ratio - 1| to the sampler is {deviation:.2g} on an on-policy update (limit {limit:g}): the "
                 "images were drawn from another distribution than the one that is trained, or numbers are too coarse; "
-                "see sampling.top_k and top_p, try policy.dtype: float32, or raise guards.ratio.limit",
+                "see sampling.top_k and top_p, try policy.dtype: float32, or raise guards.ratio.limit"
             )
+            yield "", text
 
     def _images_left_out(self) -> Iterator[Sighting]:
         left_out = self._records[-1].get("images_left_out")
@@ -142,67 +138,90 @@ class Guards:
             )
             yield "", text
 
-
-def kl_beyond(records: Sequence[Record], limit: float) -> Iterator[Sighting]:
-    """A KL estimate (nats per token) above the limit in the last `KL_UPDATES` updates."""
-    latest = [record.get("kl") for record in records[-KL_UPDATES:]]
-    if len(latest) == KL_UPDATES and all(kl is not None and kl > limit for kl in latest):
-        text = (
-            f"the KL to the base policy is {latest[-1]:.3g} nats per token (limit {limit:g}): the policy has left its "
-            "base, and its images are usually ruined; raise grpo.beta or lower grpo.learning_rate in a new run, or "
-            "raise guards.kl.limit"
-        )
-        yield "limit", text
-
-
-def kl_growth(records: Sequence[Record], limit: float) -> Iterator[Sighting]:
-    """A KL estimate `KL_GROWTH` times the median of the updates just before."""
-    *recent, latest = [record.get("kl") for record in records[-KL_RECENT - 1 :]]
-    known = [kl for kl in recent if kl is not None]
-    if latest is None or len(known) < KL_RECENT or latest <= KL_FLOOR * limit:
-        return
-    usual = median(known)
-    if latest > KL_GROWTH * usual:
-        text = (
-            f"the KL to the base policy jumped to {latest:.3g} nats per token, from {usual:.2g} in the {KL_RECENT} "
-            "updates before: training may be about to diverge; lower grpo.learning_rate or raise grpo.beta"
-        )
-        yield "growth", text
-
-
-def constant_rewards(batches: Sequence[Record], counting: Sequence[str], count: int) -> Iterator[Sighting]:
-    """Rewards that told no two images of a group apart in the last `count` batches.
-
-    That is a spread within groups of what float32 leaves of equal scores, or of a hundredth of what it was in the
-    first `count` batches.
-
-    Args:
-        batches: records of the updates that drew images.
-        counting: rewards whose weight is not 0.
-    """
-    total = [record.get("groups_without_spread") for record in batches[-count:]]
-    if len(total) == count and all(share == 1 for share in total):
-        text = (
-            f"in the last {count} batches all images of every group had the same total reward, so there is no policy "
-            "gradient: the rewards are broken, or the policy draws the same image every time; look at the grids, and "
-            "at `argrpo score` on some images (guards.constant_reward)"
-        )
-        yield "", text
-        return
-    for name in counting:
-        first, latest = (_means_and_spreads(part, name) for part in (batches[:count], batches[-count:]))
-        if len(latest) < count:  # a batch without scores of this reward says nothing
-            continue
-        start = median(spread for _, spread in first) if first else 0.0
-        if all(spread <= max(ROUNDING * abs(mean), COLLAPSED * start) for mean, spread in latest):
-            mean, spread = latest[-1]
+    def _kl_beyond(self) -> Iterator[Sighting]:
+        """A KL estimate (nats per token) above the limit in the last `KL_UPDATES` updates."""
+        limit = self.section.kl.limit
+        latest = [record.get("kl") for record in self._records[-KL_UPDATES:]]
+        if len(latest) == KL_UPDATES and all(kl is not None and kl > limit for kl in latest):
             text = (
-                f"reward {name} has collapsed to {mean:.4g} (its spread within groups is {spread:.2g}, and was "
-                f"{start:.2g} in the first {count} batches): it teaches nothing, being broken or saturated; look at "
-                "`argrpo score` on some images, or give it weight 0 in a new run "
-                "(guards.constant_reward)"
+                f"the KL to the base policy is {latest[-1]:.3g} nats per token (limit {limit:g}): the policy has left "
+                "its base, and its images are usually ruined; raise grpo.beta or lower grpo.learning_rate in a new "
+                "run, or raise guards.kl.limit"
             )
-            yield name, text
+            yield "limit", text
+
+    def _kl_growth(self) -> Iterator[Sighting]:
+        """A KL estimate `KL_GROWTH` times the median of the updates just before."""
+        *recent, latest = [record.get("kl") for record in self._records[-KL_RECENT - 1 :]]
+        known = [kl for kl in recent if kl is not None]
+        if latest is None or len(known) < KL_RECENT or latest <= KL_FLOOR * self.section.kl.limit:
+            return
+        usual = median(known)
+        if latest > KL_GROWTH * usual:
+            text = (
+                f"the KL to the base policy jumped to {latest:.3g} nats per token, from {usual:.2g} in the {KL_RECENT} "
+                "updates before: training may be about to diverge; lower grpo.learning_rate or raise grpo.beta"
+            )
+            yield "growth", text
+
+    def _constant_rewards(self) -> Iterator[Sighting]:
+        """Rewards that told no two images of a group apart in the last `guards.constant_reward.batches`.
+
+        That is a spread within groups of what float32 leaves of equal scores, or of a hundredth of what it was in as
+        many batches at the start.
+        """
+        count = self.section.constant_reward.batches
+        total = [record.get("groups_without_spread") for record in self._batches[-count:]]
+        if len(total) == count and all(share == 1 for share in total):
+            text = (
+                f"in the last {count} batches all images of every group had the same total reward, so there is no "
+                "policy gradient: the rewards are broken, or the policy draws the same image every time; look at the "
+                "grids, and at `argrpo score` on some images (guards.constant_reward)"
+            )
+            yield "", text
+            return
+        for name in self.counting:
+            first, latest = (_means_and_spreads(part, name) for part in (self._batches[:count], self._batches[-count:]))
+            if len(latest) < count:  # a batch without scores of this reward says nothing
+                continue
+            start = median(spread for _, spread in first) if first else 0.0
+            if all(spread <= max(ROUNDING * abs(mean), COLLAPSED * start) for mean, spread in latest):
+                mean, spread = latest[-1]
+                text = (
+                    f"reward {name} has collapsed to {mean:.4g} (its spread within groups is {spread:.2g}, and was "
+                    f"{start:.2g} in the first {count} batches): it teaches nothing, being broken or saturated; look "
+                    "at `argrpo score` on some images, or give it weight 0 in a new run (guards.constant_reward)"
+                )
+                yield name, text
+
+    def _falling_rewards(self) -> Iterator[Sighting]:
+        """Held-out rewards that fall while the optimised one rises, by straight lines through the batches' means.
+
+        Looked at are the last `guards.held_out.batches`, twice as many, four times ..., and all: a short window sees a
+        late turn, a long one a slow drift.
+
+        Every look may be wrong, and there are many. Simulated: a held-out reward without a trend, beside an optimised
+        one that rises for certain, 300 batches, 40 batches and 4 errors. A warning comes in 0.3% of the runs when
+        batches are independent (as those of the nano runs are: the residuals of their curves are not correlated), in 4%
+        for AR(1) noise of correlation 0.3 and in 16% for 0.6; with one window of 20 batches and 3 errors it would be
+        27%, 69% and 94%. A fall by two standard deviations of a batch's mean within 140 batches is found in 99% of the
+        runs, one by 1.2 in half of them.
+        """
+        for name in self.held_out:
+            both = [(record["reward"], record["rewards"].get(name, {}).get("mean")) for record in self._batches]
+            pairs = np.array([pair for pair in both if None not in pair], dtype=float).reshape(-1, 2)
+            for size in _windows(len(pairs), self.section.held_out.batches):
+                rise, rise_error = trend(pairs[-size:, 0])
+                change, change_error = trend(pairs[-size:, 1])
+                if rise > RISING_ERRORS * rise_error and -change > self.section.held_out.errors * change_error:
+                    text = (
+                        f"over the last {size} batches the optimised reward rose by {rise:.3g} ± {rise_error:.1g} and "
+                        f"the held-out {name} fell by {-change:.3g} ± {change_error:.1g}: the policy probably games "
+                        "its rewards; look at the grids, take an earlier checkpoint, or in a new run raise grpo.beta "
+                        f"or let {name} count (guards.held_out)"
+                    )
+                    yield name, text
+                    break
 
 
 def _means_and_spreads(batches: Sequence[Record], name: str) -> list[tuple[float, float]]:
@@ -210,43 +229,6 @@ def _means_and_spreads(batches: Sequence[Record], name: str) -> list[tuple[float
     scores = [record["rewards"].get(name, {}) for record in batches]
     both = [(one.get("mean"), one.get("within_group_std")) for one in scores]
     return [(mean, spread) for mean, spread in both if mean is not None and spread is not None]
-
-
-def falling_rewards(
-    batches: Sequence[Record], held_out: Sequence[str], count: int, errors: float
-) -> Iterator[Sighting]:
-    """Held-out rewards that fall while the optimised one rises, by straight lines through the batches' means.
-
-    Looked at are the last `count` batches, twice as many, four times ..., and all: a short window sees a late turn, a
-    long one a slow drift.
-
-    Every look may be wrong, and there are many. Simulated: a held-out reward without a trend, beside an optimised one
-    that rises for certain, 300 batches, 40 batches and 4 errors. A warning comes in 0.3% of the runs when batches are
-    independent (as those of the nano runs are: the residuals of their curves are not correlated), in 4% for AR(1)
-    noise of correlation 0.3 and in 16% for 0.6; with one window of 20 batches and 3 errors it would be 27%, 69% and
-    94%. A fall by two standard deviations of a batch's mean within 140 batches is found in 99% of the runs, one by 1.2
-    in half of them.
-
-    Args:
-        batches: records of the updates that drew images.
-        held_out: rewards of weight 0.
-        errors: standard errors by which a held-out reward must have fallen.
-    """
-    for name in held_out:
-        both = [(record["reward"], record["rewards"].get(name, {}).get("mean")) for record in batches]
-        pairs = np.array([pair for pair in both if None not in pair], dtype=float).reshape(-1, 2)
-        for size in _windows(len(pairs), count):
-            rise, rise_error = trend(pairs[-size:, 0])
-            change, change_error = trend(pairs[-size:, 1])
-            if rise > RISING_ERRORS * rise_error and -change > errors * change_error:
-                text = (
-                    f"over the last {size} batches the optimised reward rose by {rise:.3g} ± {rise_error:.1g} and the "
-                    f"held-out {name} fell by {-change:.3g} ± {change_error:.1g}: the policy probably games its "
-                    "rewards; look at the grids, take an earlier checkpoint, or in a new run raise grpo.beta or let "
-                    f"{name} count (guards.held_out)"
-                )
-                yield name, text
-                break
 
 
 def _windows(known: int, count: int) -> list[int]:
