@@ -21,7 +21,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
 
 LOCK = ".lock"
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")  # which decide what a run computes
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")  # whose versions are noted
 
 
 class Interrupted(SystemExit):
@@ -308,13 +308,9 @@ def start_notes(
         family: of each reward.
         device: "cpu", "cuda:0", ...
     """
-    versions = {"argrpo": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
     return {
         "started": notes.get("started") or now(),
-        "versions": versions,
+        "versions": versions(),
         "device": device_name(device),
         "rewards": {name: {"family": family.get(name), "weight": weight} for name, weight in weights.items()},
     }
