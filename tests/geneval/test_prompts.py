@@ -173,7 +173,7 @@ def test_nano_captions_say_what_their_scenes_show():
         scene = scenes.caption_scene(rng, tag)
         shown = Counter((scenes.CLASS_NAMES[placed.class_id], placed.color) for placed in scene.objects)
         assert shown == {(part.name, part.color): part.count for part in scene.prompt.include}
-        parsed = parse_prompt(scene.caption)
+        parsed = parse_prompt(scene.prompt.text)
         assert parsed == scene.prompt
         seen.add((tag, parsed.tag))
     # One object of the category counting is asked for as a single object.

@@ -26,8 +26,8 @@ def test_a_class_scene_has_one_object_of_the_class_inside_the_picture():
         assert scenes.SINGLE_SIZES[0] <= placed.size <= scenes.SINGLE_SIZES[1]
         assert 0 <= placed.x <= scenes.IMAGE_SIZE - placed.size
         assert 0 <= placed.y <= scenes.IMAGE_SIZE - placed.size
-        assert abs(placed.hue) <= scenes.HUE_RANGE
-        assert scene.caption == class_prompt(scenes.CLASS_NAMES[placed.class_id])
+        assert abs(placed.hue) <= 18
+        assert scene.prompt.text == class_prompt(scenes.CLASS_NAMES[placed.class_id])
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -36,7 +36,7 @@ def test_caption_scenes_stay_inside_the_picture_and_state_their_facts(tag):
     for _ in range(50):
         scene = scenes.caption_scene(rng, tag)
         assert scene.prompt.tag == tag or (tag == "counting" and len(scene.objects) == 1)
-        assert scene.caption.startswith("a photo of ")
+        assert scene.prompt.text.startswith("a photo of ")
         for placed in scene.objects:
             assert placed.x >= 0 and placed.x + placed.size <= scenes.IMAGE_SIZE
             assert placed.y >= 0 and placed.y + placed.size <= scenes.IMAGE_SIZE
@@ -57,7 +57,7 @@ def test_the_position_named_in_the_caption_is_the_position_of_the_objects():
             "above": first.y + first.size <= second.y,
             "below": second.y + second.size <= first.y,
         }
-        assert shown[scene.prompt.include[1].position[0]], scene.caption
+        assert shown[scene.prompt.include[1].position[0]], scene.prompt.text
 
 
 def test_an_unknown_category_is_named_in_the_error():
@@ -122,4 +122,4 @@ def test_captions_use_only_words_that_nano_clip_knows():
 
     known, rng = set(clip_config()["words"]), np.random.default_rng(5)
     for _ in range(200):
-        assert set(WordTokenizer.split(scenes.caption_scene(rng).caption)) <= known
+        assert set(WordTokenizer.split(scenes.caption_scene(rng).prompt.text)) <= known

@@ -26,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argrpo_cli.nano.scenes import HUE_RANGE, IMAGE_SIZE, SINGLE_SIZES, hue_matrix
+from argrpo_cli.nano.scenes import HUES, IMAGE_SIZE, SINGLE_SIZES, hue_matrix
 
 SIZES = tuple(range(SINGLE_SIZES[0], SINGLE_SIZES[1] + 1))
-HUES = tuple(float(step) * HUE_RANGE / 6 for step in range(-6, 7))
 REACH = IMAGE_SIZE - SIZES[0] + 1  # places along an axis of the smallest object
 AT_ONCE = 8
 CANDIDATES = 16  # renderings of each picture that the search hands to the exact error
@@ -80,10 +79,10 @@ def resized(planes: Tensor, size: int) -> Tensor:
     return F.interpolate(planes[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
-def border_colour(images: Tensor, width: int = 2) -> Tensor:
+def border_colour(images: Tensor) -> Tensor:
     """Median colour [B, 3] of the outermost pixels of float [B, 3, H, W]: the background, unless edges are covered."""
     inner = torch.zeros(images.shape[-2:], dtype=torch.bool)
-    inner[width:-width, width:-width] = True
+    inner[2:-2, 2:-2] = True
     return images[:, :, ~inner].median(-1).values
 
 
@@ -100,15 +99,13 @@ class Matcher:
         self.spectrum = torch.fft.rfft2(planes).conj()  # [V, 4, 64, 33]
         self.colour_energy = colour.square().sum((1, 2, 3))  # the same for every hue: turns keep lengths
         self.alpha_energy = alpha.square().sum((1, 2))
-        # A hue turn is circulant with first row (a, b, c): three numbers describe it. [K, 3]
-        self.turns = torch.from_numpy(np.stack([hue_matrix(hue)[0] for hue in self.hues]))
+        matrices = torch.from_numpy(np.stack([hue_matrix(hue) for hue in self.hues]))  # [K, 3, 3]
+        self.turns = matrices[:, 0]  # a hue turn is circulant: its first row describes it
         shared = (colour * alpha[:, None]).sum((2, 3))  # [V, 3]
-        matrices = torch.from_numpy(np.stack([hue_matrix(hue) for hue in self.hues]))
         self.shared = torch.einsum("kij,vj->vki", matrices, shared)  # sum of A P for each view and hue
         room = torch.tensor([IMAGE_SIZE - size for size, _ in self.views])
-        places = torch.arange(REACH)
-        inside = places[None] <= room[:, None]
-        self.outside = ~(inside[:, :, None] & inside[:, None, :])  # [V, y, x]
+        over = torch.arange(REACH) > room[:, None]
+        self.outside = over[:, :, None] | over[:, None, :]  # [V, y, x]
 
     def errors(self, images: Tensor, background: Tensor) -> Tensor:
         """Squared error of every rendering (before colours are clipped): float [B, V, K, y, x] for float images
@@ -144,18 +141,9 @@ class Matcher:
             min(self._exact(image, *place) for place in zip(*np.unravel_index(row, errors.shape[1:]), strict=True))
             for image, row in zip(images, best.numpy(), strict=True)
         ]
-        error, area, sizes, x, y, mirrors, hues = (torch.tensor(column) for column in zip(*matches, strict=True))
+        error, area, *where = (torch.tensor(column) for column in zip(*matches, strict=True))
         mse = error / (3 * area)
-        return Match(
-            db=-10 * torch.log10(mse.clamp(min=FLOOR)),
-            mse=mse,
-            picture_mse=error / (3 * IMAGE_SIZE**2),
-            size=sizes,
-            x=x,
-            y=y,
-            mirror=mirrors,
-            hue=hues,
-        )
+        return Match(-10 * torch.log10(mse.clamp(min=FLOOR)), mse, error / (3 * IMAGE_SIZE**2), *where)
 
     def _exact(self, image: Tensor, view: int, hue: int, y: int, x: int) -> tuple[float, ...]:
         """Error, area, size, x, y, mirror and hue of one rendering: least is best."""

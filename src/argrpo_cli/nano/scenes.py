@@ -16,43 +16,36 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from argrpo_cli.geneval.prompts import (
-    COUNTS,
-    NANO_COLORS,
-    NANO_OBJECTS,
-    RELATIONS,
-    TAGS,
-    Prompt,
-    Requirement,
-    compose,
-    plural,
-)
+from argrpo_cli.geneval.prompts import COUNTS, NANO_OBJECTS, RELATIONS, TAGS, Prompt, Requirement, compose, plural
 from argrpo_cli.system.errors import UserError
 
 IMAGE_SIZE = 64
 CLASS_NAMES = NANO_OBJECTS
 # Of the classes; two are pairs of code points.
 EMOJI = [*"🚲🚗", "✈️", *"🚌🚂⛵🚦🐦🐈🐕🐎🐑🐘🦓🦒🎒", "☂️", *"🍌🍎🍕🍩🍰⏰🧸"]
-PAINT = (
-    (0.86, 0.12, 0.12),
-    (0.96, 0.52, 0.08),
-    (0.96, 0.84, 0.10),
-    (0.14, 0.62, 0.22),
-    (0.12, 0.34, 0.88),
-    (0.52, 0.18, 0.70),
-    (0.98, 0.50, 0.72),
-    (0.48, 0.29, 0.13),
-)  # RGB of the colour words
-COLORS = dict(zip(NANO_COLORS, PAINT, strict=True))
+COLORS = {  # RGB of the colour words
+    "red": (0.86, 0.12, 0.12),
+    "orange": (0.96, 0.52, 0.08),
+    "yellow": (0.96, 0.84, 0.10),
+    "green": (0.14, 0.62, 0.22),
+    "blue": (0.12, 0.34, 0.88),
+    "purple": (0.52, 0.18, 0.70),
+    "pink": (0.98, 0.50, 0.72),
+    "brown": (0.48, 0.29, 0.13),
+}
 MOST_OBJECTS = 4  # of a class in a scene of the category counting, which begins at one
 SINGLE_SIZES = (40, 60)  # side of a lone object's box in pixels, inclusive
-HUE_RANGE = 18.0  # degrees either way; more would turn apples into plums
+HUES = tuple(3.0 * step for step in range(-6, 7))  # degrees; more than 18 would turn apples into plums
 _FONT_PLACES = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
     "/System/Library/Fonts/NotoColorEmoji.ttf",
 )
+
+
+Cell = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
+WHOLE, HALVES = ((0, IMAGE_SIZE),), ((0, IMAGE_SIZE // 2), (IMAGE_SIZE // 2, IMAGE_SIZE))
 
 
 @dataclass(frozen=True)
@@ -82,11 +75,6 @@ class Scene:
     prompt: Prompt | None = None
     class_id: int | None = None
 
-    @property
-    def caption(self) -> str:
-        """The words of the prompt."""
-        return self.prompt.text
-
 
 def vocabulary() -> list[str]:
     """Every word that a caption of the nano world can contain, in alphabetical order; plurals are GenEval's."""
@@ -95,9 +83,9 @@ def vocabulary() -> list[str]:
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
-def find_font(path: str | None = None) -> Path:
+def find_font() -> Path:
     """Path of Noto Color Emoji; raises UserError when it is nowhere."""
-    for place in (path, os.environ.get("NANO_EMOJI_FONT"), *_FONT_PLACES):
+    for place in (os.environ.get("NANO_EMOJI_FONT"), *_FONT_PLACES):
         if place and Path(place).is_file():
             return Path(place)
     raise UserError(
@@ -126,14 +114,8 @@ def _sized(class_id: int, size: int, mirror: bool) -> tuple[np.ndarray, np.ndarr
     """Colour [s, s, 3] in [0, 1] (not premultiplied) and alpha [s, s, 1] of a class at one size."""
     rgba = np.asarray(_sprites()[class_id], dtype=np.float32) / 255
     premultiplied = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
-    planes = [
-        np.asarray(
-            Image.fromarray(premultiplied[..., c]).resize(
-                (size, size), Image.Resampling.BOX if size < 30 else Image.Resampling.BILINEAR
-            )
-        )
-        for c in range(4)
-    ]
+    filter_ = Image.Resampling.BOX if size < 30 else Image.Resampling.BILINEAR
+    planes = [np.asarray(Image.fromarray(premultiplied[..., c]).resize((size, size), filter_)) for c in range(4)]
     out = np.clip(np.stack(planes, -1), 0, 1)
     alpha = out[..., 3:]
     color = np.where(alpha > 1e-3, out[..., :3] / np.maximum(alpha, 1e-3), 0).clip(0, 1)
@@ -153,8 +135,7 @@ def hue_matrix(degrees: float) -> np.ndarray:
 
 def tinted(color: np.ndarray, name: str) -> np.ndarray:
     """Repaint an object in a colour word: its light and shade are kept, its hues are not."""
-    luma = color @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    luma = luma[..., None]
+    luma = (color @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None]
     paint = np.array(COLORS[name], dtype=np.float32)
     dark = paint * np.clip(luma / 0.55, 0.15, 1)
     return dark + (1 - dark) * np.clip((luma - 0.75) / 0.25, 0, 1) * 0.75
@@ -192,16 +173,15 @@ def random_background(rng: np.random.Generator) -> tuple[float, float, float]:
 
 
 def random_hue(rng: np.random.Generator) -> float:
-    """A turn in degrees, from a grid of 13 so that turned colours can be cached."""
-    return float(rng.integers(-6, 7)) * HUE_RANGE / 6
+    """One of `HUES`, which are few so that turned colours can be cached."""
+    return HUES[rng.integers(len(HUES))]
 
 
 def class_scene(rng: np.random.Generator, class_id: int | None = None) -> Scene:
     """A scene of the class-conditional task: one object; position, size, mirror image, hue and background vary."""
     class_id = int(rng.integers(len(CLASS_NAMES))) if class_id is None else class_id
-    placed = _anywhere(rng, class_id)
     prompt = compose("single_object", (Requirement(CLASS_NAMES[class_id]),))
-    return Scene((placed,), random_background(rng), prompt, class_id=class_id)
+    return Scene((_placed(rng, class_id),), random_background(rng), prompt, class_id)
 
 
 def caption_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
@@ -215,61 +195,48 @@ def caption_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
         return class_scene(rng)
     if tag == "counting":
         count, class_id = int(rng.integers(1, MOST_OBJECTS + 1)), pick(1)[0]
-        objects = tuple(_in_cell(rng, class_id, cell) for cell in _cells(rng, count))
+        objects = tuple(_placed(rng, class_id, cell) for cell in _cells(rng, count))
         include = (Requirement(CLASS_NAMES[class_id], count),)
         # GenEval counts from two; one is a single object.
         return Scene(objects, background, compose(tag if count > 1 else "single_object", include))
     if tag == "colors":
         class_id, color = pick(1)[0], list(COLORS)[rng.integers(len(COLORS))]
         include = (Requirement(CLASS_NAMES[class_id], color=color),)
-        return Scene((_anywhere(rng, class_id, color),), background, compose(tag, include))
+        return Scene((_placed(rng, class_id, color=color),), background, compose(tag, include))
     pair = pick(2)
     first, second = (CLASS_NAMES[class_id] for class_id in pair)
     colors: list[str | None] = [None, None]
     if tag == "position":
         relation = RELATIONS[rng.integers(4)]
-        cells = _cells(rng, 2, "row" if relation in ("left of", "right of") else "column")
-        if relation in ("right of", "below"):
-            cells = cells[::-1]
+        cells = _cells(rng, 2, relation in ("left of", "right of"))[:: 1 if relation in ("left of", "above") else -1]
         include = Requirement(second), Requirement(first, position=(relation, 0))
     else:
         cells = _cells(rng, 2)
         if tag == "color_attr":
             colors = [list(COLORS)[i] for i in rng.choice(len(COLORS), 2, replace=False)]
         include = Requirement(first, color=colors[0]), Requirement(second, color=colors[1])
-    objects = tuple(_in_cell(rng, *one) for one in zip(pair, cells, colors, strict=True))
+    objects = tuple(_placed(rng, *one) for one in zip(pair, cells, colors, strict=True))
     return Scene(objects, background, compose(tag, include))
 
 
-def _cells(rng: np.random.Generator, count: int, axis: str | None = None) -> list[tuple[int, int, int, int]]:
-    """`count` boxes (x0, y0, x1, y1) that do not overlap, in random order unless an axis is asked for."""
-    half, full = IMAGE_SIZE // 2, IMAGE_SIZE
+def _cells(rng: np.random.Generator, count: int, row: bool | None = None) -> list[Cell]:
+    """`count` boxes that do not overlap, in random order; two in a row or a column keep theirs."""
     if count == 1:
-        return [(4, 4, full - 4, full - 4)]
-    if count == 2:
-        row = axis == "row" if axis else bool(rng.integers(2))
-        cells = [(0, 0, half, full), (half, 0, full, full)] if row else [(0, 0, full, half), (0, half, full, full)]
-    else:
-        cells = [(0, 0, half, half), (half, 0, full, half), (0, half, half, full), (half, half, full, full)]
-    if axis is None:
-        cells = [cells[i] for i in rng.permutation(len(cells))]
-    return cells[:count]
+        return [(4, 4, IMAGE_SIZE - 4, IMAGE_SIZE - 4)]
+    side_by_side = bool(rng.integers(2)) if count == 2 and row is None else row
+    columns, rows = (HALVES, HALVES) if count > 2 else (HALVES, WHOLE) if side_by_side else (WHOLE, HALVES)
+    cells = [(x0, y0, x1, y1) for y0, y1 in rows for x0, x1 in columns]
+    return [cells[i] for i in rng.permutation(len(cells))[:count]] if row is None else cells
 
 
-def _anywhere(rng: np.random.Generator, class_id: int, color: str | None = None) -> Placed:
-    """The only object of a scene."""
-    size = int(rng.integers(SINGLE_SIZES[0], SINGLE_SIZES[1] + 1))
-    x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - size + 1, 2))
-    hue = 0.0 if color else random_hue(rng)
-    return Placed(class_id, size, x, y, bool(rng.integers(2)), hue, color)
-
-
-def _in_cell(
-    rng: np.random.Generator, class_id: int, cell: tuple[int, int, int, int], color: str | None = None
+def _placed(
+    rng: np.random.Generator, class_id: int, cell: Cell = (0, 0, IMAGE_SIZE, IMAGE_SIZE), color: str | None = None
 ) -> Placed:
+    """An object of random size, place and mirror image in a cell; the hue is turned where no colour is asked for."""
     x0, y0, x1, y1 = cell
-    side = min(x1 - x0, y1 - y0)
-    size = int(rng.integers(max(22, side - 8), side + 1)) if side <= 32 else int(rng.integers(40, side + 1))
+    room = min(x1 - x0, y1 - y0)
+    low, high = (SINGLE_SIZES[0], min(room, SINGLE_SIZES[1])) if room > 32 else (room - 8, room)
+    size = int(rng.integers(low, high + 1))
     x, y = int(rng.integers(x0, x1 - size + 1)), int(rng.integers(y0, y1 - size + 1))
     hue = 0.0 if color else random_hue(rng)
     return Placed(class_id, size, x, y, bool(rng.integers(2)), hue, color)

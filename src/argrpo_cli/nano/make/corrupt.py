@@ -110,7 +110,7 @@ def make_pool(
             first = scenes.caption_scene(rng, TAGS[pair % len(TAGS)])
         made += [first, _sibling(rng, first)]
     tokens = encode(vq, torch.from_numpy(scenes.render_all(made)))
-    labels = [scene.class_id if task == "classes" else scene.caption for scene in made]
+    labels = [scene.class_id if task == "classes" else scene.prompt.text for scene in made]
     return Pool(
         tokens=tokens,
         images=decode(vq, tokens),

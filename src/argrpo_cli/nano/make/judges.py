@@ -28,7 +28,7 @@ def held_out(setting: Setting, folder: Path, count: int = 1008) -> None:
     """nano-val: the split `val`, `count` scenes of each task as tokens; nothing is learnt."""
     images, ids = scenes.class_batch(np.random.default_rng(setting.seed + 80_000), count)
     captioned, made = scenes.caption_batch(np.random.default_rng(setting.seed + 80_001), count)
-    write_jsonl(folder / CAPTIONS_FILE, [{"prompt": scene.caption} for scene in made])
+    write_jsonl(folder / CAPTIONS_FILE, [{"prompt": scene.prompt.text} for scene in made])
     tokens = {
         "classes": encode(setting.vq, torch.from_numpy(images)),
         "class_ids": torch.from_numpy(ids),

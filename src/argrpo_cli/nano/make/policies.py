@@ -235,7 +235,7 @@ def t2i(setting: Setting, pool: int = 80_000, unseen: int = 1000, batch: int = 4
     tokens, made = tokenised(setting.vq, caption_batch, setting.seed + 2, pool)
     held, held_made = tokenised(setting.vq, caption_batch, setting.seed + 30_000, unseen)
     text, held_text = (
-        words([one.caption for one in some], padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
+        words([one.prompt.text for one in some], padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
         for some in (made, held_made)
     )
     both = CaptionedPolicy(words, setting.vq.config.codebook_size, tokens.shape[1])

@@ -104,7 +104,7 @@ def class_captions() -> list[str]:
 def captioned_scenes(setting: Setting, seed: int, count: int) -> tuple[Tensor, list[str]]:
     """Reconstructions uint8 [count, 3, 64, 64] of scenes of the text task, and their captions."""
     images, made = scenes.caption_batch(np.random.default_rng(setting.seed + seed), count)
-    return decode(setting.vq, encode(setting.vq, torch.from_numpy(images))), [scene.caption for scene in made]
+    return decode(setting.vq, encode(setting.vq, torch.from_numpy(images))), [scene.prompt.text for scene in made]
 
 
 def naming_loss(image: Tensor, text: Tensor, label: Tensor, scale: Tensor) -> Tensor:
@@ -289,7 +289,9 @@ def sampled(policy: Policy, block: int, seed: int, count: int) -> Tensor:
         conditions = policy.conditions([i % len(scenes.CLASS_NAMES) for i in range(count)])
     else:
         rng = np.random.default_rng(seeds[0])
-        conditions = policy.conditions([scenes.caption_scene(rng, TAGS[i % len(TAGS)]).caption for i in range(count)])
+        conditions = policy.conditions(
+            [scenes.caption_scene(rng, TAGS[i % len(TAGS)]).prompt.text for i in range(count)]
+        )
     shots = [Shot(condition, one) for condition, one in zip(conditions, seeds, strict=True)]
     images = []
     for index, scale in enumerate(GUIDANCE):
