@@ -93,7 +93,7 @@ class Workplace:
             "recipes": hashlib.sha256(recipes.encode()).hexdigest(),
             "captions": hashlib.sha256("\n".join(read_captions("nano")).encode()).hexdigest(),
             "policies": [load_policy(name).fingerprint() for name in ("nano-c2i", "nano-t2i")],
-            "networks": fingerprint([load_judge().recogniser.network, load_detector().network]),
+            "networks": fingerprint([load_judge().recogniser, load_detector().network]),
             "rewards": {name: one["weights"] for name, one in rewards.identity().items()},
         }
         if self.images < LEAST_IMAGES:

@@ -269,9 +269,9 @@ def test_the_missing_font_is_said_not_raised(monkeypatch):
 def test_the_measures_are_the_metrics_on_the_judges_features():
     judge = load_judge()
     images, ids = judge.reference_images[:120].flip(-2), judge.reference_classes[:120]  # real scenes upside down
-    features, spatial = judge.recogniser.features(images), judge.recogniser.spatial_features(images)
+    features, spatial = judge.features(images), judge.spatial_features(images)
     measures = nano.set_measures(images, features, judge, class_groups(120, ids))
-    probabilities = judge.recogniser.probabilities(features)
+    probabilities = judge.probabilities(features)
     real, real_spatial = fidelity.Gaussian.of(judge.reference_features), fidelity.Gaussian.of(judge.reference_spatial)
     for key in ("fid", "sfid"):
         assert measures.pop(f"{key}_corrected").value < measures[key].value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,7 +120,7 @@ def test_the_reward_refuses_what_genevals_templates_do_not_make():
 
 
 def test_the_facts_of_a_detector_that_sees_the_truth_are_full(no_font):  # noqa: F811
-    _, made = t.make_scenes(seed=3, count=24)
+    _, made = t.make_scenes(np.random.default_rng(3), count=24)
 
     class Sees:
         def detect(self, images):

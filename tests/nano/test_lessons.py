@@ -16,15 +16,16 @@ from typer.testing import CliRunner
 
 from argrpo_cli.cli.app import app
 from argrpo_cli.geneval.nano_detector import load_detector
-from argrpo_cli.nano.judge import load_recogniser
+from argrpo_cli.nano.judge import RecognitionNet
 from argrpo_cli.nano.make import build, fit, judges
 from argrpo_cli.nano.make.fit import Lesson, Setting
 from argrpo_cli.nano.make.policies import RunningCodebook, base_policy
 from argrpo_cli.nano.tokens import load_held_out, load_tokenizer
+from argrpo_cli.networks.weights import load_weights
 from argrpo_cli.policy import load_policy
 from argrpo_cli.rewards.nano import NanoClip, NanoCritic, NanoQuality
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import WEIGHTS
+from argrpo_cli.system.files import WEIGHTS, read_json
 from tests.emoji import no_font  # noqa: F401
 
 SMALL = {
@@ -47,7 +48,9 @@ OPENERS = {
     "nano-clip": lambda folder: NanoClip(folder=folder),
     "nano-quality": lambda folder: NanoQuality(folder=folder),
     "nano-critic": lambda folder: NanoCritic(folder=folder),
-    "nano-judge": load_recogniser,
+    "nano-judge": lambda folder: load_weights(
+        RecognitionNet(**read_json(folder / "config.json")["recogniser"]), folder
+    ),
     "nano-detector": load_detector,
 }
 # The first losses of some lessons in float32 on `shapes`, as the trainers before this loop had them.
@@ -184,7 +187,7 @@ def line_lesson(network: torch.nn.Module, loss, measure, **rest) -> Lesson:
     return Lesson(network, [optimizer], loss, measure, save=lambda folder: None, steps=5, **rest)
 
 
-def test_fit_takes_clipped_steps_along_the_curve_and_measures_in_eval_mode():
+def test_a_lesson_takes_clipped_steps_along_the_curve_and_measures_in_eval_mode(tmp_path):
     network = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         network.weight.fill_(10.0)
@@ -200,17 +203,17 @@ def test_fit_takes_clipped_steps_along_the_curve_and_measures_in_eval_mode():
         return "good"
 
     lesson = line_lesson(network, loss, measure, every=2, warmup=2, max_grad_norm=0.5)
-    fit.fit(lesson, 5, said.append)
+    assert fit.learn(lambda setting: lesson, tmp_path, Setting("line", log=said.append)) is network
     curve = fit.cosine_with_warmup(2, 5)
     assert rates == pytest.approx([curve(step) for step in range(5)])
     assert network.weight.item() == pytest.approx(10 - 0.5 * sum(rates), abs=1e-4)
-    assert [line.split(",")[0] for line in said] == ["step 2/5", "step 4/5", "step 5/5"]
-    assert said[0].endswith("; unseen: good") and re.search(r"loss \d+\.\d{3} \+ \d+\.\d{3};", said[0])
+    assert [line.split(",")[0] for line in said] == [f"line: step {step}/5" for step in (2, 4, 5)]
+    assert "; unseen: good, " in said[0] and re.search(r"loss \d+\.\d{3} \+ \d+\.\d{3};", said[0])
     assert all(modes) and not any(measured) and not network.training
 
 
-def test_a_loss_that_is_no_number_ends_the_lesson():
+def test_a_loss_that_is_no_number_ends_the_lesson(tmp_path):
     network = torch.nn.Linear(1, 1)
     lesson = line_lesson(network, lambda step: network.weight.sum() * math.nan, lambda: "")
     with pytest.raises(RuntimeError, match="the loss is nan at step 3"):
-        fit.fit(lesson, 3, lambda line: None)
+        fit.learn(lambda setting: lesson, tmp_path, Setting("line", log=lambda line: None), steps=3)

@@ -7,22 +7,25 @@ import torch
 
 from argrpo_cli.nano.judge import diversity, load_judge
 from argrpo_cli.nano.make.corrupt import augmented, rank_agreement
+from argrpo_cli.networks.pixels import to_unit
 
 
 def test_probabilities_are_those_of_the_class_that_is_named():
-    recogniser, features = load_judge().recogniser, load_judge().reference_features[:48]
-    probabilities = recogniser.probabilities(features)
+    judge = load_judge()
+    probabilities = judge.probabilities(judge.reference_features[:48])
     torch.testing.assert_close(probabilities.sum(1), torch.ones(48))
-    assert torch.equal(probabilities.argmax(1), recogniser.classes(features))
+    assert torch.equal(probabilities.argmax(1), judge.recogniser(to_unit(judge.reference_images[:48])).argmax(1))
 
 
-def test_spatial_features_say_what_is_in_which_cell():
+def test_spatial_features_say_what_is_in_which_cell(monkeypatch):
     judge = load_judge()
     images = judge.reference_images[:3].clone()
-    before = judge.recogniser.spatial_features(images, batch_size=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("argrpo_cli.nano.judge.AT_ONCE", 2)
+        before = judge.spatial_features(images)
     assert before.shape == (3, 7 * 4 * 4)
     images[:, :, :4, :4] = 0  # the corner is seen by the corner's cells only
-    changed = (judge.recogniser.spatial_features(images) - before).abs().unflatten(1, (7, 4, 4)).amax((0, 1))
+    changed = (judge.spatial_features(images) - before).abs().unflatten(1, (7, 4, 4)).amax((0, 1))
     assert changed[0, 0] > 0.01 and changed[2:, 2:].max() < 1e-5
     torch.testing.assert_close(judge.reference_spatial[:3], before, atol=1e-5, rtol=0)
 

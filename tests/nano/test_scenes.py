@@ -117,9 +117,9 @@ def test_a_painted_object_takes_the_colour_of_its_word(color):
 
 
 def test_captions_use_only_words_that_nano_clip_knows():
-    from argrpo_cli.nano.make.rewards import clip_config
+    from argrpo_cli.nano.make.rewards import CLIP
     from argrpo_cli.networks.nano import WordTokenizer
 
-    known, rng = set(clip_config()["words"]), np.random.default_rng(5)
+    known, rng = set(CLIP["words"]), np.random.default_rng(5)
     for _ in range(200):
         assert set(WordTokenizer.split(scenes.caption_scene(rng).prompt.text)) <= known

@@ -205,7 +205,7 @@ class Nano(Benchmark):
 
     def of_pictures(self, images: Tensor, class_ids: Tensor | None) -> Measures:
         """Every measure of uint8 images [B, 3, 64, 64]; without their classes, int64 [B], what needs none."""
-        features = self.judge.recogniser.features(images.cpu())
+        features = self.judge.features(images.cpu())
         groups = class_groups(len(images), class_ids)
         measures = set_measures(images, features, self.judge, groups) | manifold_measures(features, self.judge, groups)
         if class_ids is None:
@@ -236,7 +236,7 @@ class Nano(Benchmark):
             MATCH_AT_SIZE: match.db - self.judge.expected_db(class_ids, match.size),
             SIZE: match.size,
             MIRRORED: match.mirror,
-            RECOGNISED: self.judge.recogniser.classes(features) == class_ids,
+            RECOGNISED: self.judge.probabilities(features).argmax(1) == class_ids,
             **raw,
             TOTAL: sum(scores * self.weights[name] for name, scores in raw.items()),
         }
@@ -358,9 +358,9 @@ def set_measures(
 
     `groups` int64 [N] from `class_groups`; `reference` picks the reference scenes to compare with.
     """
-    probabilities = judge.recogniser.probabilities(features)
+    probabilities = judge.probabilities(features)
     measures = {INCEPTION_SCORE: inception_score_measure(probabilities, groups, len(groups))[0]}
-    spatial = judge.recogniser.spatial_features(images.cpu())
+    spatial = judge.spatial_features(images.cpu())
     for key, rows, real in ((FID, features, judge.reference_features), (SFID, spatial, judge.reference_spatial)):
         against = Gaussian.of(real[reference], "reference")
         measures[key], measures[f"{key}{CORRECTED}"] = frechet_measure([rows], groups, against)

@@ -75,11 +75,12 @@ class DetectorNet(nn.Module):
         return centres, F.softplus(sides) * STRIDE, colors
 
 
+@dataclass
 class Detector:
-    """A trained DetectorNet for uint8 images."""
+    """A DetectorNet in evaluation mode, on a device, for uint8 images."""
 
-    def __init__(self, network: DetectorNet, device: str = "cpu") -> None:
-        self.network, self.device = network.to(device).eval().requires_grad_(False), device
+    network: DetectorNet
+    device: str = "cpu"
 
     @torch.inference_mode()
     def detect(self, images: Tensor, batch_size: int = 64) -> list[list[Found]]:

@@ -37,6 +37,7 @@ from argrpo_cli.system.files import WEIGHTS, read_json
 LARGEST = scenes.SINGLE_SIZES[1]
 CENTRE = sum(scenes.SINGLE_SIZES) / 2
 SPATIAL_CHANNELS = 7
+AT_ONCE = 100  # pictures
 FITTED = 480  # reference scenes behind `expected_db`: 20 of each class for a fit of one number a class and two more
 
 
@@ -45,12 +46,6 @@ def canonical_layout() -> list[tuple[int, int, tuple[float, float, float]]]:
     shifts = [(0, 0), (1, 3), (2, 2), (3, 4), (4, 1), (0, 4)]
     pastels = [colorsys.hsv_to_rgb(step / 6, 0.35, 0.88 if step % 2 else 1.0) for step in range(6)]
     return [(x, y, pastel) for x, y in shifts for pastel in pastels]
-
-
-def canonical_scene(class_id: int, x: int, y: int, background: tuple[float, float, float]) -> scenes.Scene:
-    """One object at its largest size."""
-    placed = scenes.Placed(class_id, LARGEST, x, y)
-    return scenes.Scene((placed,), background, class_id=class_id)
 
 
 def solve_template(images: Tensor) -> Template:
@@ -119,38 +114,6 @@ class RecognitionNet(nn.Module):
         return self.classify(F.relu(self.features(x)))
 
 
-class Recogniser:
-    """A trained RecognitionNet for uint8 images."""
-
-    def __init__(self, network: RecognitionNet):
-        self.network = network.eval().requires_grad_(False)
-
-    @torch.inference_mode()
-    def features(self, images: Tensor, batch_size: int = 100) -> Tensor:
-        """uint8 [B, 3, 64, 64] to float32 [B, 128]."""
-        return torch.cat([self.network.features(from_uint8(chunk)) for chunk in images.split(batch_size)])
-
-    @torch.inference_mode()
-    def classes(self, features: Tensor) -> Tensor:
-        """Features to the most likely class id, int64 [B]."""
-        return self.network.classify(F.relu(features)).argmax(-1)
-
-    @torch.inference_mode()
-    def probabilities(self, features: Tensor) -> Tensor:
-        """Features to the probability of each class, float32 [B, classes]."""
-        return self.network.classify(F.relu(features)).softmax(-1)
-
-    @torch.inference_mode()
-    def spatial_features(self, images: Tensor, batch_size: int = 100) -> Tensor:
-        """uint8 [B, 3, 64, 64] to float32 [B, 112]."""
-        return torch.cat([self.network.spatial(from_uint8(chunk)) for chunk in images.split(batch_size)])
-
-
-def load_recogniser(folder: str | Path) -> Recogniser:
-    """The bundled classifier from the judge's folder."""
-    return Recogniser(load_weights(RecognitionNet(**read_json(Path(folder) / "config.json")["recogniser"]), folder))
-
-
 def diversity(features: Tensor, class_ids: Tensor) -> Tensor:
     """Mean distance between the features of two pictures of one class, one value for each class in ascending order."""
     return torch.stack([F.pdist(features[class_ids == one]).mean() for one in class_ids.unique()])
@@ -161,7 +124,7 @@ class Judge:
     """What the judge knows: a template per class, its classifier, tokens and classes of reference scenes."""
 
     templates: list[Template]
-    recogniser: Recogniser
+    recogniser: RecognitionNet
     tokenizer: VQModel
     reference_tokens: Tensor
     reference_classes: Tensor
@@ -169,6 +132,21 @@ class Judge:
     def match(self, images: Tensor, class_ids: Tensor) -> Match:
         """Rendering match of uint8 [B, 3, 64, 64] against their own classes, int64 [B]."""
         return match_classes(self.matchers, images.cpu(), class_ids.cpu())
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """What the classifier sees in uint8 [B, 3, 64, 64]: float32 [B, 128]."""
+        return torch.cat([self.recogniser.features(from_uint8(chunk)) for chunk in images.split(AT_ONCE)])
+
+    @torch.inference_mode()
+    def spatial_features(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, 64, 64] to float32 [B, 112]."""
+        return torch.cat([self.recogniser.spatial(from_uint8(chunk)) for chunk in images.split(AT_ONCE)])
+
+    @torch.inference_mode()
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Features to the probability of each class, float32 [B, classes]."""
+        return self.recogniser.classify(F.relu(features)).softmax(-1)
 
     def expected_db(self, class_ids: Tensor, size: Tensor) -> Tensor:
         """The match in dB that real scenes of these classes (int64 [B]) and sizes (pixels, [B]) reach, float32 [B]."""
@@ -202,11 +180,11 @@ class Judge:
 
     @cached_property
     def reference_features(self) -> Tensor:
-        return self.recogniser.features(self.reference_images)
+        return self.features(self.reference_images)
 
     @cached_property
     def reference_spatial(self) -> Tensor:
-        return self.recogniser.spatial_features(self.reference_images)
+        return self.spatial_features(self.reference_images)
 
 
 @lru_cache(maxsize=1)
@@ -221,7 +199,7 @@ def load_judge(folder: str | Path = WEIGHTS / "nano-judge", tokenizer: str | Pat
     images = decode(vq, canonical.flatten(0, 1)).unflatten(0, canonical.shape[:2])
     return Judge(
         templates=[solve_template(one) for one in images],
-        recogniser=load_recogniser(folder),
+        recogniser=load_weights(RecognitionNet(**read_json(Path(folder) / "config.json")["recogniser"]), folder),
         tokenizer=vq,
         reference_tokens=tokens["reference"].long(),
         reference_classes=tokens["reference_classes"].long(),

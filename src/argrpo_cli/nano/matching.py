@@ -38,13 +38,10 @@ FLOOR = 1e-6  # squared error below which a match is perfect (60 dB)
 class Match(NamedTuple):
     """The best rendering of each picture, tensors [B].
 
-    db: the match; mse: squared error per object pixel and channel, colours in [0, 1]; picture_mse: the same per pixel
-    of the picture; size, x, y, mirror and hue (degrees): where it was found.
+    db: the match; size, x, y, mirror and hue (degrees): where it was found.
     """
 
     db: Tensor
-    mse: Tensor
-    picture_mse: Tensor
     size: Tensor
     x: Tensor
     y: Tensor
@@ -142,8 +139,7 @@ class Matcher:
             for image, row in zip(images, best.numpy(), strict=True)
         ]
         error, area, *where = (torch.tensor(column) for column in zip(*matches, strict=True))
-        mse = error / (3 * area)
-        return Match(-10 * torch.log10(mse.clamp(min=FLOOR)), mse, error / (3 * IMAGE_SIZE**2), *where)
+        return Match(-10 * torch.log10((error / (3 * area)).clamp(min=FLOOR)), *where)
 
     def _exact(self, image: Tensor, view: int, hue: int, y: int, x: int) -> tuple[float, ...]:
         """Error, area, size, x, y, mirror and hue of one rendering: least is best."""

@@ -12,7 +12,7 @@ clean scenes is measured against the nearer one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from argrpo_cli.policy.llamagen.vq import VQModel
 
 SMALL_SIZES = (22, 32)  # side of an object's box in pixels where there are several
 TAU = 0.2  # colour error (of 1) at which 63% of the quality is gone; an erased object has about 0.4
+
+SIDE = 8  # tokens along a side of a picture
 
 Propose = Callable[[Tensor, Sequence[int | str]], Tensor]
 
@@ -81,44 +83,17 @@ def _sibling(rng: np.random.Generator, scene: scenes.Scene) -> scenes.Scene:
         x, y = (
             int(np.clip(v + rng.integers(-reach, reach + 1), 0, scenes.IMAGE_SIZE - size)) for v in (placed.x, placed.y)
         )
-        mirror = placed.mirror != (rng.uniform() < 0.4)
-        objects.append(scenes.Placed(placed.class_id, size, x, y, mirror, placed.hue, placed.color))
-    return scenes.Scene(tuple(objects), scene.background, scene.prompt, class_id=scene.class_id)
+        objects.append(replace(placed, size=size, x=x, y=y, mirror=placed.mirror != (rng.uniform() < 0.4)))
+    return replace(scene, objects=tuple(objects))
 
 
 def _coverage(scene: scenes.Scene) -> np.ndarray:
+    """The objects' alpha, float32 [1, 64, 64]."""
     out = np.zeros((1, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE), dtype=np.float32)
     for placed in scene.objects:
         window = out[0, placed.y : placed.y + placed.size, placed.x : placed.x + placed.size]
         np.maximum(window, scenes.object_pixels(placed)[1][..., 0], out=window)
     return out
-
-
-def make_pool(
-    vq: VQModel, rng: np.random.Generator, count: int, propose: Propose | None = None, task: str = "classes"
-) -> Pool:
-    """`count` (even) scenes in sibling pairs, classes (or categories of captions) in equal shares. Needs the
-    emoji font.
-
-    `propose` takes tokens and the class ids, or captions, of their scenes to proposals (`policies.proposer`).
-    """
-    made: list[scenes.Scene] = []
-    for pair in range(count // 2):
-        if task == "classes":
-            first = scenes.class_scene(rng, pair % len(scenes.CLASS_NAMES))
-        else:
-            first = scenes.caption_scene(rng, TAGS[pair % len(TAGS)])
-        made += [first, _sibling(rng, first)]
-    tokens = encode(vq, torch.from_numpy(scenes.render_all(made)))
-    labels = [scene.class_id if task == "classes" else scene.prompt.text for scene in made]
-    return Pool(
-        tokens=tokens,
-        images=decode(vq, tokens),
-        coverage=torch.from_numpy(np.stack([_coverage(scene) for scene in made])),
-        backgrounds=torch.tensor([scene.background for scene in made]),
-        class_ids=torch.tensor([scene.objects[0].class_id for scene in made]),
-        proposals=propose(tokens, labels) if propose else None,
-    )
 
 
 def colour_error(images: Tensor, clean: Tensor, area: Tensor) -> Tensor:
@@ -135,12 +110,6 @@ def damage_of(error: Tensor) -> Tensor:
 # Corruptions of tokens: each returns new tokens [B, T] and the row whose scene the picture also resembles.
 
 
-def _object_tokens(pool: Pool, rows: Tensor) -> np.ndarray:
-    """How much of each token's cell the object covers, [B, h, w]."""
-    side = round(pool.tokens.shape[1] ** 0.5)
-    return F.adaptive_avg_pool2d(pool.coverage[rows], side)[:, 0].numpy()
-
-
 def _replace(pool: Pool, rows: Tensor, mask: np.ndarray, rng: np.random.Generator, codes: int) -> Tensor:
     """Put wrong tokens where mask [B, T] is set: tokens of other scenes, a third of them any code at all."""
     tokens = pool.tokens[rows]
@@ -154,7 +123,7 @@ def _replace(pool: Pool, rows: Tensor, mask: np.ndarray, rng: np.random.Generato
 
 def _scatter(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
     """Single wrong tokens, up to 60% of them, on the object rather than beside it."""
-    weight = 0.25 + _object_tokens(pool, rows).reshape(len(rows), -1)
+    weight = 0.25 + F.adaptive_avg_pool2d(pool.coverage[rows], SIDE).flatten(1).numpy()
     weight /= weight.mean(1, keepdims=True)
     fraction = 0.01 + 0.59 * rng.uniform(size=(len(rows), 1)) ** 2
     return _replace(pool, rows, rng.uniform(size=weight.shape) < fraction * weight, rng, codes), rows
@@ -162,10 +131,9 @@ def _scatter(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> 
 
 def _block(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
     """A rectangle of wrong tokens."""
-    side = round(pool.tokens.shape[1] ** 0.5)
     height, width = rng.integers(1, 5, size=(2, len(rows), 1))
-    top, left = (rng.integers(0, side - 1, size=(len(rows), 1)) for _ in range(2))
-    y, x = np.divmod(np.arange(side * side), side)
+    top, left = (rng.integers(0, SIDE - 1, size=(len(rows), 1)) for _ in range(2))
+    y, x = np.divmod(np.arange(SIDE * SIDE), SIDE)
     mask = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
     return _replace(pool, rows, mask, rng, codes), rows
 
@@ -173,36 +141,34 @@ def _block(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tu
 def _shuffle(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
     """Tokens change places with a neighbour."""
     tokens = pool.tokens[rows]
-    side = round(tokens.shape[1] ** 0.5)
-    y, x = np.divmod(np.arange(side * side), side)
     step = rng.integers(-1, 2, size=(2, *tokens.shape))
     moved = rng.uniform(size=tokens.shape) < rng.uniform(0.03, 0.6, size=(len(rows), 1))
-    source = np.clip(y + step[0], 0, side - 1) * side + np.clip(x + step[1], 0, side - 1)
-    source = np.where(moved, source, np.arange(side * side))
+    places = np.arange(SIDE * SIDE)
+    y, x = np.divmod(places, SIDE)
+    source = np.clip(y + step[0], 0, SIDE - 1) * SIDE + np.clip(x + step[1], 0, SIDE - 1)
+    source = np.where(moved, source, places)
     return torch.gather(tokens, 1, torch.from_numpy(source)), rows
 
 
-def _join(pool: Pool, rows: Tensor, partners: Tensor, rng: np.random.Generator) -> Tensor:
+def _join(pool: Pool, rows: Tensor, partners: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """The partner's tokens from some place in raster order on (as a sampler drifts), or within a smooth blob."""
     tokens, count = pool.tokens[rows], pool.tokens.shape[1]
-    side = round(count**0.5)
     start = rng.integers(count // 5, count * 4 // 5, size=(len(rows), 1))
     drift = np.arange(count) >= start
-    blob = _smooth(rng, len(rows), 1, 3, side)[:, 0].numpy().reshape(len(rows), -1)
+    blob = _smooth(rng, len(rows), 1, 3, SIDE).flatten(1).numpy()
     blob = blob > np.quantile(blob, rng.uniform(0.3, 0.8))
     mask = np.where(rng.uniform(size=(len(rows), 1)) < 0.6, drift, blob)
-    return torch.where(torch.from_numpy(mask), pool.tokens[partners], tokens)
+    return torch.where(torch.from_numpy(mask), pool.tokens[partners], tokens), partners
 
 
 def _drift(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
     """The picture goes on as its sibling: the same object in another place, size or direction."""
-    return _join(pool, rows, rows ^ 1, rng), rows ^ 1
+    return _join(pool, rows, rows ^ 1, rng)
 
 
 def _stray(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
     """The picture goes on as a scene of any class."""
-    partners = torch.from_numpy(rng.integers(len(pool), size=len(rows)))
-    return _join(pool, rows, partners, rng), partners
+    return _join(pool, rows, torch.from_numpy(rng.integers(len(pool), size=len(rows))), rng)
 
 
 def _likely(pool: Pool, rows: Tensor, rng: np.random.Generator, codes: int) -> tuple[Tensor, Tensor]:
@@ -229,7 +195,7 @@ def _patch(coverage: Tensor, rng: np.random.Generator, low: float, high: float) 
     """Soft smooth masks [B, 1, H, W] over a share between low and high of the object."""
     field = _smooth(rng, len(coverage), 1, 5)
     on_object = torch.where(coverage > 0.5, field, -torch.inf).flatten(1).sort(descending=True).values
-    share = torch.from_numpy(rng.uniform(low, high, size=len(coverage)).astype(np.float32))
+    share = _column(rng, len(coverage), low, high).flatten()
     rank = (share * (coverage > 0.5).flatten(1).sum(1)).long().clamp(max=on_object.shape[1] - 1)
     level = on_object.gather(1, rank[:, None])[:, :, None, None]
     return torch.sigmoid((field - level) * 12)
@@ -239,12 +205,16 @@ def _column(rng: np.random.Generator, count: int, low: float, high: float) -> Te
     return torch.from_numpy(rng.uniform(low, high, size=(count, 1, 1, 1)).astype(np.float32))
 
 
-def _elastic(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
-    """Bent: a smooth displacement of up to a few pixels."""
-    shift = _smooth(rng, len(images), 2, int(rng.integers(3, 7))) * _column(rng, len(images), 0.5, 5)
+def _moved(images: Tensor, shift: Tensor) -> Tensor:
+    """Each pixel from where `shift` [B, 2, H, W] points, in pixels right and down; the border is repeated."""
     base = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), list(images.shape), align_corners=False)
     grid = base + shift.permute(0, 2, 3, 1) * (2 / scenes.IMAGE_SIZE)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _elastic(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
+    """Bent: a smooth displacement of up to a few pixels."""
+    return _moved(images, _smooth(rng, len(images), 2, int(rng.integers(3, 7))) * _column(rng, len(images), 0.5, 5))
 
 
 def _missing(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
@@ -256,12 +226,8 @@ def _missing(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.rand
 def _duplicate(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
     """A part appears a second time elsewhere, or instead of what was there."""
     angle, length = rng.uniform(0, 2 * np.pi, len(images)), rng.uniform(5, 22, len(images))
-    move = np.stack([np.cos(angle), np.sin(angle)], -1) * length[:, None] * 2 / scenes.IMAGE_SIZE
-    theta = torch.eye(2, 3).repeat(len(images), 1, 1)
-    theta[:, :, 2] = torch.from_numpy(move.astype(np.float32))
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return images + _patch(coverage, rng, 0.05, 0.5) * (moved - images)
+    shift = torch.from_numpy((np.stack([np.cos(angle), np.sin(angle)], -1) * length[:, None]).astype(np.float32))
+    return images + _patch(coverage, rng, 0.05, 0.5) * (_moved(images, shift[:, :, None, None]) - images)
 
 
 def _blur(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
@@ -278,9 +244,8 @@ def _blur(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.
 def _noise(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.Generator) -> Tensor:
     """Grain and blotches."""
     fine = torch.from_numpy(rng.standard_normal(tuple(images.shape), dtype=np.float32))
-    noise = fine * _column(rng, len(images), 0, 0.1) + _smooth(rng, len(images), 3, 16) * _column(
-        rng, len(images), 0, 0.2
-    )
+    fine *= _column(rng, len(images), 0, 0.1)
+    noise = fine + _smooth(rng, len(images), 3, 16) * _column(rng, len(images), 0, 0.2)
     return images + noise * _patch(coverage, rng, 0.2, 1.0)
 
 
@@ -292,27 +257,13 @@ def _hue(images: Tensor, coverage: Tensor, backgrounds: Tensor, rng: np.random.G
     return images + _patch(coverage, rng, 0.1, 0.7) * coverage * (turned - images)
 
 
-# Each kind of corruption with its share of the mixture, without and with proposals of a policy. What samples of the
-# base policy show most (bent, joined, unfinished) has the most.
-TOKEN_KINDS: dict[str, tuple[Callable, float, float]] = {
-    "likely": (_likely, 0, 0.25),
-    "scatter": (_scatter, 0.14, 0.10),
-    "block": (_block, 0.08, 0.06),
-    "shuffle": (_shuffle, 0.06, 0.04),
-    "drift": (_drift, 0.24, 0.20),
-    "stray": (_stray, 0.08, 0.06),
-}
-PIXEL_KINDS: dict[str, tuple[Callable, float, float]] = {
-    "elastic": (_elastic, 0.15, 0.15),
-    "missing": (_missing, 0.08, 0.08),
-    "duplicate": (_duplicate, 0.06, 0.06),
-    "blur": (_blur, 0.05, 0.05),
-    "noise": (_noise, 0.02, 0.02),
-    "hue": (_hue, 0.04, 0.04),
-}
-KINDS = TOKEN_KINDS | PIXEL_KINDS
-MIXTURE = {name: share for name, (_, share, _) in KINDS.items() if share}
-MIXTURE_WITH_PROPOSALS = {name: share for name, (_, _, share) in KINDS.items()}
+TOKEN_KINDS = {f.__name__[1:]: f for f in (_likely, _scatter, _block, _shuffle, _drift, _stray)}
+PIXEL_KINDS = {f.__name__[1:]: f for f in (_elastic, _missing, _duplicate, _blur, _noise, _hue)}
+# Shares of the kinds. What samples of the base policy show most (bent, joined, unfinished) has the most.
+OF_PIXELS = {"elastic": 0.15, "missing": 0.08, "duplicate": 0.06, "blur": 0.05, "noise": 0.02, "hue": 0.04}
+MIXTURE = {"scatter": 0.14, "block": 0.08, "shuffle": 0.06, "drift": 0.24, "stray": 0.08} | OF_PIXELS
+OF_TOKENS = {"likely": 0.25, "scatter": 0.10, "block": 0.06, "shuffle": 0.04, "drift": 0.20, "stray": 0.06}
+MIXTURE_WITH_PROPOSALS = OF_TOKENS | OF_PIXELS
 # In scenes of captions objects come in any colour, so that one in another is not broken.
 MIXTURE_OF_CAPTIONS = {name: share for name, share in MIXTURE_WITH_PROPOSALS.items() if name != "hue"}
 RETOKENISED = 0.8  # share of the pixel corruptions that pass through the tokenizer
@@ -324,8 +275,7 @@ def corrupt(
 ) -> Corrupted:
     """One corrupted picture for each row (int64 [B]) of the pool; `mixture` gives the shares of the kinds."""
     mixture = mixture or (MIXTURE if pool.proposals is None else MIXTURE_WITH_PROPOSALS)
-    names = list(mixture)
-    shares = np.array([mixture[n] for n in names])
+    names, shares = list(mixture), np.array(list(mixture.values()))
     kinds = rng.choice(len(names), size=len(rows), p=shares / shares.sum())
     tokens = pool.tokens[rows].clone()
     partners = rows.clone()
@@ -337,10 +287,10 @@ def corrupt(
             continue
         own_rows = rows[at]
         if name in TOKEN_KINDS:
-            tokens[at], partners[at] = TOKEN_KINDS[name][0](pool, own_rows, rng, vq.config.codebook_size)
+            tokens[at], partners[at] = TOKEN_KINDS[name](pool, own_rows, rng, vq.config.codebook_size)
             continue
         clean = pool.images[own_rows].float() / 255
-        bent = PIXEL_KINDS[name][0](clean, pool.coverage[own_rows], pool.backgrounds[own_rows], rng).clamp(0, 1)
+        bent = PIXEL_KINDS[name](clean, pool.coverage[own_rows], pool.backgrounds[own_rows], rng).clamp(0, 1)
         bent = (bent * 255).round().to(torch.uint8)
         again = rng.uniform(size=len(at)) < RETOKENISED
         images[at[~again]], has_pixels[at[~again]] = bent[~again], True
@@ -365,18 +315,34 @@ def corrupt(
 
 
 def make_study(
-    setting: Setting,
-    seed: int,
-    clean: int,
-    broken_per_scene: int,
-    propose: Propose | None = None,
-    task: str = "classes",
+    setting: Setting, seed: int, clean: int, broken: int, propose: Propose | None = None, task: str = "classes"
 ) -> Corrupted:
-    """`clean` scenes of a task and `broken_per_scene` corruptions of each, from a seed beside the setting's; those of
-    captions need a `propose`."""
-    rng = np.random.default_rng(setting.seed + seed)
-    pool = make_pool(setting.vq, rng, clean, propose, task)
-    rows = torch.arange(clean).repeat(broken_per_scene)
+    """Scenes of a task, from a seed beside the setting's, and corruptions of them. Needs the emoji font.
+
+    Args:
+        clean: how many scenes, even; classes (or categories of captions) in equal shares.
+        broken: how many corruptions of each.
+        propose: takes tokens and the class ids, or captions, of their scenes to proposals; captions need it.
+    """
+    rng = setting.rng(seed)
+    made: list[scenes.Scene] = []
+    for pair in range(clean // 2):
+        if task == "classes":
+            first = scenes.class_scene(rng, pair % len(scenes.CLASS_NAMES))
+        else:
+            first = scenes.caption_scene(rng, TAGS[pair % len(TAGS)])
+        made += [first, _sibling(rng, first)]
+    tokens = encode(setting.vq, torch.from_numpy(scenes.render_all(made)))
+    labels = [scene.class_id if task == "classes" else scene.prompt.text for scene in made]
+    pool = Pool(
+        tokens=tokens,
+        images=decode(setting.vq, tokens),
+        coverage=torch.from_numpy(np.stack([_coverage(scene) for scene in made])),
+        backgrounds=torch.tensor([scene.background for scene in made]),
+        class_ids=torch.tensor([scene.objects[0].class_id for scene in made]),
+        proposals=propose(tokens, labels) if propose else None,
+    )
+    rows = torch.arange(clean).repeat(broken)
     study = corrupt(pool, rows, setting.vq, rng, MIXTURE_OF_CAPTIONS if task == "captions" else None)
     setting.say(f"{clean} scenes tokenised, {len(rows)} corruptions, mean damage {study.damage.mean():.2f}")
     return study

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -47,6 +48,10 @@ class Setting:
     def say(self, line: str) -> None:
         """Log a line with the network's name and the time since the beginning."""
         self.log(f"{self.name}: {line}, {time.monotonic() - self.started:.0f} s")
+
+    def rng(self, offset: int) -> np.random.Generator:
+        """Numbers for one part of the material."""
+        return np.random.default_rng(self.seed + offset)
 
     @cached_property
     def vq(self) -> VQModel:
@@ -86,26 +91,20 @@ class Lesson:
 def learn(
     make_lesson: Callable[[Setting], Lesson], folder: str | Path, setting: Setting, steps: int | None = None
 ) -> nn.Module:
-    """Train a network from the setting's seed, by default for the lesson's own `steps`; save it in `folder`."""
-    torch.manual_seed(setting.seed)
-    lesson = make_lesson(setting)
-    fit(lesson, lesson.steps if steps is None else steps, setting.say)
-    lesson.save(Path(folder))
-    return lesson.network
+    """Train a network from the setting's seed, save it in `folder` and return it, in evaluation mode.
 
-
-def fit(lesson: Lesson, steps: int, say: Callable[[str], None]) -> None:
-    """Take `steps` steps down the gradients of the lesson's loss, and leave the network in evaluation mode.
-
-    Every so many steps, and at the end, what `measure` says is logged.
+    Takes `steps` steps, by default the lesson's own number, down the gradients of its loss. Every so many, and at the
+    end, what `measure` says is logged.
 
     Raises:
         RuntimeError: the loss is no number any more.
     """
-    network, optimizers = lesson.network, lesson.optimizers
+    torch.manual_seed(setting.seed)
+    lesson = make_lesson(setting)
+    network, optimizers = lesson.network.train(), lesson.optimizers
+    steps = lesson.steps if steps is None else steps
     curve = cosine_with_warmup(lesson.warmup, lesson.horizon or steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(one, curve) for one in optimizers]
-    network.train()
     for step in range(steps):
         loss = lesson.loss(step)
         network.zero_grad(set_to_none=True)
@@ -118,9 +117,11 @@ def fit(lesson: Lesson, steps: int, say: Callable[[str], None]) -> None:
             if not loss.isfinite().all():
                 raise RuntimeError(f"the loss is {parts} at step {step + 1}")
             network.eval()
-            say(f"step {step + 1}/{steps}, loss {parts}; unseen: {lesson.measure()}")
+            setting.say(f"step {step + 1}/{steps}, loss {parts}; unseen: {lesson.measure()}")
             network.train()
     network.eval()
+    lesson.save(Path(folder))
+    return network
 
 
 def cosine_with_warmup(warmup: int, steps: int) -> Callable[[int], float]:

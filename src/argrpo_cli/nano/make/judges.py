@@ -14,20 +14,20 @@ from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS, STRIDE, Detector, 
 from argrpo_cli.geneval.prompts import TAGS
 from argrpo_cli.geneval.rules import judge_image
 from argrpo_cli.nano import scenes
-from argrpo_cli.nano.judge import RecognitionNet, canonical_layout, canonical_scene
+from argrpo_cli.nano.judge import LARGEST, RecognitionNet, canonical_layout
 from argrpo_cli.nano.make.corrupt import augmented
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups
 from argrpo_cli.nano.tokens import CAPTIONS_FILE, TOKENS_FILE, decode, encode
 from argrpo_cli.networks.pixels import to_unit
 from argrpo_cli.networks.weights import save_network
-from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
+from argrpo_cli.policy.llamagen.vq import from_uint8
 from argrpo_cli.system.files import save_tensors, write_jsonl
 
 
 def held_out(setting: Setting, folder: Path, count: int = 1008) -> None:
     """nano-val: the split `val`, `count` scenes of each task as tokens; nothing is learnt."""
-    images, ids = scenes.class_batch(np.random.default_rng(setting.seed + 80_000), count)
-    captioned, made = scenes.caption_batch(np.random.default_rng(setting.seed + 80_001), count)
+    images, ids = scenes.class_batch(setting.rng(80_000), count)
+    captioned, made = scenes.caption_batch(setting.rng(80_001), count)
     write_jsonl(folder / CAPTIONS_FILE, [{"prompt": scene.prompt.text} for scene in made])
     tokens = {
         "classes": encode(setting.vq, torch.from_numpy(images)),
@@ -50,10 +50,18 @@ def judge(setting: Setting, count: int = 4800, references: int = 1200, batch: in
     that it does not name an object by a scrap of it or by its tint.
     """
     vq = setting.vq
-    renderings, ids = map(torch.from_numpy, _balanced(setting.seed + 6, count))
+    renderings, ids = map(torch.from_numpy, scenes.class_batch(setting.rng(6), count, balanced=True))
+    unseen, unseen_ids = map(torch.from_numpy, scenes.class_batch(setting.rng(60_000), references, balanced=True))
     pictures, labels = torch.cat([renderings, decode(vq, encode(vq, renderings))]), torch.cat([ids, ids])
-    unseen, unseen_ids = map(torch.from_numpy, _balanced(setting.seed + 60_000, references))
-    tokens = {"canonical": canonical_tokens(vq), "reference": encode(vq, unseen), "reference_classes": unseen_ids}
+    layout, classes = canonical_layout(), range(len(scenes.CLASS_NAMES))
+    canonical = scenes.render_all(
+        scenes.Scene((scenes.Placed(one, LARGEST, x, y),), background) for one in classes for x, y, background in layout
+    )
+    tokens = {
+        "canonical": encode(vq, torch.from_numpy(canonical)).unflatten(0, (len(classes), len(layout))),
+        "reference": encode(vq, unseen),
+        "reference_classes": unseen_ids,
+    }
     unseen = decode(vq, tokens["reference"])
     setting.say(f"{count} scenes to learn and {references} reference scenes tokenised")
     network = RecognitionNet(**JUDGE["recogniser"]).to(memory_format=torch.channels_last)
@@ -82,17 +90,6 @@ def judge(setting: Setting, count: int = 4800, references: int = 1200, batch: in
         save=save,
         steps=900,
     )
-
-
-def _balanced(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    return scenes.class_batch(np.random.default_rng(seed), count, balanced=True)
-
-
-def canonical_tokens(vq: VQModel) -> Tensor:
-    """Tokens int64 [classes, S, T] of the canonical scenes; needs the font."""
-    ids = range(len(scenes.CLASS_NAMES))
-    images = scenes.render_all(canonical_scene(class_id, *place) for class_id in ids for place in canonical_layout())
-    return encode(vq, torch.from_numpy(images)).view(len(scenes.CLASS_NAMES), len(canonical_layout()), -1)
 
 
 def varied(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -126,11 +123,11 @@ def detector(setting: Setting, count: int = 9000, unseen: int = 600, batch: int 
     expects no grammar. Half of the pictures it learns from are reconstructions by the tokenizer, since all it will be
     shown later are.
     """
-    raw, made = make_scenes(setting.seed + 5, count)
+    raw, made = make_scenes(setting.rng(5), count)
     known = [truth(scene) for scene in made]
     again = decode(setting.vq, encode(setting.vq, raw))
     setting.say(f"{count} scenes rendered")
-    held_raw, held_made = make_scenes(setting.seed + 50_000, unseen)
+    held_raw, held_made = make_scenes(setting.rng(50_000), unseen)
     held = decode(setting.vq, encode(setting.vq, held_raw))
     network = DetectorNet(**DETECTOR).to(memory_format=torch.channels_last)
 
@@ -145,17 +142,12 @@ def detector(setting: Setting, count: int = 9000, unseen: int = 600, batch: int 
         where = (box[at] - sides).abs().mean() / 10
         return torch.stack([centre_loss(centres, bells), where, F.cross_entropy(color[at], colors, ignore_index=-1)])
 
-    def measure() -> str:
-        facts = detector_facts(Detector(network), held, held_made)
-        network.requires_grad_(True)  # a Detector is frozen
-        return facts
-
     parameters = decay_groups(list(network.parameters()), 0.02)
     return Lesson(
         network=network,
         optimizers=[torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98))],
         loss=loss,
-        measure=measure,
+        measure=lambda: detector_facts(Detector(network), held, held_made),
         save=lambda folder: save_network(folder, network, DETECTOR),
         steps=1500,
         every=250,
@@ -163,9 +155,8 @@ def detector(setting: Setting, count: int = 9000, unseen: int = 600, batch: int 
     )
 
 
-def make_scenes(seed: int, count: int) -> tuple[Tensor, list[scenes.Scene]]:
+def make_scenes(rng: np.random.Generator, count: int) -> tuple[Tensor, list[scenes.Scene]]:
     """Renderings uint8 [count, 3, 64, 64] and their scenes, half of the text task and half free, in turn."""
-    rng = np.random.default_rng(seed)
     made = [free_scene(rng) if index % 2 else scenes.caption_scene(rng) for index in range(count)]
     return torch.from_numpy(scenes.render_all(made)), made
 
@@ -177,12 +168,11 @@ def free_scene(rng: np.random.Generator) -> scenes.Scene:
         for _ in range(20):
             size = int(rng.integers(20, 61))
             x, y = (int(v) for v in rng.integers(0, scenes.IMAGE_SIZE - size + 1, 2))
-            # The part of the smaller box that another one covers.
-            covered = [
-                shared_area((x, y, x + size, y + size), (o.x, o.y, o.x + o.size, o.y + o.size)) / min(size, o.size) ** 2
-                for o in objects
-            ]
-            if max(covered, default=0.0) < 0.15:
+            box = x, y, x + size, y + size
+            shared = (
+                shared_area(box, (o.x, o.y, o.x + o.size, o.y + o.size)) / min(size, o.size) ** 2 for o in objects
+            )
+            if max(shared, default=0.0) < 0.15:  # of the smaller box
                 color = list(scenes.COLORS)[rng.integers(len(scenes.COLORS))] if rng.integers(2) else None
                 hue = 0.0 if color else scenes.random_hue(rng)
                 class_id = int(rng.integers(len(scenes.CLASS_NAMES)))
@@ -216,13 +206,12 @@ def targets(made: list[list[Found]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for index, objects in enumerate(made):
         for one in objects:
             x0, y0, x1, y1 = one.box
-            column = min(CELLS - 1, int((x0 + x1) / 2 / STRIDE))
-            row = min(CELLS - 1, int((y0 + y1) / 2 / STRIDE))
-            across = torch.exp(-0.5 * ((axis - axis[column]) / (SPREAD * (x1 - x0))) ** 2)
-            down = torch.exp(-0.5 * ((axis - axis[row]) / (SPREAD * (y1 - y0))) ** 2)
+            column, row = (min(CELLS - 1, int((low + high) / 2 / STRIDE)) for low, high in ((x0, x1), (y0, y1)))
+            x, y = axis[column].item(), axis[row].item()
+            across = torch.exp(-0.5 * ((axis - x) / (SPREAD * (x1 - x0))) ** 2)
+            down = torch.exp(-0.5 * ((axis - y) / (SPREAD * (y1 - y0))) ** 2)
             bell = bells[index, scenes.CLASS_NAMES.index(one.name)]
             torch.maximum(bell, down[:, None] * across[None], out=bell)
-            x, y = axis[column].item(), axis[row].item()
             places.append((index, row, column))
             sides.append((x - x0, y - y0, x1 - x, y1 - y))
             colors.append(list(scenes.COLORS).index(one.color) if one.color else -1)

@@ -55,11 +55,11 @@ def tokenizer(setting: Setting, batch: int = 32, unseen: int = 512, quantised_fr
     Args:
         quantised_from: step; by then the encoder tells scenes apart. Before, latents pass through unquantised.
     """
-    rng = np.random.default_rng(setting.seed)
+    rng = setting.rng(0)
     model = VQModel(VQConfig(**TOKENIZER)).to(memory_format=torch.channels_last)
     model.quantize.embedding.weight.requires_grad_(False)
     codebook = RunningCodebook(model.quantize.embedding.weight, setting)
-    held_out = torch.from_numpy(class_batch(np.random.default_rng(setting.seed + 10_000), unseen, balanced=True)[0])
+    held_out = torch.from_numpy(class_batch(setting.rng(10_000), unseen, balanced=True)[0])
 
     def loss(step: int) -> Tensor:
         captions = round(batch * CAPTION_SHARE)
@@ -81,7 +81,9 @@ def tokenizer(setting: Setting, batch: int = 32, unseen: int = 512, quantised_fr
             quantised, commitment = latent, latent.new_zeros(())
         with torch.autocast("cpu", torch.bfloat16):
             output = model.decode_latent(quantised)
-        return reconstruction_loss(output.float(), target) + 0.05 * commitment
+        error = output.float() - target
+        edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
+        return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + 0.05 * commitment
 
     return Lesson(
         network=model,
@@ -119,13 +121,6 @@ class RunningCodebook:
         self.embedding.copy_(F.normalize(self.sums, dim=-1))
 
 
-def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Absolute plus squared error of the pixels and absolute error of their differences; inputs in [-1, 1]."""
-    error = output - target
-    edges = sum((error.diff(dim=d)).abs().mean() for d in (2, 3))
-    return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
-
-
 @torch.inference_mode()
 def reconstruction(model: VQModel, images: Tensor) -> str:
     """PSNR in dB (mean over images, 8-bit) and the share of the codebook that the images use, in words."""
@@ -149,20 +144,15 @@ SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2 as in T5
 
 @torch.inference_mode()
 def tokenised(
-    vq: VQModel, make: Callable[[np.random.Generator, int], tuple[np.ndarray, Any]], seed: int, count: int
+    setting: Setting, make: Callable[[np.random.Generator, int], tuple[np.ndarray, Any]], offset: int, count: int
 ) -> tuple[Tensor, list[Any]]:
     """Tokens int16 [count, T] of fresh scenes, and what `make` returns with their images."""
-    rng, tokens, labels = np.random.default_rng(seed), [], []
+    rng, tokens, labels = setting.rng(offset), [], []
     for start in range(0, count, 250):
         images, some = make(rng, min(250, count - start))
-        tokens.append(vq.encode(from_uint8(torch.from_numpy(images))).to(torch.int16))
+        tokens.append(setting.vq.encode(from_uint8(torch.from_numpy(images))).to(torch.int16))
         labels += list(some)
     return torch.cat(tokens), labels
-
-
-def nats(model: LlamaGenForImageGeneration, condition: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
-    """Mean cross entropy in nats over all image tokens given the condition and the tokens before."""
-    return -model(Encoded(condition, mask), tokens).logp.mean()
 
 
 def save_policy(model: LlamaGenForImageGeneration, folder: Path, name: str, **card: Any) -> None:
@@ -180,8 +170,8 @@ def c2i(setting: Setting, pool: int = 48_000, unseen: int = 1000, batch: int = 3
     Args:
         pool: scenes tokenised up front; training makes fewer than one pass over them.
     """
-    tokens, classes = tokenised(setting.vq, class_batch, setting.seed + 1, pool)
-    held, held_classes = tokenised(setting.vq, class_batch, setting.seed + 20_000, unseen)
+    tokens, classes = tokenised(setting, class_batch, 1, pool)
+    held, held_classes = tokenised(setting, class_batch, 20_000, unseen)
     classes, held_classes = torch.tensor(classes), torch.tensor(held_classes)
     model = LlamaGenForImageGeneration(
         LlamaGenConfig(
@@ -192,17 +182,18 @@ def c2i(setting: Setting, pool: int = 48_000, unseen: int = 1000, batch: int = 3
             **CLASS_POLICY,
         )
     )
-    setting.say(f"{_millions(model)} parameters, {len(tokens)} scenes tokenised")
+    setting.say(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokens)} scenes tokenised")
 
     def loss(step: int) -> Tensor:
         rows = setting.rows(batch, len(tokens))
         dropped = torch.rand(batch, generator=setting.generator) < DROPOUT
+        condition = torch.where(dropped, len(CLASS_NAMES), classes[rows])
         with torch.autocast("cpu", torch.bfloat16):
-            return nats(model, torch.where(dropped, len(CLASS_NAMES), classes[rows]), None, tokens[rows].long())
+            return -model(Encoded(condition, None), tokens[rows].long()).logp.mean()
 
     @torch.inference_mode()
     def measure() -> str:
-        return f"{nats(model, held_classes, None, held.long()):.3f} nats a token"
+        return f"{-model(Encoded(held_classes, None), held.long()).logp.mean():.3f} nats a token"
 
     parameters = decay_groups(list(model.parameters()), 0.05)
     return Lesson(
@@ -232,17 +223,19 @@ def t2i(setting: Setting, pool: int = 80_000, unseen: int = 1000, batch: int = 4
         pool: scenes tokenised up front; training sees each one or two times.
     """
     words = text_tokenizer()
-    tokens, made = tokenised(setting.vq, caption_batch, setting.seed + 2, pool)
-    held, held_made = tokenised(setting.vq, caption_batch, setting.seed + 30_000, unseen)
+    tokens, made = tokenised(setting, caption_batch, 2, pool)
+    held, held_made = tokenised(setting, caption_batch, 30_000, unseen)
     text, held_text = (
         words([one.prompt.text for one in some], padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
         for some in (made, held_made)
     )
     both = CaptionedPolicy(words, setting.vq.config.codebook_size, tokens.shape[1])
-    setting.say(
-        f"{_millions(both.policy)} parameters, text encoder {_millions(both.encoder)}, {len(tokens)} scenes tokenised"
-    )
-    embed_codes(both.policy, setting.vq)
+    policy, encoder = (f"{one.num_parameters() / 1e6:.2f} M" for one in (both.policy, both.encoder))
+    setting.say(f"{policy} parameters, text encoder {encoder}, {len(tokens)} scenes tokenised")
+    weight, codes = both.policy.model.embed_tokens.weight, setting.vq.quantize.codebook()
+    with torch.no_grad():  # codes which look alike begin alike
+        projection = torch.randn(codes.shape[1], weight.shape[1])
+        weight.mul_(0.5).add_(both.policy.config.initializer_range * codes @ projection)
     matrices = {name: p for name, p in both.named_parameters() if "layers." in name and p.ndim == 2}
     others = [p for name, p in both.named_parameters() if name not in matrices]
 
@@ -301,7 +294,7 @@ class CaptionedPolicy(torch.nn.Module):
         """
         features, mask = left_pad(self.encoder(words, word_mask).last_hidden_state, word_mask)
         features = torch.where(dropped[:, None, None], self.policy.model.null_caption, features)
-        return nats(self.policy, features, mask, tokens)
+        return -self.policy(Encoded(features, mask), tokens).logp.mean()
 
 
 def text_tokenizer() -> PreTrainedTokenizerFast:
@@ -314,15 +307,6 @@ def text_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
     )
-
-
-@torch.no_grad()
-def embed_codes(policy: LlamaGenForImageGeneration, vq: VQModel) -> None:
-    """Start the token embedding from the codebook, so that codes which look alike begin alike."""
-    weight = policy.model.embed_tokens.weight
-    codes = vq.quantize.codebook()
-    projection = torch.randn(codes.shape[1], weight.shape[1])
-    weight.mul_(0.5).add_(policy.config.initializer_range * codes @ projection)
 
 
 def save_captioned(both: CaptionedPolicy, words: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -366,7 +350,3 @@ def proposer(folder: str | Path, seed: int) -> Propose:
         return torch.cat(proposals)
 
     return propose
-
-
-def _millions(model: torch.nn.Module) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"

@@ -28,6 +28,13 @@ from argrpo_cli.shapes import Sampling, Shot, class_prompt
 FULL = 0.85  # cosine that a clean scene and its caption should reach
 FALL = 0.8  # how much of it total damage takes away
 MAX_SCALE = 30.0
+CLASS_CAPTIONS = [class_prompt(name) for name in scenes.CLASS_NAMES]
+CLIP = {  # a vision transformer on the tokenizer's 8x8 patches and a two-layer text transformer
+    "words": sorted({word for name in scenes.vocabulary() for word in WordTokenizer.split(name)}),
+    "embed_dim": 96,
+    "vision": {"layers": 4, "width": 128, "head_width": 32, "patch_size": 8, "image_size": scenes.IMAGE_SIZE},
+    "text": {"context_length": 16, "width": 128, "heads": 4, "layers": 2},
+}
 
 
 def clip(
@@ -52,8 +59,7 @@ def clip(
     pictures, texts = captioned_scenes(setting, 4, captioned)
     held = make_study(setting, 40_000, unseen, 2)
     held_pictures, held_texts = captioned_scenes(setting, 40_001, unseen)
-    config = clip_config()
-    network, words = build_clip(config)
+    network, words = build_clip(CLIP)
     pairs, others = batch
 
     def loss(step: int) -> Tensor:
@@ -62,7 +68,7 @@ def clip(
         originals = study.rows[damaged]
         both = augmented(study.pool.images[originals], study.images[damaged], generator=setting.generator)
         captions = [texts[i] for i in more.tolist()]
-        unique = list(dict.fromkeys(class_captions() + captions))
+        unique = list(dict.fromkeys(CLASS_CAPTIONS + captions))
         label = torch.cat([study.pool.class_ids[originals], torch.tensor([unique.index(one) for one in captions])])
         with torch.autocast("cpu", torch.bfloat16):
             image = network.encode_image(to_unit(torch.cat([both[0], pictures[more], both[1]])))
@@ -82,28 +88,14 @@ def clip(
         optimizers=[torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98))],
         loss=loss,
         measure=lambda: clip_facts(network, words, held, held_pictures, held_texts),
-        save=lambda folder: save_network(folder, network, config),
+        save=lambda folder: save_network(folder, network, CLIP),
         steps=800,
     )
 
 
-def clip_config() -> dict:
-    """The geometry: a vision transformer on the tokenizer's 8x8 patches and a two-layer text transformer."""
-    return {
-        "words": sorted({word for name in scenes.vocabulary() for word in WordTokenizer.split(name)}),
-        "embed_dim": 96,
-        "vision": {"layers": 4, "width": 128, "head_width": 32, "patch_size": 8, "image_size": scenes.IMAGE_SIZE},
-        "text": {"context_length": 16, "width": 128, "heads": 4, "layers": 2},
-    }
-
-
-def class_captions() -> list[str]:
-    return [class_prompt(name) for name in scenes.CLASS_NAMES]
-
-
 def captioned_scenes(setting: Setting, seed: int, count: int) -> tuple[Tensor, list[str]]:
     """Reconstructions uint8 [count, 3, 64, 64] of scenes of the text task, and their captions."""
-    images, made = scenes.caption_batch(np.random.default_rng(setting.seed + seed), count)
+    images, made = scenes.caption_batch(setting.rng(seed), count)
     return decode(setting.vq, encode(setting.vq, torch.from_numpy(images))), [scene.prompt.text for scene in made]
 
 
@@ -127,7 +119,7 @@ def clip_facts(network: nn.Module, words: WordTokenizer, held: Corrupted, pictur
         return network.encode_image(to_unit(images), normalize=True) @ text.t()
 
     label = held.pool.class_ids
-    clean, broken = (similarity(images, class_captions()) for images in (held.pool.images, held.images))
+    clean, broken = (similarity(images, CLASS_CAPTIONS) for images in (held.pool.images, held.images))
     own = clean.gather(1, label[:, None])[:, 0]
     fallen = broken.gather(1, label[held.rows][:, None])[:, 0]
     unique = list(dict.fromkeys(captions))
