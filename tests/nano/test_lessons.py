@@ -25,7 +25,7 @@ from argrpo_cli.networks.weights import load_weights
 from argrpo_cli.policy import load_policy
 from argrpo_cli.rewards.nano import NanoClip, NanoCritic, NanoQuality
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import WEIGHTS, read_json
+from argrpo_cli.system.files import WEIGHTS
 from tests.emoji import no_font  # noqa: F401
 
 SMALL = {
@@ -48,9 +48,7 @@ OPENERS = {
     "nano-clip": lambda folder: NanoClip(folder=folder),
     "nano-quality": lambda folder: NanoQuality(folder=folder),
     "nano-critic": lambda folder: NanoCritic(folder=folder),
-    "nano-judge": lambda folder: load_weights(
-        RecognitionNet(**read_json(folder / "config.json")["recogniser"]), folder
-    ),
+    "nano-judge": lambda folder: load_weights(RecognitionNet(**judges.JUDGE["recogniser"]), folder),
     "nano-detector": load_detector,
 }
 # The first losses of some lessons in float32 on `shapes`, as the trainers before this loop had them.

@@ -188,13 +188,13 @@ class Judge:
 
 
 @lru_cache(maxsize=1)
-def load_judge(folder: str | Path = WEIGHTS / "nano-judge", tokenizer: str | Path = WEIGHTS / "nano-vq") -> Judge:
+def load_judge(folder: str | Path = WEIGHTS / "nano-judge") -> Judge:
     """The bundled judge, on the CPU, kept in memory; UserError when its files are missing."""
     path = Path(folder) / TOKENS_FILE
     if not path.is_file():
         raise UserError(f"tokens of the judge not found: {path}; install the package again or run `make nano`")
     tokens = load_file(path)
-    vq = load_tokenizer(tokenizer)
+    vq = load_tokenizer()
     canonical = tokens["canonical"].long()  # [classes, S, T]
     images = decode(vq, canonical.flatten(0, 1)).unflatten(0, canonical.shape[:2])
     return Judge(

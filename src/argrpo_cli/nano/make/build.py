@@ -36,7 +36,6 @@ LESSONS: dict[str, Callable[[Setting], Lesson]] = {
 }
 HELD_OUT = "nano-val"
 ORDER = (*LESSONS, HELD_OUT)
-COMPANIONS = {"nano-t2i": "nano-t5"}  # the text encoder is trained with the policy
 # What a folder has once it is whole, where that is not the weights.
 LAST_FILE = {HELD_OUT: "tokens.safetensors", "nano-c2i": "policy.json", "nano-t2i": "policy.json"}
 
@@ -45,7 +44,7 @@ def build(
     out: Path,
     only: list[str] | None = None,
     seed: int = 0,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = partial(print, flush=True),
     steps: int | None = None,
     weights: Path | None = None,
 ) -> None:
@@ -83,7 +82,7 @@ def install(out: Path, only: list[str] | None = None) -> None:
     missing = [name for name in names if not built(out / name)]
     if missing:
         raise UserError(f"not installed: {out} lacks {', '.join(missing)}")
-    for name in [*names, *(COMPANIONS[name] for name in names if name in COMPANIONS)]:
+    for name in [*names, *(["nano-t5"] if "nano-t2i" in names else [])]:  # the text encoder learns with the policy
         shutil.rmtree(WEIGHTS / name, ignore_errors=True)
         shutil.copytree(out / name, WEIGHTS / name)
 
@@ -104,15 +103,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", choices=ORDER, help="build only these, if they are missing")
     parser.add_argument("--steps", type=int, help="of training, instead of each network's own number")
-    parser.add_argument(
-        "--weights", type=Path, help="folder of the earlier networks (default: --out, else the package)"
-    )
-    parser.add_argument(
-        "--install", action="store_true", help="replace the weights inside the package and measure them"
-    )
+    parser.add_argument("--weights", type=Path, help="folder of the earlier networks: --out, else the package")
+    parser.add_argument("--install", action="store_true", help="replace the package's weights, and measure them")
     args = parser.parse_args()
     try:
-        build(args.out, args.only, args.seed, lambda line: print(line, flush=True), args.steps, args.weights)
+        build(args.out, args.only, args.seed, steps=args.steps, weights=args.weights)
         if args.install:
             install(args.out, args.only)
             measure(args.out / "geneval")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,8 +135,9 @@ def cosine_with_warmup(warmup: int, steps: int) -> Callable[[int], float]:
     return factor
 
 
-def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
     """Optimiser groups: matrices and kernels decay, biases, gains and other vectors do not."""
+    parameters = list(parameters)
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

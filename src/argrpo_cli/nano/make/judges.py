@@ -142,10 +142,9 @@ def detector(setting: Setting, count: int = 9000, unseen: int = 600, batch: int 
         where = (box[at] - sides).abs().mean() / 10
         return torch.stack([centre_loss(centres, bells), where, F.cross_entropy(color[at], colors, ignore_index=-1)])
 
-    parameters = decay_groups(list(network.parameters()), 0.02)
     return Lesson(
         network=network,
-        optimizers=[torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98))],
+        optimizers=[torch.optim.AdamW(decay_groups(network.parameters(), 0.02), lr=2e-3, betas=(0.9, 0.98))],
         loss=loss,
         measure=lambda: detector_facts(Detector(network), held, held_made),
         save=lambda folder: save_network(folder, network, DETECTOR),
@@ -278,8 +277,6 @@ def overlap(a: Box, b: Box) -> float:
 def average_precision(hits: list[tuple[float, bool]], there: int) -> float:
     """Area under the precision-recall curve, precision made monotone from the right."""
     right = np.array([hit for _, hit in sorted(hits, key=lambda one: -one[0])], dtype=float)
-    if not len(right):
-        return 0.0
     recall = np.concatenate([[0.0], right.cumsum() / there])
     precision = right.cumsum() / np.arange(1, len(right) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]

@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from argrpo_cli.kept import in_batches
 from argrpo_cli.nano.make.corrupt import Propose
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups, save_half
 from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, caption_batch, class_batch, vocabulary
-from argrpo_cli.nano.tokens import load_tokenizer
+from argrpo_cli.nano.tokens import decode, encode, load_tokenizer
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration, left_pad
 from argrpo_cli.policy.llamagen.text import load_text_encoder
-from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, from_uint8, to_uint8
+from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, from_uint8
 from argrpo_cli.system.files import write_json
 
 DROPOUT = 0.1  # of conditions in training, so that guidance has its unconditional half
@@ -121,16 +122,12 @@ class RunningCodebook:
         self.embedding.copy_(F.normalize(self.sums, dim=-1))
 
 
-@torch.inference_mode()
 def reconstruction(model: VQModel, images: Tensor) -> str:
     """PSNR in dB (mean over images, 8-bit) and the share of the codebook that the images use, in words."""
-    psnr, seen = [], torch.zeros(model.config.codebook_size, dtype=torch.bool)
-    for chunk in images.split(64):
-        tokens = model.encode(from_uint8(chunk))
-        seen[tokens.flatten()] = True
-        error = to_uint8(model.decode_tokens(tokens)).float() - chunk.float()
-        psnr.append(10 * torch.log10(255**2 / error.square().flatten(1).mean(1)))
-    return f"PSNR {torch.cat(psnr).mean():.2f} dB, codebook in use {seen.float().mean():.0%}"
+    tokens = encode(model, images)
+    psnr = 10 * torch.log10(255**2 / (decode(model, tokens).float() - images.float()).square().flatten(1).mean(1))
+    used = len(tokens.unique()) / model.config.codebook_size
+    return f"PSNR {psnr.mean():.2f} dB, codebook in use {used:.0%}"
 
 
 # --- the policies, by maximum likelihood on tokenised scenes (eq. 2)
@@ -195,10 +192,9 @@ def c2i(setting: Setting, pool: int = 48_000, unseen: int = 1000, batch: int = 3
     def measure() -> str:
         return f"{-model(Encoded(held_classes, None), held.long()).logp.mean():.3f} nats a token"
 
-    parameters = decay_groups(list(model.parameters()), 0.05)
     return Lesson(
         network=model,
-        optimizers=[torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.95))],
+        optimizers=[torch.optim.AdamW(decay_groups(model.parameters(), 0.05), lr=1.5e-3, betas=(0.9, 0.95))],
         loss=loss,
         measure=measure,
         save=lambda folder: save_policy(model, folder, "nano-c2i", classes=list(CLASS_NAMES)),
@@ -340,9 +336,8 @@ def proposer(folder: str | Path, seed: int) -> Propose:
     @torch.inference_mode()
     def propose(tokens: Tensor, labels: Sequence[int | str]) -> Tensor:
         proposals = []
-        for start in range(0, len(tokens), 100):
-            part = tokens[start : start + 100]
-            encoded = policy.encode(policy.conditions(labels[start : start + 100]))
+        for part, asked in zip(tokens.split(100), in_batches(labels, 100), strict=True):
+            encoded = policy.encode(policy.conditions(asked))
             with torch.autocast("cpu", torch.bfloat16):
                 logits = policy.model.logits(encoded, part)
             codes = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)

@@ -82,10 +82,9 @@ def clip(
         fall = F.smooth_l1_loss(gap, FALL * study.own[damaged], beta=0.1)
         return torch.stack([naming, 4 * full, 4 * fall])
 
-    parameters = decay_groups(list(network.parameters()), 0.1)
     return Lesson(
         network=network,
-        optimizers=[torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98))],
+        optimizers=[torch.optim.AdamW(decay_groups(network.parameters(), 0.1), lr=1.5e-3, betas=(0.9, 0.98))],
         loss=loss,
         measure=lambda: clip_facts(network, words, held, held_pictures, held_texts),
         save=lambda folder: save_network(folder, network, CLIP),
@@ -296,10 +295,9 @@ def critic_loss(
     network: CriticNet, real: Tensor, generated: Tensor, broken: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Smoothed cross entropy of real (1) against generated and broken (0) pictures, each uint8 [B, 3, H, W]."""
-    label = torch.full((len(real) + len(generated) + len(broken),), SMOOTH / 2)
-    label[: len(real)] = 1 - SMOOTH / 2
-    weight = torch.ones(len(label))
-    weight[len(real) + len(generated) :] = BROKEN_WEIGHT
+    counts = torch.tensor([len(real), len(generated), len(broken)])
+    label = torch.tensor([1 - SMOOTH / 2, SMOOTH / 2, SMOOTH / 2]).repeat_interleave(counts)
+    weight = torch.tensor([1.0, 1.0, BROKEN_WEIGHT]).repeat_interleave(counts)
     (images,) = augmented(torch.cat([real, generated, broken]), generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
         logits = network(to_unit(images)).float()
