@@ -15,8 +15,9 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, read_jsonl, reason
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -233,17 +235,27 @@ def read_image(path: Path) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
+    with opened_image(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            coloured = image.convert("RGBA")
+            white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, coloured)
+        pixels = np.asarray(image.convert("RGB"))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+@contextmanager
+def opened_image(path: Path) -> Iterator[Image.Image]:
+    """An image file, opened by Pillow; what goes wrong while it is looked at is a UserError as in `read_image`."""
+    from PIL import Image
+
     try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
+        with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # of odd files that Pillow reads all the same
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                coloured = image.convert("RGBA")
-                white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(white, coloured)
-            pixels = np.asarray(image.convert("RGB"))
+            yield image
     except FileNotFoundError as error:
         raise UserError(f"there is no image {path}") from error
     except Image.DecompressionBombError as error:
@@ -253,7 +265,6 @@ def read_image(path: Path) -> np.ndarray:
         # Pillow's UnidentifiedImageError and truncated files are OSErrors without a number.
         why = reason(error) if getattr(error, "errno", None) else "it is not an image, or a damaged one"
         raise UserError(f"cannot read the image {path}: {why}") from error
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 class _Array:

@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from argrpo_cli import paper_numbers
 from argrpo_cli.captions import SHARED, read_captions
 from argrpo_cli.evals.benchmark import run
-from argrpo_cli.evals.entropy import Question, Subject, subjects_of_run
 from argrpo_cli.evals.entropy import measure as measure_entropy
+from argrpo_cli.evals.entropy_results import Question, Subject, subjects_of_run
 from argrpo_cli.evals.geneval import NANO_SETS, RESULTS, TOTALS, GenEval, shares
 from argrpo_cli.evals.nano import CORRECTED, measure_policy
 from argrpo_cli.evals.statistics import mean_of
@@ -51,6 +51,7 @@ from argrpo_cli.system.files import (
     write_json,
     write_text,
 )
+from argrpo_cli.system.processes import join_team
 from argrpo_cli.training import run_training
 
 Units = dict[str, Any]  # measure to its values over units, a tensor [U]
@@ -133,9 +134,12 @@ class Workplace:
     def entropy(self, subjects: list[Subject], question: Question) -> list[dict[str, Any]]:
         """Rows of `argrpo entropy` for some policies, of which the first is the base."""
         last = load_policy(subjects[-1].path).fingerprint()[:16]
-        path = self.root / "results" / f"entropy-{question.split or question.prompts}-{last}.json"
+        path = self.root / "results" / f"entropy-{question.prompts or 'val'}-{last}.json"
         if not path.is_file():
-            write_json(path, {"rows": measure_entropy(subjects, question)})
+            folder = path.with_suffix(".measured")
+            rows = measure_entropy(subjects, question, Sampling(), 64, join_team("auto"), folder)
+            write_json(path, {"rows": rows})
+            shutil.rmtree(folder)
         return read_json(path)["rows"]
 
 
@@ -153,8 +157,8 @@ def repeat_the_paper(place: Workplace) -> Results:
         {"base": [place.fidelity("nano-c2i")], **{name: [place.fidelity(run) for run in runs[name]] for name in C2I}},
         {scale: place.fidelity(swept, scale) for scale in SAMPLING_SCALES},
         {"base": [place.geneval("nano-t2i")], **{name: [place.geneval(run) for run in runs[name]] for name in T2I}},
-        place.entropy([Subject("nano-c2i", "base"), *trained], Question("val", None, seed=SEED)),
-        place.entropy(subjects_of_run(Path(runs["t2i"][0])), Question(None, "geneval", seed=SEED)),
+        place.entropy([Subject("nano-c2i", "base"), *trained], Question(seed=SEED)),
+        place.entropy(subjects_of_run(Path(runs["t2i"][0])), Question("geneval", seed=SEED)),
     )
 
 

@@ -14,21 +14,22 @@ from argrpo_cli.system.errors import UserError
 
 @dataclass(frozen=True)
 class Space:
-    """Seeds first, first + 1, ...: blocks of `stride` images, `most` of them."""
+    """Seeds first, first + 1, ...: blocks of `stride` images, `most` of them; `least` images must be drawn of one."""
 
     first: int
     stride: int
     most: int
+    least: int = 1
 
 
 SPACES = {
     # `argrpo sample` takes the user's own numbers, from 0.
-    "nano": Space(1_000_000, 100_000, 490),
+    "nano": Space(1_000_000, 100_000, 490, least=48),  # two of each class, which are compared
     "critic": Space(50_000_000, 10_000_000, 2),  # what nano-critic learnt from, and what it was measured on
     "entropy": Space(200_000_000, 10_000, 10_000),
     "geneval": Space(400_000_000, 100_000, 10_000),
     "drawbench": Space(1_500_000_000, 100_000, 5_000),
-    "imagenet": Space(2_000_000_000, 100_000, 10_000),
+    "imagenet": Space(2_000_000_000, 100_000, 10_000, least=5),  # for three neighbours without one of the images
 }
 
 
@@ -36,15 +37,15 @@ def check(space: str, seed: int, n: int, option: str = "--n", prompts: int | Non
     """Whether n images, or n of each of some prompts, fit the block `seed` of a space.
 
     Raises:
-        UserError: there is no such block, or the images are none or too many for it.
+        UserError: there is no such block, or the images are too few or too many for it.
     """
     one = SPACES[space]
     if not 0 <= seed < one.most:
         raise UserError(f"--seed {seed}: give 0 to {one.most - 1}")
     most = one.stride // (prompts or 1)
-    if not 1 <= n <= most:
+    if not one.least <= n <= most:
         each = f" of each of {prompts} prompts" if prompts else ""
-        raise UserError(f"{option} {n}: give 1 to {most} images{each}")
+        raise UserError(f"{option} {n}: give {one.least} to {most} images{each}")
 
 
 def of(space: str, seed: int, index: int) -> int:

@@ -33,6 +33,8 @@ MISTAKES = [  # a command line, and what the error names
     (["train", "nano/c2i", "--set", "conditions.classes=[dgo]"], "no class 'dgo'"),
     (["train", "nano/c2i", "--out", "used"], "used is not empty and not a run"),
     (["eval", "nano", "--policy", "nano-c3i"], "no policy 'nano-c3i'"),
+    (["eval", "nano", "--n", "47"], "--n 47: give 48 to"),
+    (["eval", "imagenet", "--policy", "nano-c2i", "--n", "3"], "--n 3: give 5 to"),
     (["eval", "geneval", "--baseline", "nano-c3i"], "no policy 'nano-c3i'"),
     (["eval", "geneval", "--n", "0"], "--n 0: give 1"),
     (["eval", "geneval", "--images", "gone"], "no folder gone"),
@@ -48,6 +50,12 @@ MISTAKES = [  # a command line, and what the error names
     (["entropy", "--split", "train"], "no split 'train'"),
     (["entropy", "--policy", "nano-c3i"], "no policy 'nano-c3i'"),
     (["entropy", "--prompts", "nanno"], "no captions 'nanno'"),
+    (["entropy", "--n", "1"], "--n 1: an interval needs 2"),
+    (["entropy", "--temperature", "0"], "--temperature 0: without noise"),
+    (["entropy", "--policy", "nano-c2i", "--policy", "nano-c2i"], "--policy names nano-c2i twice"),
+    (["entropy", "--run", "gone"], "gone is no run directory"),
+    (["entropy", "--data", "gone"], "no folder gone"),
+    (["entropy", "--out", "used"], "used is not empty"),
 ]
 EACH = """
 import contextlib, io, json, sys

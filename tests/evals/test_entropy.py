@@ -11,7 +11,7 @@ import torch
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import entropy as e
-from argrpo_cli.evals.entropy_figures import result_of
+from argrpo_cli.evals.entropy_results import result_of, subjects_of_run
 from argrpo_cli.geneval.prompts import TAGS, parse_prompt
 from argrpo_cli.nano.tokens import load_held_out
 from argrpo_cli.policy import load_policy
@@ -19,7 +19,7 @@ from argrpo_cli.shapes import Result, Sampling, Value
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, write_json
 from tests.captioned import save_captioned_policy
-from tests.evals.entropies import entropy_of
+from tests.evals.entropies import entropy_of, measure
 from tests.training.tiny import CODES, TOKENS, tiny_caption_policy, tiny_policy
 
 
@@ -76,7 +76,7 @@ def test_the_captions_of_the_split_are_the_benchmarks_kind():
 
 
 def test_several_policies_are_compared_scene_by_scene():
-    rows = e.measure([e.Subject("nano-c2i", "a"), e.Subject("nano-c2i", "b")], e.Question(limit=6))
+    rows = measure([e.Subject("nano-c2i", "a"), e.Subject("nano-c2i", "b")], e.Question(limit=6))
     assert [(row["policy"], row["mode"]) for row in rows] == [(p, m) for p in "ab" for m in e.MODES]
     assert "change" not in rows[0]
     assert rows[2]["change"] == 0 and rows[2]["change_error"] == 0
@@ -91,7 +91,7 @@ def test_the_change_is_the_second_minus_the_first_paired(tmp_path):
         policy.model.lm_head.weight.mul_(1.3)  # a surer policy
     policy.save(tmp_path / "surer")
     subjects = [e.Subject("nano-c2i", "a"), e.Subject(str(tmp_path / "surer"), "b")]
-    rows = e.measure(subjects, e.Question(limit=24), Sampling(cfg_scale=3.0, temperature=0.7))
+    rows = measure(subjects, e.Question(limit=24), Sampling(cfg_scale=3.0, temperature=0.7))
     tokens, conditions = (part[:24] for part in load_held_out("classes"))
     own = [entropy_of(load_policy(one.path), tokens, conditions, None, 0.7).mean(1) for one in subjects]
     paired = own[1] - own[0]
@@ -107,11 +107,11 @@ def captioned(tmp_path_factory):
 
 def test_policies_of_different_tasks_are_not_compared(captioned):
     with pytest.raises(UserError, match=r"nano-c2i and .*mine are measured on different scenes"):
-        e.measure([e.Subject("nano-c2i", "a"), e.Subject(captioned, "b")], e.Question(limit=4))
+        measure([e.Subject("nano-c2i", "a"), e.Subject(captioned, "b")], e.Question(limit=4))
 
 
 def test_prompts_are_walked_along_samples_of_the_policy_itself(captioned):
-    again = [e.measure([e.Subject(captioned, "t")], e.Question(None, "geneval", limit=4, seed=s)) for s in (0, 0, 1)]
+    again = [measure([e.Subject(captioned, "t")], e.Question("geneval", limit=4, seed=s)) for s in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
     assert again[0][0]["images"] == 4 and again[0][0]["prompts"] == "geneval-nano"
 
@@ -125,7 +125,7 @@ def test_samples_are_drawn_as_they_are_measured(captioned, monkeypatch):
 
     monkeypatch.setattr(e, "draw_batch", watched)
     sampling = Sampling(cfg_scale=3.0, temperature=0.7, top_k=5)
-    e.measure([e.Subject(captioned, "t")], e.Question(None, "geneval", limit=2), sampling)
+    measure([e.Subject(captioned, "t")], e.Question("geneval", limit=2), sampling)
     assert drawn == [sampling]
 
 
@@ -136,16 +136,16 @@ def test_the_checkpoints_of_a_run_are_its_base_and_every_step(tmp_path):
         tiny_policy().save(tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
     tiny_policy().save(tmp_path / "run" / "policy")
     write_json(tmp_path / "run" / "run.json", {"base_policy": str(base), "finished": {"step": 12}})
-    found = e.subjects_of_run(tmp_path / "run")
+    found = subjects_of_run(tmp_path / "run")
     assert [(one.name, one.step) for one in found] == [("base", 0), ("step 5", 5), ("step 10", 10), ("step 12", 12)]
     write_json(tmp_path / "run" / "run.json", {"base_policy": str(base), "finished": {"step": 10}})
-    assert [one.step for one in e.subjects_of_run(tmp_path / "run")] == [0, 5, 10]
+    assert [one.step for one in subjects_of_run(tmp_path / "run")] == [0, 5, 10]
     with pytest.raises(UserError, match="is no run directory"):
-        e.subjects_of_run(tmp_path)
+        subjects_of_run(tmp_path)
     for gone in ({}, {"base_policy": str(tmp_path / "gone")}):
         write_json(tmp_path / "run" / "run.json", gone)
         with pytest.raises(UserError, match=r"the base policy of .* is gone"):
-            e.subjects_of_run(tmp_path / "run")
+            subjects_of_run(tmp_path / "run")
 
 
 def test_the_command_as_typed(tmp_path, monkeypatch, capsys):
@@ -162,7 +162,7 @@ def test_the_command_as_typed(tmp_path, monkeypatch, capsys):
 
 def test_two_policies_are_told_as_a_policy_and_its_baseline():
     """The first on the command line is what others are compared with; in a result the baseline comes second."""
-    rows = e.measure([e.Subject("nano-c2i", "a"), e.Subject("nano-c2i", "b")], e.Question(limit=4))
+    rows = measure([e.Subject("nano-c2i", "a"), e.Subject("nano-c2i", "b")], e.Question(limit=4))
     result = result_of(rows)
     assert list(result.rows) == ["b", "a"] and list(result.columns) == list(e.MODES)
     assert result.difference == {mode: Value(0.0, 0.0, 4) for mode in e.MODES}

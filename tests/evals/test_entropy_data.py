@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import entropy as e
-from argrpo_cli.evals.entropy import Question
 from argrpo_cli.evals.imagenet_folder import balanced_order, conditions_of, imagenet_class, open_labelled, some_of
 from argrpo_cli.images import ImageSet, Item
 from argrpo_cli.kept import in_batches
@@ -25,7 +24,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, write_jsonl
 from argrpo_cli.system.processes import Team
 from tests.captioned import save_captioned_policy
-from tests.evals.entropies import entropy_of
+from tests.evals.entropies import along, entropy_of, measure
 from tests.training.tiny import IMAGE_SIZE, TOKENS, tiny_policy
 
 ALONE = Team(0, 1, "cpu")
@@ -271,9 +270,9 @@ def test_entropies_along_pictures_equal_the_definition_paired_by_picture(policie
     monkeypatch.setattr(e, "CHUNK", 5)
     data = class_folders(tmp_path / "data")
     subjects = [e.Subject(path, Path(path).name) for path in policies]
-    question = Question(data=str(data), limit=9)
+    question = along(data, 9)
     sampling = Sampling(cfg_scale=3.0, temperature=0.8)
-    rows = e.measure(subjects, question, sampling, 2, ALONE, None, tmp_path / "cache")
+    rows = measure(subjects, question, sampling, 2, cache=tmp_path / "cache")
     files = files_of(some_of(open_labelled(data), 9))
     means = []
     for path in policies:
@@ -300,8 +299,8 @@ def test_a_policy_of_another_resolution_walks_along_codes_of_its_own_of_the_same
     large.model = type(large.model)(config).eval()
     large.save(tmp_path / "large")
     subjects = [e.Subject(path, Path(path).name) for path in (policies[0], str(tmp_path / "large"))]
-    question = Question(data=str(class_folders(tmp_path / "data")))
-    rows = e.measure(subjects, question, team=ALONE, cache=tmp_path / "cache")
+    question = along(class_folders(tmp_path / "data"))
+    rows = measure(subjects, question, cache=tmp_path / "cache")
     assert [len(row["by_position"]) for row in rows] == [TOKENS, TOKENS, 4 * TOKENS, 4 * TOKENS]
     assert rows[2]["change"] == pytest.approx(rows[2]["mean"] - rows[0]["mean"], abs=1e-9)
     assert rows[0]["family"] != rows[2]["family"]
@@ -310,7 +309,7 @@ def test_a_policy_of_another_resolution_walks_along_codes_of_its_own_of_the_same
 
 def test_an_interrupted_measuring_goes_on_and_a_measured_policy_costs_nothing(policies, tmp_path, monkeypatch):
     monkeypatch.setattr(e, "CHUNK", 4)
-    subjects, question = [e.Subject(policies[0], "base")], Question(data=str(class_folders(tmp_path / "data")))
+    subjects, question = [e.Subject(policies[0], "base")], along(class_folders(tmp_path / "data"))
     calls, interrupt_at, score_tokens = [], [5], e.score_tokens
 
     def counted(*arguments):
@@ -320,24 +319,23 @@ def test_an_interrupted_measuring_goes_on_and_a_measured_policy_costs_nothing(po
         return score_tokens(*arguments)
 
     monkeypatch.setattr(e, "score_tokens", counted)
-    places = {"team": ALONE, "folder": tmp_path / "journal", "cache": tmp_path / "cache"}
+    places = {"folder": tmp_path / "journal", "cache": tmp_path / "cache"}
     with pytest.raises(KeyboardInterrupt):
-        e.measure(subjects, question, **places)
+        measure(subjects, question, **places)
     assert len(list((tmp_path / "journal").iterdir())) == 2, "of three chunks, each with two modes"
     interrupt_at[0], calls[:] = 0, []
-    rows = e.measure(subjects, question, **places)
+    rows = measure(subjects, question, **places)
     assert len(calls) == 2
-    assert e.measure(subjects, question, **places) == rows and len(calls) == 2
-    assert e.measure(subjects, question, team=ALONE, cache=tmp_path / "cache") == rows
-    e.measure(subjects, question, Sampling(temperature=0.5), **places)
+    assert measure(subjects, question, **places) == rows and len(calls) == 2
+    assert measure(subjects, question, cache=tmp_path / "cache") == rows
+    measure(subjects, question, Sampling(temperature=0.5), **places)
     assert len(calls) == 2 + 6 + 6, "another temperature is measured anew"
 
 
-def test_a_policy_that_is_not_there_is_refused_before_the_others_are_measured(policies, tmp_path, monkeypatch):
+def test_a_policy_that_is_not_there_is_refused_before_the_others_are_measured(policies, monkeypatch, capsys):
     monkeypatch.setattr(e, "load_policy", lambda *arguments: pytest.fail("opened a policy"))
-    subjects = [e.Subject(policies[0], "base"), e.Subject("nowhere", "nowhere")]
-    with pytest.raises(UserError, match="no policy 'nowhere'"):
-        e.measure(subjects, Question(data=str(tmp_path)), team=ALONE)
+    assert run(["entropy", "--policy", policies[0], "--policy", "nowhere"]) == 2
+    assert "no policy 'nowhere'" in capsys.readouterr().err
 
 
 def test_the_command_as_typed(policies, tmp_path, monkeypatch, capsys):
@@ -349,7 +347,7 @@ def test_the_command_as_typed(policies, tmp_path, monkeypatch, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "8 images, split val of val" in out and "pictures in entropy/curve.png and entropy/bars.png" in out
     rows = read_jsonl(tmp_path / "entropy" / "entropy.jsonl")
-    assert len(rows) == 4 and rows[0]["data"] == "val" and rows[0]["versions"]["torch"] == torch.__version__
+    assert len(rows) == 4 and rows[0]["data"] == "val" and torch.__version__.startswith(rows[0]["versions"]["torch"])
     assert json.dumps(rows)
     for name in ("curve.png", "bars.png"):
         assert Image.open(tmp_path / "entropy" / name).size[0] > 800
@@ -410,6 +408,6 @@ def test_what_does_not_fit_is_one_line_and_writes_no_results(
 
 def test_a_policy_that_reads_captions_is_sent_to_prompts(tmp_path):
     captioned = str(save_captioned_policy(tmp_path / "captioned"))
-    question = Question(data=str(class_folders(tmp_path / "data")))
+    question = along(class_folders(tmp_path / "data"))
     with pytest.raises(UserError, match="holds pictures of classes, and this policy reads captions; use --prompts"):
-        e.measure([e.Subject(captioned, "t")], question, team=ALONE, cache=tmp_path / "cache")
+        measure([e.Subject(captioned, "t")], question, cache=tmp_path / "cache")

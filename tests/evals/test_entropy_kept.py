@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from argrpo_cli.evals import entropy as e
-from argrpo_cli.evals.entropy import Question
-from argrpo_cli.evals.entropy_figures import draw_bars, draw_curve, table
+from argrpo_cli.evals.entropy_results import draw_bars, draw_curve, table
 from argrpo_cli.evals.imagenet_folder import open_labelled
 from argrpo_cli.policy.llamagen.vq import from_uint8
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import write_jsonl
-from tests.evals.test_entropy_data import ALONE, class_folders, codes_of, flat, picture, policies  # noqa: F401
+from tests.evals.entropies import along, measure
+from tests.evals.test_entropy_data import class_folders, codes_of, flat, picture, policies  # noqa: F401
 from tests.training.tiny import IMAGE_SIZE, TOKENS, tiny_policy
 
 # What is kept
@@ -28,12 +28,12 @@ from tests.training.tiny import IMAGE_SIZE, TOKENS, tiny_policy
 
 def test_policies_and_settings_that_share_a_journal_keep_their_own_entropies(policies, tmp_path):  # noqa: F811
     subjects = [e.Subject(path, Path(path).name) for path in policies]
-    question = Question(data=str(class_folders(tmp_path / "data")))
+    question = along(class_folders(tmp_path / "data"))
     shown = set()
     for cfg_scale, temperature in ((2.0, 1.0), (4.0, 1.0), (4.0, 0.8)):
         asked = (subjects, question, Sampling(cfg_scale=cfg_scale, temperature=temperature))
-        kept = e.measure(*asked, team=ALONE, folder=tmp_path / "journal", cache=tmp_path / "cache")
-        assert kept == e.measure(*asked, team=ALONE, cache=tmp_path / "cache")
+        kept = measure(*asked, folder=tmp_path / "journal", cache=tmp_path / "cache")
+        assert kept == measure(*asked, cache=tmp_path / "cache")
         shown |= {row["mean"] for row in kept if row["mode"] == "guided"}
     assert len(shown) == 6, "all differ"
 
@@ -44,9 +44,9 @@ def test_pictures_with_other_labels_are_measured_anew(policies, tmp_path):  # no
         write_jsonl(
             data / "metadata.jsonl", [{"file": path.name, "class_id": class_id} for path in data.glob("*.JPEG")]
         )
-        asked = ([e.Subject(policies[0], "base")], Question(data=str(data)))
-        rows = e.measure(*asked, team=ALONE, folder=tmp_path / "journal", cache=tmp_path / "cache")
-        assert rows == e.measure(*asked, team=ALONE, cache=tmp_path / "cache")
+        asked = ([e.Subject(policies[0], "base")], along(data))
+        rows = measure(*asked, folder=tmp_path / "journal", cache=tmp_path / "cache")
+        assert rows == measure(*asked, cache=tmp_path / "cache")
         means.append(rows[0]["mean"])
     assert means[0] != means[1]
 
@@ -90,7 +90,7 @@ def test_a_policy_is_compared_with_the_first_of_its_size_and_resolution(policies
     other.save(tmp_path / "other surer")
     paths = [policies[0], str(tmp_path / "other"), str(tmp_path / "other surer"), policies[1]]
     subjects = [e.Subject(path, Path(path).name) for path in paths]
-    rows = e.measure(subjects, Question(data=str(class_folders(tmp_path / "data"))), team=ALONE, cache=tmp_path / "c")
+    rows = measure(subjects, along(class_folders(tmp_path / "data")), cache=tmp_path / "c")
     compared = {"other": "base", "other surer": "other", "surer": "base"}
     assert {row["policy"]: row["against"] for row in rows if "against" in row} == compared
     mean = {(row["policy"], row["mode"]): row["mean"] for row in rows}

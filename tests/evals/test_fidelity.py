@@ -65,9 +65,10 @@ def test_fid_and_sfid_are_adms(case):
 
 
 @pytest.mark.parametrize("block", [fidelity.BLOCK, 97])
-def test_statistics_are_those_of_adms_files(block):
+def test_statistics_are_those_of_adms_files(block, monkeypatch):
+    monkeypatch.setattr(fidelity, "BLOCK", block)
     held = arrays("relu_gauss_shifted")
-    found = Gaussian.of(held["ref_pool"], block=block)
+    found = Gaussian.of(held["ref_pool"])
     assert found.mean.dtype == torch.float32 and found.covariance.dtype == torch.float64
     torch.testing.assert_close(found.mean, held["ref_mu"], rtol=0, atol=1e-6)
     torch.testing.assert_close(found.covariance, held["ref_sigma"], rtol=0, atol=1e-12)
@@ -196,9 +197,10 @@ def test_shuffling_is_a_permutation_that_the_seed_decides():
 
 @pytest.mark.parametrize("block", [fidelity.BLOCK, 97])
 @pytest.mark.parametrize("case", having("precision_exact64"))
-def test_precision_and_recall_are_exact_and_near_adms_half_precision(case, block):
+def test_precision_and_recall_are_exact_and_near_adms_half_precision(case, block, monkeypatch):
+    monkeypatch.setattr(fidelity, "BLOCK", block)
     held, expected = arrays(case), CASES[case]
-    found = precision_recall(held["sample_pool"], held["ref_pool"], block=block)
+    found = precision_recall(held["sample_pool"], held["ref_pool"])
     for key, rows, name in zip(("precision", "recall"), found, ("sample_pool", "ref_pool"), strict=True):
         assert rows.dtype == torch.bool and rows.shape == held[name].shape[:1]
         share = rows.double().mean().item()
@@ -271,7 +273,8 @@ def test_only_tiles_of_the_block_size_are_held(monkeypatch):
         return tile(a, b, origin)
 
     monkeypatch.setattr(fidelity, "_tile", watched)
-    small = precision_recall(noise(50, 6), noise(70, 6, seed=1), block=16)
+    monkeypatch.setattr(fidelity, "BLOCK", 16)
+    small = precision_recall(noise(50, 6), noise(70, 6, seed=1))
     assert max(max(shape) for shape in shapes) == 16
     monkeypatch.undo()
     for some, whole in zip(small, precision_recall(noise(50, 6), noise(70, 6, seed=1)), strict=True):

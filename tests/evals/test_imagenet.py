@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.evals import imagenet as check
 from argrpo_cli.evals import imagenet_reference
+from argrpo_cli.evals.benchmark import run as run_benchmark
 from argrpo_cli.evals.fidelity import Gaussian
-from argrpo_cli.evals.imagenet import ImageNet, eval_size, run_imagenet, save_reference_statistics
+from argrpo_cli.evals.imagenet import ImageNet, eval_size, protocol_warnings, save_reference_statistics
 from argrpo_cli.evals.imagenet_reference import Features, ReferenceFile
 from argrpo_cli.images import ImageSet, Item
 from argrpo_cli.shapes import Condition, Result, Sampling, Shot
@@ -64,14 +64,14 @@ def evaluate(
 ):
     """Of one policy or several."""
     policies = [policies] if isinstance(policies, str) else policies
-    benchmark = ImageNet(sampling, reference=reference, **options)
-    return run_imagenet(benchmark, policies, None, out, n=n, seed=seed, batch_size=batch, device="cpu", warn=warn)
+    drawing = {"sampling": sampling, "n": n, "seed": seed, "batch_size": batch, "device": "cpu"}
+    return run_benchmark(ImageNet(sampling, reference=reference, **options), policies, out, warn=warn, **drawing)
 
 
 def measure(pictures, reference, out, batch=BATCH, warn=print, **options):
     """Of finished pictures."""
     benchmark = ImageNet(reference=str(reference), **options)
-    return run_imagenet(benchmark, [], pictures, out, batch_size=batch, device="cpu", warn=warn)
+    return run_benchmark(benchmark, [], out, images=pictures, batch_size=batch, device="cpu", warn=warn)
 
 
 def first(result) -> dict[str, float]:
@@ -204,7 +204,7 @@ def test_the_protocol_is_in_the_result(stub, policy, reference, tmp_path):
 class TestReferences:
     def test_saved_statistics_give_the_same_fid_and_no_precision(self, stub, policy, reference, tmp_path):
         full = evaluate(policy, reference, tmp_path / "full")
-        assert save_reference_statistics(reference, tmp_path / "saved.npz", batch_size=BATCH, device="cpu")
+        save_reference_statistics(reference, tmp_path / "saved.npz", batch_size=BATCH, device="cpu")
         assert {path.name for path in tmp_path.glob("saved*")} == {"saved.npz"}
         told: list[str] = []
         result = evaluate(policy, str(tmp_path / "saved.npz"), tmp_path / "out", warn=told.append)
@@ -345,11 +345,10 @@ class TestWarnings:
         items = [Item("", "", lambda: np.zeros((3, 256, 256), np.uint8))] * 50_000
         stored = (Gaussian(torch.zeros(1), torch.eye(1)),) * 2
         adm = ReferenceFile("adm-256", ImageSet(Path("adm.npz"), items[:10_000]), stored, "0")
-        quiet = check.count_warnings(50_000, 1000) + check.size_warnings((256, 256), adm)
-        quiet += check.sampling_warnings(asdict(Sampling())) + check.reference_warnings(adm, False)
-        assert quiet == []
+        asked = 50_000, 1000, (256, 256), asdict(Sampling())
+        assert protocol_warnings(*asked, adm) == []
         validation = ReferenceFile("val", ImageSet(Path("val"), items), None, "0")
-        assert any("validation set" in text for text in check.reference_warnings(validation, False))
+        assert any("validation set" in text for text in protocol_warnings(*asked, validation))
 
 
 class TestCommandLine:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from argrpo_cli import seeds
 from argrpo_cli.evals import fidelity, nano
 from argrpo_cli.evals.nano import Nano, run_nano
 from argrpo_cli.evals.statistics import class_groups, mean_of
@@ -238,14 +239,15 @@ def test_precision_is_of_samples_and_recall_of_the_set(tmp_path, monkeypatch):
     assert measures["entropy"].value == 1
 
 
-def test_a_number_or_a_seed_out_of_range_is_refused_before_anything_is_loaded(monkeypatch):
+def test_a_number_or_a_seed_out_of_range_is_refused_before_anything_is_drawn(monkeypatch):
+    monkeypatch.setattr(Nano, "gather", lambda *call: pytest.fail("draws"))
     for seed, n in ((490, N), (-1, N)):
         with pytest.raises(UserError, match=f"--seed {seed}: give 0 to 489"):
             run_nano(["nano-c2i"], n=n, seed=seed)
-    with pytest.raises(UserError, match="--n 100001: give 1 to 100000 images"):
-        run_nano(["nano-c2i"], n=100_001)
-    with pytest.raises(UserError, match="47 samples"):
-        run_nano(["nano-c2i"], n=47)
+    assert seeds.SPACES["nano"].least == 2 * len(nano.scenes.CLASS_NAMES) == 48
+    for n in (47, 100_001):
+        with pytest.raises(UserError, match=f"--n {n}: give 48 to 100000 images"):
+            run_nano(["nano-c2i"], n=n)
 
 
 def test_too_many_policies_and_those_of_another_world_are_refused():

@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.evals.imagenet import ImageNet, run_imagenet
+from argrpo_cli.evals import benchmark
+from argrpo_cli.evals.imagenet import ImageNet
 from argrpo_cli.evals.tables import read_results, sections, write_report
 from argrpo_cli.shapes import Column, Result, Value
 from argrpo_cli.system.errors import UserError
@@ -280,8 +281,9 @@ def test_what_imagenet_writes_of_a_policy_and_of_a_folder_shares_a_table(tmp_pat
     drawn = ["sample", "--policy", policy, "--device", "cpu"]
     assert run([*drawn, "--per-class", "3", "--seed", "7", "--out", reference]) == 0
     assert run([*drawn, "--per-class", "2", "--cfg-scale", "4", "--out", str(tmp_path / "folder")]) == 0
-    run_imagenet(ImageNet(reference=reference), [policy], None, tmp_path / "a", n=8, batch_size=4, device="cpu")
-    run_imagenet(ImageNet(reference=reference), [], tmp_path / "folder", tmp_path / "b", batch_size=4, device="cpu")
+    small = {"batch_size": 4, "device": "cpu"}
+    benchmark.run(ImageNet(reference=reference), [policy], tmp_path / "a", n=8, **small)
+    benchmark.run(ImageNet(reference=reference), [], tmp_path / "b", images=tmp_path / "folder", **small)
     one = table_of(tmp_path / "a", tmp_path / "b")
     first, second = (name for name, _, kind in one.lines if kind == "measured")
     conflicts = [text for text in one.warnings if "not measured alike" in text]

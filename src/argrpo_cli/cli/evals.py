@@ -43,7 +43,7 @@ def nano(
     """
     policies = _both(policy, baseline) if images is None else []
     _check_images(context, images)
-    check_policies(policies)
+    check_policies(policies, None, "nano", drawing.seed, n)
     _check_file(out)
     from argrpo_cli.evals.nano import run_nano
 
@@ -137,44 +137,32 @@ def imagenet(
     if reference != ADM and not Path(reference).exists():
         raise UserError(f"no folder or .npz file {reference}")
     _check_file(save_statistics)
-    if policy is None and images is None:
-        from argrpo_cli.evals.imagenet import save_reference_statistics
-
-        if save_reference_statistics(reference, save_statistics, inception, drawing.batch_size, drawing.device):
-            print(f"the statistics of {reference} are in {save_statistics}")
-        return
     from rich.console import Console
 
-    from argrpo_cli.evals.imagenet import ImageNet, run_imagenet
+    from argrpo_cli.evals.benchmark import run
+    from argrpo_cli.evals.imagenet import ImageNet, save_reference_statistics
     from argrpo_cli.evals.tables import table
 
     complaints = Console(stderr=True)
-    benchmark = ImageNet(
-        drawing.sampling,
-        reference=reference,
-        inception=inception,
-        resize=resize,
-        keep_images=keep_images,
-        statistics=save_statistics,
-    )
-    result = run_imagenet(
-        benchmark,
-        policies,
-        images,
-        out,
-        n=n,
-        seed=drawing.seed,
-        batch_size=drawing.batch_size,
-        device=drawing.device,
-        keep_features=keep_features,
-        warn=lambda text: complaints.print(
-            f"WARNING: {text}", style="bold yellow", markup=False, highlight=False, soft_wrap=True
-        ),
-    )
-    if result is None:
-        return
-    Console().print(table(result))
-    print(f"figures, warnings and protocol are in {out / 'summary.json'}")
+
+    def warn(text: str) -> None:
+        complaints.print(f"WARNING: {text}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+
+    if policies or images is not None:
+        benchmark = ImageNet(
+            drawing.sampling,
+            reference=reference,
+            inception=inception,
+            resize=resize,
+            keep_images=keep_images,
+            keep_features=keep_features,
+        )
+        result = run(benchmark, policies, out, n=n, images=images, warn=warn, **vars(drawing))
+        if result is not None:
+            Console().print(table(result))
+            print(f"figures, warnings and protocol are in {out / 'summary.json'}")
+    if save_statistics is not None:
+        save_reference_statistics(reference, save_statistics, inception, drawing.batch_size, drawing.device)
 
 
 @command(least={"limit": 1}, batch_size=32)
@@ -273,32 +261,38 @@ def entropy(
         raise UserError("give --policy or --run, not both")
     if split not in (None, "val"):
         raise UserError(f"no split {split!r}; there is val")
-    policies = policy or ["nano-t2i" if prompts is not None else "nano-c2i"]
-    if run is None:
-        check_policies(policies)
+    if n is not None and n < 2:
+        raise UserError(f"--n {n}: an interval needs 2 images or more")
+    if drawing.sampling.temperature <= 0:
+        raise UserError(
+            f"--temperature {drawing.sampling.temperature:g}: without noise there is no entropy; give more than 0"
+        )
     if prompts is not None:
         read_captions(prompts)
     from rich.console import Console
 
-    from argrpo_cli.evals.entropy import Question, Subject, measure, subjects_of_run
-    from argrpo_cli.evals.entropy_figures import JOURNAL, NUMBERS, claim, table, write_results
-    from argrpo_cli.system.processes import join_team
+    from argrpo_cli.evals import entropy_results as results
+    from argrpo_cli.evals.imagenet_folder import open_labelled, some_of
 
-    chosen = subjects_of_run(run) if run is not None else [Subject(one, one) for one in policies]
-    names = [one.name for one in chosen]
+    names = policy or ["nano-t2i" if prompts is not None else "nano-c2i"]
     if len(set(names)) < len(names):
         raise UserError(f"--policy names {next(name for name in names if names.count(name) > 1)} twice")
-    folder = None if data is None else str(data)
-    question = Question(None if prompts is not None else split or "val", prompts, n, drawing.seed, folder)
+    subjects = [results.Subject(one, one) for one in names] if run is None else results.subjects_of_run(run)
+    pictures = None if data is None else some_of(open_labelled(data), n)
+    question = results.Question(prompts, n, drawing.seed, pictures)
+    results.claim(out, question)
+    check_policies([one.path for one in subjects])
+    from argrpo_cli.evals.entropy import measure
+    from argrpo_cli.system.processes import join_team
+
     team = join_team(drawing.device)
-    team.lead(lambda: claim(out, question))
-    rows = measure(chosen, question, drawing.sampling, drawing.batch_size, team, out / JOURNAL, cache)
+    rows = measure(subjects, question, drawing.sampling, drawing.batch_size, team, out / results.JOURNAL, cache)
 
     def report() -> None:
-        pictures = write_results(rows, out)
-        Console().print(table(rows))
-        shown = " and ".join(str(path) for path in pictures)
-        print(f"numbers, also by position, in {out / NUMBERS}, picture{'s' * (len(pictures) > 1)} in {shown}")
+        figures = results.write_results(rows, out)
+        Console().print(results.table(rows))
+        shown = " and ".join(str(path) for path in figures)
+        print(f"numbers, also by position, in {out / results.NUMBERS}, picture{'s' * (len(figures) > 1)} in {shown}")
 
     team.lead(report)
 

@@ -192,7 +192,7 @@ class Benchmark:
         return result
 
     def clean(self, subjects: Sequence[Subject]) -> None:
-        """In the first process, when the result is saved: remove what only served to go on."""
+        """In the first process, when the result is there: remove what only served to go on."""
 
 
 def run(
@@ -214,7 +214,7 @@ def run(
     Args:
         sampling, n: the benchmark's own by default.
         batch_size: of drawing and measuring; an unfinished `out` goes on with its own.
-        warn: is told the warnings that are known before the work.
+        warn: is told the warnings, those that are known before the work before it.
 
     Returns:
         What summary.json holds; None in all of several processes but the first.
@@ -255,8 +255,7 @@ def run(
     own = [one.identity for one in subjects]
     identity = {"benchmark": benchmark.name, **drawing, **({"images": own[0]} if images else {"policies": own})}
     batch_size = team.from_lead(lambda: claim(out, {**identity, **benchmark.identity()}, batch_size))
-    if benchmark.final and team.from_lead((out / SUMMARY).is_file):
-        return team.lead(lambda: Result.load(out / SUMMARY))
+    finished = benchmark.final and team.from_lead((out / SUMMARY).is_file)
     departures = benchmark.departures(subjects)
     if drawing:
         number = [] if n == benchmark.n else [f"{benchmark.counted} {n} (paper {benchmark.n})"]
@@ -264,11 +263,13 @@ def run(
     early = benchmark.warnings(subjects)
     for text in early if team.first else ():
         warn(text)
-    for subject in subjects if drawing else ():
+    for subject in subjects if drawing and not finished else ():
         benchmark.gather(loaded.pop(subject.name), subject, sampling, batch_size, team)
-    measured = benchmark.measure_all(subjects, batch_size, team)
+    measured = {} if finished else benchmark.measure_all(subjects, batch_size, team)
 
-    def finish() -> Result:
+    def result_of_all() -> Result:
+        if finished:
+            return Result.load(out / SUMMARY)
         columns, difference = benchmark.columns(), {}
         if len(measured) == 2:
             first, second = measured.values()
@@ -292,7 +293,14 @@ def run(
         )
         result = benchmark.finish(result, subjects, out)
         result.save(out / SUMMARY)
+        return result
+
+    def finish() -> Result:
+        result = result_of_all()
         benchmark.clean(subjects)
+        for text in result.warnings:
+            if text not in early:
+                warn(text)
         return result
 
     return team.lead(finish)

@@ -9,13 +9,9 @@ size uses the same, and a changed picture is encoded anew.
 
 from __future__ import annotations
 
-import os
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,111 +22,38 @@ from torch import Tensor
 from argrpo_cli import __version__, seeds
 from argrpo_cli.captions import read_captions
 from argrpo_cli.draw import draw_batch, score_tokens
-from argrpo_cli.evals.imagenet_folder import conditions_of, open_labelled, some_of
-from argrpo_cli.images import ImageSet, Item, file_item
+from argrpo_cli.evals.entropy_results import MODES, NORMAL_95, Question, Subject
+from argrpo_cli.evals.imagenet_folder import conditions_of
+from argrpo_cli.evals.statistics import Measure, mean_of
+from argrpo_cli.images import READERS, ImageSet, Item, file_item, opened_image
 from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.networks.weights import fingerprint
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.folder import checkpoint_folders, glance
-from argrpo_cli.shapes import Sampling, Shot
+from argrpo_cli.runs.run import versions
+from argrpo_cli.shapes import Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_json, reason, user_cache
-from argrpo_cli.system.processes import Team, resolve_device
+from argrpo_cli.system.files import user_cache
+from argrpo_cli.system.processes import Team
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from argrpo_cli.policy.protocol import Policy
 
-MODES = ("conditional", "guided")
-NORMAL_95 = 1.959964  # half-width of a 95 % interval in standard errors
 CHUNK = 256  # images that are kept together
 ENCODE_PIXELS = 2**20  # encoded at a time, as many as `Policy.decode` decodes
-READERS = min(8, os.cpu_count() or 1)  # threads; unpacking a JPEG is slower than encoding it on a GPU
 PREPROCESSING = "centre crop"  # part of what tokens are known by: another preprocessing needs another name
 CODES = "codes"
 Tally = dict[str, Tensor]  # see `tally`
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A policy to measure: how to open it, what to call it, and its step when it is a checkpoint of a run."""
-
-    path: str
-    name: str
-    step: int | None = None
-
-
-def subjects_of_run(run: Path) -> list[Subject]:
-    """The base policy of a run, its checkpoints in order, and the trained policy where the last checkpoint is older.
-
-    Raises:
-        UserError: no run directory, one without checkpoints and trained policy, or its base policy is gone.
-    """
-    if not (run / "run.json").is_file():
-        raise UserError(f"{run} is no run directory: it has no run.json")
-    notes = read_json(run / "run.json")
-    base = notes.get("base_policy")
-    if not base or not Path(base).is_dir():
-        raise UserError(f"the base policy of {run} is gone: {base}; measure its checkpoints with --policy")
-    subjects = [Subject(base, "base", 0)]
-    checkpoints = checkpoint_folders(run)
-    subjects += [Subject(str(folder), f"step {step}", step) for step, folder in checkpoints.items()]
-    finished = (notes.get("finished") or {}).get("step")
-    if finished is not None and finished not in checkpoints and (run / "policy").is_dir():
-        subjects.append(Subject(str(run / "policy"), f"step {finished}", finished))
-    if len(subjects) < 2:
-        raise UserError(f"{run} has no checkpoints yet; train longer, or lower logging.save_every")
-    return subjects
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the entropy is measured on.
-
-    Attributes:
-        split: "val" for held-out images, teacher-forced; None for samples.
-        prompts: a bundled set or a file of captions to sample; only where split is None.
-        limit: at most so many scenes or prompts; so many of the pictures of `data`, every class equally often.
-        seed: of the samples.
-        data: folder of real pictures for the split; None for the nano world's scenes.
-    """
-
-    split: str | None = "val"
-    prompts: str | None = None
-    limit: int | None = None
-    seed: int = 0
-    data: str | None = None
-
-
-@dataclass(frozen=True)
-class Material:
-    """All images of a question for one policy.
-
-    Attributes:
-        shots: the images, each with what decides its tokens in `file` and `seed`.
-        tokens: gives those of a batch of `batch_size` in a row, int64 [B, T].
-        batch_size: how many are kept together.
-        shown: what they show, equal for two policies that are measured on the same images.
-        identity: what decides the tokens beside that.
-        about: where the images are from, for the results.
-    """
-
-    shots: list[Shot]
-    tokens: Callable[[Sequence[Shot]], Tensor]
-    batch_size: int
-    shown: Sequence[Any]
-    identity: list[Any]
-    about: dict[str, Any] = field(default_factory=dict)
-
-
 def measure(
     subjects: Sequence[Subject],
     question: Question,
-    sampling: Sampling = Sampling(),
-    batch_size: int = 64,
-    team: Team | None = None,
-    folder: Path | None = None,
+    sampling: Sampling,
+    batch_size: int,
+    team: Team,
+    folder: Path,
     cache: Path | None = None,
 ) -> list[dict[str, Any]]:
     """One row per policy and mode (conditional, guided), ready for JSON.
@@ -141,58 +64,49 @@ def measure(
     the first of the same `family` (parameters, pixels and kind of condition), or the first of all where it is new.
 
     Args:
-        sampling: guidance of the guided mode, temperature, and how samples are drawn.
-        team: the processes that share the work, with their devices; by default this one, on a GPU if there is one.
-        folder: for what is measured; needed by a team of several.
+        sampling: guidance of the guided mode, temperature (above 0), and how samples are drawn.
+        folder: for what is measured, which the team shares.
         cache: folder for the tokens of pictures; by default the user's.
 
     Raises:
-        UserError: no such policy, split, folder or prompt set; a policy that the images do not fit.
+        UserError: no such policy or prompt set; a policy that the images do not fit.
     """
-    if sampling.temperature <= 0:
-        raise UserError(f"--temperature {sampling.temperature:g}: without noise there is no entropy; give more than 0")
-    team = team or Team(0, 1, resolve_device("auto"))
-    team.together(lambda: [glance(one.path) for one in subjects])  # before the others are measured
-    pictures = team.together(lambda: open_pictures(question))
     rows: list[dict[str, Any]] = []
-    per_image: dict[tuple[str, str], Tensor] = {}  # by policy and mode
+    measures: dict[tuple[str, str], Measure] = {}  # by policy and mode
     families: dict[str, str] = {}  # to its first policy
-    shown: Sequence[Any] = ()  # to the first policy
-    with _own_or_temporary(folder, team) as own:
-        for subject in subjects:
-            policy = team.together(lambda subject=subject: load_policy(subject.path, team.device, sampling.dtype))
-            material = gather(policy, subject.path, question, pictures, sampling, batch_size, cache, team)
-            shown = shown or material.shown
-            if material.shown != shown:
-                raise UserError(
-                    f"{subjects[0].path} and {subject.path} are measured on different scenes; measure them alone"
-                )
-            weights = policy.fingerprint()
-            whole = _entropies(policy, subject.name, weights, material, sampling, batch_size, team, own)
-            about = _about(policy, weights)
-            against = families.setdefault(about["family"], subject.name)
-            against = subjects[0].name if against == subject.name else against
-            for index, mode in enumerate(MODES):
-                row = {"policy": subject.name, "path": subject.path, "step": subject.step, "mode": mode}
-                row |= {"split": question.split, "prompts": None, "asked": question.prompts, "data": question.data}
-                row |= {**asdict(sampling), **statistics(whole, index)}
-                means = per_image[subject.name, mode] = whole["per_image"][index]
-                if subject != subjects[0]:
-                    change = means - per_image[against, mode]
-                    row |= {"against": against, "change": change.mean().item(), "change_error": _error(change)}
-                rows.append(row | material.about | about)
+    shown: list[Condition] = []  # to the first policy
+    for subject in subjects:
+        policy = team.together(lambda subject=subject: load_policy(subject.path, team.device, sampling.dtype))
+        material = _material(policy, question, sampling, batch_size, cache, team)
+        own = [] if question.data else [shot.condition for shot in material.shots]
+        shown = shown or own
+        if own != shown:
+            raise UserError(
+                f"{subjects[0].path} and {subject.path} are measured on different scenes; measure them alone"
+            )
+        weights, card = policy.fingerprint(), policy.card
+        whole = _entropies(policy, subject.name, weights, material, sampling, batch_size, team, folder)
+        parameters = sum(one.numel() for one in policy.model.parameters())
+        family = f"{_short(parameters)}, {card.image_size} px, {card.reads}"
+        about = {**material.about, "family": family, "parameters": parameters, "image_size": card.image_size}
+        about |= {"base": card.base, "weights": weights, "versions": versions(("torch",))}
+        against = families.setdefault(family, subject.name)
+        against = subjects[0].name if against == subject.name else against
+        for index, mode in enumerate(MODES):
+            row = {"policy": subject.name, "path": subject.path, "step": subject.step, "mode": mode}
+            row |= {
+                **question.about(),
+                "prompts": None,
+                **asdict(sampling),
+                **statistics(whole, index),
+                "family": family,
+            }
+            one = measures[subject.name, mode] = mean_of(whole["per_image"][index])
+            if subject != subjects[0]:
+                change = one.minus(measures[against, mode])
+                row |= {"against": against, "change": change.value, "change_error": change.error}
+            rows.append(row | about)
     return rows
-
-
-@contextmanager
-def _own_or_temporary(folder: Path | None, team: Team) -> Iterator[Path]:
-    if folder is not None:
-        yield folder
-        return
-    if team.count > 1:
-        raise ValueError("a team of several processes needs a folder to share what it measures")
-    with tempfile.TemporaryDirectory() as temporary:
-        yield Path(temporary)
 
 
 def _entropies(
@@ -208,12 +122,10 @@ def _entropies(
     """The tally of all images; what the folder lacks is measured by the team."""
 
     def make(batch: Sequence[Shot]) -> Tally:
-        tokens, parts = material.tokens(batch), []
-        for start in range(0, len(batch), batch_size):
-            part = slice(start, start + batch_size)
-            conditions = [shot.condition for shot in batch[part]]
-            modes = (replace(sampling, cfg_scale=1.0), sampling)
-            pair = [score_tokens(policy, conditions, tokens[part], mode).entropy.cpu() for mode in modes]
+        parts, modes = [], (replace(sampling, cfg_scale=1.0), sampling)
+        for shots, tokens in zip(in_batches(batch, batch_size), material.tokens(batch).split(batch_size), strict=True):
+            conditions = [shot.condition for shot in shots]
+            pair = [score_tokens(policy, conditions, tokens, mode).entropy.cpu() for mode in modes]
             parts.append(tally(torch.stack(pair)))
         return merged(parts)
 
@@ -244,36 +156,16 @@ def merged(parts: Sequence[Tally]) -> Tally:
 def statistics(whole: Tally, mode: int) -> dict[str, Any]:
     """Numbers about the entropies of one mode."""
     per_image, sums, squares = (whole[key][mode] for key in ("per_image", "sums", "squares"))
-    count = len(per_image)
-    mean, error = per_image.mean().item(), _error(per_image)
+    count, own = len(per_image), mean_of(per_image)
     variance = (squares - sums.square() / count).clamp(min=0) / (count - 1)
     return {
         "images": count,
-        "mean": mean,
-        "standard_error": error,
-        "low": mean - NORMAL_95 * error,
-        "high": mean + NORMAL_95 * error,
+        "mean": own.value,
+        "standard_error": own.error,
+        "low": own.value - NORMAL_95 * own.error,
+        "high": own.value + NORMAL_95 * own.error,
         "by_position": (sums / count).tolist(),
         "by_position_error": (variance / count).sqrt().tolist(),
-    }
-
-
-def _error(values: Tensor) -> float:
-    """Standard error of the mean of values [B]."""
-    return (values.std() / len(values) ** 0.5).item()
-
-
-def _about(policy: Policy, weights: str) -> dict[str, Any]:
-    """What the results say about a policy and the programs."""
-    parameters = sum(one.numel() for one in policy.model.parameters())
-    card = policy.card
-    return {
-        "family": f"{_short(parameters)}, {card.image_size} px, {card.reads}",
-        "parameters": parameters,
-        "image_size": card.image_size,
-        "base": card.base,
-        "weights": weights,
-        "versions": {"argrpo": __version__, "torch": torch.__version__},
     }
 
 
@@ -285,46 +177,34 @@ def _short(count: int) -> str:
     return str(count)
 
 
-def open_pictures(question: Question) -> ImageSet | None:
-    """The pictures of a question that asks for some, in the order they are measured in.
+@dataclass(frozen=True)
+class Material:
+    """All images of a question for one policy.
 
-    Raises:
-        UserError: no such folder, no labels, or a limit that is no number of images.
+    Attributes:
+        shots: the images, each with what decides its tokens in `file` and `seed`.
+        tokens: gives those of a batch of `batch_size` in a row, int64 [B, T].
+        batch_size: how many are kept together.
+        identity: what decides the tokens beside that.
+        about: where the images are from, for the results.
     """
-    if question.limit is not None and question.limit < 2:
-        raise UserError(f"--n {question.limit}: an interval needs 2 images or more")
-    if question.split not in (None, "val"):
-        raise UserError(f"no split {question.split!r}; there is val")
-    if question.data is None:
-        return None
-    if question.split is None:
-        raise UserError("--data are pictures to walk along, and --prompts asks for samples; give one of them")
-    pictures = some_of(open_labelled(question.data), question.limit)
-    if pictures.count < 2:
-        raise UserError(f"{question.data} holds one picture, and an interval needs 2 or more")
-    return pictures
+
+    shots: list[Shot]
+    tokens: Callable[[Sequence[Shot]], Tensor]
+    batch_size: int
+    identity: list[Any]
+    about: dict[str, Any]
 
 
-def gather(
-    policy: Policy,
-    name: str,
-    question: Question,
-    pictures: ImageSet | None,
-    sampling: Sampling,
-    batch_size: int,
-    cache: Path | None,
-    team: Team,
+def _material(
+    policy: Policy, question: Question, sampling: Sampling, batch_size: int, cache: Path | None, team: Team
 ) -> Material:
-    """The images for a policy called `name`; pictures are tokenised here, samples drawn when their tokens are needed.
-
-    Raises:
-        UserError: the policy does not fit the question, or a picture cannot be read.
-    """
-    if pictures is not None:
-        return _pictures(policy, pictures, cache, team)
-    if question.split is not None:
-        return team.together(lambda: _scenes(policy, name, question))
-    return team.together(lambda: _samples(policy, name, question, sampling, batch_size))
+    """Pictures are tokenised here, samples drawn when their tokens are needed."""
+    if question.data is not None:
+        return _pictures(policy, question.data, cache, team)
+    if question.prompts is None:
+        return team.together(lambda: _scenes(policy, question))
+    return team.together(lambda: _samples(policy, question, sampling, batch_size))
 
 
 def _pictures(policy: Policy, pictures: ImageSet, cache: Path | None, team: Team) -> Material:
@@ -334,24 +214,22 @@ def _pictures(policy: Policy, pictures: ImageSet, cache: Path | None, team: Team
         Shot(condition, -1, f"{item.file} {item.stamp}")
         for condition, item in zip(conditions, pictures.items, strict=True)
     ]
-    pairs = zip(in_batches(shots, CHUNK), in_batches(pictures.items, CHUNK), strict=True)
-    batches = {own[0].file: items for own, items in pairs}
+    items = {shot.file: item for shot, item in zip(shots, pictures.items, strict=True)}
     tokenizer = policy.tokenizer_fingerprint()
     return Material(
         shots,
-        lambda batch: codes.read(batches[batch[0].file])[CODES].long(),
+        lambda batch: codes.read([items[shot.file] for shot in batch])[CODES].long(),
         CHUNK,
-        [item.file for item in pictures.items],
         ["pictures", PREPROCESSING, policy.card.image_size, tokenizer],
         {"labels": pictures.note, "preprocessing": PREPROCESSING, "tokenizer": tokenizer},
     )
 
 
-def _scenes(policy: Policy, name: str, question: Question) -> Material:
+def _scenes(policy: Policy, question: Question) -> Material:
     from argrpo_cli.nano.tokens import load_held_out, load_tokenizer
 
     if policy.tokenizer_fingerprint() != fingerprint([load_tokenizer()]):
-        raise UserError(f"--split val of {name} needs --data: a folder of ImageNet's validation pictures")
+        raise UserError(f"--split val of {policy.card.name} needs --data: a folder of ImageNet's validation pictures")
     task = policy.card.reads
     tokens, conditions = (part[: question.limit] for part in load_held_out(task))
     shots = [Shot(condition, -1, str(index)) for index, condition in enumerate(conditions)]
@@ -359,13 +237,13 @@ def _scenes(policy: Policy, name: str, question: Question) -> Material:
     def of(batch: Sequence[Shot]) -> Tensor:
         return tokens[int(batch[0].file) :][: len(batch)]
 
-    return Material(shots, of, CHUNK, conditions, ["scenes", task])
+    return Material(shots, of, CHUNK, ["scenes", task], {})
 
 
-def _samples(policy: Policy, name: str, question: Question, sampling: Sampling, batch_size: int) -> Material:
+def _samples(policy: Policy, question: Question, sampling: Sampling, batch_size: int) -> Material:
     card = policy.card
     if card.reads == "classes":
-        raise UserError(f"{name} draws classes and reads no prompts; measure it with --split val")
+        raise UserError(f"{card.name} draws classes and reads no prompts; measure it with --split val")
     # Of the official GenEval list, the part that a policy of few words can read.
     few_words = question.prompts == "geneval" and card.words is not None
     prompts = "geneval-nano" if few_words else question.prompts
@@ -377,12 +255,11 @@ def _samples(policy: Policy, name: str, question: Question, sampling: Sampling, 
         Shot(condition, seeds.of("entropy", question.seed, index), str(index))
         for index, condition in enumerate(conditions)
     ]
-    about = {"prompts": prompts, "seed": question.seed}
 
     def draw(batch: Sequence[Shot]) -> Tensor:
         return draw_batch(policy, batch, sampling)[0]
 
-    return Material(shots, draw, batch_size, conditions, ["samples"], about)
+    return Material(shots, draw, batch_size, ["samples"], {"prompts": prompts, "seed": question.seed})
 
 
 def tokenise(images: ImageSet, policy: Policy, cache: Path, team: Team) -> Tensors:
@@ -423,17 +300,8 @@ def read_cropped(path: Path, size: int) -> np.ndarray:
     Raises:
         UserError: it cannot be read.
     """
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
-            warnings.simplefilter("ignore")  # of odd EXIF data, which ImageNet has
-            cropped = np.asarray(centre_crop(opened.convert("RGB"), size))
-    except OSError as error:  # Pillow's UnidentifiedImageError and truncated files are OSErrors without a number
-        why = reason(error) if error.errno else "it is not an image, or a damaged one"
-        raise UserError(f"cannot read the image {path}: {why}") from error
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: it is not an image, a damaged one, or far too large") from error
+    with opened_image(path) as image:
+        cropped = np.asarray(centre_crop(image.convert("RGB"), size))
     return np.ascontiguousarray(cropped.transpose(2, 0, 1))
 
 

@@ -22,6 +22,7 @@ from argrpo_cli.images import DAMAGED
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, reason
 
+INCEPTION_SCORE, FID, SFID, PRECISION, RECALL = "inception_score", "fid", "sfid", "precision", "recall"  # columns
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # in a file: of the pool features and, _s, of the spatial ones
 NEIGHBOURS = 3
 SPLIT_SIZE = 5000
@@ -45,9 +46,9 @@ class Gaussian:
         self.is_root = covariance is None
 
     @classmethod
-    def of(cls, features: Tensor, name: str = "generated", block: int = BLOCK) -> Gaussian:
+    def of(cls, features: Tensor, name: str = "generated") -> Gaussian:
         """Of features [N, D], in float64; UserError below two rows or when not finite."""
-        return cls.of_batches(features.split(block), len(features), name)
+        return cls.of_batches(features.split(BLOCK), len(features), name)
 
     @classmethod
     def of_batches(cls, batches: Iterable[Tensor], count: int, name: str = "reference") -> Gaussian:
@@ -206,14 +207,12 @@ def shuffled(rows: Tensor, seed: int = 0) -> Tensor:
     return rows[order.to(rows.device)]
 
 
-def precision_recall(
-    generated: Tensor, reference: Tensor, k: int = NEIGHBOURS, block: int = BLOCK
-) -> tuple[Tensor, Tensor]:
+def precision_recall(generated: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) on Inception's or any features, row by row.
 
     Features [G, D] and [R, D] to bool [G]: within the k-th neighbour distance of some reference row (the mean is
     precision); and bool [R]: within that of some generated row (recall). A row is no neighbour of itself; squared
-    distances, the bound included. Only tiles of block x block distances are held.
+    distances, the bound included. Only tiles of BLOCK x BLOCK distances are held.
 
     Exact for the features as given. Distances come from float64 matrix products, which run at the processor's full
     speed; whatever their rounding leaves open, ties and duplicates above all, is decided by differences. (ADM rounds
@@ -225,22 +224,22 @@ def precision_recall(
     if generated.shape[1] != reference.shape[1]:
         widths = f"{generated.shape[1]} and {reference.shape[1]} numbers"
         raise UserError(f"features of different widths cannot be compared: {widths}")
-    centre = sum(rows.double().sum(0) for rows in reference.split(block)) / len(reference)
-    precision = _covered(generated, reference, squared_radii(reference, k, block), centre, block)
-    recall = _covered(reference, generated, squared_radii(generated, k, block), centre, block)
+    centre = sum(rows.double().sum(0) for rows in reference.split(BLOCK)) / len(reference)
+    precision = _covered(generated, reference, squared_radii(reference, k), centre)
+    recall = _covered(reference, generated, squared_radii(generated, k), centre)
     return precision, recall
 
 
-def squared_radii(features: Tensor, k: int = NEIGHBOURS, block: int = BLOCK) -> Tensor:
+def squared_radii(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
     """Squared distance of each row to its k-th nearest other row, float64 [N]."""
-    centre = sum(rows.double().sum(0) for rows in features.split(block)) / len(features)
+    centre = sum(rows.double().sum(0) for rows in features.split(BLOCK)) / len(features)
     radii = []
-    for start in range(0, len(features), block):
-        rows = features[start : start + block]
+    for start in range(0, len(features), BLOCK):
+        rows = features[start : start + BLOCK]
         nearest = torch.full((len(rows), k), torch.inf, dtype=torch.float64, device=centre.device)
         who = torch.zeros(len(rows), k, dtype=torch.int64, device=centre.device)
-        for other in range(0, len(features), block):
-            tile, _ = _tile(rows, features[other : other + block], centre)
+        for other in range(0, len(features), BLOCK):
+            tile, _ = _tile(rows, features[other : other + BLOCK], centre)
             if start == other:
                 tile.fill_diagonal_(torch.inf)
             columns = torch.arange(other, other + tile.shape[1], device=tile.device).expand(tile.shape)
@@ -251,17 +250,17 @@ def squared_radii(features: Tensor, k: int = NEIGHBOURS, block: int = BLOCK) -> 
     return torch.cat(radii)
 
 
-def _covered(points: Tensor, centres: Tensor, radii: Tensor, origin: Tensor, block: int) -> Tensor:
+def _covered(points: Tensor, centres: Tensor, radii: Tensor, origin: Tensor) -> Tensor:
     """Whether each point [P, D] lies within the squared radius [C] of some centre [C, D]: bool [P]."""
     parts = []
-    for rows in points.split(block):
+    for rows in points.split(BLOCK):
         inside = torch.zeros(len(rows), dtype=torch.bool, device=radii.device)
-        for near, reach in zip(centres.split(block), radii.split(block), strict=True):
+        for near, reach in zip(centres.split(BLOCK), radii.split(BLOCK), strict=True):
             tile, doubt = _tile(rows, near, origin)
             tile -= reach
             inside |= (tile < -doubt).any(1)
             open_pairs = ((tile.abs() <= doubt) & ~inside[:, None]).nonzero()
-            for i, j in (pairs.unbind(1) for pairs in open_pairs.split(block)):
+            for i, j in (pairs.unbind(1) for pairs in open_pairs.split(BLOCK)):
                 # The sum of the same D squares, perhaps in another order.
                 bound = reach[j] * (1 + rows.shape[1] * EPSILON)
                 inside[i[_by_differences(rows[i], near[j]) <= bound]] = True

@@ -21,7 +21,7 @@ numbers. Two policies drawn with the same seeds share their units, so the error 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +31,14 @@ from torch import Tensor
 
 from argrpo_cli import paper_numbers, seeds
 from argrpo_cli.draw import draw_batch
-from argrpo_cli.evals.benchmark import Benchmark, Subject, run
+from argrpo_cli.evals.benchmark import Benchmark, Subject
 from argrpo_cli.evals.fidelity import (
+    FID,
+    INCEPTION_SCORE,
     NEIGHBOURS,
+    PRECISION,
+    RECALL,
+    SFID,
     SPLIT_SIZE,
     frechet_measure,
     inception_score,
@@ -62,14 +67,13 @@ from argrpo_cli.images import ImageSet, open_images, recorded_sampling
 from argrpo_cli.kept import Pictures, Tensors
 from argrpo_cli.networks.inception import load_inception
 from argrpo_cli.sample import NPZ, check_resize, file_name
-from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot
+from argrpo_cli.shapes import Column, Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import Team, join_team
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Card, Policy
 
-INCEPTION_SCORE, FID, SFID, PRECISION, RECALL = "inception_score", "fid", "sfid", "precision", "recall"
 COLUMNS = {  # in the order of the paper's tables
     INCEPTION_SCORE: Column("IS", better="higher", digits=2),
     FID: Column("FID", better="lower", digits=2),
@@ -79,7 +83,7 @@ COLUMNS = {  # in the order of the paper's tables
 }
 IMAGES, CLASSES = 50_000, 1000  # of the published protocol
 EVAL_SIZE = 256  # pixels a side, to which larger images of a policy are scaled, as LlamaGen does
-LEAST = NEIGHBOURS + 2  # images: precision and recall need one less, the jackknife leaves some out
+LEAST = seeds.SPACES["imagenet"].least  # images: precision and recall need one less, the jackknife leaves some out
 SORTED_LOSS = 0.05  # of the IS, from which on images count as sorted by class
 ERRORS = (
     "of drawing the images, given the reference: a jackknife over 20 groups (IS, FID, sFID), the spread over generated "
@@ -96,11 +100,13 @@ class ImageNet(Benchmark):
         reference: a path, or "adm-256", see `imagenet_reference.py`.
         inception: a file of weights; None fetches torch-fidelity's.
         resize: pixels a side of a policy's images before Inception; None: 256 for larger images, others as drawn.
-        keep_images: write the pictures that a policy draws.
-        statistics: a file to save the reference's statistics in.
+        keep_images, keep_features: leave what a policy draws, and what Inception finds in any images, in the folder.
+
+    Raises:
+        UserError: `resize` is out of range.
     """
 
-    name, title, reads, example = "imagenet", "ImageNet's measures", "classes", "c2i-b-256"
+    name, title, reads, example = "imagenet", "ImageNet", "classes", "c2i-b-256"
     n, counted, final, packages = IMAGES, "images", True, ("torch-fidelity",)
 
     def __init__(
@@ -111,20 +117,14 @@ class ImageNet(Benchmark):
         inception: str | Path | None = None,
         resize: int | None = None,
         keep_images: bool = False,
-        statistics: Path | None = None,
+        keep_features: bool = False,
     ):
+        check_resize(resize)
         self.drawing, self.given, self.weights, self.resize = sampling, reference, inception, resize
-        self.keep_images, self.statistics = keep_images, statistics
+        self.keep_images, self.keep_features = keep_images, keep_features
         self.images: ImageSet | None = None
         self.reference: Reference | None = None
-        self.prepared = False
         self.features: dict[str, Features] = {}
-
-    def check(self, card: Card) -> None:
-        if card.reads != self.reads:
-            raise UserError(
-                f"{card.name} draws captions, and ImageNet's measures ask for classes; give one such as {self.example}"
-            )
 
     def open(self, cards: Sequence[Card], team: Team) -> None:
         if self.given == ADM_NAME:
@@ -134,7 +134,7 @@ class ImageNet(Benchmark):
 
     def shots(self, policy: Policy, n: int, seed: int) -> list[Shot]:
         """Classes in turn, each image with noise of its own."""
-        check_number(n, seed)
+        seeds.check(self.name, seed, n)
         names = policy.card.names
         conditions = policy.conditions(range(len(names)))
         shots = []
@@ -168,21 +168,19 @@ class ImageNet(Benchmark):
         features = self._features(subject, batch_size)
         features.extract(drawn, f"drawing {subject.name}", team, ahead=False)
 
+    def measure_all(self, subjects: Sequence[Subject], batch_size: int, team: Team) -> dict[str, dict[str, Measure]]:
+        folder = subjects[0].folder.parent / "reference"
+        self.reference = prepare_reference(self.file, self.inception, folder, batch_size, team)
+        return super().measure_all(subjects, batch_size, team)
+
     def measure(self, subject: Subject, batch_size: int, team: Team) -> dict[str, Measure]:
         """In the first process; the others have features only."""
-        if not self.prepared:
-            folder = subject.folder.parent / "reference"
-            self.reference = prepare_reference(self.file, self.inception, folder, batch_size, team)
-            self.prepared = True
-            if self.statistics is not None:
-                team.lead(lambda: save_statistics(self.statistics, self.reference.pool, self.reference.spatial))
         features = self._features(subject, batch_size)
         if self.images:
             features.extract(self.images.read, f"Inception on {subject.name}", team, ahead=True)
         class_ids = torch.tensor([shot.condition.class_id for shot in subject.shots]) if subject.card else None
         groups = class_groups(len(subject.shots), class_ids)
-        ready = self.reference
-        return team.lead(lambda: measure_set(features, groups, ready, self._keeps_order, team.device)) or {}
+        return team.lead(lambda: measure_set(features, groups, self.reference, self._keeps_order, team.device)) or {}
 
     def columns(self) -> dict[str, Column]:
         return COLUMNS if self.reference.pool_features is not None else {k: COLUMNS[k] for k in list(COLUMNS)[:3]}
@@ -222,10 +220,11 @@ class ImageNet(Benchmark):
         """Where the evaluation departs from the published protocol; each once."""
         texts: list[str] = []
         for one in subjects:
-            texts += count_warnings(len(one.shots), len(one.card.names) if one.card else None)
-            texts += sampling_warnings(asdict(self.drawing) if one.card else one.identity.get("sampling", {}))
-            texts += size_warnings(self._size(one), self.file)
-            texts += reference_warnings(self.file, one.identity.get("sha256") == self.file.sha256)
+            classes = len(one.card.names) if one.card else None
+            sampling = asdict(self.drawing) if one.card else one.identity.get("sampling", {})
+            texts += protocol_warnings(len(one.shots), classes, self._size(one), sampling, self.file)
+            if one.identity.get("sha256") == self.file.sha256:
+                texts.append("the reference is the very set that is measured")
         return list(dict.fromkeys(texts))
 
     def late_warnings(self, subjects: Sequence[Subject]) -> list[str]:
@@ -235,6 +234,15 @@ class ImageNet(Benchmark):
             in_order = self._keeps_order and sorted_by_class(features.all(PROBABILITIES))
             texts += set_warnings(one.name, features.all(HASHES), self.reference.hashes, in_order)
         return texts
+
+    def clean(self, subjects: Sequence[Subject]) -> None:
+        if self.keep_features:
+            return
+        Tensors(subjects[0].folder.parent / "reference", None, str).remove()
+        for one in subjects:
+            Tensors(one.folder / "features", None, str).remove()
+            if one.folder.is_dir() and not any(one.folder.iterdir()):
+                one.folder.rmdir()
 
     @property
     def _keeps_order(self) -> bool:
@@ -246,69 +254,16 @@ class ImageNet(Benchmark):
         return self.images.size if subject.card is None else (eval_size(subject.card.image_size, self.resize),) * 2
 
     def _features(self, subject: Subject, batch_size: int) -> Features:
-        features = Features(subject.folder / "features", subject.shots, self.inception, batch_size)
-        if self.images:
-            features = Features(subject.folder / "features", self.images.items, self.inception, batch_size)
+        items = self.images.items if self.images else subject.shots
+        features = Features(subject.folder / "features", items, self.inception, batch_size)
         self.features[subject.name] = features
         return features
 
 
-def run_imagenet(
-    benchmark: ImageNet,
-    policies: Sequence[str],
-    images: Path | None,
-    out: Path,
-    *,
-    n: int = IMAGES,
-    seed: int = 0,
-    batch_size: int = 64,
-    device: str = "auto",
-    keep_features: bool = False,
-    warn: Callable[[str], None] = lambda text: None,
-) -> Result | None:
-    """Measure one policy, or two of which the second is the baseline, or finished `images`; see `benchmark.run`.
-
-    Args:
-        warn: is told where the evaluation departs from the published protocol, before the work where possible.
-
-    Raises:
-        UserError: no such policy, set or reference, one that does not fit, an `out` used for something else.
-    """
-    if images is None:
-        check_number(n, seed)
-        check_resize(benchmark.resize)
-    texts: list[str] = []
-    result = run(
-        benchmark,
-        policies,
-        out,
-        sampling=benchmark.drawing,
-        n=n,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        images=None if images is None else Path(images),
-        warn=lambda text: (texts.append(text), warn(text)),
-    )
-    if benchmark.statistics is not None and not benchmark.prepared:  # nothing was left to measure
-        save_reference_statistics(benchmark.given, benchmark.statistics, benchmark.weights, batch_size, device)
-    if result is None:
-        return None
-    for text in result.warnings:
-        if text not in texts:
-            warn(text)
-    if not keep_features:
-        for folder in [*out.glob("*/features"), out / "reference"]:
-            Tensors(folder, None, str).remove()
-            if folder.parent != out and not any(folder.parent.iterdir()):
-                folder.parent.rmdir()
-    return result
-
-
 def save_reference_statistics(
     reference: str, file: Path, inception: str | Path | None = None, batch_size: int = 64, device: str = "auto"
-) -> bool:
-    """Compute a reference's statistics and save them as ADM's files have them; True in the process that reports.
+) -> None:
+    """Compute a reference's statistics, save them as ADM's files have them, and say so.
 
     Interrupted, it goes on where it was: features lie in a folder beside the file, until it is written.
     """
@@ -322,17 +277,9 @@ def save_reference_statistics(
     def finish() -> None:
         save_statistics(file, *(given.stored or (ready.pool, ready.spatial)))
         Tensors(folder, None, str).remove()
+        print(f"the statistics of {reference} are in {file}")
 
     team.lead(finish)
-    return team.first
-
-
-def check_number(n: int, seed: int) -> None:
-    """UserError for a number of images, or a seed, out of range."""
-    most = seeds.SPACES["imagenet"].stride
-    if not LEAST <= n <= most:
-        raise UserError(f"--n {n}: give {LEAST} to {most} images")
-    seeds.check("imagenet", seed, n)
 
 
 def eval_size(image_size: int, resize: int | None) -> int:
@@ -350,7 +297,8 @@ def measure_set(
         keep_order: take IS's splits of the images as they come, not shuffled by a fixed seed.
         device: of precision and recall.
     """
-    measures = {INCEPTION_SCORE: _inception_score(features.all(PROBABILITIES), groups, keep_order)}
+    rows = features.all(PROBABILITIES), groups
+    measures = {INCEPTION_SCORE: inception_score_measure(*(rows if keep_order else map(shuffled, rows)), SPLIT_SIZE)[0]}
     for key, kind, gaussian in ((FID, POOL, reference.pool), (SFID, SPATIAL, reference.spatial)):
         measures[key] = frechet_measure(features.each(kind), groups, gaussian)[0]
     if reference.pool_features is not None:
@@ -360,12 +308,6 @@ def measure_set(
         measures[PRECISION] = mean_of(precise)
         measures[RECALL] = Measure(recalled.mean().item(), (recalled,), len(groups))  # of so many generated images
     return measures
-
-
-def _inception_score(probabilities: Tensor, groups: Tensor, keep_order: bool) -> Measure:
-    if not keep_order:
-        probabilities, groups = shuffled(probabilities), shuffled(groups)
-    return inception_score_measure(probabilities, groups, SPLIT_SIZE)[0]
 
 
 def sorted_by_class(probabilities: Tensor) -> bool:
@@ -385,59 +327,42 @@ def _recorded(images: ImageSet) -> dict[str, Any]:
     return {key: one for key, one in (("sampling", sampling), ("weights", recorded.get("weights"))) if one}
 
 
-# Where an evaluation departs from the published protocol: the usual cause of figures that cannot be compared. ADM's,
-# LlamaGen's and AR-GRPO's: 50,000 images, 50 of each of 1,000 classes, 256 x 256 pixels before Inception, against ADM's
-# reference batch; guidance 2.0, temperature 1, no top-k or top-p (AR-GRPO's table 2).
+def protocol_warnings(
+    count: int, classes: int | None, size: tuple[int, int], sampling: Mapping[str, Any], reference: ReferenceFile
+) -> list[str]:
+    """Where an evaluation departs from the published protocol, the usual cause of figures that cannot be compared.
 
+    ADM's, LlamaGen's and AR-GRPO's: 50,000 images, 50 of each of 1,000 classes, 256 x 256 pixels before Inception,
+    against ADM's reference batch; guidance 2.0, temperature 1, no top-k or top-p (AR-GRPO's table 2).
 
-def count_warnings(n: int, classes: int | None) -> list[str]:
-    """Of the number of images; `classes` of a policy, None where they are not known."""
-    texts = []
-    if n != IMAGES:
-        texts.append(f"{n:,} images; published figures are of {IMAGES:,}, and FID is larger the fewer there are")
+    Args:
+        classes: of a policy, None where they are not known.
+        size: height and width in which images reach Inception.
+        sampling: as much as is known of it.
+    """
+    texts, own, images = [], f"{size[1]}x{size[0]}", reference.images
+    if count != IMAGES:
+        texts.append(f"{count:,} images; published figures are of {IMAGES:,}, and FID is larger the fewer there are")
     if classes is not None and classes != CLASSES:
         texts.append(f"the policy draws {classes} classes, ImageNet has {CLASSES:,}")
-    if classes is not None and n % classes:
-        texts.append(f"{n:,} images of {classes:,} classes: not the same number of each")
-    return texts
-
-
-def size_warnings(size: tuple[int, int], reference: ReferenceFile) -> list[str]:
-    """Of the size, height and width, in which images reach Inception."""
-    texts, own = [], f"{size[1]}x{size[0]}"
+    if classes is not None and count % classes:
+        texts.append(f"{count:,} images of {classes:,} classes: not the same number of each")
+    for key, value in asdict(Benchmark.sampling).items():
+        if key != "dtype" and sampling.get(key, value) != value:
+            texts.append(f"--{key.replace('_', '-')} {sampling[key]:g}; the paper's table 2 has {value:g}")
     if size != ADM_SIZE:
         texts.append(f"images of {own} pixels reach Inception; published figures are of 256x256")
-    if reference.images is not None and reference.images.size != size:
-        other = reference.images.size
-        texts.append(f"images of {own} pixels are compared with a reference of {other[1]}x{other[0]}")
-    return texts
-
-
-def sampling_warnings(settings: Mapping[str, Any]) -> list[str]:
-    """Of guidance, temperature and the like, as far as `settings` tells them."""
-    paper = asdict(Benchmark.sampling)
-    return [
-        f"--{key.replace('_', '-')} {settings[key]:g}; the paper's table 2 has {value:g}"
-        for key, value in paper.items()
-        if key != "dtype" and settings.get(key, value) != value
-    ]
-
-
-def reference_warnings(reference: ReferenceFile, same_contents: bool) -> list[str]:
-    """Of the reference; `same_contents` as the generated images'."""
-    texts = []
+    if images is not None and images.size != size:
+        texts.append(f"images of {own} pixels are compared with a reference of {images.size[1]}x{images.size[0]}")
     if not reference.is_adm:
         texts.append(
             f"the reference {reference.name} is not ADM's batch for 256 pixels (10,000 images and the training set's "
             "statistics): FID, sFID, precision and recall cannot be compared with published ones"
         )
-    images = reference.images
-    if images is not None and images.count == IMAGES:
-        texts.append(f"the reference has {IMAGES:,} images: the validation set, or generated ones, instead of ADM's?")
     if images is None:
         texts.append("the reference holds statistics only: precision and recall are not measured")
-    if same_contents:
-        texts.append("the reference is the very set that is measured")
+    elif images.count == IMAGES:
+        texts.append(f"the reference has {IMAGES:,} images: the validation set, or generated ones, instead of ADM's?")
     return texts
 
 

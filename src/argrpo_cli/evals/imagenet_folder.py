@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from argrpo_cli.images import METADATA, SUFFIXES, ImageSet, file_item, image_files
+from argrpo_cli.policy.folder import class_wnids
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl, read_text, reason
@@ -66,8 +67,10 @@ def some_of(images: ImageSet, count: int | None) -> ImageSet:
     """The first `count` in `balanced_order`, or all of them in that order.
 
     Raises:
-        UserError: there are not so many.
+        UserError: there are not so many, or not two.
     """
+    if images.count < 2:
+        raise UserError(f"{images.path} holds one picture, and an interval needs 2 or more")
     if count is not None and count > images.count:
         raise UserError(f"--n {count}: {images.path} holds {images.count} pictures")
     order = balanced_order([item.extra["label"] for item in images.items])[:count]
@@ -108,16 +111,10 @@ def imagenet_class(wnid: str, where: Path) -> int:
     Raises:
         UserError: it is none of them; the message names `where`.
     """
-    from timm.data import ImageNetInfo
-
-    if not _CLASS_IDS:
-        _CLASS_IDS.update({name: index for index, name in enumerate(ImageNetInfo("imagenet-1k").label_names())})
-    if wnid not in _CLASS_IDS:
-        raise UserError(f"{where}: {wnid} is none of ImageNet's 1000 classes (ILSVRC 2012)")
-    return _CLASS_IDS[wnid]
-
-
-_CLASS_IDS: dict[str, int] = {}
+    try:
+        return class_wnids().index(wnid)
+    except ValueError as error:
+        raise UserError(f"{where}: {wnid} is none of ImageNet's 1000 classes (ILSVRC 2012)") from error
 
 
 def balanced_order(labels: Sequence[str | int], seed: int = ORDER_SEED) -> list[int]:

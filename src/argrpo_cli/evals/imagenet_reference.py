@@ -79,10 +79,6 @@ class Features:
         """One kind of features of all images, [N, D] or [N]."""
         return self.store.column(self.batches, key)
 
-    def gaussian(self, key: str) -> Gaussian:
-        """Of one kind of features, POOL or SPATIAL."""
-        return Gaussian.of_batches(self.each(key), len(self.items))
-
 
 def image_hashes(images: Tensor) -> Tensor:
     """A number for the bytes of each image: equal images, equal numbers. int64 [B]."""
@@ -185,8 +181,18 @@ def prepare_reference(
         folder: where the features of its images go.
     """
     cache = user_cache() / "references" / f"{file.sha256[:24]}-{inception.fingerprint}.safetensors"
-    if team.from_lead(lambda: _read_cache(cache) is not None):
-        return team.lead(lambda: _read_cache(cache))
+
+    def read() -> Reference | None:
+        """None where there is none, or a damaged one."""
+        held = load_tensors(cache)
+        if held is None or not held.keys() >= set(CACHED):
+            return None
+        pool_mean, pool_root, spatial_mean, spatial_root = (held[key] for key in CACHED)
+        parts = Gaussian(pool_mean, root=pool_root), Gaussian(spatial_mean, root=spatial_root)
+        return Reference(*parts, held.get("features"), held.get("hashes"))
+
+    if team.from_lead(lambda: read() is not None):
+        return team.lead(read)
     features = None
     if file.images is not None:
         features = Features(folder, file.images.items, inception, batch_size)
@@ -196,33 +202,16 @@ def prepare_reference(
         pool, spatial = file.stored or (
             Gaussian.of_batches(features.each(k), len(features.items)) for k in (POOL, SPATIAL)
         )
-        rows, hashes = (None, None) if features is None else (features.all(POOL), features.all(HASHES))
-        reference = Reference(pool, spatial, rows, hashes)
+        content = dict(zip(CACHED, (pool.mean, pool.root, spatial.mean, spatial.root), strict=True))
+        if features is not None:
+            content |= {"features": features.all(POOL), "hashes": features.all(HASHES)}
         try:
-            _write_cache(reference, cache)
+            save_tensors(cache, content)
         except UserError:  # a home that cannot be written to: the next evaluation computes it again
-            return reference
-        return _read_cache(cache)  # as every later call does: sums may round by how numbers lie in memory
+            return Reference(pool, spatial, content.get("features"), content.get("hashes"))
+        return read()  # as every later call does: sums may round by how numbers lie in memory
 
     return team.lead(finish)
-
-
-def _write_cache(reference: Reference, cache: Path) -> None:
-    pool, spatial = reference.pool, reference.spatial
-    content = dict(zip(CACHED, (pool.mean, pool.root, spatial.mean, spatial.root), strict=True))
-    if reference.pool_features is not None:
-        content |= {"features": reference.pool_features, "hashes": reference.hashes}
-    save_tensors(cache, content)
-
-
-def _read_cache(cache: Path) -> Reference | None:
-    """None where there is none, or a damaged one."""
-    held = load_tensors(cache)
-    if held is None or not held.keys() >= set(CACHED):
-        return None
-    pool_mean, pool_root, spatial_mean, spatial_root = (held[key] for key in CACHED)
-    parts = Gaussian(pool_mean, root=pool_root), Gaussian(spatial_mean, root=spatial_root)
-    return Reference(*parts, held.get("features"), held.get("hashes"))
 
 
 def fetch_adm(url: str = ADM_URL) -> Path:
@@ -239,19 +228,12 @@ def fetch_adm(url: str = ADM_URL) -> Path:
         with urllib.request.urlopen(url, timeout=SECONDS) as response, atomic_path(target) as temporary:
             size = int(response.headers.get("Content-Length") or 0)
             with open(temporary, "wb") as file, progress(f"fetching {target.name}", size // CHUNK, "MB") as advance:
-                got = _copy(response.read, file.write, advance)
+                got = 0
+                while block := response.read(CHUNK):
+                    got += file.write(block)
+                    advance(round(len(block) / CHUNK))
             if size and got != size:
                 raise UserError(f"cannot fetch {url}: it ended after {got:,} of {size:,} bytes; try again, or {mend}")
     except (URLError, OSError) as error:
         raise UserError(f"cannot fetch {url}: {first_line(error)}; {mend}") from error
     return target
-
-
-def _copy(read: Callable[[int], bytes], write: Callable[[bytes], int], advance: Callable[[int], None]) -> int:
-    """Copy to the end; the number of bytes."""
-    got = 0
-    while block := read(CHUNK):
-        write(block)
-        got += len(block)
-        advance(round(len(block) / CHUNK))
-    return got

@@ -49,7 +49,12 @@ from argrpo_cli import seeds
 from argrpo_cli.draw import draw_batch, score_tokens
 from argrpo_cli.evals.benchmark import Benchmark, Subject, run
 from argrpo_cli.evals.fidelity import (
+    FID,
+    INCEPTION_SCORE,
     NEIGHBOURS,
+    PRECISION,
+    RECALL,
+    SFID,
     Gaussian,
     frechet_measure,
     inception_score_measure,
@@ -65,7 +70,7 @@ from argrpo_cli.rewards import RewardSet, check_reward, load_rewards, reward_wei
 from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
-from argrpo_cli.system.processes import ALONE, Team, join_team, progress
+from argrpo_cli.system.processes import ALONE, Team, join_team
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Card, Policy
@@ -73,7 +78,6 @@ if TYPE_CHECKING:
 UNSEEN_SCENES = 480
 MATCH, MATCH_AT_SIZE, SIZE, MIRRORED = "match", "match_at_size", "size", "mirrored"
 RECOGNISED, DIVERSITY = "recognised", "diversity"
-INCEPTION_SCORE, FID, SFID, PRECISION, RECALL = "inception_score", "fid", "sfid", "precision", "recall"
 CORRECTED = "_corrected"
 ENTROPY, GUIDED_ENTROPY, TOTAL = "entropy", "entropy_guided", "total_reward"
 COLUMNS = {
@@ -137,10 +141,11 @@ class Nano(Benchmark):
     def shots(self, policy: Policy, n: int, seed: int) -> list[Shot]:
         """Classes in turn, each image with noise of its own."""
         self.seed = seed
-        check_number(n, seed)
+        seeds.check(self.name, seed, n)
         classes = range(len(scenes.CLASS_NAMES))
         captions = [class_prompt(name) for name in scenes.CLASS_NAMES]
         conditions = policy.conditions(classes if policy.card.reads == "classes" else captions)
+        conditions = [replace(condition, class_id=i) for i, condition in enumerate(conditions)]
         return [
             Shot(conditions[i % len(classes)], seeds.of(self.name, seed, i), f"{i:06d}")  # a name in the store
             for i in range(n)
@@ -148,7 +153,7 @@ class Nano(Benchmark):
 
     def finished(self, images: Path) -> list[Shot]:
         self.images = open_images(images)
-        class_ids = _class_ids(self.images)
+        class_ids = _recorded_classes(self.images)
         if self.images.size != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE):
             height, width = self.images.size
             side = f"{scenes.IMAGE_SIZE}x{scenes.IMAGE_SIZE}"
@@ -186,19 +191,13 @@ class Nano(Benchmark):
         return team.lead(lambda: self._measure(subject)) or {}
 
     def _measure(self, subject: Subject) -> Measures:
-        class_ids = [class_id_of(shot.condition) for shot in subject.shots]
-        known = None if None in class_ids else torch.tensor(class_ids)
+        class_ids = _class_ids(subject)
         batches = in_batches(subject.shots, self.batch_size)
         if subject.card is None:
-            pictures = []
-            with progress("reading", self.images.count) as advance:
-                for batch in in_batches(self.images.items, self.batch_size):
-                    pictures.append(self.images.read(batch))
-                    advance(len(batch))
-            measured = self.of_pictures(torch.cat(pictures), known)
+            measured = self.of_pictures(self.images.read(self.images.items), class_ids)
         else:
             store = _store(subject)
-            measured = self.of_pictures(store.column(batches, IMAGES), known)
+            measured = self.of_pictures(store.column(batches, IMAGES), class_ids)
             measured |= {key: mean_of(store.column(batches, key)) for key in (ENTROPY, GUIDED_ENTROPY)}
         self.measured[subject.name] = measured
         return measured
@@ -263,7 +262,7 @@ class Nano(Benchmark):
         lines.insert(0, f"tokenizer: PSNR {psnr}; {tokenizer['codebook_used']:.0%} of the codebook in use")
         lines.append(f"{given} and the training run")
         first, last = self.measured[subjects[0].name], self.measured[subjects[-1].name]
-        class_ids = torch.tensor([class_id_of(shot.condition) for shot in subjects[-1].shots])
+        class_ids = _class_ids(subjects[-1])
         spread = {key: within_class_std(last[key].values, class_ids) for key in (*self.weights, TOTAL)}
         lines.append(f"within-class sd: {', '.join(f'{key} {one:.3f}' for key, one in spread.items())}")
         if len(subjects) > 1:
@@ -284,16 +283,13 @@ def run_nano(
     *,
     sampling: Sampling = Nano.sampling,
     n: int = Nano.n,
-    seed: int = 0,
-    batch_size: int = 64,
     device: str = "auto",
-    text_device: str = "same",
     weights: Mapping[str, float] | None = None,
+    **options: Any,
 ) -> Result | None:
-    """Measure one policy, or two with the same classes and seeds, or finished `images`.
+    """Measure one policy, or two with the same classes and seeds, or finished `images`; options as of `benchmark.run`.
 
     Args:
-        policies: names or paths; with two, the second is the baseline.
         file: for the result. What is drawn lies in a folder beside it until it is written, so that the same call goes
             on where an interrupted one stopped.
         weights: name of a reward to its weight in the total; by default those of the recipe nano/c2i.
@@ -301,26 +297,13 @@ def run_nano(
     Raises:
         UserError: no such policy, a policy of another world, too few images, a seed out of range.
     """
-    if images is None:
-        check_number(n, seed)
     team = join_team(device)
     keeps = file is not None and images is None
     out = file.with_name(f"{file.name}.parts") if keeps else Path(team.from_lead(tempfile.mkdtemp)) / "out"
     benchmark = Nano(weights)
     benchmark.n, benchmark.sampling = n, sampling  # no paper has another protocol
     try:
-        result = run(
-            benchmark,
-            policies,
-            out,
-            sampling=sampling,
-            n=n,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            text_device=text_device,
-            images=images,
-        )
+        result = run(benchmark, policies, out, images=images, n=n, sampling=sampling, device=device, **options)
     finally:
         if team.first and not keeps:
             shutil.rmtree(out.parent, ignore_errors=True)
@@ -340,14 +323,6 @@ def measure_policy(
     subject = Subject(folder.name, policy.card.name, folder, folder, benchmark.shots(policy, n, seed), policy.card, {})
     benchmark.gather(policy, subject, sampling, batch_size, ALONE)
     return benchmark.measure(subject, batch_size, ALONE)
-
-
-def check_number(n: int, seed: int) -> None:
-    """UserError for too few samples, or a seed that reaches those of training."""
-    classes = len(scenes.CLASS_NAMES)
-    if n < 2 * classes:
-        raise UserError(f"--n {n}: {n} samples are too few: give at least {2 * classes}, two for each class")
-    seeds.check("nano", seed, n)
 
 
 def set_measures(
@@ -419,11 +394,10 @@ def measure_tokenizer(vq: VQModel, reference_tokens: Tensor, seed: int) -> dict[
     return {"psnr": psnr.mean().item(), "codebook_used": used, "note": ""}
 
 
-def class_id_of(condition: Condition) -> int | None:
-    """The class that a condition asks for, by its id or, in a caption, by its name; None where neither tells."""
-    if condition.class_id is not None or not condition.prompt:
-        return condition.class_id
-    return [class_prompt(name) for name in scenes.CLASS_NAMES].index(condition.prompt)
+def _class_ids(subject: Subject) -> Tensor | None:
+    """int64 [N], the class that each picture is of; None where nothing tells."""
+    class_ids = [shot.condition.class_id for shot in subject.shots]
+    return None if None in class_ids else torch.tensor(class_ids)
 
 
 def _condition(class_id: int) -> Condition:
@@ -434,7 +408,7 @@ def _store(subject: Subject) -> Tensors:
     return Tensors(subject.folder / "drawn", None, lambda shot: shot.file)
 
 
-def _class_ids(images: ImageSet) -> list[int] | None:
+def _recorded_classes(images: ImageSet) -> list[int] | None:
     """The class of each picture by its folder's metadata.jsonl; None when nothing tells."""
     metadata = images.path / METADATA
     if not metadata.is_file():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -220,8 +221,17 @@ def class_names(count: int) -> list[str]:
     """ImageNet's names as the published code says them, all synonyms: "tench, Tinca tinca"."""
     if count != 1000:
         return [str(index) for index in range(count)]
-    (timm,) = find_spec("timm").submodule_search_locations  # whose data are read without its code, which needs torch
-    data = Path(timm) / "data" / "_info"
-    lines = read_text(data / "imagenet_synset_to_lemma.txt").splitlines()
-    lemmas = dict(line.split("\t") for line in lines)
-    return [lemmas[synset] for synset in read_text(data / "imagenet_synsets.txt").splitlines()]
+    lemmas = dict(line.split("\t") for line in _of_timm("imagenet_synset_to_lemma.txt"))
+    return [lemmas[wnid] for wnid in class_wnids()]
+
+
+@cache
+def class_wnids() -> list[str]:
+    """ImageNet's thousand WordNet ids, sorted: the place of each is its class id."""
+    return _of_timm("imagenet_synsets.txt")
+
+
+def _of_timm(file: str) -> list[str]:
+    """Lines of timm's data about ImageNet, read without its code, which needs torch."""
+    (timm,) = find_spec("timm").submodule_search_locations
+    return read_text(Path(timm) / "data" / "_info" / file).splitlines()

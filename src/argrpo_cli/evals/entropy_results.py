@@ -1,29 +1,84 @@
-"""The results of `argrpo entropy`: a table, numbers for other tools, the curve (the paper's figure 4) and bars by size
-and resolution (figure 3).
+"""What `argrpo entropy` is asked, and what it tells: a table, numbers for other tools, the curve (the paper's figure 4)
+and bars by size and resolution (figure 3). Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.evals.benchmark import SUMMARY
-from argrpo_cli.evals.entropy import MODES, NORMAL_95, Question
+from argrpo_cli.images import ImageSet
+from argrpo_cli.policy.folder import checkpoint_folders
 from argrpo_cli.shapes import Column, Result, Sampling, Value
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import atomic_path, check_writable, make_dir, read_jsonl, write_jsonl
+from argrpo_cli.system.files import atomic_path, check_writable, make_dir, read_json, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
+MODES = ("conditional", "guided")
+NORMAL_95 = 1.959964  # half-width of a 95 % interval in standard errors
 NUMBERS, CURVE, BARS = "entropy.jsonl", "curve.png", "bars.png"
 JOURNAL = ".journal"  # what was measured, chunk by chunk
 COLORS = {"conditional": "tab:blue", "guided": "tab:orange"}
 SHADES = ("#9aa5b1", "#d1495b", "#edae49", "#30638e", "#6a994e")  # the first of a family, and those compared with it
 LONGEST_NAME = 24
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A policy to measure: how to open it, what to call it, and its step when it is a checkpoint of a run."""
+
+    path: str
+    name: str
+    step: int | None = None
+
+
+def subjects_of_run(run: Path) -> list[Subject]:
+    """The base policy of a run, its checkpoints in order, and the trained policy where the last checkpoint is older.
+
+    Raises:
+        UserError: no run directory, one without checkpoints and trained policy, or its base policy is gone.
+    """
+    if not (run / "run.json").is_file():
+        raise UserError(f"{run} is no run directory: it has no run.json")
+    notes = read_json(run / "run.json")
+    base = notes.get("base_policy")
+    if not base or not Path(base).is_dir():
+        raise UserError(f"the base policy of {run} is gone: {base}; measure its checkpoints with --policy")
+    folders = checkpoint_folders(run)
+    finished = (notes.get("finished") or {}).get("step")
+    if finished is not None and finished not in folders and (run / "policy").is_dir():
+        folders[finished] = run / "policy"
+    if not folders:
+        raise UserError(f"{run} has no checkpoints yet; train longer, or lower logging.save_every")
+    return [Subject(base, "base", 0), *(Subject(str(path), f"step {step}", step) for step, path in folders.items())]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the entropy is measured on: scenes of the nano world, other pictures, or samples.
+
+    Attributes:
+        prompts: a bundled set or a file of captions to sample; None for held-out images, teacher-forced.
+        limit: at most so many.
+        seed: of the samples.
+        data: real pictures in the place of the scenes, `limit` of them.
+    """
+
+    prompts: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    data: ImageSet | None = None
+
+    def about(self) -> dict[str, str | None]:
+        """What rows say of it; results on other images go elsewhere."""
+        split, data = None if self.prompts else "val", str(self.data.path) if self.data else None
+        return {"split": split, "asked": self.prompts, "data": data}
 
 
 def claim(out: Path, question: Question) -> None:
@@ -41,8 +96,7 @@ def claim(out: Path, question: Question) -> None:
     if others:
         raise UserError(f"{out} is not empty (there is {min(others)}); choose another --out")
     rows = read_jsonl(out / NUMBERS) if (out / NUMBERS).is_file() else []
-    asked = (question.split, question.prompts, question.data)
-    if rows and tuple(rows[0].get(key) for key in ("split", "asked", "data")) != asked:
+    if rows and any(rows[0].get(key) != value for key, value in question.about().items()):
         raise UserError(f"{out} holds the entropy on other images; choose another --out")
     if rows and question.limit is not None and question.limit < rows[0]["images"]:
         more = f"the entropy on {rows[0]['images']} images, more than --n {question.limit}"
@@ -73,18 +127,16 @@ def result_of(rows: Sequence[dict[str, Any]]) -> Result:
             changes.setdefault(name, {})[mode] = Value(row["change"], row["change_error"], row["images"])
         known = ("path", "step", "weights", "base", "parameters", "image_size", "against")
         measured[name] = {key: row[key] for key in known if row.get(key) is not None}
-    first = rows[0]
+    first, pair = rows[0], len(cells) == 2
     shared = ("split", "prompts", "asked", "data", "labels", "preprocessing", "tokenizer", "versions")
-    sampling = {key: first[key] for key in (*asdict(Sampling()), "seed") if key in first}
     several = {name: {mode: asdict(one) for mode, one in own.items()} for name, own in changes.items()}
-    pair = len(cells) == 2
     return Result(
         benchmark="entropy",
         columns={mode: Column(mode, "nats/token", digits=4) for mode in MODES},
         rows=dict(reversed(cells.items())) if pair else cells,
         difference=changes[list(cells)[1]] if pair else {},
         protocol={
-            "sampling": sampling,
+            "sampling": {key: first[key] for key in (*asdict(Sampling()), "seed") if key in first},
             "measured": measured,
             **{key: first[key] for key in shared if first.get(key) is not None},
             **({} if pair or not several else {"changes": several}),
@@ -124,7 +176,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Two panels: mean entropy against step (or by policy) with 95 % intervals, and entropy by position."""
-    figure = _figure(11, 4)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["policy"] for row in rows))
     steps = {row["policy"]: row["step"] for row in rows}
@@ -173,6 +227,8 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
     The axis does not start at zero: the differences are small beside the entropy itself. Above each bar but the first
     of its group stands the change with its own, paired error, which is smaller than the bars' errors suggest.
     """
+    from matplotlib.figure import Figure
+
     families: dict[str, list[str]] = {}
     for row in rows:
         members = families.setdefault(row["family"], [])
@@ -180,7 +236,7 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
             members.append(row["policy"])
     widest = max(map(len, families.values()))
     count = sum(map(len, families.values()))
-    figure = _figure(max(8.0, 3.0 + 2.6 * count), 4.6)
+    figure = Figure(figsize=(max(8.0, 3.0 + 2.6 * count), 4.6), layout="constrained")
     for axes, mode in zip(figure.subplots(1, 2), MODES, strict=True):
         of = {row["policy"]: row for row in rows if row["mode"] == mode}
         ticks, names = [], []
@@ -223,15 +279,6 @@ def _shortened(name: str) -> str:
     """A name that fits below a bar: of a path the end, without the `policy` that every finished run has."""
     name = name.rstrip("/").removesuffix("/policy")
     return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _save(figure: Figure, path: Path) -> None:
