@@ -352,20 +352,22 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path):
     for change, message in (
         ({"sigma": np.eye(3)}, r"mu, sigma have the shapes \[2\], \[3, 3\]; expected \[D\], \[D, D\]"),
         ({"sigma_s": np.full((3, 3), np.nan)}, "mu_s, sigma_s are not finite"),
-        ({"mu": np.array(["a", "b"])}, "not an .npz file of numbers"),
-        ({"mu": np.array([{}, {}], dtype=object)}, "not an .npz file of numbers"),
+        ({"mu": np.array(["a", "b"])}, "no .npz file of numbers"),
+        ({"mu": np.array([{}, {}], dtype=object)}, "no .npz file of numbers"),
     ):
         np.savez(path, **{**good, **change})
         with pytest.raises(UserError, match=message):
             load_statistics(path)
     np.savez(path, mu=good["mu"], sigma=good["sigma"])
-    with pytest.raises(UserError, match="holds mu, sigma; expected mu, sigma, mu_s, sigma_s"):
+    with pytest.raises(UserError, match=r"holds mu, sigma; expected arr_0 \(images\), or mu, sigma, mu_s, sigma_s"):
         load_statistics(path)
     np.save(tmp_path / "one.npy", np.eye(2))
-    with pytest.raises(UserError, match=r"not an \.npz file"):
+    with pytest.raises(UserError, match=r"no \.npz file"):
         load_statistics(tmp_path / "one.npy")
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match="cannot read"):
         load_statistics(path)
-    with pytest.raises(UserError, match="there is no file"):
+    np.savez(path, arr_0=np.zeros((1, 2, 2, 3), np.uint8))
+    assert load_statistics(path) is None, "the images alone"
+    with pytest.raises(UserError, match=r"cannot read .*No such file"):
         load_statistics(tmp_path / "nowhere.npz")

@@ -94,13 +94,7 @@ def measure(
         against = subjects[0].name if against == subject.name else against
         for index, mode in enumerate(MODES):
             row = {"policy": subject.name, "path": subject.path, "step": subject.step, "mode": mode}
-            row |= {
-                **question.about(),
-                "prompts": None,
-                **asdict(sampling),
-                **statistics(whole, index),
-                "family": family,
-            }
+            row |= {**question.about(), "prompts": None, **asdict(sampling), **statistics(whole, index)}
             one = measures[subject.name, mode] = mean_of(whole["per_image"][index])
             if subject != subjects[0]:
                 change = one.minus(measures[against, mode])

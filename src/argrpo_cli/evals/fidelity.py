@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.evals.statistics import Measure, jackknife
-from argrpo_cli.images import DAMAGED
+from argrpo_cli.images import ARRAY, DAMAGED
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, reason
 
@@ -301,22 +301,22 @@ def save_statistics(path: str | Path, pool: Gaussian, spatial: Gaussian) -> None
         np.savez(file, **{key: array.numpy() for key, array in zip(STATISTICS, arrays, strict=True)})
 
 
-def load_statistics(path: str | Path) -> tuple[Gaussian, Gaussian]:
-    """Reference statistics of the pool and the spatial features; other arrays in the file are left alone.
+def load_statistics(path: Path) -> tuple[Gaussian, Gaussian] | None:
+    """Reference statistics of the pool and the spatial features in an .npz; None where it has images without any.
 
     Raises:
-        UserError: no such file, or it lacks them, or they do not fit together or are not finite.
+        UserError: the file cannot be read, or has neither, or statistics that do not fit together or are not finite.
     """
-    path = Path(path)
     try:
         with np.load(path) as held:
             if not set(STATISTICS) <= set(held.files):
-                raise UserError(f"{path} holds {', '.join(held.files) or 'nothing'}; expected {', '.join(STATISTICS)}")
+                if ARRAY in held.files:
+                    return None
+                expected = f"expected {ARRAY} (images), or {', '.join(STATISTICS)}, or both"
+                raise UserError(f"{path} holds {', '.join(held.files) or 'nothing'}; {expected}")
             mu, sigma, mu_s, sigma_s = (torch.from_numpy(held[key]) for key in STATISTICS)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
     except (*DAMAGED, TypeError) as error:  # TypeError: a single array, or one of text
-        raise UserError(f"cannot read {path}: it is not an .npz file of numbers, or a damaged one") from error
+        raise UserError(f"cannot read {path}: it is no folder and no .npz file of numbers, or damaged") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from error
     for name, mean, covariance in (("mu, sigma", mu, sigma), ("mu_s, sigma_s", mu_s, sigma_s)):

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from argrpo_cli.evals.fidelity import NEIGHBOURS, STATISTICS, Gaussian, load_statistics
-from argrpo_cli.images import ARRAY, DAMAGED, ImageSet, Item, open_images
+from argrpo_cli.evals.fidelity import NEIGHBOURS, Gaussian, load_statistics
+from argrpo_cli.images import ARRAY, ImageSet, Item, open_images
 from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.networks.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
 from argrpo_cli.shapes import Shot
@@ -138,21 +138,11 @@ def open_reference(given: str) -> ReferenceFile:
         UserError: nothing there, no connection, too few images, statistics of something else than Inception's features.
     """
     path = fetch_adm() if given == ADM_NAME else Path(given)
-    keys: list[str] = []
-    if path.is_file():
-        try:
-            with np.load(path) as held:
-                keys = list(held.files)
-        except (*DAMAGED, OSError, AttributeError, TypeError) as error:  # the last two: a single array
-            raise UserError(f"cannot read {path}: it is neither a folder nor an .npz file, or a damaged one") from error
-        if ARRAY not in keys and not set(STATISTICS) <= set(keys):
-            expected = f"expected {ARRAY} (images), or {', '.join(STATISTICS)}, or both"
-            raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; {expected}")
-    stored = load_statistics(path) if set(STATISTICS) <= set(keys) else None
+    stored = load_statistics(path) if path.is_file() else None
     for one, width, names in zip(stored or (), (POOL_WIDTH, SPATIAL_WIDTH), ("mu", "mu_s"), strict=False):
         if len(one.mean) != width:
             raise UserError(f"{path}: {names} has {len(one.mean)} numbers; Inception's features have {width}")
-    images = open_images(path) if ARRAY in keys or not path.is_file() else None
+    images = open_images(path) if stored is None or ARRAY in np.load(path) else None
     if images is not None and images.count <= NEIGHBOURS:
         raise UserError(f"{path} holds {images.count} images; a reference needs at least {NEIGHBOURS + 1}")
     return ReferenceFile(given, images, stored, content_hash(path, images))
