@@ -189,16 +189,21 @@ def find_items(
 
 def image_files(folder: Path) -> list[str]:
     """Names of the pictures in a folder, sorted, without overviews and hidden files; UserError when there are none."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
-    try:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
-    names = [name for name in names if name not in OVERVIEWS and not name.startswith(".")]
+    names = [path.name for path in folder_entries(folder) if path.suffix.lower() in SUFFIXES]
+    names = [name for name in names if name not in OVERVIEWS]
     if not names:
         raise UserError(f"no images in {folder} (looked for {', '.join(SUFFIXES)})")
     return names
+
+
+def folder_entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without hidden files; UserError when it cannot be listed."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
 
 
 def file_item(folder: Path, name: str, condition: Condition | None = None, **extra: Any) -> Item:

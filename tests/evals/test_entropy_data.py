@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import entropy as e
-from argrpo_cli.evals.imagenet_folder import balanced_order, conditions_of, imagenet_class, open_labelled, some_of
+from argrpo_cli.evals.imagenet_folder import balanced_order, conditions_of, open_labelled, some_of
 from argrpo_cli.images import ImageSet, Item
 from argrpo_cli.kept import in_batches
 from argrpo_cli.policy import Policy
@@ -95,7 +95,11 @@ def test_class_folders_are_named_by_class_or_by_id(tmp_path, names):
 def test_wordnet_ids_are_numbered_by_their_place_among_the_thousand_even_where_some_are_missing(tmp_path):
     class_folders(tmp_path, ("n01443537", "n15075141"), each=1)
     assert class_ids(tmp_path, thousand_classes()) == [1, 999]
-    assert imagenet_class("n02099601", tmp_path) == 207, "golden retriever, as everywhere"
+    class_folders(tmp_path / "other", ("n02099601",), each=1)
+    assert class_ids(tmp_path / "other", thousand_classes()) == [207], "golden retriever, as everywhere"
+    class_folders(tmp_path / "none", ("n00000001",), each=1)
+    with pytest.raises(UserError, match="n00000001 is none of ImageNet's 1000 classes"):
+        class_ids(tmp_path / "none", thousand_classes())
 
 
 @pytest.mark.parametrize(

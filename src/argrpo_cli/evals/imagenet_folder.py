@@ -15,16 +15,17 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from argrpo_cli.images import METADATA, SUFFIXES, ImageSet, file_item, image_files
+from argrpo_cli.images import METADATA, SUFFIXES, ImageSet, file_item, folder_entries, image_files
 from argrpo_cli.policy.folder import class_wnids
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_jsonl, read_text, reason
+from argrpo_cli.system.files import read_jsonl, read_text
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Policy
@@ -35,7 +36,6 @@ LABEL_FILES = (SOLUTION, WNIDS, IDS, GROUND_TRUTH)
 LEVELS_UP = 4  # Kaggle has the pictures in ILSVRC/Data/CLS-LOC/val and the labels beside ILSVRC
 DEVKIT = "*devkit*/data"
 WNID = re.compile(r"n\d{8}")
-ORDER_SEED = 0
 
 
 def open_labelled(folder: str | Path) -> ImageSet:
@@ -46,13 +46,8 @@ def open_labelled(folder: str | Path) -> ImageSet:
         UserError: no such folder, no pictures, no labels, or a picture without one.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
-    try:
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        subfolders = [path for path in entries if path.is_dir()]
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
+    entries = folder_entries(folder)
+    subfolders = [path for path in entries if path.is_dir()]
     if any(path.suffix.lower() in SUFFIXES for path in entries):
         return _flat(folder, image_files(folder))
     if not subfolders:
@@ -95,7 +90,9 @@ def conditions_of(images: ImageSet, policy: Policy) -> list[Condition]:
                 raise UserError(
                     f"{images.path} holds ImageNet's {label}, and this policy draws {len(card.names)} classes"
                 )
-            name = imagenet_class(label, images.path)
+            if label not in class_wnids():
+                raise UserError(f"{images.path}: {label} is none of ImageNet's 1000 classes (ILSVRC 2012)")
+            name = class_wnids().index(label)
         elif isinstance(label, str) and label not in card.names:
             name = label.replace("_", " ")
         try:
@@ -105,32 +102,20 @@ def conditions_of(images: ImageSet, policy: Policy) -> list[Condition]:
     return [known[label] for label in labels]
 
 
-def imagenet_class(wnid: str, where: Path) -> int:
-    """The class id of a WordNet id: its place among the thousand, sorted.
-
-    Raises:
-        UserError: it is none of them; the message names `where`.
-    """
-    try:
-        return class_wnids().index(wnid)
-    except ValueError as error:
-        raise UserError(f"{where}: {wnid} is none of ImageNet's 1000 classes (ILSVRC 2012)") from error
-
-
-def balanced_order(labels: Sequence[str | int], seed: int = ORDER_SEED) -> list[int]:
+def balanced_order(labels: Sequence[str | int]) -> list[int]:
     """A random order, always the same, whose first n have every class equally often, within one.
 
     It goes round after round: each takes one picture of every class that has one left, at random. What is computed for
     the first thousand is thus of use for the first ten thousand.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     members: dict[str, list[int]] = defaultdict(list)
     for index, label in enumerate(labels):
         members[str(label)].append(index)
     queues = [[members[name][i] for i in generator.permutation(len(members[name]))] for name in sorted(members)]
     order: list[int] = []
-    for place in range(max(map(len, queues))):
-        present = [queue[place] for queue in queues if place < len(queue)]
+    for indices in zip_longest(*queues):
+        present = [index for index in indices if index is not None]
         order += [present[i] for i in generator.permutation(len(present))]
     return order
 
