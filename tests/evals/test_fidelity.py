@@ -369,5 +369,5 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path):
         load_statistics(path)
     np.savez(path, arr_0=np.zeros((1, 2, 2, 3), np.uint8))
     assert load_statistics(path) is None, "the images alone"
-    with pytest.raises(UserError, match=r"cannot read .*No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*no such file"):
         load_statistics(tmp_path / "nowhere.npz")

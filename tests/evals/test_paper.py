@@ -147,7 +147,7 @@ def test_every_result_lands_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(paper.Workplace, "fidelity", lambda self, policy, cfg_scale=2.0: (policy, cfg_scale))
     monkeypatch.setattr(paper.Workplace, "geneval", lambda self, policy: policy)
     monkeypatch.setattr(paper, "subjects_of_run", lambda run: [paper.Subject(str(run), "run")])
-    asked = lambda self, subjects, question: ([one.path for one in subjects], question.split, question.prompts)  # noqa: E731
+    asked = lambda self, subjects, question: ([one.path for one in subjects], question.prompts)  # noqa: E731
     monkeypatch.setattr(paper.Workplace, "entropy", asked)
     results = paper.repeat_the_paper(paper.Workplace(tmp_path, 96, 1))
     assert results.c2i["base"] == [("nano-c2i", 2.0)] and results.t2i["base"] == ["nano-t2i"]
@@ -155,8 +155,17 @@ def test_every_result_lands_under_its_name(tmp_path, monkeypatch):
     assert results.t2i["t2i"] == ["t2i/0", "t2i/1", "t2i/2"] and results.t2i["t2i_b"] == ["t2i_b/0"]
     assert results.c2i["c2i_no_kl"] == [("c2i_no_kl/0", 2.0)]
     assert results.swept == {scale: ("c2i_cfg_7/0", scale) for scale in paper.SAMPLING_SCALES}
-    assert results.real == (["nano-c2i", "c2i/0", "c2i/1", "c2i/2"], "val", None)
-    assert results.curve == (["t2i/0"], None, "geneval")
+    assert results.real == (["nano-c2i", "c2i/0", "c2i/1", "c2i/2"], None)
+    assert results.curve == (["t2i/0"], "geneval")
+
+
+def test_entropies_are_measured_once(tmp_path, monkeypatch):
+    asked = [paper.Subject("nano-c2i", "base")], paper.Question(limit=2)
+    rows = paper.Workplace(tmp_path, 96, 1).entropy(*asked)
+    assert [row["mode"] for row in rows] == ["conditional", "guided"] and rows[0]["images"] == 2
+    assert len(list((tmp_path / "results").iterdir())) == 1
+    monkeypatch.setattr(paper, "measure_entropy", lambda *call: pytest.fail("measures again"))
+    assert paper.Workplace(tmp_path, 96, 1).entropy(*asked) == rows
 
 
 def test_the_page_has_every_table_with_the_papers_numbers_beside(results, tmp_path):
