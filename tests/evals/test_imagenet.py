@@ -196,7 +196,7 @@ def test_the_protocol_is_in_the_result(stub, policy, reference, tmp_path):
     assert protocol["sampling"] == asdict(Sampling()) | {"seed": 0} and protocol["images"] == N
     assert protocol["reference"]["images"] == 12 and len(protocol["reference"]["sha256"]) == 64
     assert protocol["inception"]["weights"] == StubInception.fingerprint
-    assert set(protocol["versions"]) == {"argrpo", "torch", "torch-fidelity"}
+    assert set(protocol["versions"]) == {"argrpo", "python", "torch", "torch-fidelity"}
     own = next(iter(protocol["measured"].values()))
     assert {"weights", "base", "images_sha256", "image_size", "seeds", "inception_score_order"} <= set(own)
 
