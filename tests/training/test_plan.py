@@ -12,7 +12,7 @@ from rich.console import Console
 
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import POLICIES
-from argrpo_cli.policy.llamagen.published import count, outline_policy
+from argrpo_cli.policy.llamagen.published import outline_policy
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training.plan import Plan, plan, show_plan
@@ -144,7 +144,7 @@ def test_an_outline_has_the_shapes_of_the_policy(name: str) -> None:
     outline, policy = outline_policy(name), load_policy(name)
     shapes = {key: value.shape for key, value in policy.model.state_dict().items()}
     assert {key: value.shape for key, value in outline.policy.model.state_dict().items()} == shapes
-    assert count(outline.policy.tokenizer) == count(policy.tokenizer)
+    assert outline.policy.tokenizer.num_parameters() == policy.tokenizer.num_parameters()
     assert outline.policy.class_names == policy.class_names and outline.files == ()
     assert outline.policy.card.reads == ("classes" if name == "nano-c2i" else "captions")
 
@@ -155,10 +155,10 @@ def test_an_outline_has_the_shapes_of_the_policy(name: str) -> None:
 )
 def test_published_policies_have_the_sizes_of_table_1(name: str, millions: int, tokens: int) -> None:
     outline = outline_policy(name)
-    assert round(count(outline.policy.model) / 1e6) == millions
+    assert round(outline.policy.model.num_parameters() / 1e6) == millions
     assert outline.config.block_size == tokens
     assert outline.files[0][:2] == (POLICIES[name].repo, POLICIES[name].file)
-    assert outline.files[0].size == 4 * count(outline.policy.model)
+    assert outline.files[0].size == 4 * outline.policy.model.num_parameters()
 
 
 def test_every_published_policy_has_an_outline() -> None:
@@ -175,8 +175,8 @@ def test_policy_folders_and_files_have_outlines_too(tmp_path: Path) -> None:
     policy = tiny_caption_policy()
     policy.save(tmp_path / "policy")
     outline = outline_policy(tmp_path / "policy")
-    assert count(outline.policy.model) == count(policy.model)
-    assert outline.text_bytes == 4 * count(policy.text_encoder.model)
+    assert outline.policy.model.num_parameters() == policy.model.num_parameters()
+    assert outline.text_bytes == 4 * policy.text_encoder.model.num_parameters()
     config: Any = published_config("B", 256)
     config.num_hidden_layers = 1
     torch.save({"model": to_published(LlamaGenForImageGeneration(config))}, tmp_path / "c2i_B_256.pt")

@@ -17,7 +17,7 @@ from argrpo_cli.system.files import WEIGHTS, read_json, read_text, write_json
 
 CARD = "policy.json"
 ADAPTER_OF = "adapter_of"  # in the policy.json of a folder with adapters alone
-MANIFEST = "checksums.json"  # of a checkpoint, see runs/manifest.py
+MANIFEST = "checksums.json"  # of a checkpoint, see runs/checkpoints.py
 CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step_"  # of a run directory: checkpoints/step_000020
 BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
 BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizer, PrinterCallback, TrainerCallback
+from transformers import GenerationConfig, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from argrpo_cli.networks.weights import quiet_transformers
 from argrpo_cli.policy.open import check_targets, require_peft
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
@@ -38,39 +42,17 @@ CHECKPOINTING = {"use_reentrant": False}
 NOISY_LOGGERS = ("transformers", "trl", "accelerate", "datasets", "torch.distributed")
 
 
-class CodeTokenizer(PreTrainedTokenizer):
+class CodeTokenizer(PreTrainedTokenizerFast):
     """The processing class TRL insists on: the "text" of an image is its codes as decimal numbers.
 
     Nothing is ever tokenised with it, since rollouts return ids; TRL reads the padding and end ids (an id after the
     codes, which no image contains) and turns ids into text for a table of completions that we do not use.
     """
 
-    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (transformers' own convention)
-
     def __init__(self, codes: int) -> None:
-        self.codes = codes
-        super().__init__(pad_token="<end>", eos_token="<end>", padding_side="left")
-
-    @property
-    def vocab_size(self) -> int:
-        return self.codes
-
-    def get_vocab(self) -> dict[str, int]:
-        return {str(code): code for code in range(self.codes)} | {"<end>": self.codes}
-
-    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return text.split()
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return int(token)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return str(index)
-
-    def decode(self, token_ids: Any, **kwargs: Any) -> str | list[str]:
-        if len(token_ids) and isinstance(token_ids[0], Sequence):
-            return [self.decode(row) for row in token_ids]
-        return " ".join(map(str, token_ids))
+        words = Tokenizer(WordLevel({str(code): code for code in range(codes)} | {"<end>": codes}, unk_token="<end>"))
+        words.pre_tokenizer = WhitespaceSplit()
+        super().__init__(tokenizer_object=words, pad_token="<end>", eos_token="<end>", padding_side="left")
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> tuple[str, ...]:
         return ()  # nothing that a checkpoint would need
@@ -187,7 +169,7 @@ def grpo_config(
         num_iterations=grpo.updates_per_batch,
         max_completion_length=tokens,
         temperature=recipe.sampling.temperature,
-        shuffle_dataset=False,  # prompts.py fixes the order
+        shuffle_dataset=False,  # conditions.py fixes the order
         # Objective, eq. 3 to 6.
         loss_type=grpo.loss,  # "grpo": mean over the tokens of an image, then over images
         epsilon=grpo.epsilon,
@@ -311,20 +293,14 @@ def build_trainer(
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep the training libraries' own log lines and progress bars away from ours."""
-    from transformers.utils import logging as transformers_logging
-
-    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    bars = transformers_logging.is_progress_bar_enabled()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        transformers_logging.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+        levels = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
             yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from argrpo_cli.policy.llamagen.published import Outline
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.recipe.schema import LoraSection
-    from argrpo_cli.rewards.needs import Needs
+    from argrpo_cli.rewards.base import Needs
     from argrpo_cli.shapes import Sampling
 
 Phase = Literal["always", "reading", "rollout", "scoring", "update"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from argrpo_cli.policy.llamagen.published import Outline, count, outline_policy
+from argrpo_cli.policy.llamagen.published import Outline, outline_policy
 from argrpo_cli.policy.open import check_targets, choose_trainable
 from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, networks_of, reward_weights
 from argrpo_cli.rewards.base import Needs
@@ -82,7 +82,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         processes=processes,
         device=device,
     )
-    model, trained = count(outline.policy.model), trained_parameters(outline.policy.model, policy.lora)
+    model, trained = outline.policy.model.num_parameters(), trained_parameters(outline.policy.model, policy.lora)
     size = f"{trained / 1e6:.1f} M"
     what = "all of them" if trained == model else f"{size} of adapters" if policy.lora is not None else size
     images = -(-grpo.steps // grpo.updates_per_batch) * grpo.batch_size

@@ -60,7 +60,7 @@ class Rollout:
 
     Attributes:
         recipe: `sampling`, `grpo.logprob`, `grpo.condition_dropout` and `seed` are read.
-        conditions: what the prompts of `prompts.prompt_dataset` count into.
+        conditions: what the prompts of `conditions.prompt_dataset` count into.
         policy: turns conditions into what the model takes, and tokens into images.
         team: the processes that draw the batch together, each its part.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,11 +159,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.wqkv = nn.Linear(config.hidden_size, width, bias=False)
         self.wo = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
@@ -226,16 +224,9 @@ class Layer(GradientCheckpointingLayer):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        table: Tensor,
-        mask: Tensor | None = None,
-        past: KeyValue | None = None,
-        positions: Tensor | None = None,
-        filled: int = 0,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, mask, past, positions, filled)
+    def forward(self, x: Tensor, *where: Any) -> Tensor:
+        """x [B, S, D]; `where` is what `Attention.forward` takes beside it."""
+        x = x + self.attention(self.attention_norm(x), *where)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -379,10 +370,6 @@ class LlamaGenForImageGeneration(LlamaGenPreTrainedModel):
             init.zeros_(module.weight)
         else:
             super()._init_weights(module)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The LM head, [vocab_size, D], no bias."""
-        return self.lm_head
 
     def forward(
         self, encoded: Encoded, tokens: Tensor, sampling: Sampling | None = None, entropy: bool = False

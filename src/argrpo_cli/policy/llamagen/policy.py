@@ -154,7 +154,7 @@ class LlamaGen:
         logp: str | None = None,
     ) -> Drawn:
         """See `protocol.Policy`; `sample.sample_tokens` is where it is done."""
-        return sample_tokens(self.model if model is None else model, encoded, sampling, seeds=seeds, logp=logp)
+        return sample_tokens(self.model if model is None else model, encoded, sampling, seeds, logp)
 
     def tokenise(self, images: Tensor) -> Tensor:
         """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""

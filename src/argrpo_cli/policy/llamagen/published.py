@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from argrpo_cli.networks.weights import load_pretrained
 from argrpo_cli.policy.folder import (
@@ -189,11 +189,6 @@ class Outline:
         return 4 * 4 * min(images * self.config.block_size * self.config.vocab_size, LOGITS_AT_ONCE)
 
 
-def count(module: nn.Module) -> int:
-    """Parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def outline_policy(name_or_path: str | Path) -> Outline:
     """What `load_policy` would open, without its weights; nothing is fetched.
 
@@ -209,7 +204,7 @@ def outline_policy(name_or_path: str | Path) -> Outline:
         size = re.search(r"_(B|L|XL|XXL|3B)_", entry.file).group(1)
         tokenizer, pixels, brought = entry.tokenizer, entry.image_size, False
         model = _outline_model(published_config(size, pixels, condition="caption" if "t2i" in tokenizer else "class"))
-        files = (HubFile(entry.repo, entry.file, 4 * count(model)),)
+        files = (HubFile(entry.repo, entry.file, 4 * model.num_parameters()),)
     else:  # an AR-GRPO folder brings its tokenizer along, and beside a file it may lie
         state, pixels, files = read_argrpo(path)[0] if path.is_dir() else read_checkpoint(path), image_size_in(path), ()
         tokenizer = "vq-ds16-t2i" if "cls_embedding.uncond_embedding" in state else "vq-ds16-c2i"
@@ -243,7 +238,7 @@ def _outline_folder(folder: Path) -> Outline:
     if card.get("text_encoder") == TEXT_ENCODER:
         return Outline(policy, 2 * TEXT_PARAMETERS, files + TEXT_FILES)
     policy.text_encoder = load_text_encoder(part_of(folder, "text encoder", card.get("text_encoder")), torch.float32)
-    return Outline(policy, 4 * count(policy.text_encoder.model), files)
+    return Outline(policy, 4 * policy.text_encoder.model.num_parameters(), files)
 
 
 def _outline_model(config: LlamaGenConfig) -> LlamaGenForImageGeneration:
@@ -255,7 +250,7 @@ def _outline_tokenizer(name: str) -> tuple[VQModel, tuple[HubFile, ...]]:
     levels = LEVELS[name.rpartition("-")[0]]
     with torch.device("meta"):
         vq = VQModel(VQConfig(encoder_ch_mult=levels, decoder_ch_mult=levels))
-    return vq, (HubFile(*TOKENIZERS[name], 4 * count(vq)),)
+    return vq, (HubFile(*TOKENIZERS[name], 4 * vq.num_parameters()),)
 
 
 def main() -> None:

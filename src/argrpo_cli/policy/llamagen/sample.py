@@ -38,9 +38,7 @@ def sample_tokens(
     model: nn.Module,
     encoded: Encoded,
     sampling: Sampling,
-    *,
-    seeds: Sequence[int] | None = None,
-    greedy: bool = False,
+    seeds: Sequence[int],
     logp: str | None = None,
 ) -> Drawn:
     """Sample images as token ids, with the log-probability of every token if asked.
@@ -51,9 +49,7 @@ def sample_tokens(
 
     Args:
         model: a LlamaGenForImageGeneration on the device of `encoded`, or what PEFT made of one.
-        seeds: one integer per image; None draws them from torch's global generator. Torch's CPU generator
-            uses the low 32 bits.
-        greedy: take the most likely token and use no noise.
+        seeds: one integer per image; torch's CPU generator uses the low 32 bits.
         logp: "guided" for the log-probability under the very distribution that was sampled (guidance, temperature,
             filters); "conditional" under the conditional logits at this temperature, unguided and unfiltered.
 
@@ -71,16 +67,14 @@ def sample_tokens(
     sampling.check("sampling.")
     temperature, guided = sampling.temperature, sampling.cfg_scale > 1
     batch, length, device = len(encoded), model.config.block_size, encoded.condition.device
-    if seeds is None:
-        seeds = torch.randint(2**32, (batch,)).tolist()
-    uniforms = None if greedy else image_uniforms(seeds, length, device)
+    uniforms = image_uniforms(seeds, length, device)
     logprobs = torch.empty(batch, length, dtype=torch.float32, device=device) if logp else None
     broken = torch.zeros((), dtype=torch.bool, device=device)
 
     def choose(logits: Tensor, conditional: Tensor, index: int) -> Tensor:
         filtered = filter_logits(logits, temperature, sampling.top_k, sampling.top_p)
         broken.logical_or_(~logits.isfinite().all())
-        tokens = logits.argmax(dim=-1) if uniforms is None else inverse_cdf(filtered, uniforms[:, index])
+        tokens = inverse_cdf(filtered, uniforms[:, index])
         if logp == "guided":
             logprobs[:, index] = log_prob(filtered, tokens)
         elif logp == "conditional":
@@ -110,7 +104,7 @@ def _casts_remembered(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
-def _check(config: LlamaGenConfig, encoded: Encoded, seeds: Sequence[int] | None, logp: str | None) -> None:
+def _check(config: LlamaGenConfig, encoded: Encoded, seeds: Sequence[int], logp: str | None) -> None:
     condition, null = encoded.condition, config.num_classes
     if config.condition == "class" and ((condition < 0) | (condition > null)).any():
         raise ValueError(f"class ids must lie in 0 .. {null} ({null} is the null class)")
@@ -119,7 +113,7 @@ def _check(config: LlamaGenConfig, encoded: Encoded, seeds: Sequence[int] | None
             f"caption features have shape {list(condition.shape)}; expected "
             f"[B, {config.cls_token_num}, {config.caption_dim}]"
         )
-    if seeds is not None and len(seeds) != len(encoded):
+    if len(seeds) != len(encoded):
         raise ValueError(f"{len(seeds)} seeds for {len(encoded)} conditions; give one each")
     if logp not in (None, "conditional", "guided"):
         raise ValueError(f"logp is {logp!r}; expected 'conditional', 'guided' or None")

@@ -189,14 +189,8 @@ ADDRESSES = _rules(
 )
 CHARACTERS = _rules(
     (r"@[\w\d]+\b", ""),  # names of users
-    # Blocks of CJK strokes, phonetic extensions, enclosed and compatible letters, ideographs and hexagrams.
-    ("[\u31c0-\u31ef]+", ""),
-    ("[\u31f0-\u31ff]+", ""),
-    ("[\u3200-\u32ff]+", ""),
-    ("[\u3300-\u33ff]+", ""),
-    ("[\u3400-\u4dbf]+", ""),
-    ("[\u4dc0-\u4dff]+", ""),
-    ("[\u4e00-\u9fff]+", ""),
+    # CJK: strokes, phonetic extensions, enclosed and compatible letters, ideographs, hexagrams: seven blocks in a row.
+    ("[\u31c0-\u9fff]+", ""),
     # Every dash is "-", every quote ' or ".
     (
         "[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58"
