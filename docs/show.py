@@ -105,20 +105,21 @@ def chosen(output: str, keep: str) -> str:
     return text + ("...\n" if before < len(lines) - 1 else "")
 
 
-def shown(match: re.Match[str], folder: Path, minutes: bool) -> str:
+def shown(match: re.Match[str], folder: Path, minutes: bool, pictures: bool) -> str:
     """A block with what its commands print today."""
     said = Directions.read(match["said"] or "")
     if said.minutes and not minutes:
         return match[0]
     body = "".join(f"{one}\n{chosen(run(one, folder), said.keep)}" for one in commands_of(match["body"]))
-    for target, source in said.pictures:
+    for target, source in said.pictures if pictures else ():
         shutil.copyfile(folder / source, ROOT / target)
     return match[0].replace(match["body"], body)
 
 
 def layout(text: str) -> str:
-    """A page without its digits, and with blanks and rules as one: what must not differ."""
-    return re.sub(r"[─━]+", "─", re.sub(r" +", " ", re.sub(r"[-+]?\d[\d.,:]*", "#", text)))
+    """A page without its digits, blanks and rules as one, equal lines (of progress) once: what must not differ."""
+    plain = re.sub(r"[─━]+", "─", re.sub(r" +", " ", re.sub(r"[-+]?\d[\d.,:]*", "#", text)))
+    return re.sub(r"^(.+\n)\1+", r"\1", plain, flags=re.M)
 
 
 def main() -> None:
@@ -134,7 +135,7 @@ def main() -> None:
     for page in args.pages:
         path = ROOT / page
         before = path.read_text(encoding="utf-8")
-        after = BLOCK.sub(lambda match: shown(match, folder, args.minutes), before)
+        after = BLOCK.sub(lambda match: shown(match, folder, args.minutes, not args.check), before)
         if args.check and layout(after) != layout(before):
             different.append(page)
             print(f"show: {page} does not show what its commands print", file=sys.stderr)
