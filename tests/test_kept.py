@@ -9,6 +9,7 @@ from PIL import Image
 from argrpo_cli.kept import Pictures, Rows, Tensors, check_claim, claim, kept
 from argrpo_cli.shapes import Condition, Shot
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.processes import Team
 
 
 class Maker:
@@ -128,3 +129,21 @@ def test_a_file_and_a_folder_of_other_things_are_refused(tmp_path):
         check_claim(tmp_path)
     with pytest.raises(UserError, match="it is a file, not a folder"):
         check_claim(tmp_path / "thesis.tex")
+
+
+class Member(Team):
+    """One of two processes that do their parts one after the other, from what the first has found missing."""
+
+    def together(self, action):
+        return action()
+
+    def lead(self, action):
+        """Not the check at the end: the other's part may be still to come."""
+
+    def from_lead(self, action):
+        return [[0], [0, 1], [], [0]]
+
+
+def test_the_batches_of_a_team_are_dealt_out(tmp_path):
+    parts = [keep(rows(tmp_path), range(7), team=Member(index, 2, "cpu")) for index in (0, 1)]
+    assert parts == [([[0, 1], [6]], 3), ([[2, 3]], 3)]
