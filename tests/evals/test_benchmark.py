@@ -140,6 +140,19 @@ def test_spaces_of_seeds_are_apart():
     assert spans[-1][1] <= 2**32
 
 
+def test_seeds_are_fixed_for_all_time():
+    """Or results of two versions would not be of the same noise."""
+    expected = {
+        "nano": 1_300_007,
+        "critic": 80_000_007,
+        "entropy": 200_030_007,
+        "geneval": 400_300_007,
+        "drawbench": 1_500_300_007,
+        "imagenet": 2_000_300_007,
+    }
+    assert {name: seeds.of(name, 3, 7) for name in expected} == expected
+
+
 def test_a_mean_is_clustered_and_a_difference_paired():
     mean = mean_of([1.0, 3.0, 3.0, 5.0], [0, 0, 1, 1])  # residuals of the clusters -2 and 2: error^2 = 2/1 * 8 / 16
     assert (mean.value, mean.error, mean.count) == (3.0, 1.0, 4)
