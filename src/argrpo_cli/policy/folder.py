@@ -61,8 +61,8 @@ class Glance:
 
     def check(self, classes: Sequence[str | int]) -> None:
         """Raise UserError for a class that there is not."""
-        for asked in classes if self.reads == "classes" else ():
-            class_id(asked, self.names)
+        for request in classes if self.reads == "classes" else ():
+            class_id(request, self.names)
 
 
 def glance(name_or_path: str | Path) -> Glance | None:
@@ -113,23 +113,19 @@ def find_policy(name_or_path: str | Path) -> Path:
     )
 
 
-def is_published(given: str | Path) -> bool:
+def is_published(name_or_path: str | Path) -> bool:
     """Whether this is a published name, a file of weights or an AR-GRPO folder, and not a policy folder or a run."""
-    path = Path(given)
-    return str(given) in POLICIES or (path.suffix in WEIGHT_FILES and path.is_file()) or _is_argrpo(path)
-
-
-def _is_argrpo(path: Path) -> bool:
-    if not path.is_dir() or (path / "policy.json").is_file() or not (path / "config.json").is_file():
-        return False
-    return bool(weight_files(path))
+    path = Path(name_or_path)
+    if str(name_or_path) in POLICIES or (path.suffix in WEIGHT_FILES and path.is_file()):
+        return True
+    return (path / "config.json").is_file() and not (path / CARD).is_file() and bool(weight_files(path))
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of weights in a folder, of one kind."""
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if found := sorted(folder.glob(pattern)):
-            return found
+        if files := sorted(folder.glob(pattern)):
+            return files
     return []
 
 
@@ -138,17 +134,17 @@ def _files_have_their_sizes(checkpoint: Path) -> bool:
     if not (checkpoint / MANIFEST).is_file():
         return True  # of an earlier version
     try:
-        listed = read_json(checkpoint / MANIFEST)["files"]
-        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in listed.items())
+        files = read_json(checkpoint / MANIFEST)["files"]
+        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
     except (UserError, OSError, KeyError, TypeError, AttributeError):
         return False
 
 
 def checkpoint_folders(run: Path) -> dict[int, Path]:
     """The checkpoints of a run directory by step, oldest first."""
-    found = (run / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")
-    named = ((path.name.removeprefix(CHECKPOINT_PREFIX), path) for path in found)
-    return dict(sorted((int(step), path) for step, path in named if step.isdigit()))
+    folders = (run / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")
+    steps = ((path.name.removeprefix(CHECKPOINT_PREFIX), path) for path in folders)
+    return dict(sorted((int(step), path) for step, path in steps if step.isdigit()))
 
 
 def read_card(folder: Path, **keys: type) -> dict[str, Any]:
@@ -193,28 +189,28 @@ def part_of(folder: Path, what: str, name: str | None) -> Path:
     return part
 
 
-def class_id(asked: str | int, names: Sequence[str]) -> int:
+def class_id(request: str | int, names: Sequence[str]) -> int:
     """The id of a class that is asked for by its id (a number, also written as text) or one of its names.
 
     Raises:
         UserError: there is no such class, or several.
     """
-    if isinstance(asked, str):
+    if isinstance(request, str):
         # ImageNet lists synonyms, and some stand for two classes: "crane" is a bird and a machine.
-        exact = [index for index, name in enumerate(names) if name == asked]
-        named = exact or [index for index, name in enumerate(names) if asked in name.split(", ")]
-        if len(named) > 1:
-            raise UserError(f"{asked!r} names the classes {' and '.join(map(str, named))}; give the id")
-        if named:
-            return named[0]
-    if isinstance(asked, int) or asked.strip().isdecimal():
-        if 0 <= int(asked) < len(names):
-            return int(asked)
-        raise UserError(f"no class {asked}: this policy has the ids 0 to {len(names) - 1}")
-    hint = did_you_mean(asked, names)
+        exact = [index for index, name in enumerate(names) if name == request]
+        matches = exact or [index for index, name in enumerate(names) if request in name.split(", ")]
+        if len(matches) > 1:
+            raise UserError(f"{request!r} names the classes {' and '.join(map(str, matches))}; give the id")
+        if matches:
+            return matches[0]
+    if isinstance(request, int) or request.strip().isdecimal():
+        if 0 <= int(request) < len(names):
+            return int(request)
+        raise UserError(f"no class {request}: this policy has the ids 0 to {len(names) - 1}")
+    hint = did_you_mean(request, names)
     if not hint and len(names) <= 40:
         hint = f"; the classes are {', '.join(names)}"
-    raise UserError(f"no class {asked!r} among this policy's {len(names)} classes{hint}")
+    raise UserError(f"no class {request!r} among this policy's {len(names)} classes{hint}")
 
 
 def class_names(count: int) -> list[str]:

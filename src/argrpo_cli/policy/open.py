@@ -69,13 +69,13 @@ def load_policy(
     return policy
 
 
-def choose_trainable(policy: Policy, wanted: str | Sequence[str]) -> None:
-    """Freeze every parameter of a policy's model but the wanted ones: "all", or one or several parts of their names.
+def choose_trainable(policy: Policy, trainable: str | Sequence[str]) -> None:
+    """Freeze every parameter of a policy's model but these: "all", or one or several parts of their names.
 
     Raises:
         UserError: a part that no parameter's name contains.
     """
-    parts = [""] if wanted == "all" else [wanted] if isinstance(wanted, str) else list(wanted)
+    parts = [""] if trainable == "all" else [trainable] if isinstance(trainable, str) else list(trainable)
     names = policy.parts()["trainable"]
     for part in parts:
         if not any(part in name for name in names):
@@ -114,9 +114,9 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
-            tuned = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+            with_adapters = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load the adapters in {folder}: {first_line(error)}") from error
-    merged = tuned.merge_and_unload()
-    merged.config._name_or_path = ""  # no folder holds these weights
-    return merged
+    model = with_adapters.merge_and_unload()
+    model.config._name_or_path = ""  # no folder holds these weights
+    return model

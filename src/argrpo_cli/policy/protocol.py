@@ -83,7 +83,7 @@ class Policy(Protocol):
     card: Card
     model: nn.Module
 
-    def conditions(self, asked: Iterable[str | int]) -> list[Condition]:
+    def conditions(self, requests: Iterable[str | int]) -> list[Condition]:
         """What it is asked to draw: class names or ids, or captions; UserError for one that it cannot draw."""
         ...
 

@@ -88,9 +88,9 @@ class RatioMeter:
         """
         own = [self.total, self.deviation, self.tokens, self.largest_deviation]
         self.total, self.deviation, self.tokens, self.largest_deviation = 0.0, 0.0, 0, 0.0
-        counted = team.gather(torch.tensor([own], dtype=torch.float64))
-        total, deviation, tokens, _ = counted.sum(dim=0).tolist()
-        return (total / tokens, deviation / tokens, counted[:, 3].max().item()) if tokens else None
+        sums = team.gather(torch.tensor([own], dtype=torch.float64))
+        total, deviation, tokens, _ = sums.sum(dim=0).tolist()
+        return (total / tokens, deviation / tokens, sums[:, 3].max().item()) if tokens else None
 
 
 class ImageGRPOTrainer(GRPOTrainer):
@@ -127,10 +127,10 @@ class ImageGRPOTrainer(GRPOTrainer):
         rows, tokens = input_ids[:, 0], input_ids[:, -logits_to_keep:]
         parts = zip(*(whole.split(batch_size or len(whole)) for whole in (rows, tokens)), strict=True)
         with self.accelerator.autocast():
-            scored = [model(self.encoded[rows], tokens, self.sampling, compute_entropy) for rows, tokens in parts]
-        logp = torch.cat([part.logp for part in scored])
+            parts = [model(self.encoded[rows], tokens, self.sampling, compute_entropy) for rows, tokens in parts]
+        logp = torch.cat([part.logp for part in parts])
         self.logp = logp.detach()  # for `compute_loss`
-        return logp, torch.cat([part.entropy for part in scored]) if compute_entropy else None, None
+        return logp, torch.cat([part.entropy for part in parts]) if compute_entropy else None, None
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -50,8 +50,8 @@ class Stopwatch:
 
     def take(self) -> dict[str, float]:
         """The times so far; counting starts again."""
-        taken, self.seconds = dict(self.seconds), defaultdict(float)
-        return taken
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
+        return seconds
 
 
 @dataclass(frozen=True)

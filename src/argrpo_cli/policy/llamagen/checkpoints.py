@@ -101,12 +101,12 @@ def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGen
         known = ", ".join(f"{name} {one['hidden_size']}" for name, one in SIZES.items())
         raise UserError(f"{source} is {width} wide, like no published size ({known})")
     feed_forward = state["layers.0.feed_forward.w1.weight"].shape[0]
-    asked: dict[str, Any] = {"num_classes": state[condition].shape[0] - 1}
-    if not captions and asked["num_classes"] < 1:
+    reads: dict[str, Any] = {"num_classes": state[condition].shape[0] - 1}
+    if not captions and reads["num_classes"] < 1:
         raise UserError(f"{source} is no LlamaGen checkpoint: {condition} has one row, that of the null class")
     if captions:
         tokens_of_caption, features = state["cls_embedding.uncond_embedding"].shape
-        asked = {"condition": "caption", "cls_token_num": tokens_of_caption, "caption_dim": features}
+        reads = {"condition": "caption", "cls_token_num": tokens_of_caption, "caption_dim": features}
     return LlamaGenConfig(
         vocab_size=codes,
         hidden_size=width,
@@ -115,27 +115,27 @@ def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGen
         intermediate_size=None if feed_forward == swiglu_size(width) else feed_forward,
         block_size=tokens,
         class_dropout_prob=0.1,
-        **asked,
+        **reads,
     )
 
 
-def open_tokenizer(given: str | Path, beside: Path | None = None) -> tuple[str | None, VQModel]:
+def open_tokenizer(name_or_file: str | Path, beside: Path | None = None) -> tuple[str | None, VQModel]:
     """A published tokenizer, float32, and its name where it was opened by that.
 
     Args:
-        given: a name of `TOKENIZERS`, or a file.
+        name_or_file: a name of `TOKENIZERS`, or a file.
         beside: a checkpoint; a tokenizer that lies beside it under its published file name is taken as a file: a policy
             saved with it brings it along and needs no network.
     """
-    if str(given) not in TOKENIZERS:
-        return None, tokenizer_from(read_checkpoint(given), str(given))
-    repo, file = TOKENIZERS[str(given)]
+    if str(name_or_file) not in TOKENIZERS:
+        return None, tokenizer_from(read_checkpoint(name_or_file), str(name_or_file))
+    repo, file = TOKENIZERS[str(name_or_file)]
     near = beside.with_name(file) if beside is not None else None
     if near is not None and near.is_file():
         path, name = near, None
     else:
         try:
-            path, name = fetch(repo, file), str(given)
+            path, name = fetch(repo, file), str(name_or_file)
         except UserError as error:
             place = "into the cache" if beside is None else f"beside {beside}"
             raise UserError(str(error).replace("give the file instead", f"put it {place}")) from error
@@ -188,11 +188,9 @@ def read_argrpo(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     whole: dict[str, Tensor] = {}
     for file in weight_files(folder):
         whole |= read_checkpoint(file)
-    parts = tuple(
-        {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
-        for prefix in (ARGRPO_POLICY, ARGRPO_TOKENIZER)
-    )
-    for part, prefix in zip(parts, (ARGRPO_POLICY, ARGRPO_TOKENIZER), strict=True):
-        if not part:
+    parts = []
+    for prefix in (ARGRPO_POLICY, ARGRPO_TOKENIZER):
+        parts.append({key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)})
+        if not parts[-1]:
             raise UserError(f"{folder} is no policy folder, and no whole AR-GRPO folder: no weights under {prefix}")
-    return parts
+    return parts[0], parts[1]

@@ -102,7 +102,7 @@ def caption_attention_mask(condition_mask: Tensor, length: int) -> Tensor:
     return ((causal & keys[:, None, :]) | diagonal)[:, None]
 
 
-def left_pad(features: Tensor, mask: Tensor) -> KeyValue:
+def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Move the valid rows of right-padded text features to the right end and zero the padding.
 
     Args:

@@ -99,17 +99,17 @@ class LlamaGen:
             text_encoder_name=encoder_name if encoder_name in NAMED_PARTS else None,
         )
 
-    def conditions(self, asked: Iterable[str | int]) -> list[Condition]:
+    def conditions(self, requests: Iterable[str | int]) -> list[Condition]:
         """What the policy is asked to draw: class names or ids (numbers, also written as text), or captions.
 
         Raises:
             UserError: no such class, or a caption that the text encoder cannot read.
         """
         if self.text_encoder is not None:
-            prompts = [str(prompt) for prompt in asked]
+            prompts = [str(prompt) for prompt in requests]
             self.text_encoder.check(prompts, self.model.config.cls_token_num)
             return [Condition(prompt) for prompt in prompts]
-        ids = [class_id(given, self.class_names) for given in asked]
+        ids = [class_id(request, self.class_names) for request in requests]
         return [Condition(class_prompt(self.class_names[index]), index) for index in ids]
 
     @property
@@ -210,14 +210,14 @@ class LlamaGen:
         folder = Path(folder)
         if self.tokenizer_name is None:
             save_model(self.tokenizer, make_dir(folder / "tokenizer"))
-        asked: dict[str, Any] = {"classes": self.class_names}
+        reads: dict[str, Any] = {"classes": self.class_names}
         if self.text_encoder is not None:
-            asked = {"text_encoder": self.text_encoder_name or "text_encoder"}
+            reads = {"text_encoder": self.text_encoder_name or "text_encoder"}
             if self.text_encoder_name is None:
                 self.text_encoder.save(make_dir(folder / "text_encoder"))
             if self.text_encoder.right_padded:
-                asked["right_padded"] = True
-        card = {"tokenizer": self.tokenizer_name or "tokenizer", **asked}
+                reads["right_padded"] = True
+        card = {"tokenizer": self.tokenizer_name or "tokenizer", **reads}
         write_json(folder / CARD, {**card, "image_size": self.image_size, "base": self.base})
 
     def _known_id(self, condition: Condition) -> int:

@@ -65,7 +65,7 @@ LEVELS = {"vq-ds8": (1, 2, 2, 4), "vq-ds16": (1, 1, 2, 2, 4)}  # multipliers of 
 
 
 def open_published(
-    given: str | Path,
+    source: str | Path,
     device: str = "cpu",
     dtype: str = "float32",
     text_device: str = "same",
@@ -75,7 +75,7 @@ def open_published(
     """A published policy with its tokenizer and, where it reads captions, FLAN-T5 XL.
 
     Args:
-        given: a name of `POLICIES`, a checkpoint file, or an AR-GRPO folder.
+        source: a name of `POLICIES`, a checkpoint file, or an AR-GRPO folder.
         device, dtype, text_device: as of `load_policy`.
         tokenizer: a name of `TOKENIZERS` or a file; by default the one it was trained on.
         image_size: pixels a side; by default what its name says.
@@ -83,8 +83,8 @@ def open_published(
     Raises:
         UserError: not there, not fetched, or keys and shapes that fit no published size.
     """
-    entry = POLICIES.get(str(given))
-    path = fetch(entry.repo, entry.file) if entry else Path(given)
+    entry = POLICIES.get(str(source))
+    path = fetch(entry.repo, entry.file) if entry else Path(source)
     state, vq_state = read_argrpo(path) if path.is_dir() else (read_checkpoint(path), None)
     pixels = image_size if image_size is not None else (entry.image_size if entry else image_size_in(path))
     if pixels < 1:
@@ -113,8 +113,8 @@ def open_published(
         tokenizer_name=name,
         class_names=[] if reads_captions else class_names(config.num_classes),
         image_size=pixels,
-        base=str(given),
-        name=str(given),
+        base=str(source),
+        name=str(source),
         **text,
     )
 

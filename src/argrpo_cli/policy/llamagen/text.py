@@ -64,14 +64,14 @@ class TextEncoder:
         Raises:
             UserError: the first such prompt, in one line.
         """
-        known = set(self.words or ())
+        vocabulary = set(self.words or ())
         for prompt in prompts:
             if not prompt.strip():
                 raise UserError("an empty prompt: say what to draw")
             if self.words is None:
                 continue
             for word in re.findall(r"\w+|[^\w\s]+", prompt.lower()):
-                if word not in known:
+                if word not in vocabulary:
                     hint = did_you_mean(word, self.words) or f"; the words are {', '.join(self.words)}"
                     raise UserError(f"the policy does not know the word {word!r} in the prompt {prompt!r}{hint}")
             tokens = len(self.tokenizer(prompt).input_ids)

@@ -7,6 +7,8 @@ them after the last, which makes a small model quick; 1 is the published network
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,41 +74,35 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(out.transpose(2, 3).reshape(b, c, h, w))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one pixel right and below, as published
+def _downsample(channels: int) -> nn.Sequential:
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # one pixel right and below, as published
+    return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def _upsample(channels: int) -> nn.Sequential:
+    nearest = nn.Upsample(scale_factor=2.0, mode="nearest")
+    return nn.Sequential(OrderedDict(nearest=nearest, conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 class Level(nn.Module):
-    """The blocks of one resolution; attention only at the lowest."""
+    """The blocks of one resolution, attention only at the lowest; then, by its name, the way to the next one."""
 
-    def __init__(self, cin: int, cout: int, blocks: int, attention: bool, resample: nn.Module | None, name: str):
+    def __init__(self, cin: int, cout: int, blocks: int, attention: bool, **resample: nn.Module):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(cin if i == 0 else cout, cout) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(cout) for _ in range(blocks if attention else 0))
-        self.resample_name = name if resample is not None else None
-        if resample is not None:
-            self.add_module(name, resample)
+        for name, module in resample.items():
+            self.add_module(name, module)
+        self.resample_names = tuple(resample)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.res):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
-        return getattr(self, self.resample_name)(x) if self.resample_name else x
+        for name in self.resample_names:
+            x = getattr(self, name)(x)
+        return x
 
 
 def _middle(channels: int) -> nn.ModuleList:
@@ -124,9 +120,9 @@ class Encoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
-            down = None if last else Downsample(width)
+            down = {} if last else {"downsample": _downsample(width)}
             cin = config.ch if i == 0 else widths[i - 1]
-            self.conv_blocks.append(Level(cin, width, config.num_res_blocks, last, down, "downsample"))
+            self.conv_blocks.append(Level(cin, width, config.num_res_blocks, last, **down))
         self.mid = _middle(widths[-1])
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
@@ -149,9 +145,9 @@ class Decoder(nn.Module):
         self.mid = _middle(widths[0])
         self.conv_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            up = None if i == len(widths) - 1 else Upsample(width)
+            up = {} if i == len(widths) - 1 else {"upsample": _upsample(width)}
             cin = widths[max(i - 1, 0)]
-            self.conv_blocks.append(Level(cin, width, config.num_res_blocks + 1, i == 0, up, "upsample"))
+            self.conv_blocks.append(Level(cin, width, config.num_res_blocks + 1, i == 0, **up))
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels * config.patch_size**2, 3, padding=1)
 
