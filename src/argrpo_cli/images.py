@@ -151,23 +151,23 @@ def find_items(
         UserError: something is not there or not readable, or two things say what the images show.
     """
     options = {"--prompt": prompt, "--class": class_name, "--prompts": captions}
-    said = {option: value for option, value in options.items() if value is not None}
-    if len(said) > 1:
-        raise UserError(f"give {' or '.join(list(said)[:2])}, not both")
-    for option, value in said.items():
+    statements = {option: value for option, value in options.items() if value is not None}
+    if len(statements) > 1:
+        raise UserError(f"give {' or '.join(list(statements)[:2])}, not both")
+    for option, value in statements.items():
         if not str(value).strip():
             raise UserError(f"{option} is empty; say what the images should show")
     first = sources[0]
     if len(sources) == 1 and (first.is_dir() or first.suffix == ".npz"):
         if (first / METADATA).is_file():
-            if said:
+            if statements:
                 raise UserError(
                     f"{first / METADATA} says what the images show; leave out --prompt, --class and --prompts"
                 )
             return ImageSet(first, _items_of_metadata(first))
         if not first.exists():
             raise UserError(f"there is no file {first}")
-        if first.is_dir() and not said:
+        if first.is_dir() and not statements:
             recorded_sampling(first)  # refuses an unfinished one
         images = open_images(first)
     else:
@@ -181,7 +181,7 @@ def find_items(
         images = ImageSet(first.parent, items)
     if captions is not None:
         return replace(images, items=_captioned(images.items, captions))
-    if not said:
+    if not statements:
         return _named(images)
     condition = Condition(prompt if class_name is None else class_prompt(class_name))
     return replace(images, items=[replace(item, condition=condition) for item in images.items])
@@ -375,11 +375,11 @@ def _captioned(items: Sequence[Item], path: Path) -> list[Item]:
     captions = read_captions(str(path))
     rows = read_jsonl(path) if path.suffix == ".jsonl" else []
     if rows and all(isinstance(row.get("file"), str) for row in rows):
-        named = {row["file"]: row["prompt"] for row in rows}
-        lacking = next((item.file for item in items if item.file not in named), None)
+        prompts = {row["file"]: row["prompt"] for row in rows}
+        lacking = next((item.file for item in items if item.file not in prompts), None)
         if lacking is not None:
             raise UserError(f"{path} has no caption for {lacking}")
-        captions = [named[item.file] for item in items]
+        captions = [prompts[item.file] for item in items]
     if len(captions) != len(items):
         raise UserError(f"{path} has {len(captions)} captions for {len(items)} images; give one for each, in order")
     return [replace(item, condition=Condition(caption)) for item, caption in zip(items, captions, strict=True)]

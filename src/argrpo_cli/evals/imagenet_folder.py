@@ -81,7 +81,7 @@ def conditions_of(images: ImageSet, policy: Policy) -> list[Condition]:
     card = policy.card
     if card.reads != "classes":
         raise UserError(f"{images.path} holds pictures of classes, and this policy reads captions; use --prompts")
-    known: dict[str | int, Condition] = {}
+    conditions: dict[str | int, Condition] = {}
     labels = [item.extra["label"] for item in images.items]
     for label in dict.fromkeys(labels):
         name = label
@@ -96,10 +96,10 @@ def conditions_of(images: ImageSet, policy: Policy) -> list[Condition]:
         elif isinstance(label, str) and label not in card.names:
             name = label.replace("_", " ")
         try:
-            known[label] = policy.conditions([name])[0]
+            conditions[label] = policy.conditions([name])[0]
         except UserError as error:
             raise UserError(f"{images.path}, label {label!r} by {images.note}: {error}") from error
-    return [known[label] for label in labels]
+    return [conditions[label] for label in labels]
 
 
 def balanced_order(labels: Sequence[str | int]) -> list[int]:

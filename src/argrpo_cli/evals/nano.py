@@ -65,7 +65,8 @@ from argrpo_cli.images import METADATA, ImageSet, open_images, recorded_sampling
 from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import FITTED, Judge, diversity, load_judge
-from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
+from argrpo_cli.nano.tokens import encode, psnr
+from argrpo_cli.policy.llamagen.vq import VQModel
 from argrpo_cli.rewards import RewardSet, check_reward, load_rewards, reward_weights
 from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, class_prompt
 from argrpo_cli.system.errors import UserError
@@ -258,8 +259,8 @@ class Nano(Benchmark):
             lines += [given] if known else [given, f"classes unknown (no class_id in a {METADATA})"]
             return ({"reward_weights": self.weights} if known else {}) | {"about": "\n".join(lines)}
         tokenizer = measure_tokenizer(self.judge.tokenizer, self.judge.reference_tokens, self.seed)
-        psnr = f"{tokenizer['psnr']:.2f} dB on unseen scenes" if tokenizer["psnr"] is not None else tokenizer["note"]
-        lines.insert(0, f"tokenizer: PSNR {psnr}; {tokenizer['codebook_used']:.0%} of the codebook in use")
+        quality = f"{tokenizer['psnr']:.2f} dB on unseen scenes" if tokenizer["psnr"] is not None else tokenizer["note"]
+        lines.insert(0, f"tokenizer: PSNR {quality}; {tokenizer['codebook_used']:.0%} of the codebook in use")
         lines.append(f"{given} and the training run")
         first, last = self.measured[subjects[0].name], self.measured[subjects[-1].name]
         class_ids = _class_ids(subjects[-1])
@@ -378,7 +379,6 @@ def within_class_std(reward: Tensor, class_ids: Tensor) -> float:
     return torch.stack([reward[class_ids == one].std() for one in class_ids.unique()]).mean().item()
 
 
-@torch.inference_mode()
 def measure_tokenizer(vq: VQModel, reference_tokens: Tensor, seed: int) -> dict[str, Any]:
     """PSNR in dB of reconstructions of fresh scenes (None without the emoji font) and share of the codes in use."""
     used = len(reference_tokens.unique()) / vq.config.codebook_size
@@ -388,10 +388,7 @@ def measure_tokenizer(vq: VQModel, reference_tokens: Tensor, seed: int) -> dict[
         return {"psnr": None, "codebook_used": used, "note": str(error)}
     rng = np.random.default_rng(seed + 70_000)
     originals = torch.from_numpy(scenes.class_batch(rng, UNSEEN_SCENES, balanced=True)[0])
-    again = torch.cat([to_uint8(vq(from_uint8(chunk))) for chunk in originals.split(96)])
-    mse = (again.float() - originals.float()).square().flatten(1).mean(1)
-    psnr = 10 * torch.log10(255**2 / mse)
-    return {"psnr": psnr.mean().item(), "codebook_used": used, "note": ""}
+    return {"psnr": psnr(vq, encode(vq, originals), originals).mean().item(), "codebook_used": used, "note": ""}
 
 
 def _class_ids(subject: Subject) -> Tensor | None:

@@ -162,9 +162,9 @@ def render(scene: Scene) -> np.ndarray:
     return (image * 255 + 0.5).astype(np.uint8)
 
 
-def render_all(made: Iterable[Scene]) -> np.ndarray:
+def render_all(batch: Iterable[Scene]) -> np.ndarray:
     """uint8 [B, 3, 64, 64]."""
-    return np.ascontiguousarray(np.stack([render(scene) for scene in made]).transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(np.stack([render(scene) for scene in batch]).transpose(0, 3, 1, 2))
 
 
 def random_background(rng: np.random.Generator) -> tuple[float, float, float]:
@@ -250,5 +250,5 @@ def class_batch(rng: np.random.Generator, count: int, balanced: bool = False) ->
 
 def caption_batch(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[Scene]]:
     """Images uint8 [B, 3, 64, 64] and their scenes, categories drawn uniformly."""
-    made = [caption_scene(rng) for _ in range(count)]
-    return render_all(made), made
+    batch = [caption_scene(rng) for _ in range(count)]
+    return render_all(batch), batch

@@ -36,6 +36,13 @@ def encode(vq: VQModel, images: Tensor) -> Tensor:
     return torch.cat([vq.encode(from_uint8(chunk)) for chunk in images.split(CHUNK)])
 
 
+@torch.inference_mode()
+def psnr(vq: VQModel, tokens: Tensor, images: Tensor) -> Tensor:
+    """PSNR in dB, float32 [B], of what tokens [B, T] are decoded to against the 8-bit pictures they are of."""
+    error = (decode(vq, tokens).float() - images.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(255**2 / error)
+
+
 def load_held_out(task: str, folder: Path = WEIGHTS / "nano-val") -> tuple[Tensor, list[Condition]]:
     """Tokens int64 [N, T] and conditions of the scenes of a task, "classes" or "captions", in random order.
 

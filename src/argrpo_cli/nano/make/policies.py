@@ -19,7 +19,7 @@ from argrpo_cli.kept import in_batches
 from argrpo_cli.nano.make.corrupt import Propose
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups, save_half
 from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, caption_batch, class_batch, vocabulary
-from argrpo_cli.nano.tokens import decode, encode, load_tokenizer
+from argrpo_cli.nano.tokens import encode, load_tokenizer, psnr
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration, left_pad
@@ -125,9 +125,8 @@ class RunningCodebook:
 def reconstruction(model: VQModel, images: Tensor) -> str:
     """PSNR in dB (mean over images, 8-bit) and the share of the codebook that the images use, in words."""
     tokens = encode(model, images)
-    psnr = 10 * torch.log10(255**2 / (decode(model, tokens).float() - images.float()).square().flatten(1).mean(1))
     used = len(tokens.unique()) / model.config.codebook_size
-    return f"PSNR {psnr.mean():.2f} dB, codebook in use {used:.0%}"
+    return f"PSNR {psnr(model, tokens, images).mean():.2f} dB, codebook in use {used:.0%}"
 
 
 # --- the policies, by maximum likelihood on tokenised scenes (eq. 2)
