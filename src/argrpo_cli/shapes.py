@@ -110,8 +110,8 @@ class Value:
 
     def __post_init__(self) -> None:
         for name in ("value", "error"):  # JSON has no NaN
-            given = getattr(self, name)
-            if given is not None and not math.isfinite(given):
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
                 object.__setattr__(self, name, None)
 
     def text(self, digits: int = 3, percent: bool = False, sign: str = "") -> str:
@@ -175,10 +175,10 @@ class Result:
         Raises:
             UserError: the file is missing, damaged, of an earlier version, or something else.
         """
-        held = read_json(path)
-        if held.get("format") != RESULT_FORMAT:
-            known = "result of an earlier version" if {"scores", "policies", "rewards"} & held.keys() else "result"
-            what = "a " + known if known != "result" else "no result of argrpo"
+        content = read_json(path)
+        if content.get("format") != RESULT_FORMAT:
+            earlier = {"scores", "policies", "rewards"} & content.keys()
+            what = "a result of an earlier version" if earlier else "no result of argrpo"
             raise UserError(f"{path} is {what}; measure again with this version, into another --out")
         from pydantic import TypeAdapter, ValidationError
 

@@ -120,16 +120,16 @@ class ImageNet(Benchmark):
         keep_features: bool = False,
     ):
         check_resize(resize)
-        self.drawing, self.given, self.weights, self.resize = sampling, reference, inception, resize
+        self.drawing, self.reference_name, self.weights, self.resize = sampling, reference, inception, resize
         self.keep_images, self.keep_features = keep_images, keep_features
         self.images: ImageSet | None = None
         self.reference: Reference | None = None
         self.features: dict[str, Features] = {}
 
     def open(self, cards: Sequence[Card], team: Team) -> None:
-        if self.given == ADM_NAME:
+        if self.reference_name == ADM_NAME:
             team.lead(fetch_adm)
-        self.file = open_reference(self.given)
+        self.file = open_reference(self.reference_name)
         self.inception = load_inception(self.weights, team.device)
 
     def shots(self, policy: Policy, n: int, seed: int) -> list[Shot]:
@@ -269,13 +269,13 @@ def save_reference_statistics(
     """
     benchmark, team = ImageNet(reference=reference, inception=inception), join_team(device)
     team.together(lambda: benchmark.open([], team))
-    given, network = benchmark.file, benchmark.inception
+    source, network = benchmark.file, benchmark.inception
     # Features of another network, or another division into batches, are none to go on with.
-    folder = file.with_name(f"{file.name}-features-{given.sha256[:12]}-{network.fingerprint[:8]}-{batch_size}")
-    ready = None if given.stored else prepare_reference(given, network, folder, batch_size, team)
+    folder = file.with_name(f"{file.name}-features-{source.sha256[:12]}-{network.fingerprint[:8]}-{batch_size}")
+    ready = None if source.stored else prepare_reference(source, network, folder, batch_size, team)
 
     def finish() -> None:
-        save_statistics(file, *(given.stored or (ready.pool, ready.spatial)))
+        save_statistics(file, *(source.stored or (ready.pool, ready.spatial)))
         Tensors(folder, None, str).remove()
         print(f"the statistics of {reference} are in {file}")
 

@@ -253,15 +253,15 @@ class Nano(Benchmark):
             "FID, sFID: biased upwards, the more the fewer images;",
             "jackknife errors; real scenes: some against the others",
         ]
-        given = "errors: of drawing the samples, given the reference scenes"
+        errors = "errors: of drawing the samples, given the reference scenes"
         if subjects[0].card is None:
             known = subjects[0].identity["classes_known"]
-            lines += [given] if known else [given, f"classes unknown (no class_id in a {METADATA})"]
+            lines += [errors] if known else [errors, f"classes unknown (no class_id in a {METADATA})"]
             return ({"reward_weights": self.weights} if known else {}) | {"about": "\n".join(lines)}
         tokenizer = measure_tokenizer(self.judge.tokenizer, self.judge.reference_tokens, self.seed)
         quality = f"{tokenizer['psnr']:.2f} dB on unseen scenes" if tokenizer["psnr"] is not None else tokenizer["note"]
         lines.insert(0, f"tokenizer: PSNR {quality}; {tokenizer['codebook_used']:.0%} of the codebook in use")
-        lines.append(f"{given} and the training run")
+        lines.append(f"{errors} and the training run")
         first, last = self.measured[subjects[0].name], self.measured[subjects[-1].name]
         class_ids = _class_ids(subjects[-1])
         spread = {key: within_class_std(last[key].values, class_ids) for key in (*self.weights, TOTAL)}

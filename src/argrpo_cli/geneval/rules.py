@@ -69,22 +69,22 @@ def judge_image(
     kept = select(detections, prompt.tag, thresholds)
     reasons: list[str] = []
     groups: list[Sequence[Detection] | None] = []  # of each requirement the objects that meet it
-    for wanted in prompt.include:
-        found = kept.get(wanted.name, ())[: wanted.count]
+    for requirement in prompt.include:
+        objects = kept.get(requirement.name, ())[: requirement.count]
         reason = None
-        if len(found) < wanted.count:
-            reason = f"expected {wanted.name}>={wanted.count}, found {len(found)}"
+        if len(objects) < requirement.count:
+            reason = f"expected {requirement.name}>={requirement.count}, found {len(objects)}"
         else:
-            if wanted.color is not None:
-                reason = _color_fault(wanted, classify_color(wanted.name, found))
-            if wanted.position is not None and reason is None:
-                reason = _position_fault(wanted, found, groups, thresholds)
-        groups.append(found if reason is None else None)
+            if requirement.color is not None:
+                reason = _color_fault(requirement, classify_color(requirement.name, objects))
+            if requirement.position is not None and reason is None:
+                reason = _position_fault(requirement, objects, groups, thresholds)
+        groups.append(objects if reason is None else None)
         reasons += [] if reason is None else [reason]
-    for unwanted in prompt.exclude:
-        count = len(kept.get(unwanted.name, ()))
-        if count >= unwanted.count:
-            reasons.append(f"expected {unwanted.name}<{unwanted.count}, found {count}")
+    for exclusion in prompt.exclude:
+        count = len(kept.get(exclusion.name, ()))
+        if count >= exclusion.count:
+            reasons.append(f"expected {exclusion.name}<{exclusion.count}, found {count}")
     return Verdict(not reasons, "\n".join(reasons), kept)
 
 
@@ -103,22 +103,22 @@ def reward_score(
     terms: list[float] = []
     strict = True
     groups: list[Sequence[Detection] | None] = []
-    for wanted in prompt.include:
-        found = kept.get(wanted.name, ())
-        terms.append(1 - abs(wanted.count - len(found)) / wanted.count)
-        matched = len(found) == wanted.count
+    for requirement in prompt.include:
+        objects = kept.get(requirement.name, ())
+        terms.append(1 - abs(requirement.count - len(objects)) / requirement.count)
+        matched = len(objects) == requirement.count
         if not matched:
-            terms += [0.0] if wanted.color is not None or wanted.position is not None else []
+            terms += [0.0] if requirement.color is not None or requirement.position is not None else []
         else:
-            if wanted.color is not None:
-                right = list(classify_color(wanted.name, found)).count(wanted.color)
-                terms.append(1 - abs(wanted.count - right) / wanted.count)
-                matched = right == wanted.count
-            if wanted.position is not None and matched:
-                matched = _position_fault(wanted, found, groups, thresholds) is None
-                no_target = groups[wanted.position[1]] is None
+            if requirement.color is not None:
+                right = list(classify_color(requirement.name, objects)).count(requirement.color)
+                terms.append(1 - abs(requirement.count - right) / requirement.count)
+                matched = right == requirement.count
+            if requirement.position is not None and matched:
+                matched = _position_fault(requirement, objects, groups, thresholds) is None
+                no_target = groups[requirement.position[1]] is None
                 terms += [1.0] if matched else [0.0] if no_target else [0.0, 1.0]
-        groups.append(found if matched else None)
+        groups.append(objects if matched else None)
         strict = strict and matched
     return sum(terms) / len(terms) if terms else 0.0, float(strict)
 
@@ -130,19 +130,19 @@ def select(detections: Detections, tag: str, thresholds: Thresholds = OFFICIAL) 
     """
     least = np.float32(thresholds.least(tag))
     kept = {}
-    for name, found in detections.items():
-        scores = np.array([detection.score for detection in found], np.float32)
+    for name, objects in detections.items():
+        scores = np.array([detection.score for detection in objects], np.float32)
         order = np.argsort(scores, kind="stable")[::-1]
-        ranked = [found[place] for place in order if scores[place] > least][: thresholds.max_objects]
-        chosen: list[Detection] = []
+        ranked = [objects[place] for place in order if scores[place] > least][: thresholds.max_objects]
+        survivors: list[Detection] = []
         for detection in ranked:
             # At 1 no box suppresses another, not even its exact copy.
             if thresholds.nms_threshold == 1 or all(
-                iou(detection.box, better.box) < np.float32(thresholds.nms_threshold) for better in chosen
+                iou(detection.box, better.box) < np.float32(thresholds.nms_threshold) for better in survivors
             ):
-                chosen.append(detection)
-        if chosen:
-            kept[name] = tuple(chosen)
+                survivors.append(detection)
+        if survivors:
+            kept[name] = tuple(survivors)
     return kept
 
 
@@ -151,9 +151,9 @@ def colored_objects(
 ) -> list[tuple[str, Detection]]:
     """The objects, with their class, whose colour `judge_image` and `reward_score` ask for: to answer in one batch."""
     kept = select(detections, prompt.tag, thresholds)
-    wanted = [part for part in prompt.include if part.color is not None]
-    found = [(part, kept.get(part.name, ())[: part.count]) for part in wanted]
-    return [(part.name, one) for part, objects in found if len(objects) == part.count for one in objects]
+    requirements = [part for part in prompt.include if part.color is not None]
+    pairs = [(part, kept.get(part.name, ())[: part.count]) for part in requirements]
+    return [(part.name, one) for part, objects in pairs if len(objects) == part.count for one in objects]
 
 
 def iou(box_a: Sequence[float], box_b: Sequence[float]) -> np.float32:
@@ -175,10 +175,10 @@ def relative_position(
     a, b = (np.asarray(box, np.float32).reshape(2, 2) for box in (box_a, box_b))
     offset = a.mean(0) - b.mean(0)
     sides = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
-    left = np.sign(offset) * np.maximum(np.abs(offset) - np.float32(position_threshold) * sides, 0)
-    if np.all(np.abs(left) < 1e-3):
+    rest = np.sign(offset) * np.maximum(np.abs(offset) - np.float32(position_threshold) * sides, 0)
+    if np.all(np.abs(rest) < 1e-3):
         return ()
-    x, y = left / np.linalg.norm(offset)
+    x, y = rest / np.linalg.norm(offset)
     holds = {"above": y < -0.5, "below": y > 0.5, "left of": x < -0.5, "right of": x > 0.5}
     return tuple(relation for relation, true in holds.items() if true)
 
@@ -187,29 +187,30 @@ def _area(low: np.ndarray, high: np.ndarray) -> np.float32:
     return np.prod(np.maximum(high - low + 1, 0))
 
 
-def _color_fault(wanted: Requirement, colors: Sequence[str]) -> str | None:
+def _color_fault(requirement: Requirement, colors: Sequence[str]) -> str | None:
     colors = list(colors)
-    right = colors.count(wanted.color)
-    if right >= wanted.count:
+    right = colors.count(requirement.color)
+    if right >= requirement.count:
         return None
-    seen = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
-    return f"expected {wanted.color} {wanted.name}>={wanted.count}, found {right} {wanted.color}; and {seen}"
+    counts = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
+    color, name = requirement.color, requirement.name
+    return f"expected {color} {name}>={requirement.count}, found {right} {color}; and {counts}"
 
 
 def _position_fault(
-    wanted: Requirement,
-    found: Sequence[Detection],
+    requirement: Requirement,
+    objects: Sequence[Detection],
     groups: Sequence[Sequence[Detection] | None],
     thresholds: Thresholds,
 ) -> str | None:
     """The first of the objects that does not stand as wanted to one of the target's; a target that failed fails it."""
-    relation, index = wanted.position
+    relation, index = requirement.position
     targets = groups[index]
     if targets is None:
-        return f"no target for {wanted.name} to be {relation}"
-    for detection in found:
+        return f"no target for {requirement.name} to be {relation}"
+    for detection in objects:
         for target in targets:
             relations = relative_position(detection.box, target.box, thresholds.position_threshold)
             if relation not in relations:
-                return f"expected {wanted.name} {relation} target, found {' and '.join(relations)} target"
+                return f"expected {requirement.name} {relation} target, found {' and '.join(relations)} target"
     return None
