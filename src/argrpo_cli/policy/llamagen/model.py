@@ -51,14 +51,15 @@ def rope_table(
     theta: float = 10000.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Cosines and sines of a rotary embedding in two dimensions, for condition and then image tokens, row by row.
+    """The turns cos + i sin of a rotary embedding in two dimensions, for condition and then image tokens, row by row.
 
     Pair j of the first half turns by row * theta^(-2j / (head_dim / 2)), pair j of the second half by the
     column. The rows of the condition tokens are zero, cosine and sine alike: this is what LlamaGen was
     trained with, and it makes their queries and keys vanish (cos = 1 there changes logits by more than 2).
 
     Returns:
-        float32 [cls_token_num + grid_size^2, head_dim / 2, 2], last axis (cos, sin). Cached: leave it be.
+        complex64 [cls_token_num + grid_size^2, head_dim / 2]: FSDP2 rounds what layers are given in float32 to the
+        type of their weights, and complex numbers not. Cached: leave it be.
     """
     # The table outlives the call: made inside a sampler's inference mode, it could not be trained with later; nor could
     # one be used that was made without numbers, when the memory of a pass was measured.
@@ -70,7 +71,7 @@ def rope_table(
         by_column = angles[None, :, :].expand(grid_size, grid_size, -1)
         angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
         table = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        return torch.cat([torch.zeros(cls_token_num, *table.shape[1:]), table]).to(device)
+        return torch.view_as_complex(torch.cat([torch.zeros(cls_token_num, *table.shape[1:]), table])).to(device)
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
@@ -78,10 +79,10 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
 
     Args:
         x: [B, S, heads, head_dim].
-        table: float32 [S, head_dim / 2, 2], the rows of `rope_table` at x's positions.
+        table: complex64 [S, head_dim / 2], the rows of `rope_table` at x's positions.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(table)[:, None]).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * table[:, None]).flatten(-2).to(x.dtype)
 
 
 def caption_attention_mask(condition_mask: Tensor, length: int) -> Tensor:
