@@ -246,6 +246,18 @@ def test_bfloat16_stays_near_float32():
     assert (logits - predicting(data["out/tf_logits"], tokens)).abs().mean() < 0.02
 
 
+def test_parameters_may_be_of_another_type_than_the_null_caption():
+    """As FSDP2 gathers them in mixed precision, to draw with outside of autocast."""
+    data, model = tensors("B_t2i8"), copy.deepcopy(golden_model("B_t2i8"))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    encoded, tokens = inputs(data)
+    with torch.no_grad():
+        logp = model(encoded, tokens, Sampling(cfg_scale=2.0)).logp
+        expected = golden_model("B_t2i8")(encoded, tokens, Sampling(cfg_scale=2.0)).logp
+    assert (logp - expected).abs().mean() < 0.1
+
+
 def test_a_fresh_policy_is_uniform_and_has_the_published_initialisation():
     torch.manual_seed(0)
     model = LlamaGenForImageGeneration(

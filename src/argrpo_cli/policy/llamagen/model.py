@@ -240,7 +240,8 @@ class CaptionMLP(nn.Module):
         self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
+        # FSDP2 gathers parameters in bfloat16 and leaves buffers, such as the null caption, as they are.
+        return self.fc2(F.gelu(self.fc1(features.to(self.fc1.weight.dtype)), approximate="tanh"))
 
 
 class LlamaGenPreTrainedModel(PreTrainedModel):
@@ -282,7 +283,7 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         """Class ids int64 [B], or left-padded features [B, P, caption_dim], to embeddings [B, P, D]."""
         if self.config.condition == "class":
             return self.class_embedding(condition)[:, None]
-        return self.caption_mlp(condition.to(self.null_caption.dtype))
+        return self.caption_mlp(condition)
 
     def embed_null(self, batch: int) -> Tensor:
         """Embeddings of the null condition, [batch, P, D]."""
