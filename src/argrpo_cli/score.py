@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -82,7 +81,13 @@ def score_images(
         store = Rows(
             target / PARTIAL, reward_set.identity(options), item_key, complete=lambda row: None not in row.values()
         )
-        score = partial(score_rows, reward_set)
+
+        def score(batch: Sequence[Item]) -> list[dict[str, float | None]]:
+            # An image is asked again for all its scores; one that is missing this time is not lost for that.
+            earlier = [row or {} for row in store.read(batch)]
+            rows = zip(score_rows(reward_set, batch), earlier, strict=True)
+            return [{name: old.get(name) if x is None else x for name, x in row.items()} for row, old in rows]
+
         before = kept(items, score, store, batch_size=batch_size, label="scoring", whole=False)
         scores = store.read(items)
         columns = {name: [row[name] for row in scores] for name in rewards}

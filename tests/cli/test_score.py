@@ -396,6 +396,20 @@ def test_what_is_missing_is_asked_for_again(folder, rewards, monkeypatch):
     assert [row["scores"]["bright"] for row in read_jsonl(folder / "scores.jsonl")] == [1, 2, 3]
 
 
+def test_a_score_is_not_lost_when_the_other_one_comes(folder, rewards, monkeypatch):
+    nan = float("nan")
+    answers = iter([([1.0, 1.0, 1.0], [nan, 2.0, 2.0]), ([nan], [2.0])])
+
+    def score(self, images, said, batch_size):
+        return dict(zip(("bright", "words"), map(torch.tensor, next(answers)), strict=True))
+
+    monkeypatch.setattr(Rewards, "score", score)
+    for _ in range(2):
+        assert run(["score", str(folder), "--rewards", "bright,words"]) == 0
+    rows = read_jsonl(folder / "scores.jsonl")
+    assert [row["scores"] for row in rows] == [{"bright": 1, "words": 2}] * 3
+
+
 def test_a_reward_of_realism_that_reads_the_prompt_needs_one():
     assert check_reward("judge-quality").reads_prompt and check_reward("judge-quality").family == "realism"
     assert not check_reward("judge-fake").reads_prompt and not check_reward("maniqa").reads_prompt
