@@ -109,7 +109,8 @@ def test_finished_pictures_are_measured_alike(policies, tmp_path):
     assert again.rows["images"] == ours.rows[name] and again.protocol["measured"]["images"]["count"] == 8
 
 
-def test_what_is_not_the_papers_is_told(policies, tmp_path):
+def test_what_is_not_the_papers_is_told(policies, tmp_path, monkeypatch):
+    monkeypatch.setattr(Brightness, "of_paper", True, raising=False)
     result = run(policies[:1], tmp_path / "o", n=1, sampling=Sampling(cfg_scale=3.0))
     assert result.departures == ["images per prompt 1 (paper 2)", "cfg-scale 3 (paper 2)"]
 

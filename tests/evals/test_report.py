@@ -152,6 +152,9 @@ def test_a_folder_is_searched_and_other_files_are_passed_over(write, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no results in .*empty; expected what `argrpo eval`"):
         read_results([tmp_path / "empty"])
+    write("earlier/summary.json", {"scores": {}})
+    with pytest.raises(UserError, match="earlier version"):
+        read_results([tmp_path / "earlier"])
 
 
 def test_files_of_one_benchmark_share_a_table(write):

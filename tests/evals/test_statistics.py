@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from argrpo_cli.evals import fidelity
-from argrpo_cli.evals.statistics import class_groups, jackknife
+from argrpo_cli.evals.statistics import class_groups, jackknife, mean_of
 
 
 def of_means(x, groups):
@@ -56,3 +56,9 @@ def test_a_difference_with_the_same_groups_is_paired():
     one, other = (of_means(y, groups)[0] for y in (x, x + 1))
     change = other.minus(one)
     assert change.value == pytest.approx(1) and change.error == pytest.approx(0, abs=1e-9)
+
+
+def test_clusters_may_have_names():
+    values = [1.0, 2.0, 4.0, 8.0, 3.0]
+    named, numbered = mean_of(values, ["b", "a", "b", "a", "c"]), mean_of(values, [0, 1, 0, 1, 2])
+    assert (named.value, named.error) == (numbered.value, numbered.error)

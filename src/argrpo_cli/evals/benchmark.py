@@ -63,7 +63,8 @@ class Benchmark:
     Attributes:
         name: as on the command line; `title` as people write it.
         reads: "captions" or "classes" where only such policies can be asked, and `example` one of them.
-        sampling, n: the paper's protocol; `counted` is what n counts, in words.
+        sampling, n: how it is drawn by default; `counted` is what n counts, in words.
+        of_paper: that is a paper's protocol, and what is drawn otherwise is told as a departure.
         pictures: the folder of a policy's pictures in its own.
         final: a finished folder is not measured again, since what it was measured from is gone.
         packages: beside torch, those whose versions belong to the protocol.
@@ -76,6 +77,7 @@ class Benchmark:
     sampling = Sampling()
     n = 1
     counted = "images per prompt"
+    of_paper = False
     pictures = "images"
     final = False
     packages: Sequence[str] = ()
@@ -257,7 +259,7 @@ def run(
     batch_size = team.from_lead(lambda: claim(out, {**identity, **benchmark.identity()}, batch_size))
     finished = benchmark.final and team.from_lead((out / SUMMARY).is_file)
     departures = benchmark.departures(subjects)
-    if drawing:
+    if drawing and benchmark.of_paper:
         number = [] if n == benchmark.n else [f"{benchmark.counted} {n} (paper {benchmark.n})"]
         departures = [*number, *sampling.departures(benchmark.sampling), *departures]
     early = benchmark.warnings(subjects)

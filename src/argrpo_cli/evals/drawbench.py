@@ -58,6 +58,7 @@ class DrawBench(Benchmark):
     """
 
     name, title, reads, example, n = "drawbench", "DrawBench", "captions", "t2i-xl-256", 5
+    of_paper = True
     packages = ("transformers", "open_clip_torch", "pyiqa")  # that the rewards compute with
 
     def __init__(

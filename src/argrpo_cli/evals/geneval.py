@@ -76,7 +76,7 @@ class GenEval(Benchmark):
     """
 
     name, title, reads, example, n = "geneval", "GenEval", "captions", "nano-t2i", 4
-    final = True
+    final, of_paper = True, True
 
     def __init__(
         self,

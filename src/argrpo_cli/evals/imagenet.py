@@ -108,6 +108,7 @@ class ImageNet(Benchmark):
 
     name, title, reads, example = "imagenet", "ImageNet", "classes", "c2i-b-256"
     n, counted, final, packages = IMAGES, "images", True, ("torch-fidelity",)
+    of_paper = True
 
     def __init__(
         self,

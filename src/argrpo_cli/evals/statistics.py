@@ -7,7 +7,7 @@ that drew the same prompts with the same seeds share their units, so the error o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ class Measure:
         return Value(self.value, self.error, self.count)
 
 
-def mean_of(values: Tensor | Sequence[float], clusters: Tensor | Sequence[int] | None = None) -> Measure:
+def mean_of(values: Tensor | Sequence[float], clusters: Tensor | Sequence[Hashable] | None = None) -> Measure:
     """The mean of a value for each image, NaN for one that has none; images of one cluster are not independent.
 
     N values of G clusters with mean m have, with e_g the sum of (value - m) over cluster g,
@@ -65,7 +65,11 @@ def mean_of(values: Tensor | Sequence[float], clusters: Tensor | Sequence[int] |
     u_g = m + G / N * e_g. Without clusters each image is its own.
     """
     values = torch.as_tensor(values, dtype=torch.float64)
-    clusters = torch.arange(len(values)) if clusters is None else torch.as_tensor(clusters)
+    if clusters is None:
+        clusters = torch.arange(len(values))
+    elif not isinstance(clusters, Tensor):  # names of any kind
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+        clusters = torch.tensor([numbers[name] for name in clusters], dtype=torch.int64)
     there = ~values.isnan()
     known, places = values[there], clusters[there].unique(return_inverse=True)[1]
     count = len(known)

@@ -177,7 +177,12 @@ def _is_result(path: Path) -> bool:
         value = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError):
         return False
-    return not path.name.startswith(".") and isinstance(value, dict) and {"format", "benchmark"} <= value.keys()
+    if path.name.startswith(".") or not isinstance(value, dict):
+        return False
+    return {
+        "format",
+        "benchmark",
+    } <= value.keys() or path.name == "summary.json"  # an earlier version's is told as such
 
 
 def write_report(results: Mapping[str, Result], out: Path) -> list[Section]:
