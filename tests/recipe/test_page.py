@@ -19,9 +19,11 @@ def test_every_key_has_its_values_default_and_comment():
         "| `cfg_scale` | number | `2.0` | guidance s in l_u + s (l_c - l_u); 1, the least, is none |",
         "| `micro_batch_size` | whole number from 1, or `null` | `null` | images per forward pass of a process; ",
         "| `betas` | list of number from 0 below 1 | `[0.9, 0.95]` | AdamW |",
+        "| `start` | recipe, or `null` | `null` | A run before this one, in the folder start ",
+        "| `cfg_scale` | number above 1, or list of number above 1 | `2.0` | Guidance of the teacher.",
         '| `importance` | `token`, `sequence` | `"token"` | the ratio of each token',
     ):
         assert f"\n{row}" in page()
-    sections = set(Recipe.model_fields) - {"name", "description", "seed", "out", "published"}
+    sections = set(Recipe.model_fields) - {"name", "description", "seed", "out", "published", "method", "start"}
     assert all(f"\n## `{name}`\n" in page() for name in sections)
     assert "\n## `published[]`\n" in page() and "\n## `guards.kl`\n" in page()

@@ -26,7 +26,7 @@ REFUSED = [
         "grpo.logprob = 'guide': must be 'conditional' or 'guided'",
         "did you mean 'guided'?",
     ),
-    ("grpo=3", "grpo = 3: must be a mapping with the keys logprob"),
+    ("grpo=3", "grpo = 3: must be a mapping with the keys batch_size"),
     ("rewards.terms=[]", "rewards.terms = []: must have at least 1 entries"),
     ("rewards.terms=[{name: a}, {name: a}]", "the reward 'a' is listed twice"),
     ("conditions.classes=dog", "conditions.classes = 'dog': must be 'all' or a list of class names or ids"),
@@ -42,6 +42,19 @@ REFUSED = [
         "sampling.dtype=float32",
         "unknown key 'sampling.dtype'; the keys of sampling are cfg_scale, temperature, top_k, top_p",
     ),
+    ("start=3", "start = 3: must be null, the name or path of a recipe, or a mapping"),
+    ("start=nowhere", "start: no recipe 'nowhere'"),
+    ("start.distil.x=3", "unknown key 'start.distil.x'; the keys of start.distil are batch_size"),
+    ("start.distil.beta=2", "start.distil.beta = 2: must be less than or equal to 1"),
+    ("start.distil.warmup_steps=101", "start.distil: warmup_steps 101 is more than steps 100"),
+    ("start.out=here", "start.out 'here': a start is run in the run's own folder"),
+    ("start.start={}", "start.start: a start has no start of its own"),
+    ("start=nano/t2i", "start.policy.checkpoint 'nano-t2i' is what the run starts from"),
+    ("start.rewards.terms.9.weight=2", "start.rewards.terms has 3 entries"),
+    ("distil.cfg_scale=1", "distil.cfg_scale = 1: must be a number above 1, or a list of such numbers"),
+    ("distil.cfg_scale=[2, x]", "distil.cfg_scale = [2, 'x']: must be a number above 1, or a list"),
+    ("distil.cfg_scale=[]", "distil.cfg_scale = []: must be a number above 1, or a list"),
+    ("distil.micro_batch_size=5", "micro_batch_size 5 does not divide batch_size 64"),
     ("name=a/b", "name = 'a/b': must be made of letters"),
 ]
 
@@ -75,6 +88,16 @@ def test_a_sampler_that_differs_from_the_trained_distribution_must_be_asked_for(
     with pytest.raises(UserError, match=r"another distribution .* grpo\.allow_filtered_sampling: true"):
         load_recipe("nano/c2i", [override])
     assert load_recipe("nano/c2i", [override, "grpo.allow_filtered_sampling=true"])
+
+
+def test_distillation_is_of_the_whole_distribution():
+    with pytest.raises(UserError, match=r"another distribution than the one that distil trains; use 0 and 1$"):
+        load_recipe("nano/c2i", ["method=distil", "sampling.top_k=100", "grpo.allow_filtered_sampling=true"])
+
+
+def test_what_is_wrong_is_told_once_although_a_start_takes_it_over():
+    with pytest.raises(UserError, match=r"^--set grpo\.bta=1: unknown key 'grpo\.bta'; [^(]*$"):
+        load_recipe("nano/c2i", ["start.distil.steps=3", "grpo.bta=1"])
 
 
 def test_a_whole_number_is_a_float_too():

@@ -219,7 +219,7 @@ def test_what_cannot_work_is_said_before_anything_starts(
 
 def test_images_are_shared_evenly_and_groups_may_straddle() -> None:
     def shares(processes: int, **grpo: Any) -> tuple[int, int]:
-        return images_per_process(tiny_recipe(**grpo).grpo, processes)
+        return images_per_process(tiny_recipe(**grpo), processes)
 
     assert shares(1, batch_size=64, group_size=8) == (64, 64)
     assert shares(16, batch_size=64, group_size=8) == (4, 4)

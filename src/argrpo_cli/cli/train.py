@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
 
 # What may change when a run is continued: how long, what is watched, what is kept. Anything else is another run.
-CHANGEABLE = ("grpo.steps", "grpo.time_limit_minutes", "guards.", "logging.")
+CHANGEABLE = (
+    "grpo.steps", "grpo.time_limit_minutes", "distil.steps", "distil.time_limit_minutes", "guards.", "logging.",
+)  # fmt: skip
 
 
 @command(least={"processes": 1})
@@ -60,9 +62,10 @@ def train(
                 keys = ", ".join(key + "*" if key.endswith(".") else key for key in CHANGEABLE)
                 raise UserError(f"--set {text}: a resumed run keeps its recipe; only {keys} can change")
         loaded, run_dir = load_recipe(resume / "recipe.yaml", set_), resume
-        if loaded.grpo.schedule != "constant" and any(text.startswith("grpo.steps") for text in set_):
+        steps = f"{loaded.method}.steps"
+        if loaded.optim.schedule != "constant" and any(text.startswith(steps) for text in set_):
             raise UserError(
-                f"--set grpo.steps: the {loaded.grpo.schedule} learning-rate schedule of this run depends on it"
+                f"--set {steps}: the {loaded.optim.schedule} learning-rate schedule of this run depends on it"
             )
     elif recipe is None:
         raise UserError("train needs a recipe, for instance `argrpo train nano/c2i`, or --resume RUN_DIR")
@@ -127,7 +130,7 @@ def _together(arguments: list[str], recipe: Recipe, processes: int, config: str)
 
     config_file(config)
     cpu = check_processes(processes, recipe.policy.device, config)
-    images_per_process(recipe.grpo, processes)
+    images_per_process(recipe, processes)
     code = launch(arguments, processes, config, cpu)
     if code:
         raise SystemExit(code)

@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from argrpo_cli.recipe.schema import Recipe, section_of
+from argrpo_cli.recipe.schema import OWN_KEYS, Recipe, merge, section_of, with_whole_start
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import read_text
 
-OWN_KEYS = ("name", "description", "out", "published")  # say which run this is, so `extends` does not hand them on
 # Keys that take values of several kinds, for which pydantic reports one fault per kind.
 UNIONS = {
+    "start": "must be null, the name or path of a recipe, or a mapping of a recipe's keys",
     "conditions.classes": "must be 'all' or a list of class names or ids",
     "conditions.captions": "must be a name, a file or a list of captions",
+    "distil.cfg_scale": "must be a number above 1, or a list of such numbers",
     "policy.trainable": "must be 'all', a part of the parameters' names or a list of such parts",
 }
 
@@ -50,11 +51,11 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     layers = list(_file_layers(path, ()))
     tree: dict[str, Any] = {"name": path.stem}
     for layer in layers:
-        tree = _merge(tree, layer.tree)
+        tree = merge(tree, layer.tree)
     for text in overrides:
-        layer = _override(text, tree)
-        layers.append(layer)
-        tree = _merge(tree, layer.tree)
+        for layer in _override(text, tree):
+            layers.append(layer)
+            tree = merge(tree, layer.tree)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -113,7 +114,7 @@ def _file_layers(path: Path, opened: tuple[Path, ...]) -> Iterator[Layer]:
     here = path.resolve()
     if here in opened:
         chain = " -> ".join(str(step) for step in (*opened[opened.index(here) :], here))
-        raise UserError(f"{path}: 'extends' runs in a circle: {chain}")
+        raise UserError(f"{path}: 'extends' or 'start' runs in a circle: {chain}")
     tree = parse_yaml(read_text(path), str(path))
     if tree is None:
         tree = {}
@@ -123,25 +124,41 @@ def _file_layers(path: Path, opened: tuple[Path, ...]) -> Iterator[Layer]:
     if parent is not None:
         if not isinstance(parent, str):
             raise UserError(f"{path}: extends = {shown(parent)}: must be the path or the name of a recipe")
-        try:
-            parent_path = find_recipe(parent, relative_to=path.parent)
-        except UserError as error:
-            raise UserError(f"{path}: extends: {error}") from error
-        for layer in _file_layers(parent_path, (*opened, here)):
-            kept = {key: value for key, value in layer.tree.items() if key not in OWN_KEYS}
-            yield Layer(layer.source, kept)
-    yield Layer(str(path), tree)
+        yield from _named(parent, "extends", str(path), path.parent, (*opened, here))
+    yield from _own_layers(Layer(str(path), tree), path.parent, (*opened, here))
 
 
-def _override(text: str, tree: dict[str, Any]) -> Layer:
-    """The layer of one `key=value`; `tree` is what it overrides, needed for keys that count into a list."""
+def _named(name: str, key: str, source: str, folder: Path | None, opened: tuple[Path, ...]) -> Iterator[Layer]:
+    """The layers of the recipe that a `key` of `source` names, without what says which run it is."""
+    try:
+        path = find_recipe(name, relative_to=folder)
+    except UserError as error:
+        raise UserError(f"{source}: {key}: {error}") from error
+    for layer in _file_layers(path, opened):
+        yield Layer(layer.source, {key: value for key, value in layer.tree.items() if key not in OWN_KEYS})
+
+
+def _own_layers(layer: Layer, folder: Path | None, opened: tuple[Path, ...]) -> Iterator[Layer]:
+    """A layer, and before it, where its `start` is a name, that recipe's keys in the place of any start so far."""
+    start = layer.tree.get("start")
+    if isinstance(start, str):
+        yield Layer(layer.source, {"start": None})
+        for inner in _named(start, "start", layer.source, folder, opened):
+            yield Layer(inner.source, {"start": inner.tree})
+        layer = Layer(layer.source, {key: value for key, value in layer.tree.items() if key != "start"})
+    yield layer
+
+
+def _override(text: str, tree: dict[str, Any]) -> Iterator[Layer]:
+    """The layers of one `key=value`; `tree` is what it overrides, needed for keys that count into a list."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise UserError(f"--set {text!r}: expected key=value, for instance grpo.beta=0.02")
     source = f"--set {text}"
-    held = _merge(Recipe(name="x").model_dump(mode="json"), tree)
-    return Layer(source, _within(held, parts, 0, parse_yaml(value, source), source))
+    held = merge(Recipe(name="x").model_dump(mode="json"), tree)
+    held = with_whole_start({**held, "start": held["start"] or {}})
+    return _own_layers(Layer(source, _within(held, parts, 0, parse_yaml(value, source), source)), None, ())
 
 
 def _within(held: Any, parts: list[str], depth: int, value: Any, source: str) -> Any:
@@ -158,15 +175,8 @@ def _within(held: Any, parts: list[str], depth: int, value: Any, source: str) ->
     if int(key) >= len(held):
         raise UserError(f"{source}: {name} has {len(held)} entries, counted from 0")
     old = held[int(key)]
-    changed = _merge(old, _within(old, parts, depth + 1, value, source))
+    changed = merge(old, _within(old, parts, depth + 1, value, source))
     return [*held[: int(key)], changed, *held[int(key) + 1 :]]
-
-
-def _merge(base: Any, over: Any) -> Any:
-    """`base` with `over` laid on it: mappings merge, everything else is replaced."""
-    if not (isinstance(base, dict) and isinstance(over, dict)):
-        return over
-    return base | {key: _merge(base.get(key), value) for key, value in over.items()}
 
 
 class _Loader(yaml.SafeLoader):
@@ -214,6 +224,8 @@ def parse_yaml(text: str, source: str) -> Any:
 def explain(error: ValidationError, layers: Sequence[Layer]) -> str:
     """One line for the first fault that pydantic found, and how many more there are."""
     faults = error.errors(include_url=False)
+    said = {fault["loc"] for fault in faults}  # what is wrong in a recipe is so in its start, which takes it from there
+    faults = [fault for fault in faults if fault["loc"][:1] != ("start",) or fault["loc"][1:] not in said]
     # The cause before its consequences: an unknown key is reported ahead of a missing one.
     fault = min(faults, key=lambda one: one["type"] == "missing")
     keys = [part for part in fault["loc"] if _is_key(part)]
@@ -242,7 +254,7 @@ def explain(error: ValidationError, layers: Sequence[Layer]) -> str:
         least = fault["ctx"].get("min_length")
         count = f"at least {least}" if least is not None else f"at most {fault['ctx']['max_length']}"
         message = f"must have {count} entries"
-    message = UNIONS.get(dotted, message)
+    message = UNIONS.get(dotted.removeprefix("start."), message)
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         hint = did_you_mean(fault["input"], fault["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", "))
     return f"{source}: {dotted} = {shown(fault['input'])}: {message}{hint}{tail}"
@@ -252,7 +264,7 @@ def _is_key(part: str | int) -> bool:
     """Whether a part of pydantic's location is ours; it also names the branches of a union there."""
     if isinstance(part, int):
         return True
-    return part not in ("str", "int", "constrained-str") and "[" not in part and "(" not in part
+    return part not in ("str", "int", "constrained-str", "constrained-float") and "[" not in part and "(" not in part
 
 
 def _reach(keys: list[Any], held: Any) -> int:

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 
-from argrpo_cli.recipe.schema import Recipe, section_of
+from argrpo_cli.recipe.schema import Recipe, Section, section_of
 
 BOUNDS = {Ge: "from {}", Gt: "above {}", Le: "at most {}", Lt: "below {}"}
-KINDS = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", Any: "anything"}
+KINDS = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", Any: "anything", Recipe: "recipe"}
 PAGE = """# The keys of a recipe
 
 `python -m argrpo_cli.recipe.page` writes this page from the schema, `src/argrpo_cli/recipe/schema.py`. A recipe is a
@@ -35,7 +35,7 @@ def page() -> str:
         parts.append("\n| key | value | default | |\n| --- | --- | --- | --- |\n")
         notes = _comments(model)
         for key, field in model.model_fields.items():
-            if not section_of(field.annotation):
+            if section_of(field.annotation) in (None, Recipe):
                 default = "" if field.is_required() else f"`{json.dumps(field.default)}`"
                 cells = (f"`{key}`", _value(field.annotation, field.metadata), default, notes.get(key, ""))
                 parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
@@ -46,7 +46,7 @@ def _sections(model: type[BaseModel], name: str) -> Iterator[tuple[str, type[Bas
     """Dotted names and models of the sections, each before those inside it; `[]` after a list of them."""
     yield name, model
     for key, field in model.model_fields.items():
-        if inner := section_of(field.annotation):
+        if (inner := section_of(field.annotation)) and inner is not Recipe:
             several = "[]" if get_origin(field.annotation) is list else ""
             yield from _sections(inner, f"{name}.{key}".lstrip(".") + several)
 
@@ -79,7 +79,8 @@ def _comments(model: type[BaseModel]) -> dict[str, str]:
     """What the source says of each key: the comment lines before it and the comment behind it."""
     notes: dict[str, str] = {}
     before: list[str] = []
-    for line in inspect.getsource(model).splitlines():
+    family = [one for one in reversed(model.__mro__) if issubclass(one, Section) and one is not Section]
+    for line in (line for one in family for line in inspect.getsource(one).splitlines()):
         if comment := re.match(r"    # (.*)", line):
             before.append(comment[1])
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -25,9 +25,12 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Guidance = Annotated[float, Field(gt=1)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
 Action = Literal["stop", "warn", "ignore"]
+# Keys that say which run this is: `extends` does not hand them on, nor has `start` them from the recipe around it.
+OWN_KEYS = ("name", "description", "out", "published")
 
 
 class Section(BaseModel):
@@ -155,15 +158,51 @@ class RewardSection(Section):
         return self
 
 
-class GrpoSection(Section):
+class OptimSection(Section):
+    """How weights are moved, whatever for: the keys that `grpo` and `distil` share."""
+
+    batch_size: Count = 64  # images per update, of all processes together; of grpo, a multiple of group_size
+    micro_batch_size: Count | None = None  # images per forward pass of a process; null takes all that it draws
+    steps: Count = 100  # updates
+    time_limit_minutes: Positive | None = None  # stop earlier, with everything saved
+    learning_rate: Positive = 1e-5  # of AdamW
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.95]  # AdamW
+    weight_decay: NonNegative = 0.05
+    max_grad_norm: Positive = 1.0  # larger gradients are scaled down to it
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # updates over which the learning rate rises
+    # Of the learning rate after that; wsd (warm-up, stable, decay) falls over the second half of the steps, to 0.
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    ema_decay: Decay = 0.0  # of a running mean of the weights, kept as policy_ema beside policy; 0 keeps none
+    gradient_checkpointing: bool = False  # less memory, one more forward pass
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> OptimSection:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}; lower it too")
+        return self
+
+
+class DistilSection(OptimSection):
+    """Guidance distilled into the weights: generalised knowledge distillation (Agarwal et al. 2024) from the policy as
+    it is, under guidance, to the same policy without it. The names are those of TRL's GKD."""
+
+    group_size: ClassVar[int] = 1  # no images are compared,
+    updates_per_batch: ClassVar[int] = 1  # and each is drawn for one update
+
+    # Guidance of the teacher. Of a list the policy is sampled at each before training, the rewards look at the images,
+    # and the smallest scale within one standard error of the best total is taken.
+    cfg_scale: Guidance | Annotated[list[Guidance], Field(min_length=1)] = 2.0
+    lmbda: Probability = 0.3  # share of the batches that the student draws itself; the others the guided teacher draws
+    beta: Probability = 0.0  # 0 is forward KL(teacher || student), 1 reverse KL, between generalised Jensen-Shannon
+
+
+class GrpoSection(OptimSection):
     """The optimisation (sections 3.2 and 3.4)."""
 
     logprob: Literal["conditional", "guided"] = "conditional"  # whose log-probability is trained
     group_size: Annotated[int, Field(ge=2)] = 8  # images per condition whose rewards are compared
-    batch_size: Count = 64  # images per update, of all processes together; a multiple of group_size
-    micro_batch_size: Count | None = None  # images per forward pass of a process; null takes all that it draws
-    steps: Count = 100  # updates
-    time_limit_minutes: Positive | None = None  # stop earlier, with everything saved
     beta: NonNegative = 0.1  # weight of the KL estimator of eq. 6; 0 needs no reference model
     # Clip range of the ratio, below 1. sapo and vespo clip nothing, cispo only above.
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -179,33 +218,21 @@ class GrpoSection(Section):
     entropy_target: Positive | None = None  # null: the weight stays as it is
     entropy_step: Positive = 0.005
     entropy_weight_max: Positive = 1.0  # the weight goes no higher
-    ema_decay: Decay = 0.0  # of a running mean of the weights, kept as policy_ema beside policy; 0 keeps none
-    gradient_checkpointing: bool = False  # less memory, one more forward pass
-    learning_rate: Positive = 1e-5  # of AdamW
-    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.95]  # AdamW
-    weight_decay: NonNegative = 0.05
-    max_grad_norm: Positive = 1.0  # larger gradients are scaled down to it
-    warmup_steps: Annotated[int, Field(ge=0)] = 0  # updates over which the learning rate rises
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate after that
     condition_dropout: Probability = 0.0  # how often a condition is replaced by the null condition
     allow_filtered_sampling: bool = False  # accept top_k or top_p although the trained distribution has neither
 
     @model_validator(mode="after")
-    def _sizes_divide(self) -> GrpoSection:
+    def _whole_groups_and_batches(self) -> GrpoSection:
         if self.batch_size % self.group_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}; "
                 f"use for instance {max(1, round(self.batch_size / self.group_size)) * self.group_size}"
             )
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         if self.steps % self.updates_per_batch:
             raise ValueError(
                 f"steps {self.steps} would end in the middle of a batch of updates_per_batch {self.updates_per_batch}; "
                 f"use {-(-self.steps // self.updates_per_batch) * self.updates_per_batch}"
             )
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}; lower it too")
         return self
 
     @model_validator(mode="after")
@@ -305,14 +332,24 @@ class Recipe(Section):
     description: str = ""
     seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn, in which order
     out: str | None = None  # run directory; null is runs/<name>
+    method: Literal["grpo", "distil"] = "grpo"  # of training; the section of that name has its settings
+    # A run before this one, in the folder start of its run directory, from whose policy this one goes on: the name or
+    # path of a recipe, or keys as here. What it does not say is as in this recipe, but its method is distil.
+    start: Recipe | None = None
     policy: PolicySection = PolicySection()
     conditions: ConditionSection = ConditionSection()
     sampling: SamplingSection = Sampling()  # and Sampling it is, once read
     rewards: RewardSection = RewardSection()
     grpo: GrpoSection = GrpoSection()
+    distil: DistilSection = DistilSection()
     guards: GuardSection = GuardSection()
     logging: LoggingSection = LoggingSection()
     published: list[PublishedSection] = []
+
+    @property
+    def optim(self) -> GrpoSection | DistilSection:
+        """The section of the recipe's method."""
+        return getattr(self, self.method)
 
     @property
     def run_dir(self) -> Path:
@@ -323,9 +360,30 @@ class Recipe(Section):
     def _sampling_keys(self, sampling: Sampling) -> dict[str, Any]:
         return {key: getattr(sampling, key) for key in SamplingSection.model_fields}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _start_is_as_this_recipe(cls, keys: Any) -> Any:
+        return with_whole_start(keys)
+
+    @model_validator(mode="after")
+    def _start_and_run_fit(self) -> Recipe:
+        start = self.start
+        if start is None:
+            return self
+        if start.start is not None:
+            raise ValueError("start.start: a start has no start of its own; run that one first, by itself")
+        if start.out is not None:
+            raise ValueError(f"start.out {start.out!r}: a start is run in the run's own folder start; leave it out")
+        if start.policy.checkpoint != self.policy.checkpoint:
+            raise ValueError(
+                f"start.policy.checkpoint {start.policy.checkpoint!r} is what the run starts from, and "
+                f"policy.checkpoint {self.policy.checkpoint!r} is another; say the same"
+            )
+        return self
+
     @model_validator(mode="after")
     def _kept_checkpoints_lie_between_batches(self) -> Recipe:
-        each = self.grpo.updates_per_batch
+        each = self.optim.updates_per_batch
         for step in self.logging.keep_steps:
             if step % each:
                 raise ValueError(
@@ -337,10 +395,26 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sampler_and_trained_distribution_agree(self) -> Recipe:
         filtered = self.sampling.top_k != 0 or self.sampling.top_p != 1
-        if filtered and not self.grpo.allow_filtered_sampling:
+        if filtered and not (self.method == "grpo" and self.grpo.allow_filtered_sampling):
+            mend = ", or set grpo.allow_filtered_sampling: true" if self.method == "grpo" else ""
             raise ValueError(
                 f"sampling.top_k {self.sampling.top_k} and sampling.top_p {self.sampling.top_p:g} draw from "
-                "another distribution than the one GRPO trains; use 0 and 1, "
-                "or set grpo.allow_filtered_sampling: true"
+                f"another distribution than the one that {self.method} trains; use 0 and 1{mend}"
             )
         return self
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`base` with `over` laid on it: mappings merge, everything else is replaced."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return base | {key: merge(base.get(key), value) for key, value in over.items()}
+
+
+def with_whole_start(keys: Any) -> Any:
+    """A recipe's keys with those that its `start` does not say filled in from around it."""
+    if not (isinstance(keys, dict) and isinstance(keys.get("start"), dict)):
+        return keys
+    around = {key: value for key, value in keys.items() if key not in (*OWN_KEYS, "start")}
+    own = {"name": f"{keys.get('name')}-start", "method": "distil"}
+    return keys | {"start": merge(around | own, keys["start"])}

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.recipe.schema import LoraSection
 
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine", "wsd": "warmup_stable_decay"}
+WSD = {"decay_type": "linear"}
 CHECKPOINTING = {"use_reentrant": False}
 NOISY_LOGGERS = ("transformers", "trl", "accelerate", "datasets", "torch.distributed")
 
@@ -157,7 +158,7 @@ def grpo_config(
         UserError: the images cannot be shared by so many.
     """
     grpo = recipe.grpo
-    share, micro = images_per_process(grpo, processes)
+    share, micro = images_per_process(recipe, processes)
     high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
     return GRPOConfig(
         output_dir=str(output_dir),
@@ -197,6 +198,7 @@ def grpo_config(
         max_grad_norm=grpo.max_grad_norm,
         warmup_steps=grpo.warmup_steps,
         lr_scheduler_type=SCHEDULES[grpo.schedule],
+        lr_scheduler_kwargs=WSD | {"num_decay_steps": grpo.steps // 2} if grpo.schedule == "wsd" else None,
         # Precision and speed. The weights stay in float32; bfloat16 is autocast around them.
         bf16=recipe.policy.dtype == "bfloat16",
         gradient_checkpointing=grpo.gradient_checkpointing,

@@ -117,7 +117,7 @@ class Guards:
         """The ratio on an on-policy update, the first of each batch. Off-policy ones are meant to move it."""
         record = self._records[-1]
         deviation = record.get("ratio_deviation_mean")
-        if deviation is None or (record["step"] - 1) % self.recipe.grpo.updates_per_batch:
+        if deviation is None or (record["step"] - 1) % self.recipe.optim.updates_per_batch:
             return
         limit = self.section.ratio.limit or RATIO_LIMIT[self.recipe.policy.dtype]
         if deviation > limit:
@@ -340,7 +340,7 @@ class GuardCallback(TrainerCallback):
             for finding in self.guards.look(self.metrics.record):
                 self._act(finding, True)
         # Asked at the end of a step, a stop would come one update late. Several processes have to agree on it there.
-        batch_done = step % self.recipe.grpo.updates_per_batch == 0
+        batch_done = step % self.recipe.optim.updates_per_batch == 0
         if self.request.failure is not None and args.world_size == 1 and batch_done:
             control.should_training_stop = control.should_save = True
         if control.should_save and not _is_finite([one.detach() for one in kwargs["model"].parameters()]):

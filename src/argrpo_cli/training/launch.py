@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from argrpo_cli.system.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from argrpo_cli.recipe.schema import GrpoSection
+    from argrpo_cli.recipe import Recipe
 
 CONFIGS = ("ddp", "fsdp2", "zero2", "zero3")  # accelerate/*.yaml
 # Seconds that processes get to finish their step and save when a signal comes, before the launcher kills them.
@@ -29,35 +29,37 @@ TIME_TO_SAVE = 600
 CHUNK = 64  # images that a process draws and decodes at a time
 
 
-def images_per_process(grpo: GrpoSection, processes: int) -> tuple[int, int]:
+def images_per_process(recipe: Recipe, processes: int) -> tuple[int, int]:
     """How many images of an update each process draws, and how many of them pass through the model at a time.
 
-    `grpo.batch_size` counts the images of all processes, so a recipe means the same update on any number of them.
+    `batch_size` counts the images of all processes, so a recipe means the same update on any number of them.
     Process i draws images i n to (i + 1) n - 1. A group may lie on several processes: rewards are gathered before
-    groups are compared. `grpo.micro_batch_size` is per process, and all of its images where it has fewer.
+    groups are compared. `micro_batch_size` is per process, and all of its images where it has fewer.
 
     Raises:
         UserError: the numbers do not divide.
     """
-    if grpo.batch_size % processes:
-        lower = grpo.batch_size - grpo.batch_size % processes
-        fitting = next((size for size in range(lower, 0, -processes) if size % grpo.group_size == 0), None)
+    optim = recipe.optim
+    if optim.batch_size % processes:
+        lower = optim.batch_size - optim.batch_size % processes
+        fitting = next((size for size in range(lower, 0, -processes) if size % optim.group_size == 0), None)
         higher = next(
             size
-            for size in range(lower + processes, lower + processes * (grpo.group_size + 1), processes)
-            if size % grpo.group_size == 0
+            for size in range(lower + processes, lower + processes * (optim.group_size + 1), processes)
+            if size % optim.group_size == 0
         )
         sizes = f"{fitting} or {higher}" if fitting else f"{higher}"
         raise UserError(
-            f"grpo.batch_size: {grpo.batch_size} images cannot be shared by {processes} processes; "
+            f"{recipe.method}.batch_size: {optim.batch_size} images cannot be shared by {processes} processes; "
             f"use for instance {sizes}, or another number of processes"
         )
-    share = grpo.batch_size // processes
-    micro = min(grpo.micro_batch_size or share, share)
+    share = optim.batch_size // processes
+    micro = min(optim.micro_batch_size or share, share)
     if share % micro:
         raise UserError(
-            f"grpo.micro_batch_size: {micro} does not divide the {share} images that each of {processes} processes "
-            f"draws ({grpo.batch_size} / {processes}); use one that does, or null for all {share} at once"
+            f"{recipe.method}.micro_batch_size: {micro} does not divide the {share} images that each of "
+            f"{processes} processes draws ({optim.batch_size} / {processes}); use one that does, or null for "
+            f"all {share} at once"
         )
     return share, micro
 

@@ -59,7 +59,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
             packages, captions) is no error; the plan lists it.
     """
     grpo, policy = recipe.grpo, recipe.policy
-    share, micro = images_per_process(grpo, processes)
+    share, micro = images_per_process(recipe, processes)
     outline = outline_policy(policy.checkpoint)
     choose_trainable(outline.policy, policy.trainable)
     if policy.lora is not None:

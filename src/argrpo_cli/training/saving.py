@@ -69,7 +69,7 @@ class CheckpointCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
-        between_batches = step % self.recipe.grpo.updates_per_batch == 0  # see `StopCallback`
+        between_batches = step % self.recipe.optim.updates_per_batch == 0  # see `StopCallback`
         every, keep = self.recipe.logging.save_every, self.recipe.logging.keep_steps
         due = step // every > self._saved_at // every or step in keep
         if control.should_training_stop or (due and between_batches):
@@ -101,7 +101,7 @@ class CheckpointCallback(TrainerCallback):
         before = self.run.latest_checkpoint()
         if before is not None:
             return sum(path.stat().st_size for path in before.rglob("*") if path.is_file())
-        copies = {True: 4 if self.recipe.grpo.ema_decay else 3, False: 1}  # of a parameter, trained or not
+        copies = {True: 4 if self.recipe.optim.ema_decay else 3, False: 1}  # of a parameter, trained or not
         return sum(
             parameter.numel() * parameter.element_size() * copies[parameter.requires_grad]
             for parameter in model.parameters()
@@ -130,7 +130,7 @@ class EmaCallback(TrainerCallback):
             return
         file = self.checkpoint / MEAN
         if not file.is_file():
-            self.team.fail(f"{self.checkpoint} has no {MEAN}: the run was started without grpo.ema_decay")
+            self.team.fail(f"{self.checkpoint} has no {MEAN}: the run was started without ema_decay")
         _copy(load_file(file), self.mean)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -96,6 +96,8 @@ def run_training(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved if training had begun. It is a SystemExit with
             code 130 or 143.
     """
+    if recipe.method != "grpo" or recipe.start is not None:
+        raise UserError("method: distil and start: are read, and not trained yet")
     out = Path(out)
     request = StopRequest()
     with quiet_libraries(), request.listening(), _leaving_at_once(request, out, console), ExitStack() as held:
@@ -136,7 +138,7 @@ def _load(
         refuse_unused(out)
         if team.first:
             refuse_busy(out)
-    images_per_process(recipe.grpo, team.count)
+    images_per_process(recipe, team.count)
     check_trackers(recipe.logging.trackers)
     policy = _load_base_policy(recipe, out, resume, team.device)
     check_weights(policy.model, recipe.policy.checkpoint)
