@@ -28,7 +28,7 @@ import numpy as np
 from argrpo_cli.kept import SETTINGS
 from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_json, read_jsonl, reason
+from argrpo_cli.system.files import read_json, read_jsonl, readable, reason
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -164,7 +164,10 @@ def find_items(
                 raise UserError(
                     f"{first / METADATA} says what the images show; leave out --prompt, --class and --prompts"
                 )
-            return ImageSet(first, _items_of_metadata(first))
+            rows = read_metadata(first)
+            if not rows:
+                raise UserError(f"{first / METADATA} lists no images")
+            return ImageSet(first, [_item_of_metadata(first, file, row) for file, row in rows.items()])
         if not first.exists():
             raise UserError(f"there is no file {first}")
         if first.is_dir() and not statements:
@@ -200,18 +203,14 @@ def folder_entries(folder: Path) -> list[Path]:
     """What is in a folder, sorted, without hidden files; UserError when it cannot be listed."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
-    try:
+    with readable(f"the folder {folder}"):
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
 
 
 def file_item(folder: Path, name: str, condition: Condition | None = None, **extra: Any) -> Item:
     """The image `name` in a folder; UserError when it is not there."""
-    try:
+    with readable(f"the image {folder / name}"):
         status = (folder / name).stat()
-    except OSError as error:
-        raise UserError(f"cannot read the image {folder / name}: {reason(error)}") from error
     return Item(name, f"{status.st_size} {status.st_mtime_ns}", partial(read_image, folder / name), condition, extra)
 
 
@@ -280,7 +279,7 @@ class _Array:
 
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.Lock()
-        try:
+        with readable(path, DAMAGED, "it is neither a folder nor an .npz file, or a damaged one"):
             self._archive = zipfile.ZipFile(path)
             names = self._archive.namelist()
             keys = [name.removesuffix(".npy") for name in names]
@@ -292,10 +291,6 @@ class _Array:
                     raise UserError(f"{path}: {key} is {dtype} {list(shape)}; {EXPECTED}")
             else:
                 raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; {EXPECTED}")
-        except DAMAGED as error:
-            raise UserError(f"cannot read {path}: it is neither a folder nor an .npz file, or a damaged one") from error
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {reason(error)}") from error
         if in_columns:
             raise UserError(f"{path}: {key} is in Fortran order; save numpy.ascontiguousarray of it")
         if 0 in shape:
@@ -315,36 +310,40 @@ class _Array:
     def read(self, index: int) -> np.ndarray:
         """Image `index` as uint8 [3, H, W]."""
         size = int(np.prod(self.shape[1:]))
-        try:
-            with self._lock:
-                if self._stream.tell() != self._start + index * size:  # zipfile checks no sum after a jump
-                    self._stream.seek(self._start + index * size)
-                pixels = np.frombuffer(self._stream.read(size), np.uint8).reshape(self.shape[1:])
-        except DAMAGED as error:
-            raise UserError(f"cannot read {self.path}: it is damaged or cut short") from error
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {reason(error)}") from error
+        with readable(self.path, DAMAGED, "it is damaged or cut short"), self._lock:
+            if self._stream.tell() != self._start + index * size:  # zipfile checks no sum after a jump
+                self._stream.seek(self._start + index * size)
+            pixels = np.frombuffer(self._stream.read(size), np.uint8).reshape(self.shape[1:])
         return pixels.transpose(2, 0, 1).copy()
 
 
-def _items_of_metadata(folder: Path) -> list[Item]:
-    path = folder / METADATA
-    items = []
+def read_metadata(folder: Path, whole: bool = True) -> dict[str, dict[str, Any]]:
+    """The rows of a folder's metadata.jsonl by `file`; `prompt` and `class_id` are None where nothing says them.
+
+    Args:
+        whole: refuse one that lists a file that is not there.
+
+    Raises:
+        UserError: no such file, or a row that is none of a picture.
+    """
+    path, rows = folder / METADATA, {}
     for number, row in enumerate(read_jsonl(path), start=1):
-        file, prompt, class_id = row.get("file"), row.get("prompt"), row.get("class_id")
+        file = row.get("file")
         if not isinstance(file, str) or not file:
             raise UserError(f"{path}, image {number}: 'file' is missing")
-        if prompt is not None and not isinstance(prompt, str):
-            raise UserError(f"{path}, {file}: prompt = {prompt!r}: must be text")
-        if class_id is not None and (not isinstance(class_id, int) or isinstance(class_id, bool)):
-            raise UserError(f"{path}, {file}: class_id = {class_id!r}: must be a whole number")
-        if not (folder / file).is_file():
+        for key, kind, what in (("prompt", str, "text"), ("class_id", int, "a whole number")):
+            if row.setdefault(key) is not None and type(row[key]) is not kind:
+                raise UserError(f"{path}, {file}: {key} = {row[key]!r}: must be {what}")
+        if whole and not (folder / file).is_file():
             raise UserError(f"{path} lists {file}, which is not there")
-        extra = {key: row[key] for key in ("class_name", "seed", "policy") if key in row}
-        items.append(file_item(folder, file, Condition(prompt, class_id) if prompt is not None else None, **extra))
-    if not items:
-        raise UserError(f"{path} lists no images")
-    return items
+        rows[file] = row
+    return rows
+
+
+def _item_of_metadata(folder: Path, file: str, row: Mapping[str, Any]) -> Item:
+    extra = {key: row[key] for key in ("class_name", "seed", "policy") if key in row}
+    condition = None if row["prompt"] is None else Condition(row["prompt"], row["class_id"])
+    return file_item(folder, file, condition, **extra)
 
 
 def _named(images: ImageSet) -> ImageSet:

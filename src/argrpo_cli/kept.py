@@ -22,6 +22,7 @@ from argrpo_cli.system.files import (
     make_dir,
     read_json,
     read_jsonl,
+    readable,
     save_png,
     save_tensors,
     write_json,
@@ -293,10 +294,8 @@ def check_claim(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write to {out}: it is a file, not a folder")
-    try:
+    with readable(f"the folder {out}"):
         foreign = out.is_dir() and not (out / SETTINGS).is_file() and any(path.name[0] != "." for path in out.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot read the folder {out}: {error.strerror}") from error
     if foreign:
         raise UserError(f"{out} is not empty; choose another --out")
 

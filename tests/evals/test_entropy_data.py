@@ -376,7 +376,7 @@ def test_the_command_as_typed(policies, tmp_path, monkeypatch, capsys):
         (["--data", "named"], "named, label 'eel' by class folders: no class 'eel' among this policy's 4 classes"),
         (["--data", "wnids"], "wnids holds ImageNet's n01440764, and this policy draws 4 classes"),
         (["--data", "high"], "label 4 by high/metadata.jsonl: no class 4: this policy has the ids 0 to 3"),
-        (["--data", "untold"], "untold/metadata.jsonl, row 1: expected a `file` and a whole number `class_id`"),
+        (["--data", "untold"], "untold/metadata.jsonl has no label for a.png"),
         (["--data", "above/val", "--n", "1"], "--n 1: an interval needs 2"),
         (["--data", "above/val", "--n", "13"], "--n 13: above/val holds 12 pictures"),
         (["--data", "damaged"], "cannot read the image damaged/ant/b.jpeg: it is not an image, or a damaged one"),

@@ -24,10 +24,13 @@ CODES, TOKENS, CLASSES = 32, 16, 4
 IMAGE_SIZE = 8  # 4 x 4 tokens of 2 x 2 pixels
 
 
-def tiny_policy() -> LlamaGen:
-    """Random weights, the same on every call."""
+def tiny_policy(encoder: TextEncoder | None = None) -> LlamaGen:
+    """Random weights, the same on every call; conditioned on classes, or with an encoder on captions of five words."""
+    reads = {"num_classes": CLASSES}
+    if encoder is not None:
+        reads = {"condition": "caption", "cls_token_num": 6, "caption_dim": encoder.width}
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(0 if encoder is None else 2)
         model = LlamaGenForImageGeneration(
             LlamaGenConfig(
                 vocab_size=CODES,
@@ -36,11 +39,15 @@ def tiny_policy() -> LlamaGen:
                 num_attention_heads=4,
                 intermediate_size=128,
                 block_size=TOKENS,
-                num_classes=CLASSES,
+                **reads,
             )
         )
         nn.init.normal_(model.lm_head.weight, std=0.1)  # zero as published would be uniform, guided or not
-        nn.init.normal_(model.model.class_embedding.weight, std=1.0)
+        if encoder is None:
+            nn.init.normal_(model.model.class_embedding.weight, std=1.0)
+        else:
+            nn.init.normal_(model.model.caption_mlp.fc1.weight, std=0.3)
+            nn.init.normal_(model.model.caption_mlp.fc2.weight, std=0.3)
         tokenizer = VQModel(
             VQConfig(
                 codebook_size=CODES,
@@ -52,8 +59,8 @@ def tiny_policy() -> LlamaGen:
                 patch_size=2,
             )
         )
-    names = ["ant", "bee", "cat", "dog"]
-    return LlamaGen(model.eval(), tokenizer.eval(), None, names, image_size=IMAGE_SIZE, base="tiny")
+    names = ["ant", "bee", "cat", "dog"] if encoder is None else []
+    return LlamaGen(model.eval(), tokenizer.eval(), None, names, IMAGE_SIZE, "tiny", encoder)
 
 
 def tiny_text_encoder() -> TextEncoder:
@@ -76,27 +83,8 @@ def tiny_text_encoder() -> TextEncoder:
 
 
 def tiny_caption_policy() -> LlamaGen:
-    """As `tiny_policy`, conditioned on captions of at most five words."""
-    policy, encoder = tiny_policy(), tiny_text_encoder()
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = LlamaGenForImageGeneration(
-            LlamaGenConfig(
-                vocab_size=CODES,
-                hidden_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=128,
-                block_size=TOKENS,
-                condition="caption",
-                cls_token_num=6,
-                caption_dim=encoder.width,
-            )
-        )
-        nn.init.normal_(model.lm_head.weight, std=0.1)
-        nn.init.normal_(model.model.caption_mlp.fc1.weight, std=0.3)
-        nn.init.normal_(model.model.caption_mlp.fc2.weight, std=0.3)
-    return LlamaGen(model.eval(), policy.tokenizer, None, [], IMAGE_SIZE, "tiny", encoder, None)
+    """As `tiny_policy`, conditioned on captions."""
+    return tiny_policy(tiny_text_encoder())
 
 
 def save_tiny_policy(folder: Path) -> Path:

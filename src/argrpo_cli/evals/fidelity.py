@@ -20,7 +20,7 @@ from torch import Tensor
 from argrpo_cli.evals.statistics import Measure, jackknife
 from argrpo_cli.images import ARRAY, DAMAGED
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import atomic_path, reason
+from argrpo_cli.system.files import atomic_path, readable
 
 INCEPTION_SCORE, FID, SFID, PRECISION, RECALL = "inception_score", "fid", "sfid", "precision", "recall"  # columns
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # in a file: of the pool features and, _s, of the spatial ones
@@ -307,18 +307,14 @@ def load_statistics(path: Path) -> tuple[Gaussian, Gaussian] | None:
     Raises:
         UserError: the file cannot be read, or has neither, or statistics that do not fit together or are not finite.
     """
-    try:
-        with np.load(path) as held:
-            if not set(STATISTICS) <= set(held.files):
-                if ARRAY in held.files:
-                    return None
-                expected = f"expected {ARRAY} (images), or {', '.join(STATISTICS)}, or both"
-                raise UserError(f"{path} holds {', '.join(held.files) or 'nothing'}; {expected}")
-            mu, sigma, mu_s, sigma_s = (torch.from_numpy(held[key]) for key in STATISTICS)
-    except (*DAMAGED, TypeError) as error:  # TypeError: a single array, or one of text
-        raise UserError(f"cannot read {path}: it is no folder and no .npz file of numbers, or damaged") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from error
+    faults = (*DAMAGED, TypeError)  # the last of a single array, or one of text
+    with readable(path, faults, "it is no folder and no .npz file of numbers, or damaged"), np.load(path) as held:
+        if not set(STATISTICS) <= set(held.files):
+            if ARRAY in held.files:
+                return None
+            expected = f"expected {ARRAY} (images), or {', '.join(STATISTICS)}, or both"
+            raise UserError(f"{path} holds {', '.join(held.files) or 'nothing'}; {expected}")
+        mu, sigma, mu_s, sigma_s = (torch.from_numpy(held[key]) for key in STATISTICS)
     for name, mean, covariance in (("mu, sigma", mu, sigma), ("mu_s, sigma_s", mu_s, sigma_s)):
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             shapes = f"{list(mean.shape)}, {list(covariance.shape)}"

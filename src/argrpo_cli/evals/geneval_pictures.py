@@ -23,7 +23,7 @@ from argrpo_cli.geneval.prompts import Prompt, official_prompts, parse_prompt
 from argrpo_cli.geneval.rules import Thresholds
 from argrpo_cli.images import read_image
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_json, reason, write_text
+from argrpo_cli.system.files import read_json, readable, write_text
 
 METADATA, SAMPLES = "metadata.jsonl", "samples"
 OFFICIAL_SET = "geneval"
@@ -49,10 +49,8 @@ def read_pictures(folder: Path) -> list[tuple[str, Prompt]]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
-    try:
+    with readable(f"the folder {folder}"):
         there = {path: _numbered(path / SAMPLES, ".png") for path in _numbered(folder)}
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {reason(error)}") from error
     count = max((len(samples) for samples in there.values()), default=0)
     if not count:
         raise UserError(f"no images in {folder}; GenEval's lie as 00000/{SAMPLES}/00000.png with 00000/{METADATA}")

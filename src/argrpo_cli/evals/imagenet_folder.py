@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from argrpo_cli.images import METADATA, SUFFIXES, ImageSet, file_item, folder_entries, image_files
+from argrpo_cli.images import METADATA, SUFFIXES, ImageSet, file_item, folder_entries, image_files, read_metadata
 from argrpo_cli.policy.folder import class_wnids
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_jsonl, read_text
+from argrpo_cli.system.files import read_text, readable
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Policy
@@ -122,8 +122,8 @@ def balanced_order(labels: Sequence[str | int]) -> list[int]:
 
 def _flat(folder: Path, files: Sequence[str]) -> ImageSet:
     if (folder / METADATA).is_file():
-        source, of_file = folder / METADATA, _metadata(folder / METADATA)
-        labels = [of_file.get(name) for name in files]
+        source, rows = folder / METADATA, read_metadata(folder, whole=False)
+        labels = [rows.get(name, {}).get("class_id") for name in files]
     else:
         source = _find_labels(folder)
         of_stem = _ground_truth(source) if source.name == GROUND_TRUTH else _label_list(source)
@@ -146,16 +146,6 @@ def _find_labels(folder: Path) -> Path:
                     return candidate
     names = f"{METADATA}, {', '.join(LABEL_FILES)}"
     raise UserError(f"{folder} holds pictures without class folders or labels; put one of {names} in it")
-
-
-def _metadata(path: Path) -> dict[str, int]:
-    labels = {}
-    for number, row in enumerate(read_jsonl(path), start=1):
-        name, class_id = row.get("file"), row.get("class_id")
-        if not isinstance(name, str) or not isinstance(class_id, int) or isinstance(class_id, bool):
-            raise UserError(f"{path}, row {number}: expected a `file` and a whole number `class_id`")
-        labels[name] = class_id
-    return labels
 
 
 def _label_list(path: Path) -> dict[str, str | int]:
@@ -191,9 +181,8 @@ def _devkit_wnids(meta: Path, ground_truth: Path) -> dict[int, str]:
         from scipy.io import loadmat
     except ImportError as error:
         raise UserError(f"reading {meta} needs scipy: pip install scipy") from error
-    try:
+    faults = (OSError, ValueError, LookupError, TypeError, NotImplementedError)
+    with readable(meta, faults, "it is not the devkit's table of synsets, or a damaged one"):
         synsets = loadmat(meta, squeeze_me=True)["synsets"]
         rows = [(int(row["ILSVRC2012_ID"]), str(row["WNID"]), int(row["num_children"])) for row in synsets]
-    except (OSError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
-        raise UserError(f"cannot read {meta}: it is not the devkit's table of synsets, or a damaged one") from error
     return {number: wnid for number, wnid, children in rows if children == 0}

@@ -27,7 +27,7 @@ from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.networks.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
 from argrpo_cli.shapes import Shot
 from argrpo_cli.system.errors import UserError, first_line
-from argrpo_cli.system.files import atomic_path, load_tensors, save_tensors, user_cache
+from argrpo_cli.system.files import atomic_path, load_tensors, readable, save_tensors, user_cache
 from argrpo_cli.system.processes import Team, progress
 
 ADM_NAME = "adm-256"
@@ -154,11 +154,8 @@ def content_hash(path: Path, images: ImageSet | None) -> str:
     for file in [path / item.file for item in images.items] if images is not None and not images.is_array else [path]:
         if file != path:
             digest.update(file.name.encode() + b"\0")
-        try:
-            with open(file, "rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {first_line(error)}") from error
+        with readable(file), open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -61,7 +61,7 @@ from argrpo_cli.evals.fidelity import (
     precision_recall,
 )
 from argrpo_cli.evals.statistics import Measure, class_groups, jackknife, mean_of
-from argrpo_cli.images import METADATA, ImageSet, open_images, recorded_sampling
+from argrpo_cli.images import METADATA, ImageSet, open_images, read_metadata, recorded_sampling
 from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import FITTED, Judge, diversity, load_judge
@@ -70,7 +70,6 @@ from argrpo_cli.policy.llamagen.vq import VQModel
 from argrpo_cli.rewards import RewardSet, check_reward, load_rewards, reward_weights
 from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, class_prompt
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_jsonl
 from argrpo_cli.system.processes import ALONE, Team, join_team
 
 if TYPE_CHECKING:
@@ -412,24 +411,18 @@ def _recorded_classes(images: ImageSet) -> list[int] | None:
         if not images.is_array:
             recorded_sampling(images.path)  # refuses an unfinished folder
         return None
-    files = [item.file for item in images.items]
-    classes: dict[str, int | None] = {}
-    for row in read_jsonl(metadata):
-        class_id = row.get("class_id")
-        known = isinstance(class_id, int) and not isinstance(class_id, bool) and 0 <= class_id < len(scenes.CLASS_NAMES)
-        if class_id is not None and not known:
-            allowed = f"0 to {len(scenes.CLASS_NAMES) - 1}"
-            raise UserError(f"{metadata}, {row.get('file')}: class_id = {class_id!r}: nano classes are {allowed}")
-        classes[str(row.get("file"))] = class_id
+    files, rows = [item.file for item in images.items], read_metadata(images.path)
     for file in files:
-        if file not in classes:
+        if file not in rows:
             raise UserError(f"{images.path / file} is not in {metadata}")
-    for file in classes:
-        if not (images.path / file).is_file():
-            raise UserError(f"{metadata} lists {file}, which is not there")
-    without = [file for file in files if classes[file] is None]
-    if len(without) == len(files):
-        return None
-    if without:
-        raise UserError(f"{metadata} gives no class_id for {without[0]}; give one for every picture, or for none")
-    return [classes[file] for file in files]
+    class_ids = [rows[file]["class_id"] for file in files]
+    for file, one in zip(files, class_ids, strict=True):
+        if one is not None and not 0 <= one < len(scenes.CLASS_NAMES):
+            allowed = f"0 to {len(scenes.CLASS_NAMES) - 1}"
+            raise UserError(f"{metadata}, {file}: class_id = {one}: nano classes are {allowed}")
+    if None not in class_ids:
+        return class_ids
+    if any(one is not None for one in class_ids):
+        without = files[class_ids.index(None)]
+        raise UserError(f"{metadata} gives no class_id for {without}; give one for every picture, or for none")
+    return None

@@ -30,6 +30,24 @@ def cannot_write(path: str | os.PathLike[str], error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {reason(error)}")
 
 
+@contextmanager
+def readable(
+    path: str | os.PathLike[str], damaged: tuple[type[Exception], ...] = (), why: str = "it is damaged"
+) -> Iterator[None]:
+    """Within this context an OSError is a UserError `cannot read <path>: <the system's reason>`.
+
+    Args:
+        path: what is read, or words for it.
+        damaged, why: errors that say something else, and what.
+    """
+    try:
+        yield
+    except damaged as error:
+        raise UserError(f"cannot read {path}: {why}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
+
+
 def make_dir(path: str | os.PathLike[str]) -> Path:
     """Create a folder and its parents; UserError when something is in the way."""
     path = Path(path)
@@ -106,12 +124,8 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """Read UTF-8 text; UserError naming the path when it is missing, unreadable or not text."""
-    try:
+    with readable(path, (UnicodeDecodeError,), "it is not UTF-8 text"):
         return Path(path).read_text(encoding="utf-8-sig")  # Windows writes a mark at the start
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: it is not UTF-8 text") from error
 
 
 def fill_template(path: Path, **values: Any) -> str:
