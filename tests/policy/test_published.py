@@ -57,8 +57,10 @@ def test_every_size_has_the_published_keys_shapes_and_counts(name):
 
 def test_every_published_name_says_size_condition_and_pixels():
     for name, entry in published.POLICIES.items():
-        kind, size, pixels = name.split("-")
-        assert entry.file.lower().startswith(f"{kind}_{size}") and entry.file.endswith(f"_{pixels}.pt")
+        kind, size, pixels, *aligned = name.split("-")
+        file = Path(entry.file).name
+        assert file.lower().startswith(f"{kind}_{size}_")
+        assert file.endswith(f"_{pixels}_CCA_0005000.pt" if aligned == ["cca"] else f"_{pixels}.pt")
         assert entry.image_size == int(pixels) and entry.tokenizer in published.TOKENIZERS
 
 
@@ -136,6 +138,32 @@ def test_every_wrapping_opens(tiny, wrapping):
     assert all(torch.equal(state[key], value) for key, value in weights.items())
 
 
+@pytest.fixture
+def offline(monkeypatch, tmp_path) -> Path:
+    """Hugging Face's cache, empty, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_weights_aligned_by_cca_open_by_name_from_a_folder_of_their_repository(tiny, offline):
+    for repo, file, source in (
+        ("ChenDRAG/CCA_LlamaGen", "CCA_LlamaGen_Guidance_Free/c2i_L_384_CCA_0005000.pt", "c2i_tiny_256.pt"),
+        ("FoundationVision/LlamaGen", "vq_ds16_c2i.pt", "vq_ds16_c2i.pt"),
+    ):
+        folder = offline / f"models--{repo.replace('/', '--')}"
+        place = folder / "snapshots" / ("0" * 40) / file
+        place.parent.mkdir(parents=True)
+        place.symlink_to(tiny / source)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0" * 40)
+    policy = load_policy("c2i-l-384-cca")
+    assert (policy.name, policy.image_size, policy.tokenizer_name) == ("c2i-l-384-cca", 384, "vq-ds16-c2i")
+    state = to_published(policy.model)
+    assert all(torch.equal(state[key], value) for key, value in weights_of(tiny / "c2i_tiny_256.pt").items())
+    assert sample(policy, policy.conditions([3]), [0]).shape == (1, 576)
+
+
 def test_a_running_mean_beside_the_weights_is_passed_over(tiny):
     for file in ("c2i_tiny_256.pt", "vq_ds16_c2i.pt"):
         weights = weights_of(tiny / file)
@@ -209,16 +237,20 @@ def test_a_tokenizer_that_is_none_is_refused(tiny):
         published.open_tokenizer(tiny / "c2i_tiny_256.pt")
 
 
-def test_without_a_network_a_name_says_what_to_download(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"https://huggingface\.co/FoundationVision/LlamaGen/resolve/main/c2i_L_384\.pt"
-    ):
-        published.fetch("FoundationVision/LlamaGen", "c2i_L_384.pt")
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("c2i-l-384", "FoundationVision/LlamaGen/resolve/main/c2i_L_384.pt"),
+        ("c2i-3b-384-cca", "ChenDRAG/CCA_LlamaGen/resolve/main/CCA_LlamaGen_Guidance_Free/c2i_3B_384_CCA_0005000.pt"),
+    ],
+)
+def test_without_a_network_a_name_says_what_to_download(name, place, offline, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(["sample", "--policy", "c2i-l-384", "--class", "207", "--out", "images"]) == 2
-    assert "cannot fetch c2i_L_384.pt" in capsys.readouterr().err and not (tmp_path / "images").exists()
+    assert run(["sample", "--policy", name, "--class", "207", "--out", "images"]) == 2
+    fetching, error = capsys.readouterr().err.splitlines()
+    assert fetching.startswith("fetching ") and "error: cannot fetch " in error
+    assert f"download https://huggingface.co/{place} and give the file instead" in error
+    assert not (tmp_path / "images").exists()
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -299,18 +331,12 @@ def test_a_damaged_tokenizer_is_one_line(tiny, gone):
     assert "\n" not in str(told.value)
 
 
-def test_a_policy_folder_made_of_files_needs_no_network(tiny, tmp_path, monkeypatch):
+def test_a_policy_folder_made_of_files_needs_no_network(tiny, tmp_path, offline):
     load_policy(tiny / "c2i_tiny_256.pt").save(tmp_path / "folder")
-    monkeypatch.setattr(published, "fetch", lambda *asked: pytest.fail(f"fetched {asked}"))
     assert load_policy(tmp_path / "folder").tokenizer_name is None
     published.export(tmp_path / "folder", tmp_path / "back.pt")
     (tiny / "vq_ds16_c2i.pt").unlink()
-
-    def offline(repo, file):
-        raise UserError("cannot fetch; download x and give the file instead")
-
-    monkeypatch.setattr(published, "fetch", offline)
-    with pytest.raises(UserError, match=r"and put it beside .*c2i_tiny_256\.pt"):
+    with pytest.raises(UserError, match=r"vq_ds16_c2i\.pt and put it beside .*c2i_tiny_256\.pt"):
         load_policy(tiny / "c2i_tiny_256.pt")
 
 

@@ -75,6 +75,9 @@ def test_a_row_that_the_paper_has_not_is_named(tmp_path):
     (tmp_path / "mine.yaml").write_text("published: [{table: t, step: 1, measures: [x], base: [1.0], trained: []}]")
     with pytest.raises(UserError, match="one number for each of measures"):
         load_recipe(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text("published: [{table: t, step: 0, measures: [x], base: [1.0], trained: [2.0]}]")
+    with pytest.raises(UserError, match="trained none when step is 0"):
+        load_recipe(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize("name", EVERY)

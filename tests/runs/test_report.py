@@ -181,11 +181,15 @@ def test_stage_times_add_up(run: RunDirectory, recipe: Recipe) -> None:
 
 
 def test_published_numbers_are_marked_as_the_papers(run: RunDirectory, recipe: Recipe) -> None:
-    published = [{"table": "table 2", "step": 30, "measures": ["FID"], "base": [5.5], "trained": [4.25]}]
+    published = [
+        {"table": "table 2", "step": 30, "measures": ["FID"], "base": [5.5], "trained": [4.25]},
+        {"table": "another paper", "step": 0, "measures": ["IS"], "base": [88.0]},
+    ]
     page = page_of(run, Recipe.model_validate(recipe.model_dump() | {"published": published}))
     assert "Reported by the paper, not measured here." in page.text
     at = page.words["td"].index("FID")
-    assert page.words["td"][at + 1 : at + 4] == ["5.5", "4.25", "-1.25"]
+    assert page.words["td"][at + 1 : at + 6] == ["5.5", "4.25", "-1.25", "IS", "88"]
+    assert {"table 2, after 30 updates", "another paper, before training"} <= set(page.words["h3"])
     assert "not measured here" not in page_of(run, recipe).text
 
 

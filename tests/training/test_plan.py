@@ -151,7 +151,13 @@ def test_an_outline_has_the_shapes_of_the_policy(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "millions", "tokens"),
-    [("c2i-b-256", 111, 256), ("c2i-l-384", 343, 576), ("c2i-xl-384", 775, 576), ("t2i-xl-256", 778, 256)],
+    [
+        ("c2i-b-256", 111, 256),
+        ("c2i-l-384", 343, 576),
+        ("c2i-xl-384", 775, 576),
+        ("c2i-xxl-384-cca", 1411, 576),
+        ("t2i-xl-256", 778, 256),
+    ],
 )
 def test_published_policies_have_the_sizes_of_table_1(name: str, millions: int, tokens: int) -> None:
     outline = outline_policy(name)

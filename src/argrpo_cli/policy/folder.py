@@ -23,6 +23,7 @@ BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
 BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt")
 C2I_REPO, T2I_REPO, TEXT_ENCODER = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i", "google/flan-t5-xl"
+CCA_REPO, CCA_FOLDER = "ChenDRAG/CCA_LlamaGen", "CCA_LlamaGen_Guidance_Free"
 TOKENIZERS = {  # name to repository and file
     "vq-ds16-c2i": (C2I_REPO, "vq_ds16_c2i.pt"),
     "vq-ds8-c2i": (C2I_REPO, "vq_ds8_c2i.pt"),
@@ -48,6 +49,13 @@ POLICIES = {
     },
     "t2i-xl-256": PublishedPolicy(T2I_REPO, "t2i_XL_stage1_256.pt", 256, "vq-ds16-t2i"),
     "t2i-xl-512": PublishedPolicy(T2I_REPO, "t2i_XL_stage2_512.pt", 512, "vq-ds16-t2i"),
+    # LlamaGen after an epoch of condition contrastive alignment (arXiv 2410.09347): drawn from without guidance.
+    **{
+        f"c2i-{size.lower()}-384-cca": PublishedPolicy(
+            CCA_REPO, f"{CCA_FOLDER}/c2i_{size}_384_CCA_0005000.pt", 384, "vq-ds16-c2i"
+        )
+        for size in ("B", "L", "XL", "XXL", "3B")
+    },
 }
 
 

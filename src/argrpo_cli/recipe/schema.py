@@ -302,12 +302,13 @@ class PublishedSection(Section):
     """What a paper reports for this run, to be put beside what comes out of it. Nothing is computed with it."""
 
     table: Name  # such as "table 2"
-    step: Count  # the update after which the paper measures
+    # The update after which the paper measures; 0 where it knows only the policy that training starts from.
+    step: Annotated[int, Field(ge=0)]
     row: Name | None = None  # of the AR-GRPO paper's table (paper/numbers.yaml), in the place of the three below
     # What was measured, and a number for each, of the policy that training starts from and of the trained one.
     measures: Annotated[list[Name], Field(min_length=1)]
     base: list[float]
-    trained: list[float]
+    trained: list[float] = []  # none when step is 0
 
     @model_validator(mode="before")
     @classmethod
@@ -320,8 +321,8 @@ class PublishedSection(Section):
 
     @model_validator(mode="after")
     def _one_number_each(self) -> PublishedSection:
-        if not len(self.measures) == len(self.base) == len(self.trained):
-            raise ValueError("base and trained need one number for each of measures")
+        if len(self.base) != len(self.measures) or len(self.trained) != len(self.measures) * (self.step > 0):
+            raise ValueError("base and trained need one number for each of measures, trained none when step is 0")
         return self
 
 

@@ -154,14 +154,14 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def _published(recipe: Recipe) -> list[str]:
-    return [
-        f"{one.table}, after {one.step} updates: "
-        + ", ".join(
-            f"{name} {base:g} -> {trained:g}"
-            for name, base, trained in zip(one.measures, one.base, one.trained, strict=True)
-        )
-        for one in recipe.published
-    ]
+    lines = []
+    for one in recipe.published:
+        when = f"after {one.step} updates" if one.step else "before training"
+        numbers = [f"{name} {base:g}" for name, base in zip(one.measures, one.base, strict=True)]
+        if one.trained:
+            numbers = [f"{text} -> {trained:g}" for text, trained in zip(numbers, one.trained, strict=True)]
+        lines.append(f"{one.table}, {when}: {', '.join(numbers)}")
+    return lines
 
 
 def _update(grpo: GrpoSection, processes: int, share: int, micro: int) -> list[str]:
