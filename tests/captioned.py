@@ -1,7 +1,6 @@
 """A caption policy of the nano world with random weights: the real tokenizers and words, and nothing learnt.
 
-`replayed` lets it draw held-out scenes instead, some of which show what is asked; run as a program, this is the command
-line with it.
+`replayed` lets it draw held-out scenes instead, some of which show what is asked.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import torch
 from argrpo_cli.nano.make import policies
 from argrpo_cli.nano.tokens import load_held_out
 from argrpo_cli.policy import Policy
-from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.protocol import Drawn
 
 
@@ -49,10 +47,3 @@ def replayed(self: Policy, conditions, sampling, seeds, **rest) -> Drawn:
 def as_they_are(self: Policy, conditions, dropped=None):
     """Stands for `Policy.encode` beside it."""
     return list(conditions)
-
-
-if __name__ == "__main__":
-    from argrpo_cli.cli.app import main
-
-    LlamaGen.sample, LlamaGen.encode = replayed, as_they_are
-    main()

@@ -14,6 +14,7 @@ from PIL import Image
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.system.processes import join_team
+from tests.together import together
 from tests.torchrun import torchrun
 from tests.training.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
 
@@ -30,10 +31,6 @@ def arguments(policy, out):
     return [*where, "--batch-size", str(BATCH), "--npz", "--device", "cpu"]
 
 
-def together(policy, out):
-    return torchrun(["-m", "argrpo_cli", *arguments(policy, out)])
-
-
 def contents(out):
     return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "samples.npz"}
 
@@ -46,13 +43,13 @@ def alone(policy, tmp_path_factory):
 
 
 def test_two_processes_write_what_one_does(policy, alone, tmp_path):
-    done = together(policy, tmp_path / "images")
-    assert done.returncode == 0, done.stderr
+    done = together(arguments(policy, tmp_path / "images"), tmp_path / "printed")
+    assert done.codes == [0, 0], done.err
     assert contents(tmp_path / "images") == contents(alone)
     np.testing.assert_array_equal(
         np.load(tmp_path / "images" / "samples.npz")["arr_0"], np.load(alone / "samples.npz")["arr_0"]
     )
-    assert done.stdout.count(f"{CLASSES * N} images") == 1, "one of them reports"
+    assert done.out.count(f"{CLASSES * N} images") == 1, "one of them reports"
 
 
 def test_without_a_device_of_its_own_a_team_is_one_of_the_cpu(monkeypatch):
@@ -72,7 +69,7 @@ class State:
 
 def test_a_fault_of_the_first_is_told_once_and_stops_both(policy, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    done = together(policy, tmp_path)
+    done = torchrun(["-m", "argrpo_cli", *arguments(policy, tmp_path)])
     assert done.returncode != 0
     assert done.stderr.count("is not empty; choose another --out") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

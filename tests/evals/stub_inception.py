@@ -1,7 +1,4 @@
-"""A network in Inception's place that takes no time; run as a program, the command line with it.
-
-python tests/evals/stub_inception.py eval imagenet ...
-"""
+"""A network in Inception's place that takes no time."""
 
 from __future__ import annotations
 
@@ -38,10 +35,3 @@ def install(network: StubInception, replace=setattr) -> None:
     replace(imagenet, "load_inception", lambda weights, device: network)
     replace(imagenet_reference, "POOL_WIDTH", POOL_WIDTH)
     replace(imagenet_reference, "SPATIAL_WIDTH", SPATIAL_WIDTH)
-
-
-if __name__ == "__main__":
-    from argrpo_cli.cli.app import main
-
-    install(StubInception())
-    main()

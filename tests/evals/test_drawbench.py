@@ -25,7 +25,7 @@ from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, read_jsonl
 from tests.captioned import save_captioned_policy
-from tests.torchrun import torchrun
+from tests.together import together
 from tests.training.tiny import tiny_caption_policy
 
 PROMPTS = d.PromptList("mine", ("a red dog", "a blue cat", "a dog"))
@@ -328,15 +328,15 @@ def test_two_processes_find_what_one_does(tmp_path):
     asked = ["eval", "drawbench", "--policy", policy, "--prompts", str(tmp_path / "prompts.txt"), "--per-prompt", "2"]
     asked += ["--columns", "nano-clip,nano-quality", "--batch-size", "2", "--device", "cpu", "--out"]
     assert run([*asked, str(tmp_path / "alone")]) == 0
-    done = torchrun(["-m", "argrpo_cli", *asked, str(tmp_path / "out")])
-    assert done.returncode == 0, done.stderr
-    alone, together = (read_json(tmp_path / name / "summary.json") for name in ("alone", "out"))
-    assert together == alone and list(next(iter(alone["rows"].values()))) == ["nano-clip", "nano-quality"]
+    done = together([*asked, str(tmp_path / "out")], tmp_path / "printed")
+    assert done.codes == [0, 0], done.err
+    alone, shared = (read_json(tmp_path / name / "summary.json") for name in ("alone", "out"))
+    assert shared == alone and list(next(iter(alone["rows"].values()))) == ["nano-clip", "nano-quality"]
     files = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*.png")]
     assert len(files) == 6
     for file in files:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
-    assert done.stdout.count("images, scores and summary.json in") == 1, "one of them reports"
+    assert done.out.count("images, scores and summary.json in") == 1, "one of them reports"
 
 
 def test_a_folder_is_not_used_for_two_evaluations(policies, tmp_path):

@@ -26,7 +26,7 @@ from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
 from tests.captioned import as_they_are, replayed, save_captioned_policy
-from tests.torchrun import ROOT, torchrun
+from tests.together import together
 from tests.training.tiny import tiny_caption_policy
 
 
@@ -106,17 +106,15 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(finished, policy, 
 
 def test_two_processes_find_what_one_does(policy, tmp_path):
     alone = run_geneval([policy], tmp_path / "alone", None)
-    done = torchrun(
-        [str(ROOT / "tests/captioned.py"), "eval", "geneval", "--policy", policy, "--per-prompt", "1", "--device",
-         "cpu", "--out", str(tmp_path / "out")]
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    asked = ["eval", "geneval", "--policy", policy, "--per-prompt", "1", "--device", "cpu"]
+    done = together([*asked, "--out", str(tmp_path / "out")], tmp_path / "printed")
+    assert done.codes == [0, 0], done.err
     assert Result.load(tmp_path / "out" / "summary.json") == alone
     files = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*") if path.is_file()]
     assert len(files) > 224
     for file in files:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
-    assert done.stdout.count("failures as a picture") == 1, "one of them reports"
+    assert done.out.count("failures as a picture") == 1, "one of them reports"
 
 
 def test_a_folder_is_not_used_for_two_evaluations(finished, policy, tmp_path):

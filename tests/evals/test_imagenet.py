@@ -24,7 +24,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE
 from tests.evals.inception_weights import save_random_inception
 from tests.evals.stub_inception import POOL_WIDTH, StubInception, install
-from tests.torchrun import ROOT, torchrun
+from tests.together import together
 from tests.training.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
 
 N, BATCH = 22, 4
@@ -129,15 +129,13 @@ def test_an_interrupted_evaluation_loses_no_batch_and_ends_with_the_same_figures
 
 def test_two_processes_find_what_one_does(stub, policy, reference, tmp_path):
     alone = evaluate(policy, reference, tmp_path / "alone" / "out")
-    done = torchrun(
-        [str(ROOT / "tests/evals/stub_inception.py"), "eval", "imagenet", "--policy", policy, "--total", str(N),
-         "--reference", reference, "--batch-size", str(BATCH), "--device", "cpu", "--out", str(tmp_path / "out")]
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    together = Result.load(tmp_path / "out" / "summary.json")
-    assert together.protocol["measured"] == alone.protocol["measured"], "the same images"
-    assert first(together) == pytest.approx(first(alone), rel=1e-6)
-    assert done.stdout.count("figures, warnings and protocol") == 1, "one of them reports"
+    asked = ["eval", "imagenet", "--policy", policy, "--total", str(N), "--reference", reference, "--device", "cpu"]
+    done = together([*asked, "--batch-size", str(BATCH), "--out", str(tmp_path / "out")], tmp_path / "printed")
+    assert done.codes == [0, 0], done.err
+    shared = Result.load(tmp_path / "out" / "summary.json")
+    assert shared.protocol["measured"] == alone.protocol["measured"], "the same images"
+    assert first(shared) == pytest.approx(first(alone), rel=1e-6)
+    assert done.out.count("figures, warnings and protocol") == 1, "one of them reports"
 
 
 def test_images_are_in_memory_a_few_batches_at_a_time(stub, tmp_path):
