@@ -60,7 +60,8 @@ def of_training(seed: int, step: int, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1  # 63 bits; a CPU generator uses the low 32
 
 
-def is_dropped(seed: int, probability: float) -> bool:
-    """Whether the image with this seed loses its condition in training (condition dropout)."""
-    digest = hashlib.blake2b(f"drop/{seed}".encode(), digest_size=8).digest()
+def happens(what: str, seed: int, probability: float) -> bool:
+    """Whether what happens by chance happens to the image, or the batch, with this seed: "drop", its condition is
+    dropped in training; "student", the student draws the batch in distillation."""
+    digest = hashlib.blake2b(f"{what}/{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < probability

@@ -201,10 +201,17 @@ def test_logits_in_parts_give_what_whole_ones_give_and_the_same_gradient(case, e
         expected = Scored(logp.gather(-1, tokens[..., None])[..., 0], -(logp.exp() * logp).sum(-1))
         (expected.logp - 0.3 * expected.entropy * entropy).mean().backward()
         other = copy.deepcopy(golden_model(case))
-        scored = other(encoded, tokens, sampling, entropy)
+        target = other.distribution(encoded, tokens, sampling)
+
+        def against(logp, at):  # the entropy once more, as a distance to the distribution itself
+            assert max_difference(logp, target(at)) < 1e-5
+            return -(target(at).exp() * logp).sum(-1)
+
+        scored = other(encoded, tokens, sampling, entropy, against if entropy else None)
         (scored.logp - (0.3 * scored.entropy if entropy else 0)).mean().backward()
     assert scored.logp.dtype == torch.float32 and max_difference(scored.logp, expected.logp) < 1e-5
     assert scored.entropy is None or max_difference(scored.entropy, expected.entropy) < 1e-5
+    assert scored.compared is None or max_difference(scored.compared, expected.entropy) < 1e-5
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert (one.grad - two.grad).norm() <= (2e-2 if autocast else 1e-5) * one.grad.norm()
 

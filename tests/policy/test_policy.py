@@ -108,6 +108,15 @@ def test_save_and_load_give_the_same_images(saved):
     assert not after.model.training and not after.tokenizer.training
 
 
+def test_how_it_is_meant_to_be_drawn_goes_on_to_its_descendants(saved, tmp_path):
+    assert load_policy(saved).sampling == {} and "sampling" not in json.loads((saved / "policy.json").read_text())
+    policy = load_policy(saved)
+    policy.sampling = {"cfg_scale": 1.0}
+    policy.save(tmp_path / "child")
+    load_policy(tmp_path / "child").save(tmp_path / "grandchild")
+    assert load_policy(tmp_path / "grandchild").sampling == {"cfg_scale": 1.0}
+
+
 def test_saved_files_carry_no_path_and_no_leftovers(saved):
     names = {file.name for file in saved.iterdir()}
     assert {"config.json", "model.safetensors", "policy.json", "tokenizer"} <= names

@@ -6,7 +6,7 @@ Nothing of LlamaGen is in it: no prefix, no transformer, no image tokenizer. It 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from argrpo_cli.networks.weights import fingerprint, load_pretrained, save_model
 from argrpo_cli.policy.folder import CARD, class_id, read_card
-from argrpo_cli.policy.protocol import Card, Drawn, Scored
+from argrpo_cli.policy.protocol import Card, Compare, Drawn, Scored
 from argrpo_cli.shapes import Condition, Sampling, class_prompt
 from argrpo_cli.system.files import make_dir, write_json
 
@@ -63,11 +63,21 @@ class ToyModel(PreTrainedModel):
         return (none + sampling.cfg_scale * (own - none)).log_softmax(-1)
 
     def forward(
-        self, encoded: Places, tokens: Tensor, sampling: Sampling | None = None, entropy: bool = False
+        self,
+        encoded: Places,
+        tokens: Tensor,
+        sampling: Sampling | None = None,
+        entropy: bool = False,
+        compare: Compare | None = None,
     ) -> Scored:
         logp = self.log_probs(encoded, sampling or Sampling(cfg_scale=1.0))
         entropies = -(logp.exp() * logp).sum(-1) if entropy else None
-        return Scored(logp.gather(-1, tokens[..., None])[..., 0], entropies)
+        whole = slice(0, tokens.numel())
+        compared = None if compare is None else compare(logp.flatten(0, 1), whole).unflatten(0, tokens.shape)
+        return Scored(logp.gather(-1, tokens[..., None])[..., 0], entropies, compared)
+
+    def distribution(self, encoded: Places, tokens: Tensor, sampling: Sampling) -> Callable[[slice], Tensor]:
+        return self.log_probs(encoded, sampling).flatten(0, 1).__getitem__
 
 
 AutoConfig.register("toy", ToyConfig)
@@ -79,10 +89,13 @@ class Toy:
     model: ToyModel
     names: list[str]
     name: str = ""
+    sampling: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: str, text_device: str) -> Toy:
-        return cls(load_pretrained(ToyModel, folder, getattr(torch, dtype)).to(device), read_card(folder)["classes"])
+        card = read_card(folder)
+        model = load_pretrained(ToyModel, folder, getattr(torch, dtype)).to(device)
+        return cls(model, card["classes"], sampling=card.get("sampling", {}))
 
     @property
     def card(self) -> Card:
@@ -139,4 +152,5 @@ class Toy:
 
     def save_card(self, folder: str | Path) -> None:
         card: dict[str, Any] = {"family": "toy", "classes": self.names, "image_size": 2 * SIDE, "base": "toy"}
+        card |= {"sampling": self.sampling} if self.sampling else {}
         write_json(Path(folder) / CARD, card)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from argrpo_cli.policy import Policy
 from argrpo_cli.policy.llamagen.policy import LlamaGen
-from argrpo_cli.seeds import is_dropped, of_training
+from argrpo_cli.seeds import happens, of_training
 from argrpo_cli.shapes import Condition, Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import rollout
@@ -185,8 +185,8 @@ def test_dropped_conditions_train_the_null_class(new_trainer: Build) -> None:
     assert output["completion_ids"] == plain["completion_ids"]  # the images are drawn for their class all the same
     for drop, logprobs in zip(dropped, output["logprobs"], strict=True):
         assert all((value is None) == drop for value in logprobs)
-    assert is_dropped(1, 1.0)
-    assert not is_dropped(1, 0.0)
+    assert happens("drop", 1, 1.0)
+    assert not happens("drop", 1, 0.0)
 
 
 def test_training_with_dropped_conditions_measures_the_ratio_of_the_others(new_trainer: Build) -> None:

@@ -169,13 +169,13 @@ def read_card(folder: Path, **keys: type) -> dict[str, Any]:
     return card
 
 
-def mark_adapter(folder: Path, base: str) -> None:
+def mark_adapter(folder: Path, base: str, sampling: dict[str, float]) -> None:
     """Make a folder with PEFT's files (adapter_config.json, adapter_model.safetensors) a policy folder.
 
     Its policy.json says {"adapter_of": base}, where base is whatever `load_policy` opens: a name, or a path (a relative
-    one counts from the folder).
+    one counts from the folder), and "sampling" as other policy folders do.
     """
-    write_json(folder / CARD, {ADAPTER_OF: base})
+    write_json(folder / CARD, {ADAPTER_OF: base} | ({"sampling": sampling} if sampling else {}))
 
 
 def base_of(folder: Path, card: dict[str, object]) -> str:

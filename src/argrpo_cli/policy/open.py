@@ -57,6 +57,7 @@ def load_policy(
         import torch
 
         policy = load_policy(base_of(folder, card), device, "float32", text_device)
+        policy.sampling = card.get("sampling", policy.sampling)
         policy.model = merge_adapter(policy.model, folder).to(getattr(torch, dtype)).eval()
     else:
         family = card.get("family", "llamagen")

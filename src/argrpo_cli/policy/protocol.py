@@ -8,7 +8,7 @@ conditions, its guidance, its log-probabilities and what comes before what are i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
@@ -62,10 +62,17 @@ class Drawn(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Log-probabilities float32 [B, T] of given tokens and, where asked for, the entropies [B, T] in nats."""
+    """Log-probabilities float32 [B, T] of given tokens and, where asked for, the entropies [B, T] in nats, and what
+    `Compare` made of the distributions, [B, T, ...]."""
 
     logp: Tensor
-    entropy: Tensor | None
+    entropy: Tensor | None = None
+    compared: Tensor | None = None
+
+
+# Makes [n, ...] of log-probabilities float32 [n, V] over all codes, of those of a batch's B T tokens, image after
+# image, that the slice says. It may be asked again in the backward pass, where logits are computed part by part.
+Compare = Callable[["Tensor", slice], "Tensor"]
 
 
 class Policy(Protocol):
@@ -75,13 +82,18 @@ class Policy(Protocol):
         name: what it was opened by; `load_policy` sets it.
         model: a model of transformers: what is trained, sharded and saved. `model(encoded, tokens, sampling, entropy)`
             gives a `Scored` by one teacher-forced pass: log-probabilities under `sampling`'s guidance and temperature
-            (its filters are no part of what is trained), differentiable with respect to the parameters. TRL loads the
-            reference of the KL term by AutoModelForCausalLM and reads `auto_map` of its configuration.
+            (its filters are no part of what is trained), differentiable with respect to the parameters; a fifth
+            argument `compare` (see `Compare`) fills `Scored.compared`. `model.distribution(encoded, tokens, sampling)`
+            gives a function that makes of a slice as there the log-probabilities over all codes, float32 [n, V]. TRL
+            loads the reference of the KL term by AutoModelForCausalLM and reads `auto_map` of its configuration.
+        sampling: settings that its pictures are meant to be drawn with, such as {"cfg_scale": 1.0} once guidance is in
+            the weights; kept in its folder. Empty when nothing is said.
     """
 
     name: str
     card: Card
     model: nn.Module
+    sampling: dict[str, float]
 
     def conditions(self, requests: Iterable[str | int]) -> list[Condition]:
         """What it is asked to draw: class names or ids, or captions; UserError for one that it cannot draw."""

@@ -77,7 +77,8 @@ class PolicyWriter:
             self.policy.save_card(folder)
         else:
             chosen, noted = self.recipe.policy.checkpoint, self.run.notes()["base_policy"]
-            mark_adapter(folder, chosen if chosen in (*BUNDLED_POLICIES, *POLICIES) else noted)
+            named = self.recipe.start is None and chosen in (*BUNDLED_POLICIES, *POLICIES)
+            mark_adapter(folder, chosen if named else noted, self.policy.sampling)
 
     def trained(self, trainer: Trainer, folder: Path) -> None:
         """The policy as it is now, adapters merged into its weights; all processes must call it.

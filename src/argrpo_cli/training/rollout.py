@@ -18,17 +18,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from argrpo_cli.seeds import is_dropped, of_training
+from argrpo_cli.seeds import happens, of_training
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.gathering import whole_model
 from argrpo_cli.training.launch import CHUNK
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from argrpo_cli.policy import Policy
     from argrpo_cli.policy.protocol import Drawn, Encoded
     from argrpo_cli.recipe import Recipe
-    from argrpo_cli.shapes import Condition
+    from argrpo_cli.shapes import Condition, Sampling
     from argrpo_cli.training.conditions import Conditions
     from argrpo_cli.training.grpo import ImageGRPOTrainer
 
@@ -86,15 +88,16 @@ class Rollout:
             images: uint8 [3, H, W] each.
             conditions: what each image was asked to show.
         """
-        conditions, encoded = self.team.together(lambda: self._read(prompts))
+        conditions, encoded = self.team.together(lambda: self.read(prompts))
         # global_step counts finished updates, so an interrupted and resumed run draws the same images; process i has
         # the i-th part of the batch, so they are also the same on any number of processes.
         first, count = self.team.index * len(prompts), len(prompts)
         seeds = [of_training(self.recipe.seed, trainer.state.global_step, first + index) for index in range(count)]
-        dropped = [is_dropped(seed, self.recipe.grpo.condition_dropout) for seed in seeds]
+        dropped = [happens("drop", seed, self.recipe.grpo.condition_dropout) for seed in seeds]
+        sampling, logp = self.recipe.sampling, self.recipe.grpo.logprob
         with self.stopwatch.measure("rollout"):
             with whole_model(trainer) as model:
-                parts = self.team.together(lambda: self._draw(model, encoded, seeds, trainer))
+                parts = self.team.together(lambda: self.draw(model, encoded, seeds, trainer, sampling, logp))
             images = [image for part in parts for image in self.policy.decode(part.tokens)]
         # The conditions of this batch and no other: those of a whole data set would not fit a GPU.
         trainer.encoded = self.policy.encode(conditions, torch.tensor(dropped)) if any(dropped) else encoded
@@ -107,15 +110,22 @@ class Rollout:
             "conditions": conditions,
         }
 
-    def _read(self, prompts: list[str]) -> tuple[list[Condition], Encoded]:
+    def read(self, prompts: Sequence[str]) -> tuple[list[Condition], Encoded]:
         """What is to be shown, and what the model takes for it."""
         with self.stopwatch.measure("text"):
             conditions = [self.conditions[int(prompt)] for prompt in prompts]
             return conditions, self.policy.encode(conditions)
 
-    def _draw(self, model: nn.Module, encoded: Encoded, seeds: Sequence[int], trainer: ImageGRPOTrainer) -> list[Drawn]:
-        """Tokens and their log-probabilities, `CHUNK` images at a time."""
-        sampling, logp = self.recipe.sampling, self.recipe.grpo.logprob
+    def draw(
+        self,
+        model: nn.Module,
+        encoded: Encoded,
+        seeds: Sequence[int],
+        trainer: Trainer,
+        sampling: Sampling,
+        logp: str | None = None,
+    ) -> list[Drawn]:
+        """Tokens and, if asked as in `Policy.sample`, their log-probabilities, `CHUNK` images at a time."""
         parts = [slice(start, start + CHUNK) for start in range(0, len(seeds), CHUNK)]
         try:
             with trainer.accelerator.autocast():  # the precision of the training pass, or the ratio is not 1
@@ -123,5 +133,7 @@ class Rollout:
                     self.policy.sample(encoded[part], sampling, seeds[part], model=model, logp=logp) for part in parts
                 ]
         except UserError as error:  # the sampler's word for weights that are not numbers
-            step = trainer.state.global_step
-            raise UserError(f"after step {step}: {error}; if training diverged, lower grpo.learning_rate") from error
+            step, method = trainer.state.global_step, self.recipe.method
+            raise UserError(
+                f"after step {step}: {error}; if training diverged, lower {method}.learning_rate"
+            ) from error

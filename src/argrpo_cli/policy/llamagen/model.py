@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.protocol import Scored
+from argrpo_cli.policy.protocol import Compare, Scored
 from argrpo_cli.shapes import Sampling
 
 MIN_TEMPERATURE = 1e-5  # as in LlamaGen: temperature 0 is a very sharp distribution, not a division by zero
@@ -374,7 +375,12 @@ class LlamaGenForImageGeneration(LlamaGenPreTrainedModel):
             super()._init_weights(module)
 
     def forward(
-        self, encoded: Encoded, tokens: Tensor, sampling: Sampling | None = None, entropy: bool = False
+        self,
+        encoded: Encoded,
+        tokens: Tensor,
+        sampling: Sampling | None = None,
+        entropy: bool = False,
+        compare: Compare | None = None,
     ) -> Scored:
         """Log-probabilities of images' tokens int64 [B, T] by one teacher-forced pass; see `protocol.Policy.model`.
 
@@ -385,17 +391,31 @@ class LlamaGenForImageGeneration(LlamaGenPreTrainedModel):
         hidden = self.model(encoded, tokens, sampling.cfg_scale).flatten(0, 1)
         at_once = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         score = partial(checkpoint, self._score, use_reentrant=False) if len(hidden) > at_once else self._score
-        parts = zip(hidden.split(at_once), tokens.flatten().split(at_once), strict=True)
-        logp, entropies = zip(*(score(*part, sampling.temperature, entropy) for part in parts), strict=True)
-        return Scored(torch.cat(logp).view_as(tokens), torch.cat(entropies).view_as(tokens) if entropy else None)
+        parts = [slice(start, start + at_once) for start in range(0, len(hidden), at_once)]
+        flat = tokens.flatten()
+        scored = [score(hidden[at], flat[at], sampling.temperature, entropy, compare, at) for at in parts]
+        columns = zip(*scored, strict=True)
+        return Scored(*(None if one[0] is None else torch.cat(one).unflatten(0, tokens.shape) for one in columns))
 
-    def _score(self, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool) -> Scored:
-        """Of tokens [N], from hidden states [N, D]."""
-        logp = (self.lm_head(hidden).float() / max(temperature, MIN_TEMPERATURE)).log_softmax(-1)
+    def _score(
+        self, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool, compare: Compare | None, at: slice
+    ) -> Scored:
+        """Of tokens [N], from hidden states [N, D], which are those `at` of all."""
+        logp = self._log_probs(hidden, temperature)
         return Scored(
             logp.gather(-1, tokens[:, None])[:, 0],
             -(logp.exp() * logp).sum(-1) if entropy else None,  # H = - sum_v pi log pi, in nats (section 4.3)
+            None if compare is None else compare(logp, at),
         )
+
+    def _log_probs(self, hidden: Tensor, temperature: float) -> Tensor:
+        """Float32 [N, V] from hidden states [N, D]."""
+        return (self.lm_head(hidden).float() / max(temperature, MIN_TEMPERATURE)).log_softmax(-1)
+
+    def distribution(self, encoded: Encoded, tokens: Tensor, sampling: Sampling) -> Callable[[slice], Tensor]:
+        """See `protocol.Policy.model`: what is held are hidden states."""
+        hidden = self.model(encoded, tokens, sampling.cfg_scale).flatten(0, 1)
+        return lambda at: self._log_probs(hidden[at], sampling.temperature)
 
     def logits(self, encoded: Encoded, tokens: Tensor, guidance: float = 1.0) -> Tensor:
         """Logits float32 [B, t, V] that each of the tokens [B, t] is drawn by, whole; see `LlamaGenModel.forward`."""

@@ -6,14 +6,15 @@ a class-conditional and a caption-conditional policy says
     {"tokenizer": "nano-vq", "classes": ["airplane", ...], "image_size": 64, "base": "nano-c2i"}
     {"tokenizer": "nano-vq", "text_encoder": "nano-t5", "image_size": 64, "base": "nano-t2i"}
 
-where the tokenizer and the text encoder are bundled ones, published ones or folders relative to this one. What is
-published (LlamaGen's and AR-GRPO's checkpoints) opens by name and file as well: `published.py`.
+and "sampling", such as {"cfg_scale": 1.0}, where it is meant to be drawn with certain settings. The tokenizer and the
+text encoder are bundled ones, published ones or folders relative to this one. What is published (LlamaGen's and
+AR-GRPO's checkpoints) opens by name and file as well: `published.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,6 +55,7 @@ class LlamaGen:
         text_encoder: what reads the captions; None for a class-conditional policy.
         text_encoder_name: name of a bundled or published text encoder, None if it came from a folder.
         name: what it was opened by.
+        sampling: settings that it is meant to be drawn with.
     """
 
     model: LlamaGenForImageGeneration
@@ -65,6 +67,7 @@ class LlamaGen:
     text_encoder: TextEncoder | None = None
     text_encoder_name: str | None = None
     name: str = ""
+    sampling: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: str, text_device: str) -> Self:
@@ -97,6 +100,7 @@ class LlamaGen:
             base=card.get("base", str(folder)),
             text_encoder=text_encoder,
             text_encoder_name=encoder_name if encoder_name in NAMED_PARTS else None,
+            sampling=card.get("sampling", {}),
         )
 
     def conditions(self, requests: Iterable[str | int]) -> list[Condition]:
@@ -218,6 +222,7 @@ class LlamaGen:
             if self.text_encoder.right_padded:
                 reads["right_padded"] = True
         card = {"tokenizer": self.tokenizer_name or "tokenizer", **reads}
+        card |= {"sampling": self.sampling} if self.sampling else {}
         write_json(folder / CARD, {**card, "image_size": self.image_size, "base": self.base})
 
     def _known_id(self, condition: Condition) -> int:
@@ -244,6 +249,6 @@ def _check_fit(
         pairs.append(("class names", len(card.get("classes", [])), "num_classes", config.num_classes))
     else:
         pairs.append(("features in the text encoder", text_encoder.width, "caption_dim", config.caption_dim))
-    for what, count, field, expected in pairs:
+    for what, count, key, expected in pairs:
         if count != expected:
-            raise UserError(f"{folder}: {count} {what}, but the model's {field} is {expected}")
+            raise UserError(f"{folder}: {count} {what}, but the model's {key} is {expected}")
