@@ -210,6 +210,34 @@ def test_a_lesson_takes_clipped_steps_along_the_curve_and_measures_in_eval_mode(
     assert all(modes) and not any(measured) and not network.training
 
 
+def test_a_kept_lesson_goes_on_where_it_was_cut_off(small, tmp_path):
+    """Weights, momenta, the curve of the learning rate and the batches: the end is that of a lesson in one piece."""
+
+    def cut(setting: Setting, after: int | None = None) -> Lesson:
+        lesson = build.LESSONS["nano-t2i"](setting)
+        lesson.every, loss_of = 2, lesson.loss
+
+        def loss(step: int) -> torch.Tensor:
+            if step == after:
+                raise KeyboardInterrupt
+            return loss_of(step)
+
+        lesson.loss = loss
+        return lesson
+
+    whole, parts = (tmp_path / one / "nano-t2i" for one in ("whole", "parts"))
+    fit.learn(cut, whole, Setting("nano-t2i", log=lambda line: None), steps=5)
+    with pytest.raises(KeyboardInterrupt):
+        fit.learn(partial(cut, after=3), parts, Setting("nano-t2i", log=lambda line: None), steps=5)
+    assert [one.name for one in parts.iterdir()] == ["progress.pt"]
+    said = []
+    fit.learn(cut, parts, Setting("nano-t2i", log=said.append), steps=5)
+    assert any("goes on after step 2" in line for line in said)
+    assert not (parts / "progress.pt").exists()
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
 def test_a_loss_that_is_no_number_ends_the_lesson(tmp_path):
     network = torch.nn.Linear(1, 1)
     lesson = line_lesson(network, lambda step: network.weight.sum() * math.nan, lambda: "")

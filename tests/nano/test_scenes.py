@@ -123,3 +123,11 @@ def test_captions_use_only_words_that_nano_clip_knows():
     known, rng = set(CLIP["words"]), np.random.default_rng(5)
     for _ in range(200):
         assert set(WordTokenizer.split(scenes.caption_scene(rng).prompt.text)) <= known
+
+
+def test_categories_of_scenes_come_in_the_shares_asked_for():
+    shares = {"position": 0.75, "color_attr": 0.25}
+    _, made = scenes.caption_batch(np.random.default_rng(0), 200, shares)
+    counts = {tag: sum(one.prompt.tag == tag for one in made) / 200 for tag in shares}
+    assert counts == pytest.approx(shares, abs=0.12)  # four standard deviations
+    assert sum(counts.values()) == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -248,7 +248,10 @@ def class_batch(rng: np.random.Generator, count: int, balanced: bool = False) ->
     return render_all(class_scene(rng, int(i)) for i in ids), ids.astype(np.int64)
 
 
-def caption_batch(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[Scene]]:
-    """Images uint8 [B, 3, 64, 64] and their scenes, categories drawn uniformly."""
-    batch = [caption_scene(rng) for _ in range(count)]
+def caption_batch(
+    rng: np.random.Generator, count: int, shares: Mapping[str, float] | None = None
+) -> tuple[np.ndarray, list[Scene]]:
+    """Images uint8 [B, 3, 64, 64] and their scenes, categories drawn uniformly or by `shares`, which sum to 1."""
+    tags = [None] * count if shares is None else rng.choice(list(shares), count, p=list(shares.values()))
+    batch = [caption_scene(rng, tag) for tag in tags]
     return render_all(batch), batch

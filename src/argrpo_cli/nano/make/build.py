@@ -59,7 +59,8 @@ def build(
     for name in ORDER:
         if built(out / name) or (only and name not in only):
             continue
-        setting = Setting(name, seed, weights or (out if built(out / "nano-vq") else WEIGHTS), log)
+        below = weights or (out if built(out / "nano-vq") else WEIGHTS)
+        setting = Setting(name, seed, below, log, compiles=steps is None and shutil.which("g++") is not None)
         if name == HELD_OUT:
             judges.held_out(setting, out / name)
         else:

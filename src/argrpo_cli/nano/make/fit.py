@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from argrpo_cli.nano.tokens import load_tokenizer
 from argrpo_cli.networks.weights import save_model
 from argrpo_cli.policy.llamagen.vq import VQModel
-from argrpo_cli.system.files import WEIGHTS, make_dir
+from argrpo_cli.system.files import WEIGHTS, atomic_path, make_dir
 
 
 @dataclass
@@ -34,12 +34,14 @@ class Setting:
         seed: decides the material, the network's first weights and the batches.
         weights: folder of the networks that this one builds on.
         log: takes a line of text.
+        compiles: whether torch.compile is worth its minute; it needs a C++ compiler.
     """
 
     name: str
     seed: int = 0
     weights: Path = WEIGHTS
     log: Callable[[str], None] = print
+    compiles: bool = False
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
@@ -74,6 +76,8 @@ class Lesson:
         every: steps between measurements.
         warmup, horizon: of the learning rate, see `cosine_with_warmup`; the horizon is `steps` unless given.
         max_grad_norm: gradients are clipped to it.
+        kept: at every measurement all that it takes to go on is written down, and `learn` goes on from there. The loss
+            of such a lesson draws from `Setting.generator` alone.
     """
 
     network: nn.Module
@@ -86,6 +90,7 @@ class Lesson:
     warmup: int = 100
     horizon: int | None = None
     max_grad_norm: float = 1.0
+    kept: bool = False
 
 
 def learn(
@@ -105,7 +110,20 @@ def learn(
     steps = lesson.steps if steps is None else steps
     curve = cosine_with_warmup(lesson.warmup, lesson.horizon or steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(one, curve) for one in optimizers]
-    for step in range(steps):
+    stateful = {"network": network} | {
+        f"{kind}{i}": one
+        for kind, some in (("optimizer", optimizers), ("schedule", schedules))
+        for i, one in enumerate(some)
+    }
+    first, progress = 0, Path(folder) / "progress.pt"
+    if lesson.kept and progress.is_file():
+        state = torch.load(progress, weights_only=True)
+        first = state["step"]
+        setting.generator.set_state(state["generator"])
+        for name, one in stateful.items():
+            one.load_state_dict(state[name])
+        setting.say(f"goes on after step {first}")
+    for step in range(first, steps):
         loss = lesson.loss(step)
         network.zero_grad(set_to_none=True)
         loss.sum().backward()
@@ -119,8 +137,14 @@ def learn(
             network.eval()
             setting.say(f"step {step + 1}/{steps}, loss {parts}; unseen: {lesson.measure()}")
             network.train()
+            if lesson.kept:
+                state = {name: one.state_dict() for name, one in stateful.items()}
+                state |= {"step": step + 1, "generator": setting.generator.get_state()}
+                with atomic_path(make_dir(folder) / "progress.pt") as file:
+                    torch.save(state, file)
     network.eval()
     lesson.save(Path(folder))
+    progress.unlink(missing_ok=True)
     return network
 
 

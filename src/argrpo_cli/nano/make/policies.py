@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,14 @@ def reconstruction(model: VQModel, images: Tensor) -> str:
 CLASS_POLICY = {"hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6}
 CAPTION_POLICY = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 8}
 TEXT_ENCODER = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+SHARES = {  # of the categories of captions in what nano-t2i learns from
+    "single_object": 0.08,
+    "two_object": 0.12,
+    "counting": 0.12,
+    "colors": 0.10,
+    "position": 0.32,
+    "color_attr": 0.26,
+}
 CAPTION_TOKENS = 16  # the longest caption has eleven words and an end
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2 as in T5
 
@@ -203,7 +212,7 @@ def c2i(setting: Setting, pool: int = 48_000, unseen: int = 1000, batch: int = 3
     )
 
 
-def t2i(setting: Setting, pool: int = 80_000, unseen: int = 1000, batch: int = 48) -> Lesson:
+def t2i(setting: Setting, pool: int = 240_000, unseen: int = 1000, batch: int = 96) -> Lesson:
     """nano-t2i, the caption-conditional LlamaGen of the nano world, together with its text encoder nano-t5.
 
     LlamaGen takes a text encoder that exists already (FLAN-T5 XL) and never trains it; the nano world has none, so a
@@ -214,12 +223,15 @@ def t2i(setting: Setting, pool: int = 80_000, unseen: int = 1000, batch: int = 4
     near a random projection of its entry in the tokenizer's codebook: after 100 steps this stood at 5.5 nats a token
     where AdamW and a random embedding stood at 6.0 (one seed).
 
+    Which object is where, and which colour belongs to which, is learnt late; such scenes are more than half of them.
+
     Args:
-        pool: scenes tokenised up front; training sees each one or two times.
+        pool: scenes tokenised up front; training sees each two or three times.
     """
     words = text_tokenizer()
-    tokens, made = tokenised(setting, caption_batch, 2, pool)
-    held, held_made = tokenised(setting, caption_batch, 30_000, unseen)
+    scenes = partial(caption_batch, shares=SHARES)
+    tokens, made = tokenised(setting, scenes, 2, pool)
+    held, held_made = tokenised(setting, scenes, 30_000, unseen)
     text, held_text = (
         words([one.prompt.text for one in some], padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
         for some in (made, held_made)
@@ -233,6 +245,9 @@ def t2i(setting: Setting, pool: int = 80_000, unseen: int = 1000, batch: int = 4
         weight.mul_(0.5).add_(both.policy.config.initializer_range * codes @ projection)
     matrices = {name: p for name, p in both.named_parameters() if "layers." in name and p.ndim == 2}
     others = [p for name, p in both.named_parameters() if name not in matrices]
+
+    if setting.compiles:
+        both.policy.compile()  # 1.3 times as fast
 
     def loss(step: int) -> Tensor:
         rows = setting.rows(batch, len(tokens))
@@ -254,9 +269,10 @@ def t2i(setting: Setting, pool: int = 80_000, unseen: int = 1000, batch: int = 4
         loss=loss,
         measure=measure,
         save=lambda folder: save_captioned(both, words, folder),
-        steps=3000,
+        steps=6000,
         every=300,
         warmup=50,
+        kept=True,
     )
 
 
