@@ -162,6 +162,11 @@ def test_weights_aligned_by_cca_open_by_name_from_a_folder_of_their_repository(t
     state = to_published(policy.model)
     assert all(torch.equal(state[key], value) for key, value in weights_of(tiny / "c2i_tiny_256.pt").items())
     assert sample(policy, policy.conditions([3]), [0]).shape == (1, 576)
+    assert policy.sampling == {"cfg_scale": 1.0}
+    (tiny / "c2i_tiny_256.pt").rename(tiny / "c2i_L_384_CCA_0005000.pt")  # as it is after a download by hand
+    assert load_policy(tiny / "c2i_L_384_CCA_0005000.pt").sampling == {"cfg_scale": 1.0}
+    (tiny / "c2i_L_384_CCA_0005000.pt").rename(tiny / "c2i_L_384.pt")
+    assert load_policy(tiny / "c2i_L_384.pt").sampling == {}
 
 
 def test_a_running_mean_beside_the_weights_is_passed_over(tiny):

@@ -95,7 +95,8 @@ def test_every_recipe_has_a_plan_that_needs_no_network(name, capsys, tmp_path, m
     recipe = load_recipe(RECIPES / name)
     assert load_recipe(tmp_path / "r.yaml") == recipe
     assert f"{recipe.grpo.batch_size} images: {recipe.grpo.batch_size // 8} groups of 8" in printed.err
-    assert ("captions.txt is missing" in printed.err) == name.startswith("t2i")
+    assert ("captions.txt is missing" in printed.err) == name.removeprefix("plus/").startswith("t2i")
     assert ("nothing to fetch" in printed.err) == name.startswith("nano/")
     for one in recipe.published:
-        assert f"{one.table}, after {one.step} updates: {one.measures[0]} {one.base[0]:g} -> " in printed.err
+        when, then = (f"after {one.step} updates", " -> ") if one.step else ("before training", "")
+        assert f"{one.table}, {when}: {one.measures[0]} {one.base[0]:g}{then}" in printed.err

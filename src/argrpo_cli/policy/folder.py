@@ -6,7 +6,7 @@ A policy folder holds what `save_pretrained` writes and `policy.json`; a run dir
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +40,7 @@ class PublishedPolicy:
     file: str
     image_size: int
     tokenizer: str
+    sampling: dict[str, float] = field(default_factory=dict)  # see `protocol.Policy`
 
 
 POLICIES = {
@@ -49,10 +50,10 @@ POLICIES = {
     },
     "t2i-xl-256": PublishedPolicy(T2I_REPO, "t2i_XL_stage1_256.pt", 256, "vq-ds16-t2i"),
     "t2i-xl-512": PublishedPolicy(T2I_REPO, "t2i_XL_stage2_512.pt", 512, "vq-ds16-t2i"),
-    # LlamaGen after an epoch of condition contrastive alignment (arXiv 2410.09347): drawn from without guidance.
+    # LlamaGen after an epoch of condition contrastive alignment (arXiv 2410.09347), to be drawn from without guidance.
     **{
         f"c2i-{size.lower()}-384-cca": PublishedPolicy(
-            CCA_REPO, f"{CCA_FOLDER}/c2i_{size}_384_CCA_0005000.pt", 384, "vq-ds16-c2i"
+            CCA_REPO, f"{CCA_FOLDER}/c2i_{size}_384_CCA_0005000.pt", 384, "vq-ds16-c2i", {"cfg_scale": 1.0}
         )
         for size in ("B", "L", "XL", "XXL", "3B")
     },

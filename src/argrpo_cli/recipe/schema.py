@@ -317,7 +317,7 @@ class PublishedSection(Section):
         if not isinstance(value, dict) or value.get("row") is None:
             return value
         measures, base, trained = paper_numbers.of_recipe(str(value.get("table")), str(value["row"]))
-        return {**value, "measures": measures, "base": base, "trained": trained}
+        return {**value, "measures": measures, "base": base, "trained": trained if value.get("step") != 0 else []}
 
     @model_validator(mode="after")
     def _one_number_each(self) -> PublishedSection:

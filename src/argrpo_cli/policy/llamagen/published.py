@@ -85,6 +85,8 @@ def open_published(
     """
     entry = POLICIES.get(str(source))
     path = fetch(entry.repo, entry.file) if entry else Path(source)
+    # A file that was downloaded by hand has its published name, too.
+    known = next((one for one in POLICIES.values() if Path(one.file).name == path.name), None)
     state, vq_state = read_argrpo(path) if path.is_dir() else (read_checkpoint(path), None)
     pixels = image_size if image_size is not None else (entry.image_size if entry else image_size_in(path))
     if pixels < 1:
@@ -115,6 +117,7 @@ def open_published(
         image_size=pixels,
         base=str(source),
         name=str(source),
+        sampling=dict(known.sampling) if known else {},
         **text,
     )
 

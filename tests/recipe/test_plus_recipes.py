@@ -1,0 +1,75 @@
+"""The recipes beside the paper's, recipes/plus: what their sources fix, and how they hang together."""
+
+from __future__ import annotations
+
+import pytest
+
+from argrpo_cli.policy.folder import POLICIES
+from argrpo_cli.recipe import list_recipes, load_recipe
+
+NAMES = [name.removeprefix("plus/") for name in list_recipes() if name.startswith("plus/")]
+POLICY = {"c2i_b256": "c2i-b-256", "c2i_l384": "c2i-l-384", "c2i_xl384": "c2i-xl-384", "t2i_xl256": "t2i-xl-256"}
+GUIDANCE = {"c2i_b256": 2.0, "c2i_l384": 2.0, "c2i_xl384": 1.75, "t2i_xl256": [2.0, 4.0, 7.5]}  # of the teachers
+
+
+def plus(name):
+    return load_recipe(f"plus/{name}")
+
+
+def test_every_size_has_guidance_first_and_the_two_controls_are_there():
+    both = {name for size in POLICY for name in (size, f"{size}_distil")}
+    assert both | {"c2i_l384_unguided", "t2i_xl256_unguided", "c2i_l384_cca"} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_draw_and_train_one_distribution_without_guidance(name):
+    recipe = plus(name)
+    assert recipe.name == f"plus-{name.replace('_', '-')}" and recipe.policy.checkpoint in POLICIES
+    assert (recipe.sampling.cfg_scale, recipe.sampling.temperature) == (1.0, 1.0)
+    assert (recipe.sampling.top_k, recipe.sampling.top_p) == (0, 1.0)
+    assert recipe.method == ("distil" if name.endswith("_distil") else "grpo")
+    assert recipe.optim.steps == recipe.logging.keep_steps[-1] and recipe.optim.batch_size % 64 == 0
+
+
+@pytest.mark.parametrize("size", POLICY)
+def test_guidance_comes_first_in_the_run_itself(size):
+    recipe, distil = plus(size), plus(f"{size}_distil")
+    assert recipe.policy.checkpoint == distil.policy.checkpoint == POLICY[size]
+    assert (recipe.start.method, recipe.start.sampling) == ("distil", distil.sampling)
+    assert recipe.start.distil == distil.distil and recipe.start.rewards == distil.rewards
+    assert recipe.start.logging == distil.logging
+    assert distil.start is None and distil.distil.cfg_scale == GUIDANCE[size]
+    assert (distil.distil.lmbda, distil.distil.beta, distil.distil.weight_decay) == (0.3, 0.0, 0.0)
+
+
+def test_the_controls_differ_from_their_siblings_by_the_start_alone():
+    for one, other in (
+        ("c2i_l384_unguided", "c2i_l384"), ("t2i_xl256_unguided", "t2i_xl256"), ("c2i_l384_unguided", "c2i_l384_cca"),
+    ):  # fmt: skip
+        left, right = (plus(name).model_dump(exclude={"name", "description", "published"}) for name in (one, other))
+        apart = {key for key in left if left[key] != right[key]}
+        assert apart == ({"policy"} if other.endswith("cca") else {"start"})
+    assert plus("c2i_l384_cca").policy.checkpoint == "c2i-l-384-cca"
+
+
+def test_gcpo_s_setting_is_as_in_its_authors_configuration():
+    recipe = plus("t2i_xl256_unguided")
+    grpo = recipe.grpo
+    assert [(term.name, term.factor, term.weight, term.options) for term in recipe.rewards.terms] == [
+        ("hpsv2", 1.0, 1.0, {})  # v2.1 by default
+    ]
+    assert (grpo.group_size, grpo.batch_size, grpo.steps * grpo.batch_size) == (8, 64, 120_000)
+    assert (grpo.learning_rate, grpo.schedule, grpo.warmup_steps) == (1e-5, "cosine", 188)  # a tenth, rounded up
+    assert (grpo.beta, grpo.betas, grpo.weight_decay, grpo.updates_per_batch) == (0.04, [0.9, 0.999], 0.0, 1)
+
+
+def test_published_numbers_are_of_the_start_where_no_such_run_is_published():
+    told = {name: one for name in NAMES for one in plus(name).published}
+    assert told.keys() == set(NAMES)
+    assert {name for name, one in told.items() if one.trained} == {"t2i_xl256_unguided"}
+    gcpo, cca = told["t2i_xl256_unguided"], told["c2i_l384_cca"]
+    assert (gcpo.step, gcpo.measures, gcpo.base, gcpo.trained) == (1875, ["overall"], [0.306], [0.39])
+    assert (cca.step, cca.measures, cca.base) == (0, ["FID"], [3.43])
+    guided = told["c2i_l384"]
+    assert (guided.table, guided.step, guided.base) == ("table 2", 0, [256.07, 3.08, 6.09, 0.83, 0.52])
+    assert told["t2i_xl256_distil"].base[-1] == 0.306  # table 3, overall
