@@ -84,7 +84,7 @@ def test_figures_are_torch_fidelitys_own(tmp_path):
     from torch_fidelity import calculate_metrics
 
     weights = save_random_inception(tmp_path / "inception.pth")
-    ours, theirs = save_pictures(tmp_path / "ours", 14, 1, 48), save_pictures(tmp_path / "theirs", 10, 2, 48)
+    ours, theirs = save_pictures(tmp_path / "ours", 8, 1, 48), save_pictures(tmp_path / "theirs", 6, 2, 48)
     expected = calculate_metrics(
         input1=str(ours), input2=str(theirs), isc=True, fid=True, prc=True, isc_splits=1, cuda=False, cache=False,
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights), verbose=False,

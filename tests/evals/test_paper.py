@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,6 +208,8 @@ def test_each_recipe_changes_one_thing_of_its_parent(name):
 def test_results_of_other_settings_are_not_mixed_in(tmp_path, monkeypatch):
     known = {name: load_policy("nano-c2i") for name in ("nano-c2i", "nano-t2i")}
     monkeypatch.setattr(paper, "load_policy", known.__getitem__)
+    judge = SimpleNamespace(recogniser=torch.nn.Linear(1, 1))
+    monkeypatch.setattr(paper, "load_judge", lambda: judge)
     paper.Workplace(tmp_path, 96, 1).claim()
     (tmp_path / "runs").mkdir()
     paper.Workplace(tmp_path, 96, 1).claim()

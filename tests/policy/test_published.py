@@ -294,7 +294,8 @@ def test_a_name_is_fetched_once_into_the_cache_of_the_hub(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "from argrpo_cli.policy.llamagen.published import POLICIES, fetch; one = POLICIES['c2i-b-256']; "
+        "from argrpo_cli.policy.folder import POLICIES; from argrpo_cli.system.files import fetch; "
+        "one = POLICIES['c2i-b-256']; "
         "print(fetch(one.repo, one.file)); print(fetch(one.repo, one.file))"
     )
     endpoint = f"http://127.0.0.1:{server.server_address[1]}"

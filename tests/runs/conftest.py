@@ -1,5 +1,5 @@
 """Fixtures of training that the tests of run directories need, too."""
 
-from tests.training.conftest import policy_folder, quiet
+from tests.training.conftest import no_pages, pages, policy_folder, quiet
 
-__all__ = ["policy_folder", "quiet"]
+__all__ = ["no_pages", "pages", "policy_folder", "quiet"]

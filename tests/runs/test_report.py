@@ -244,6 +244,7 @@ def test_a_report_that_cannot_be_written_is_one_line(run: RunDirectory, recipe: 
     assert "report.html" in said[0]
 
 
+@pytest.mark.usefixtures("pages")
 def test_training_writes_it_at_every_checkpoint_and_at_the_end(
     policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +266,7 @@ def test_training_writes_it_at_every_checkpoint_and_at_the_end(
     assert {"argrpo", "torch", "transformers", "trl", "python"} <= notes["versions"].keys()
 
 
+@pytest.mark.usefixtures("pages")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError("a server has gone"), ZeroDivisionError])
 def test_however_a_run_ends_its_page_says_how_far_it_came(
     policy_folder: Path, tmp_path: Path, error: BaseException | type[BaseException]

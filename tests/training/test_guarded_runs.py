@@ -30,12 +30,6 @@ from tests.training.guarded import guarded
 from tests.training.tiny import FakeRewards, brightness, redness, tiny_policy, tiny_recipe
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing its curves takes as long as the rest of a tiny run."""
-    monkeypatch.setattr(train_module, "refresh_report", lambda *args, **keys: None)
-
-
 def train(recipe: Recipe, out: Path, resume: bool = False, rewards: FakeRewards | None = None) -> str:
     """Run, and return what was shown."""
     console = Console(file=io.StringIO(), width=80)

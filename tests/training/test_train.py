@@ -262,6 +262,7 @@ def test_time_limit_ends_a_run_as_finished(policy_folder: Path, tmp_path: Path) 
     assert metrics(out)[-1] == last
 
 
+@pytest.mark.usefixtures("pages")
 def test_without_kl_nothing_is_measured_against_the_base(policy_folder: Path, tmp_path: Path) -> None:
     train(tiny_recipe(policy_folder, steps=1, beta=0.0), tmp_path / "run")
     assert metrics(tmp_path / "run")[0]["kl"] is None

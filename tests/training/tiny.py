@@ -21,12 +21,15 @@ from argrpo_cli.recipe import Recipe
 from argrpo_cli.shapes import Condition, Sampling
 
 CODES, TOKENS, CLASSES = 32, 16, 4
+NAMES = ("ant", "bee", "cat", "dog")
 IMAGE_SIZE = 8  # 4 x 4 tokens of 2 x 2 pixels
 
 
-def tiny_policy(encoder: TextEncoder | None = None) -> LlamaGen:
+def tiny_policy(
+    encoder: TextEncoder | None = None, names: Sequence[str] = NAMES, image_size: int = IMAGE_SIZE
+) -> LlamaGen:
     """Random weights, the same on every call; conditioned on classes, or with an encoder on captions of five words."""
-    reads = {"num_classes": CLASSES}
+    reads = {"num_classes": len(names)}
     if encoder is not None:
         reads = {"condition": "caption", "cls_token_num": 6, "caption_dim": encoder.width}
     with torch.random.fork_rng():
@@ -56,11 +59,11 @@ def tiny_policy(encoder: TextEncoder | None = None) -> LlamaGen:
                 decoder_ch_mult=(1,),
                 num_res_blocks=1,
                 z_channels=32,
-                patch_size=2,
+                patch_size=image_size // 4,
             )
         )
-    names = ["ant", "bee", "cat", "dog"] if encoder is None else []
-    return LlamaGen(model.eval(), tokenizer.eval(), None, names, IMAGE_SIZE, "tiny", encoder)
+    names = list(names) if encoder is None else []
+    return LlamaGen(model.eval(), tokenizer.eval(), None, names, image_size, "tiny", encoder)
 
 
 def tiny_text_encoder() -> TextEncoder:
