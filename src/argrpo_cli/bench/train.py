@@ -132,7 +132,7 @@ def _ways(recipe: Recipe, base: str, micro_batch_size: int) -> dict[str, Recipe]
     tree["policy"] |= {"checkpoint": base, "trainable": "all", "lora": None}
     tree["grpo"]["micro_batch_size"] = micro_batch_size
     tree["rewards"]["terms"] = [{"name": "brightness"}]
-
+    tree["start"] = None  # the update is measured, not what comes before
     changes = {
         "all weights": {},
         "recomputed activations": {"grpo": tree["grpo"] | {"gradient_checkpointing": True}},
@@ -149,7 +149,7 @@ def _base(recipe: Recipe, folder: Path) -> str:
         return name
     if not name.startswith("c2i"):
         raise UserError(f"{name} needs its text encoder; measure a class-conditional recipe")
-    _, size, pixels = name.split("-")
+    size, pixels = name.split("-")[1:3]
     policy = LlamaGen(
         random_policy(size.upper(), int(pixels), torch.float32, "cpu"),
         VQModel(VQConfig()).eval(),
