@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class Workplace:
         path = self.root / "results" / f"entropy-{question.prompts or 'val'}-{last}.json"
         if not path.is_file():
             folder = path.with_suffix(".measured")
-            rows = measure_entropy(subjects, question, Sampling(), 64, join_team("auto"), folder)
+            rows = measure_entropy(subjects, question, asdict(Sampling()), 64, join_team("auto"), folder)
             write_json(path, {"rows": rows})
             shutil.rmtree(folder)
         return read_json(path)["rows"]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.images import EARLIER_SETTINGS, METADATA, SAMPLE, read_image
 from argrpo_cli.kept import SETTINGS, check_claim, claim
-from argrpo_cli.policy.folder import glance
+from argrpo_cli.policy.folder import choose_sampling, glance
 from argrpo_cli.shapes import Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, cannot_write, make_dir, read_json, save_png, write_json, write_jsonl
@@ -40,6 +40,7 @@ class Order:
         prompts: captions, for a policy that reads them.
         n: images per class or prompt.
         seed: of the first image of each class or prompt; the next take seed + 1, ...
+        sampling: settings of `Sampling` that are given; the others are as the policy says, or else as usual.
         resize: pixels a side that the images are scaled to, see `Policy.decode`; None as drawn.
     """
 
@@ -48,7 +49,7 @@ class Order:
     prompts: tuple[str, ...] = ()
     n: int = 8
     seed: int = 0
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     resize: int | None = None
 
     def check_kind(self, reads: str) -> None:
@@ -101,21 +102,22 @@ def draw_samples(
     from argrpo_cli.policy import load_policy
     from argrpo_cli.system.processes import join_team
 
-    team = join_team(device)
-    policy = team.together(lambda: load_policy(order.policy, team.device, order.sampling.dtype, text_device))
+    team, dtype = join_team(device), Sampling(**order.sampling).check().dtype
+    policy = team.together(lambda: load_policy(order.policy, team.device, dtype, text_device))
+    sampling = choose_sampling(order.policy, policy.card.sampling, order.sampling)
     shots = team.together(lambda: _shots(policy, order))
-    identity = {"command": SAMPLE, **asdict(order), **asdict(order.sampling), "weights": policy.fingerprint()}
+    identity = {"command": SAMPLE, **asdict(order), **asdict(sampling), "weights": policy.fingerprint()}
     del identity["sampling"]  # its settings stand beside the others
     batch_size = team.from_lead(lambda: _claim(out, identity, batch_size, overwrite))
     before = draw_into(
-        out, policy, shots, order.sampling, batch_size=batch_size, label="sampling", team=team, size=order.resize
+        out, policy, shots, sampling, batch_size=batch_size, label="sampling", team=team, size=order.resize
     )
 
     def finish() -> None:
         _write_grid(shots, policy.card, order.n, out)
         if npz:
             _write_npz([out / shot.file for shot in shots], out / NPZ)
-        write_jsonl(out / METADATA, [_row(shot, policy.card, order) for shot in shots])
+        write_jsonl(out / METADATA, [_row(shot, policy.card, order, sampling) for shot in shots])
 
     team.lead(finish)
     return (len(shots), before) if team.first else None
@@ -150,7 +152,7 @@ def _name(condition: Condition, card: Card) -> str:
     return condition.prompt if condition.class_id is None else card.names[condition.class_id]
 
 
-def _row(shot: Shot, card: Card, order: Order) -> dict[str, Any]:
+def _row(shot: Shot, card: Card, order: Order, sampling: Sampling) -> dict[str, Any]:
     condition = shot.condition
     of_class = {"class_id": condition.class_id, "class_name": _name(condition, card)}
     return {
@@ -159,7 +161,7 @@ def _row(shot: Shot, card: Card, order: Order) -> dict[str, Any]:
         **(of_class if condition.class_id is not None else {}),
         "seed": shot.seed,
         "policy": order.policy,
-        **asdict(order.sampling),
+        **asdict(sampling),
         **({} if order.resize is None else {"resize": order.resize}),
     }
 

@@ -6,7 +6,7 @@ Nothing heavy is imported here: the command line checks what it was given before
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Sampling:
         """These settings.
 
         Args:
-            prefix: how a setting is called in a message: "--" for options, "sampling." for the keys of a recipe.
+            prefix: how a setting is called in a message: "--..." for options, "sampling." for the keys of a recipe.
 
         Raises:
             UserError: a number out of range; it names the setting, the value and what is allowed.
@@ -78,9 +78,14 @@ class Sampling:
             if isinstance(value, float) and not math.isfinite(value):
                 good, words = False, "a number, not infinite"
             if not good:
-                name = key.replace("_", "-") if prefix == "--" else key
+                name = key.replace("_", "-") if prefix.startswith("--") else key
                 raise UserError(f"{prefix}{name} {_plain(value)}: must be {words}")
         return self
+
+    def words(self, keys: Iterable[str]) -> str:
+        """Some of these settings as a person says them: `guidance 1, top-k 20`."""
+        named = {key: "guidance" if key == "cfg_scale" else key.replace("_", "-") for key in keys}
+        return ", ".join(f"{name} {_plain(getattr(self, key))}" for key, name in named.items())
 
     def departures(self, paper: Sampling) -> list[str]:
         """Where these settings differ from a paper's, in words; the number format is no such matter."""
@@ -89,6 +94,12 @@ class Sampling:
             for one in fields(self)
             if one.name != "dtype" and getattr(self, one.name) != getattr(paper, one.name)
         ]
+
+
+def shared_settings(each: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Of several mappings with the same keys what is alike in all, and what each has otherwise."""
+    alike = {key: value for key, value in each[0].items() if all(one[key] == value for one in each)}
+    return alike, [{key: value for key, value in one.items() if key not in alike} for one in each]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,11 @@ import argrpo_cli
 MISTAKES = [  # a command line, and what the error names
     (["sample", "--out", "x", "--policy", "nano-c3i"], "no policy 'nano-c3i'"),
     (["sample", "--out", "x", "--policy", "gone.pt"], "no checkpoint file gone.pt"),
+    (["eval", "nano", "--baseline-cfg-scale", "2"], "--baseline-cfg-scale 2: there is no --baseline"),
+    (
+        ["eval", "geneval", "--baseline", "nano-t2i", "--baseline-cfg-scale", "0.5"],
+        "--baseline-cfg-scale 0.5: must be 1 or more",
+    ),
     (["sample", "--out", "x", "--class", "dgo"], "no class 'dgo'"),
     (
         ["sample", "--out", "x", "--policy", "c2i-b-256", "--class", "tenhc"],

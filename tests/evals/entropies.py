@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,15 @@ def entropy_of(
 def measure(
     subjects: Sequence[Subject],
     question: Question,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | dict[str, Any] = Sampling(),
     batch_size: int = 64,
     folder: Path | None = None,
     cache: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Rows; what is measured is kept nowhere, or in a folder."""
+    options = asdict(sampling) if isinstance(sampling, Sampling) else sampling
     with tempfile.TemporaryDirectory() as temporary:
-        return entropy.measure(subjects, question, sampling, batch_size, ALONE, folder or Path(temporary), cache)
+        return entropy.measure(subjects, question, options, batch_size, ALONE, folder or Path(temporary), cache)
 
 
 def along(folder: Path, limit: int | None = None) -> Question:

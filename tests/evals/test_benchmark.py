@@ -16,7 +16,8 @@ from argrpo_cli.evals.statistics import mean_of
 from argrpo_cli.evals.tables import sections, table
 from argrpo_cli.images import read_image
 from argrpo_cli.kept import Rows, kept
-from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, Value
+from argrpo_cli.policy import load_policy
+from argrpo_cli.shapes import Column, Condition, Result, Shot, Value
 from argrpo_cli.system.errors import UserError
 from tests.training.tiny import CLASSES, save_tiny_policy
 
@@ -111,8 +112,56 @@ def test_finished_pictures_are_measured_alike(policies, tmp_path):
 
 def test_what_is_not_the_papers_is_told(policies, tmp_path, monkeypatch):
     monkeypatch.setattr(Brightness, "of_paper", True, raising=False)
-    result = run(policies[:1], tmp_path / "o", n=1, sampling=Sampling(cfg_scale=3.0))
+    result = run(policies[:1], tmp_path / "o", n=1, sampling={"cfg_scale": 3.0})
     assert result.departures == ["images per prompt 1 (paper 2)", "cfg-scale 3 (paper 2)"]
+
+
+def test_each_policy_is_drawn_in_its_own_way_and_the_table_says_which(policies, tmp_path, capsys):
+    own = load_policy(policies[0])
+    own.sampling = {"cfg_scale": 1.0}
+    own.save(tmp_path / "distilled")
+    pair = [str(tmp_path / "distilled"), policies[1]]
+    result = run(pair, tmp_path / "o", seed=1)
+    assert capsys.readouterr().err.count(f"sampled as {pair[0]} says: guidance 1\n") == 1
+    first, second = result.rows
+    scales = {name: one["sampling"] for name, one in result.protocol["measured"].items()}
+    assert scales == {first: {"cfg_scale": 1.0}, second: {"cfg_scale": 2.0}}
+    assert result.protocol["sampling"] == {
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_interval": -1, "dtype": "float32", "seed": 1,
+    }  # fmt: skip
+    alone = [run(pair[:1], tmp_path / "1", seed=1), run(pair[1:], tmp_path / "2", seed=1)]
+    assert {name: one for each in alone for name, one in each.rows.items()} == result.rows, "with the same seeds"
+    assert result.difference["bright"].value != 0, "of the same weights"
+    text = io.StringIO()
+    Console(file=text, width=400).print(table(result, 400))
+    assert f"{first} (cfg 1)" in text.getvalue() and f"{second} (cfg 2)" in text.getvalue()
+    (section,) = sections({"x": result})
+    assert [name for name, _, _ in section.lines][:2] == [f"{second} (cfg 2)", f"{first} (cfg 1)"]
+    assert f"{first} (cfg 1) − {second} (cfg 2)" in [name for name, _, _ in section.lines] and not section.warnings
+    assert run(pair, tmp_path / "o", seed=1) == result
+    for rest in ({"baseline_cfg_scale": 3.0}, {"sampling": {"cfg_scale": 2.0}}):
+        with pytest.raises(UserError, match="holds an evaluation of something else"):
+            run(pair, tmp_path / "o", seed=1, **rest)
+
+
+def test_options_hold_for_both_but_the_baselines_own(policies, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Brightness, "of_paper", True, raising=False)
+    own = load_policy(policies[0])
+    own.sampling = {"cfg_scale": 1.0}
+    own.save(tmp_path / "distilled")
+    pair = [str(tmp_path / "distilled"), policies[1]]
+    result = run(pair, tmp_path / "o", n=1, sampling={"cfg_scale": 4.0}, baseline_cfg_scale=2.0)
+    (warning,) = result.warnings
+    told = capsys.readouterr().err.splitlines()
+    assert "guidance 4, and" in warning and [line for line in told if "guidance" in line] == [f"WARNING: {warning}"]
+    assert result.departures == ["images per prompt 1 (paper 2)", f"cfg-scale 4 (paper 2) of {pair[0]}"]
+    both = run(pair, tmp_path / "both", n=1, sampling={"cfg_scale": 2.0})
+    assert both.protocol["sampling"]["cfg_scale"] == 2 and "sampling" not in both.protocol["measured"][first_of(both)]
+    assert both.difference["bright"].value == 0, "the same weights, guided alike"
+
+
+def first_of(result):
+    return next(iter(result.rows))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +170,7 @@ def test_what_is_not_the_papers_is_told(policies, tmp_path, monkeypatch):
         ({"n": 26}, "--n 26: give 1 to 25 images of each of 4 prompts"),
         ({"n": 0}, "--n 0: give 1 to 25 images"),
         ({"seed": 10}, "--seed 10: give 0 to 9"),
-        ({"sampling": Sampling(top_p=0.0)}, "--top-p 0: must be above 0, at most 1"),
+        ({"sampling": {"top_p": 0.0}}, "--top-p 0: must be above 0, at most 1"),
     ],
 )
 def test_bad_input_writes_nothing(policies, tmp_path, rest, message):

@@ -21,7 +21,7 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.rewards import Reward, RewardSet, check_reward, load_rewards
 from argrpo_cli.score import score_images
-from argrpo_cli.shapes import Result, Sampling
+from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, read_jsonl
 from tests.captioned import save_captioned_policy
@@ -342,7 +342,7 @@ def test_two_processes_find_what_one_does(tmp_path):
 def test_a_folder_is_not_used_for_two_evaluations(policies, tmp_path):
     measure(policies[:1], tmp_path / "o", ["clip"])
     with pytest.raises(UserError, match=r"holds an evaluation of something else \(sampling\.cfg_scale\); choose"):
-        measure(policies[:1], tmp_path / "o", ["clip"], sampling=Sampling(cfg_scale=3.0))
+        measure(policies[:1], tmp_path / "o", ["clip"], sampling={"cfg_scale": 3.0})
     with pytest.raises(UserError, match=r"something else \(policies\)"):
         measure(policies[1:], tmp_path / "o", ["clip"])
     (tmp_path / "x").mkdir()
@@ -375,7 +375,7 @@ def test_the_command_prints_the_table_and_warns(policies, tmp_path, capfd):
     )
     told = capfd.readouterr()
     assert code == 0, told.err
-    assert "DrawBench (table 4)" in told.out and "WARNING: the prompts of" in told.out
+    assert "DrawBench (table 4)" in told.out and "WARNING: the prompts of" in told.err
     result = read_json(tmp_path / "o" / "summary.json")
     assert set(result["difference"]) == {"clip", "deqa"}
     assert run(["eval", "drawbench", *asked, "--columns", "clip", "--set", "hpsv2.version=2.0"]) == 2
@@ -388,4 +388,3 @@ def test_the_command_offers_what_the_library_has():
     defaults = {name: one.default for name, one in inspect.signature(BENCHMARKS["drawbench"]).parameters.items()}
     assert defaults["columns"].split(",") == list(d.TABLE_4)
     assert defaults["prompts"] == d.HUB and defaults["n"] == d.DrawBench.n
-    assert defaults["cfg_scale"] == Sampling().cfg_scale

@@ -129,6 +129,20 @@ def test_samples_are_drawn_as_they_are_measured(captioned, monkeypatch):
     assert drawn == [sampling]
 
 
+def test_each_policy_is_measured_under_its_own_guidance(captioned, tmp_path, capsys):
+    own = load_policy(captioned)
+    own.sampling = {"cfg_scale": 1.0}
+    own.save(tmp_path / "own")
+    named = (("base", captioned), ("one", str(tmp_path / "own")), ("two", str(tmp_path / "own")))
+    subjects = [e.Subject(path, name) for name, path in named]
+    rows = measure(subjects, e.Question("geneval", limit=2), {"temperature": 0.7})
+    assert [row["cfg_scale"] for row in rows[1::2]] == [2.0, 1.0, 1.0] and {row["temperature"] for row in rows} == {0.7}
+    assert rows[3]["mean"] == rows[2]["mean"] and rows[1]["mean"] != rows[0]["mean"], "of one unguided it is the same"
+    assert capsys.readouterr().err.count("sampled as one says: guidance 1\n") == 1, "and of two the same: said once"
+    protocol = result_of(rows).protocol
+    assert "cfg_scale" not in protocol["sampling"] and protocol["measured"]["base"]["sampling"] == {"cfg_scale": 2.0}
+
+
 def test_the_checkpoints_of_a_run_are_its_base_and_every_step(tmp_path):
     base = tmp_path / "base"
     tiny_policy().save(base)

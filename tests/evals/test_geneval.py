@@ -130,14 +130,23 @@ def test_a_folder_is_not_used_for_two_evaluations(finished, policy, tmp_path):
 def test_two_policies_are_compared_prompt_by_prompt_with_the_same_seeds(policy, tmp_path, monkeypatch):
     other = load_policy(policy)
     other.base = "another one"  # replays other scenes
+    other.sampling = {"cfg_scale": 1.0}
     other.save(tmp_path / "other")
-    seeds = []
-    monkeypatch.setattr(LlamaGen, "sample", lambda self, e, how, s: seeds.append(s) or replayed(self, e, how, s))
+    seeds, scales = [], []
+
+    def sample(self, encoded, sampling, own):
+        seeds.append(own)
+        scales.append(sampling.cfg_scale)
+        return replayed(self, encoded, sampling, own)
+
+    monkeypatch.setattr(LlamaGen, "sample", sample)
     monkeypatch.chdir(tmp_path)
     result = run_geneval([policy, "other"], tmp_path / "o", batch_size=84)
     assert seeds[0] == seeds[1] and len(set(seeds[0])) == 84
     first, second = result.rows
-    assert second == "other"
+    assert second == "other" and scales == [2.0, 1.0], "each in its own way"
+    assert result.departures[1:] == ["cfg-scale 1 (paper 2) of other"]
+    assert result.protocol["measured"]["other"]["sampling"] == {"cfg_scale": 1.0}
     for key, one in result.difference.items():
         assert one.value == pytest.approx(result.rows[first][key].value - result.rows[second][key].value)
     assert result.difference["geneval-nano/overall"].value != 0

@@ -23,7 +23,7 @@ from argrpo_cli.geneval.observers import Observer, OfficialObserver
 from argrpo_cli.geneval.prompts import COLORS, official_jsonl, official_prompts
 from argrpo_cli.geneval.rules import Detection
 from argrpo_cli.policy.llamagen.policy import LlamaGen
-from argrpo_cli.shapes import Result, Sampling
+from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, read_jsonl
 from tests.geneval import goldens
@@ -88,7 +88,7 @@ def few(monkeypatch):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("official") / "out"
-    return out, run_geneval(out, sampling=Sampling(cfg_scale=7.5, top_k=20))
+    return out, run_geneval(out, sampling={"cfg_scale": 7.5, "top_k": 20})
 
 
 def text_of(result):

@@ -59,13 +59,11 @@ def stub(monkeypatch):
     return network
 
 
-def evaluate(
-    policies, reference, out, sampling=Sampling(), n=N, seed=0, warn=lambda text: None, batch=BATCH, **options
-):
+def evaluate(policies, reference, out, sampling=None, n=N, seed=0, warn=lambda text: None, batch=BATCH, **options):
     """Of one policy or several."""
     policies = [policies] if isinstance(policies, str) else policies
     drawing = {"sampling": sampling, "n": n, "seed": seed, "batch_size": batch, "device": "cpu"}
-    return run_benchmark(ImageNet(sampling, reference=reference, **options), policies, out, warn=warn, **drawing)
+    return run_benchmark(ImageNet(reference=reference, **options), policies, out, warn=warn, **drawing)
 
 
 def measure(pictures, reference, out, batch=BATCH, warn=print, **options):
@@ -285,7 +283,7 @@ class TestWarnings:
         return "\n".join(texts)
 
     def test_every_departure_from_the_published_protocol_is_told(self, stub, policy, reference, tmp_path):
-        text = self.told(policy, reference, tmp_path / "out", sampling=Sampling(cfg_scale=4.0, top_k=5))
+        text = self.told(policy, reference, tmp_path / "out", sampling={"cfg_scale": 4.0, "top_k": 5})
         for part in (
             f"{N} images; published figures are of 50,000", f"draws {CLASSES} classes", "not the same number of each",
             "8x8 pixels reach Inception", "--cfg-scale 4; the paper's table 2 has 2", "--top-k 5", "is not ADM's batch",

@@ -154,6 +154,15 @@ def test_guided_entropy_equals_the_definition():
     torch.testing.assert_close(entropy, -torch.special.xlogy(p, p).sum(-1).mean(1), atol=1e-4, rtol=1e-4)
 
 
+def test_a_policy_without_guidance_has_one_entropy(tmp_path):
+    policy, nano_world = load_policy("nano-c2i"), Nano()
+    shots = nano_world.shots(policy, 48, 0)[:3]
+    one = nano.Subject("p", "p", tmp_path, tmp_path, shots, policy.card, {}, Sampling(cfg_scale=1.0))
+    nano_world.gather(policy, one, 3, nano.ALONE)
+    plain, guided = (nano._store(one).column([shots], key) for key in (nano.ENTROPY, nano.GUIDED_ENTROPY))
+    assert torch.equal(plain, guided) and plain.shape == (3,) and plain.min() > 0
+
+
 def test_the_difference_is_trained_minus_base_in_units_of_the_base(monkeypatch):
     ids = torch.arange(N) % 24
     noise = torch.randn(N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         model.table[0, :, 0] = model.table[1, :, 3] = 1.5
     path = tmp_path_factory.mktemp("toy") / "policy"
-    Toy(model.eval(), ["dog", "cat"]).save(path)
+    Toy(model.eval(), ["dog", "cat"], sampling={"cfg_scale": 2.0}).save(path)
     return path
 
 
@@ -70,6 +70,7 @@ def test_training_follows_the_reward_on_policy_and_resumes(folder: Path, tmp_pat
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.2 and lines[-1]["kl"] > 0
     trained = load_policy(tmp_path / "run")
     assert isinstance(trained, Toy) and trained.card.names == ("dog", "cat")
+    assert trained.card.sampling == {"cfg_scale": 2.0}, "as the policy that training started from"
     train(tiny_recipe(folder, rewards=["bright"], **{**settings, "steps": 5}), tmp_path / "parts")
     train(recipe, tmp_path / "parts", resume=True)
     assert torch.equal(load_policy(tmp_path / "parts" / "policy").model.table, trained.model.table)

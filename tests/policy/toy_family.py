@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from argrpo_cli.networks.weights import fingerprint, load_pretrained, save_model
-from argrpo_cli.policy.folder import CARD, class_id, read_card
+from argrpo_cli.policy.folder import CARD, class_id, read_card, sampling_entry
 from argrpo_cli.policy.protocol import Card, Compare, Drawn, Scored
 from argrpo_cli.shapes import Condition, Sampling, class_prompt
 from argrpo_cli.system.files import make_dir, write_json
@@ -89,17 +89,18 @@ class Toy:
     model: ToyModel
     names: list[str]
     name: str = ""
-    sampling: dict[str, float] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: str, text_device: str) -> Toy:
         card = read_card(folder)
         model = load_pretrained(ToyModel, folder, getattr(torch, dtype)).to(device)
-        return cls(model, card["classes"], sampling=card.get("sampling", {}))
+        return cls(model, card["classes"], sampling=card["sampling"])
 
     @property
     def card(self) -> Card:
-        return Card(self.name, "toy", "classes", tuple(self.names), 2 * SIDE, SIDE**2, CODES, base="toy")
+        names, size = tuple(self.names), 2 * SIDE
+        return Card(self.name, "toy", "classes", names, size, SIDE**2, CODES, base="toy", sampling=self.sampling)
 
     def conditions(self, asked: Iterable[str | int]) -> list[Condition]:
         ids = [class_id(one, self.names) for one in asked]
@@ -152,5 +153,4 @@ class Toy:
 
     def save_card(self, folder: str | Path) -> None:
         card: dict[str, Any] = {"family": "toy", "classes": self.names, "image_size": 2 * SIDE, "base": "toy"}
-        card |= {"sampling": self.sampling} if self.sampling else {}
-        write_json(Path(folder) / CARD, card)
+        write_json(Path(folder) / CARD, {**card, **sampling_entry(self.sampling)})

@@ -16,7 +16,7 @@ def test_the_page_in_docs_is_that_of_the_schema():
 
 def test_every_key_has_its_values_default_and_comment():
     for row in (
-        "| `cfg_scale` | number | `2.0` | guidance s in l_u + s (l_c - l_u); 1, the least, is none |",
+        "| `cfg_scale` | number | `2.0` | Guidance s in l_u + s (l_c - l_u); 1, the least, is none. Where ",
         "| `micro_batch_size` | whole number from 1, or `null` | `null` | images per forward pass of a process; ",
         "| `betas` | list of number from 0 below 1 | `[0.9, 0.95]` | AdamW |",
         "| `start` | recipe, or `null` | `null` | A run before this one, in the folder start ",

@@ -80,9 +80,12 @@ def test_the_reference_is_the_model_without_its_adapters(
 
 
 def test_a_run_with_adapters_and_a_mean_resumes_exactly(policy_folder: Path, tmp_path: Path) -> None:
+    start = load_policy(policy_folder)
+    start.sampling = {"cfg_scale": 1.0}  # descendants are sampled as it is
+    start.save(tmp_path / "start")
     recipe = with_lora(
         tiny_recipe(
-            policy_folder, save_every=2, learning_rate=1e-2, ema_decay=0.5, entropy_weight=0.1, entropy_target=10.0
+            tmp_path / "start", save_every=2, learning_rate=1e-2, ema_decay=0.5, entropy_weight=0.1, entropy_target=10.0
         )
     )
     train(recipe, tmp_path / "whole")
@@ -91,6 +94,7 @@ def test_a_run_with_adapters_and_a_mean_resumes_exactly(policy_folder: Path, tmp
     train(recipe, tmp_path / "stopped", resume=True)
     for folder in ("policy", "policy_ema", "checkpoints/step_000004"):
         assert equal(weights(tmp_path / "whole" / folder), weights(tmp_path / "stopped" / folder))
+        assert load_policy(tmp_path / "stopped" / folder).card.sampling == {"cfg_scale": 1.0}
     assert without_times(metrics(tmp_path / "whole")) == without_times(metrics(tmp_path / "stopped"))
     assert not equal(weights(tmp_path / "whole" / "policy"), weights(tmp_path / "whole" / "policy_ema"))
 

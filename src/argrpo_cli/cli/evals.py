@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -15,7 +16,8 @@ from argrpo_cli.cli.options import (
     set_options,
 )
 from argrpo_cli.geneval import check_detector
-from argrpo_cli.shapes import Result
+from argrpo_cli.policy.folder import glance
+from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
 
 ADM = "adm-256"
@@ -26,6 +28,7 @@ def nano(
     context: typer.Context,
     policy: str = "nano-c2i",
     baseline: str | None = None,
+    baseline_cfg_scale: float | None = None,
     n: int = 2016,
     images: Path | None = None,
     out: Path | None = None,
@@ -41,13 +44,13 @@ def nano(
         --n: Images per policy.
         --out: A file for the numbers, as JSON.
     """
-    policies = _both(policy, baseline) if images is None else []
+    policies = _both(policy, baseline, baseline_cfg_scale) if images is None else []
     _check_images(context, images)
     check_policies(policies, None, "nano", drawing.seed, n)
     _check_file(out)
     from argrpo_cli.evals.nano import run_nano
 
-    result = run_nano(policies, images, out, n=n, **vars(drawing))
+    result = run_nano(policies, images, out, n=n, **_options(drawing, baseline_cfg_scale))
     _print(result, "" if out is None else f"the numbers are in {out}")
 
 
@@ -56,6 +59,7 @@ def geneval(
     context: typer.Context,
     policy: str = "nano-t2i",
     baseline: str | None = None,
+    baseline_cfg_scale: float | None = None,
     images: Path | None = None,
     n: int = 4,
     detector: str | None = None,
@@ -80,7 +84,7 @@ def geneval(
         --detector-batch-size: Images in Mask2Former at a time.
         --out: Folder for images, verdicts and numbers.
     """
-    policies = _both(policy, baseline) if images is None else []
+    policies = _both(policy, baseline, baseline_cfg_scale) if images is None else []
     _check_images(context, images, "folder")
     if detector is not None:
         check_detector(detector)
@@ -89,7 +93,7 @@ def geneval(
     from argrpo_cli.evals.geneval import GenEval
 
     benchmark = GenEval(detector, colors, detector_batch_size)
-    result = run(benchmark, policies, out, n=n, images=images, **vars(drawing))
+    result = run(benchmark, policies, out, n=n, images=images, **_options(drawing, baseline_cfg_scale))
     failed = " and the failures as a picture (failures.png)" if (out / "failures.png").is_file() else ""
     _print(result, f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
 
@@ -99,6 +103,7 @@ def imagenet(
     context: typer.Context,
     policy: str | None = None,
     baseline: str | None = None,
+    baseline_cfg_scale: float | None = None,
     images: Path | None = None,
     reference: str = ADM,
     n: int = 50_000,
@@ -131,36 +136,25 @@ def imagenet(
     _check_images(context, images)
     if policy is None and images is None and (save_statistics is None or set_options(context, OF_A_POLICY)):
         raise UserError("nothing to measure; give --policy, such as c2i-b-256, or --images")
-    policies = _both(policy, baseline) if policy is not None else []
+    policies = _both(policy, baseline, baseline_cfg_scale) if policy is not None else []
     if policies or images is not None:
         check_policies(policies, out, "imagenet", drawing.seed, n)
     if reference != ADM and not Path(reference).exists():
         raise UserError(f"no folder or .npz file {reference}")
     _check_file(save_statistics)
-    from rich.console import Console
-
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.imagenet import ImageNet, save_reference_statistics
-    from argrpo_cli.evals.tables import table
-
-    complaints = Console(stderr=True)
-
-    def warn(text: str) -> None:
-        complaints.print(f"WARNING: {text}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
 
     if policies or images is not None:
         benchmark = ImageNet(
-            drawing.sampling,
             reference=reference,
             inception=inception,
             resize=resize,
             keep_images=keep_images,
             keep_features=keep_features,
         )
-        result = run(benchmark, policies, out, n=n, images=images, warn=warn, **vars(drawing))
-        if result is not None:
-            Console().print(table(result))
-            print(f"figures, warnings and protocol are in {out / 'summary.json'}")
+        result = run(benchmark, policies, out, n=n, images=images, **_options(drawing, baseline_cfg_scale))
+        _print(result, f"figures, warnings and protocol are in {out / 'summary.json'}")
     if save_statistics is not None:
         save_reference_statistics(reference, save_statistics, inception, drawing.batch_size, drawing.device)
 
@@ -169,6 +163,7 @@ def imagenet(
 def drawbench(
     policy: str = "t2i-xl-256",
     baseline: str | None = None,
+    baseline_cfg_scale: float | None = None,
     prompts: str = "sayakpaul/drawbench",
     limit: int | None = None,
     columns: str = "clip,hpsv2,aesthetic,deqa,imagereward,pickscore,unified-reward",
@@ -192,13 +187,14 @@ def drawbench(
         --n, --per-prompt: Images per prompt.
         --out: Folder for images, scores and numbers.
     """
-    policies = _both(policy, baseline)
+    policies = _both(policy, baseline, baseline_cfg_scale)
     names, options = read_rewards(columns, set_, "--columns")
     check_policies(policies, out, "drawbench", drawing.seed, n)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.drawbench import DrawBench, read_prompts
 
-    result = run(DrawBench(read_prompts(prompts, limit), names, options), policies, out, n=n, **vars(drawing))
+    benchmark = DrawBench(read_prompts(prompts, limit), names, options)
+    result = run(benchmark, policies, out, n=n, **_options(drawing, baseline_cfg_scale))
     _print(result, f"images, scores and summary.json in {out}")
 
 
@@ -263,10 +259,6 @@ def entropy(
         raise UserError(f"no split {split!r}; there is val")
     if n is not None and n < 2:
         raise UserError(f"--n {n}: an interval needs 2 images or more")
-    if drawing.sampling.temperature <= 0:
-        raise UserError(
-            f"--temperature {drawing.sampling.temperature:g}: without noise there is no entropy; give more than 0"
-        )
     if prompts is not None:
         read_captions(prompts)
     from rich.console import Console
@@ -282,6 +274,11 @@ def entropy(
     question = results.Question(prompts, n, drawing.seed, pictures)
     results.claim(out, question)
     check_policies([one.path for one in subjects])
+    for one in subjects:
+        own = {} if (seen := glance(one.path)) is None else seen.sampling
+        if {**own, **drawing.sampling}.get("temperature", 1.0) <= 0:
+            what = "--temperature 0" if "temperature" in drawing.sampling else f"{one.path} is sampled at temperature 0"
+            raise UserError(f"{what}: without noise there is no entropy; give more than 0")
     from argrpo_cli.evals.entropy import measure
     from argrpo_cli.system.processes import join_team
 
@@ -311,7 +308,25 @@ def _print(result: Result | None, words: str) -> None:
         print(words)
 
 
-def _both(policy: str, baseline: str | None) -> list[str]:
+def _warn(text: str) -> None:
+    """What to know before believing the numbers, on standard error as soon as it is known."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    console.print(f"WARNING: {text}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _options(drawing: Drawing, baseline_cfg_scale: float | None) -> dict[str, Any]:
+    """What `benchmark.run` takes of every benchmark."""
+    return {**vars(drawing), "baseline_cfg_scale": baseline_cfg_scale, "warn": _warn}
+
+
+def _both(policy: str, baseline: str | None, cfg_scale: float | None) -> list[str]:
+    """The policies; UserError for guidance of a baseline that is none, or out of range."""
+    if cfg_scale is not None:
+        if baseline is None:
+            raise UserError(f"--baseline-cfg-scale {cfg_scale:g}: there is no --baseline")
+        Sampling(cfg_scale=cfg_scale).check("--baseline-")
     return [policy] if baseline is None else [policy, baseline]
 
 

@@ -19,14 +19,15 @@ from argrpo_cli.system.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Drawing:
-    """What the shared options of a command that draws say: those of `Sampling`, and these.
+    """What the shared options of a command that draws say: those of `Sampling` that are given, and these.
 
     Options:
-        --cfg-scale: Classifier-free guidance scale, 1 or more; 1 is no guidance.
-        --temperature: Softmax temperature; 0 takes the likeliest token.
-        --top-k: Keep the k likeliest tokens; 0 keeps all.
-        --top-p: Keep the likeliest tokens up to this probability; 1 keeps all.
-        --cfg-interval: Guide decoding steps 0 to this one only, as LlamaGen; -1: all.
+        --cfg-scale: Classifier-free guidance scale, 1 or more; 1 is no guidance.  [default: the policy's own, else 2]
+        --temperature: Softmax temperature; 0 takes the likeliest token.  [default: the policy's own, else 1]
+        --top-k: Keep the k likeliest tokens; 0 keeps all.  [default: the policy's own, else 0]
+        --top-p: Keep the likeliest tokens up to this probability; 1 keeps all.  [default: the policy's own, else 1]
+        --cfg-interval: Guide decoding steps 0 to this one only, as LlamaGen; -1: all.  [default: the policy's own,
+            else -1]
         --dtype float32|bfloat16|float16: Number format of the policy.
         --seed: Of the noise: another seed, other images.
         --batch-size: Images at a time; by rounding it turns a few tokens.
@@ -34,20 +35,25 @@ class Drawing:
         --text-device same|offload|DEVICE: Of the text encoder: beside the policy, there only while it reads captions,
             or elsewhere.
         --baseline: A second policy, drawn with the same seeds, to compare with.
+        --baseline-cfg-scale: Guidance of the baseline.  [default: --cfg-scale, else the baseline's own, else 2]
         --images: Measure these pictures instead of a policy: a folder, or an .npz with arr_0.
     """
 
-    sampling: Sampling
+    sampling: Mapping[str, Any]
     seed: int = 0
     batch_size: int = 64
     device: str = "auto"
     text_device: str = "same"
 
 
-SAMPLING = dict(inspect.signature(Sampling, eval_str=True).parameters)
+SAMPLING = {  # None is not given: a policy may have its own
+    name: one if name == "dtype" else one.replace(annotation=one.annotation | None, default=None)
+    for name, one in inspect.signature(Sampling, eval_str=True).parameters.items()
+}
 DRAWING = SAMPLING | dict(list(inspect.signature(Drawing, eval_str=True).parameters.items())[1:])
 # What finished pictures have no use for, and a policy that draws them has.
-OF_A_POLICY = ("policy", "baseline", "n", "resize", "keep_images", "seed", "text_device", *SAMPLING)
+BASELINE = ("baseline", "baseline_cfg_scale")
+OF_A_POLICY = ("policy", *BASELINE, "n", "resize", "keep_images", "seed", "text_device", *SAMPLING)
 
 
 def command(
@@ -79,8 +85,10 @@ def command(
         def parsed(**values: Any) -> None:
             if names:
                 drawing = {name: values.pop(name) for name in names}
-                sampling = Sampling(**{name: drawing.pop(name) for name in names if name in SAMPLING})
-                values["drawing"] = Drawing(sampling.check(), **drawing)
+                sampling = {name: drawing.pop(name) for name in names if name in SAMPLING}
+                sampling = {name: value for name, value in sampling.items() if value is not None}
+                Sampling(**sampling).check()
+                values["drawing"] = Drawing(sampling, **drawing)
             function(**values)
 
         parameters = []

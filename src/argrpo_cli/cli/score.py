@@ -55,6 +55,8 @@ def score(
     (means,) = result.rows.values()
     ends = {end: {name: Value(row[end]) for name, row in ranges.items()} for end in ("min", "max")}
     show(replace(result, rows={"mean": means, **ends}))
+    for warning in result.warnings:
+        print(f"WARNING: {warning}")
     if note:
         print(note)
     for name, row in ranges.items():

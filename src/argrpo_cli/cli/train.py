@@ -83,6 +83,7 @@ def train(
         from argrpo_cli.training.plan import plan, show_plan
 
         show_plan(plan(loaded, processes or 1), Console(file=sys.stderr, highlight=False))
+        _tell_sampling(loaded)
         sys.stdout.write(dump_recipe(loaded))
         return
     if accelerate_config is not None and processes in (None, 1):
@@ -96,6 +97,8 @@ def train(
 
     from argrpo_cli.training.train import run_training
 
+    if resume is None:
+        _tell_sampling(loaded)
     result = run_training(loaded, run_dir, resume=resume is not None)
     if int(os.environ.get("RANK", "0")):
         return  # of several processes the first one reports
@@ -122,6 +125,19 @@ def _check_names(recipe: Recipe) -> None:
         check_source(section, seen.reads, recipe.policy.checkpoint)
         for name in (*(section.classes if section.classes != "all" else ()), *section.weights):
             class_id(name, seen.names)
+
+
+def _tell_sampling(recipe: Recipe) -> None:
+    """Say where rollouts are drawn as the policy is meant to be sampled, and warn of more guidance than that."""
+    from argrpo_cli.policy.folder import choose_sampling, glance
+
+    if recipe.method != "grpo":
+        return
+    seen, rollouts = glance(recipe.policy.checkpoint), recipe.model_dump()["sampling"]
+    name, own = recipe.policy.checkpoint, seen.sampling if seen is not None else {}
+    if recipe.start is not None and recipe.start.method == "distil":
+        name, own = "the distilled policy", {"cfg_scale": 1.0}
+    choose_sampling(name, own, {key: value for key, value in rollouts.items() if own.get(key) != value})
 
 
 def _together(arguments: list[str], recipe: Recipe, processes: int, config: str) -> None:

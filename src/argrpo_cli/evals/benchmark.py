@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli import seeds
 from argrpo_cli.images import file_item
 from argrpo_cli.kept import check_claim, claim
+from argrpo_cli.policy.folder import choose_sampling, guidance_warning
 from argrpo_cli.runs.run import versions
-from argrpo_cli.shapes import Column, Result, Sampling, Shot
+from argrpo_cli.shapes import Column, Result, Sampling, Shot, shared_settings
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import Team, join_team
 
@@ -45,7 +46,9 @@ class Subject:
         pictures: where its pictures lie, or the file they are in.
         shots: of the pictures, in order; empty where nothing says what finished ones show.
         card: of a policy; None of finished pictures.
-        identity: plain data that tells it from others: a policy's hash of weights, the number and hash of pictures.
+        identity: plain data that tells it from others: a policy's hash of weights, the number and hash of pictures; of
+            two policies that are sampled otherwise how each is.
+        sampling: how a policy is sampled.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Subject:
     shots: Sequence[Shot]
     card: Card | None
     identity: Mapping[str, Any]
+    sampling: Sampling | None = None
 
 
 class Benchmark:
@@ -63,7 +67,7 @@ class Benchmark:
     Attributes:
         name: as on the command line; `title` as people write it.
         reads: "captions" or "classes" where only such policies can be asked, and `example` one of them.
-        sampling, n: how it is drawn by default; `counted` is what n counts, in words.
+        sampling, n: how a policy that does not say it itself is drawn by default; `counted` is what n counts, in words.
         of_paper: that is a paper's protocol, and what is drawn otherwise is told as a departure.
         pictures: the folder of a policy's pictures in its own.
         final: a finished folder is not measured again, since what it was measured from is gone.
@@ -134,7 +138,7 @@ class Benchmark:
 
     # --- the work
 
-    def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
+    def gather(self, policy: Policy, subject: Subject, batch_size: int, team: Team) -> None:
         """Draw what is to be measured; pictures here, features where nobody needs the pictures."""
         from argrpo_cli.draw import draw_into
 
@@ -142,7 +146,7 @@ class Benchmark:
             subject.pictures,
             policy,
             subject.shots,
-            sampling,
+            subject.sampling,
             batch_size=batch_size,
             label=f"drawing {subject.name}",
             team=team,
@@ -202,7 +206,8 @@ def run(
     policies: Sequence[str],
     out: Path,
     *,
-    sampling: Sampling | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    baseline_cfg_scale: float | None = None,
     n: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -214,7 +219,10 @@ def run(
     """Draw and measure one policy, or two of which the second is the baseline; or measure finished `images`.
 
     Args:
-        sampling, n: the benchmark's own by default.
+        sampling: settings of `Sampling`; each of the others is as the policy says, or else as the benchmark does. So
+            two policies are drawn each in its own way, with the same seeds.
+        baseline_cfg_scale: of the second policy alone, in the place of that of `sampling`.
+        n: the benchmark's own by default.
         batch_size: of drawing and measuring; an unfinished `out` goes on with its own.
         warn: is told the warnings, those that are known before the work before it.
 
@@ -226,7 +234,9 @@ def run(
     """
     from argrpo_cli.policy import load_policy
 
-    sampling, n = (sampling or benchmark.sampling).check(), benchmark.n if n is None else n
+    options, n = dict(sampling or {}), benchmark.n if n is None else n
+    dtype = replace(benchmark.sampling, **options).check().dtype
+    each = [options, options | ({} if baseline_cfg_scale is None else {"cfg_scale": baseline_cfg_scale})]
     policies = policies if images is None else [images.resolve().name]
     names = policy_folders(policies)
     team = join_team(device)
@@ -239,21 +249,27 @@ def run(
             shots = benchmark.finished(images)
             about = benchmark.about(images, shots)
             return [Subject(names[0], str(images), out / names[0], images, shots, None, about)]
-        loaded.update((name, load_policy(path, team.device, sampling.dtype, text_device)) for name, path in paths)
+        loaded.update((name, load_policy(path, team.device, dtype, text_device)) for name, path in paths)
         cards = {name: replace(loaded[name].card, name=path) for name, path in paths}
         for card in cards.values():
             benchmark.check(card)
         benchmark.open(list(cards.values()), team)
         subjects = []
-        for name, card in cards.items():
+        for (name, card), own in zip(cards.items(), each, strict=False):
             about = {"weights": loaded[name].fingerprint(), "base": card.base, "image_size": card.image_size}
             shots, pictures = benchmark.shots(loaded[name], n, seed), out / name / benchmark.pictures
-            subjects.append(Subject(name, card.name, out / name, pictures, shots, card, about))
+            chosen = choose_sampling(card.name, card.sampling, own, benchmark.sampling)
+            subjects.append(Subject(name, card.name, out / name, pictures, shots, card, about, chosen))
         return subjects
 
     paths = list(zip(names, policies, strict=True))
     subjects = team.together(load)
-    drawing = {benchmark.counted: n, "sampling": {**asdict(sampling), "seed": seed}} if images is None else {}
+    drawing: dict[str, Any] = {}
+    if images is None:
+        alike, others = shared_settings([asdict(one.sampling) for one in subjects])
+        drawing = {benchmark.counted: n, "sampling": {**alike, "seed": seed}}
+        for place, (one, other) in enumerate(zip(subjects, others, strict=True)):
+            subjects[place] = replace(one, identity={**one.identity, **({"sampling": other} if other else {})})
     own = [one.identity for one in subjects]
     identity = {"benchmark": benchmark.name, **drawing, **({"images": own[0]} if images else {"policies": own})}
     batch_size = team.from_lead(lambda: claim(out, {**identity, **benchmark.identity()}, batch_size))
@@ -261,12 +277,13 @@ def run(
     departures = benchmark.departures(subjects)
     if drawing and benchmark.of_paper:
         number = [] if n == benchmark.n else [f"{benchmark.counted} {n} (paper {benchmark.n})"]
-        departures = [*number, *sampling.departures(benchmark.sampling), *departures]
+        departures = [*number, *_departures(subjects, benchmark.sampling), *departures]
     early = benchmark.warnings(subjects)
     for text in early if team.first else ():
         warn(text)
+    early += [guidance_warning(one.path, one.card.sampling, one.sampling.cfg_scale) for one in subjects if one.card]
     for subject in subjects if drawing and not finished else ():
-        benchmark.gather(loaded.pop(subject.name), subject, sampling, batch_size, team)
+        benchmark.gather(loaded.pop(subject.name), subject, batch_size, team)
     measured = {} if finished else benchmark.measure_all(subjects, batch_size, team)
 
     def result_of_all() -> Result:
@@ -291,7 +308,7 @@ def run(
                 "versions": versions(("torch", *benchmark.packages)),
             },
             departures=departures,
-            warnings=list(dict.fromkeys([*early, *benchmark.late_warnings(subjects)])),
+            warnings=list(dict.fromkeys(filter(None, [*early, *benchmark.late_warnings(subjects)]))),
         )
         result = benchmark.finish(result, subjects, out)
         result.save(out / SUMMARY)
@@ -306,6 +323,13 @@ def run(
         return result
 
     return team.lead(finish)
+
+
+def _departures(subjects: Sequence[Subject], paper: Sampling) -> list[str]:
+    """Where policies are not sampled as the paper does; by name what not all of them share."""
+    own = {one.path: one.sampling.departures(paper) for one in subjects}
+    of = {text: [path for path, texts in own.items() if text in texts] for texts in own.values() for text in texts}
+    return [text if len(paths) == len(own) else f"{text} of {', '.join(paths)}" for text, paths in of.items()]
 
 
 def policy_folders(policies: Sequence[str]) -> list[str]:

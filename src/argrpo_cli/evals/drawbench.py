@@ -27,7 +27,7 @@ from argrpo_cli.kept import Rows, kept
 from argrpo_cli.rewards import REWARDS, RewardSet, check_options, check_reward, identity, load_rewards
 from argrpo_cli.sample import file_name
 from argrpo_cli.score import item_key, row_of, score_rows
-from argrpo_cli.shapes import Column, Result, Sampling
+from argrpo_cli.shapes import Column, Result
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import read_jsonl, write_jsonl
 
@@ -87,12 +87,12 @@ class DrawBench(Benchmark):
     def identity(self) -> dict[str, Any]:
         return {"prompts": self.prompt_list.sha256}
 
-    def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
+    def gather(self, policy: Policy, subject: Subject, batch_size: int, team: Team) -> None:
         """The pictures, and then metadata.jsonl: its presence means that they are complete."""
-        super().gather(policy, subject, sampling, batch_size, team)
+        super().gather(policy, subject, batch_size, team)
         rows = [
             {"file": one.file, "prompt": one.condition.prompt, "seed": one.seed, "policy": subject.path}
-            | asdict(sampling)
+            | asdict(subject.sampling)
             for one in subject.shots
         ]
         team.lead(lambda: write_jsonl(subject.pictures / METADATA, rows))

@@ -9,7 +9,7 @@ size uses the same, and a changed picture is encoded anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,11 +29,12 @@ from argrpo_cli.images import READERS, ImageSet, Item, file_item, opened_image
 from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.networks.weights import fingerprint
 from argrpo_cli.policy import load_policy
+from argrpo_cli.policy.folder import choose_sampling
 from argrpo_cli.runs.run import versions
 from argrpo_cli.shapes import Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import user_cache
-from argrpo_cli.system.processes import Team
+from argrpo_cli.system.processes import Team, say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,7 +51,7 @@ Tally = dict[str, Tensor]  # see `tally`
 def measure(
     subjects: Sequence[Subject],
     question: Question,
-    sampling: Sampling,
+    options: Mapping[str, Any],
     batch_size: int,
     team: Team,
     folder: Path,
@@ -64,7 +65,8 @@ def measure(
     the first of the same `family` (parameters, pixels and kind of condition), or the first of all where it is new.
 
     Args:
-        sampling: guidance of the guided mode, temperature (above 0), and how samples are drawn.
+        options: of `Sampling`: guidance of the guided mode, temperature (above 0), and how samples are drawn. Of the
+            others a policy's own, where its card says some, hold for it.
         folder: for what is measured, which the team shares.
         cache: folder for the tokens of pictures; by default the user's.
 
@@ -72,11 +74,16 @@ def measure(
         UserError: no such policy or prompt set; a policy that the images do not fit.
     """
     rows: list[dict[str, Any]] = []
+    dtype = Sampling(**options).dtype
     measures: dict[tuple[str, str], Measure] = {}  # by policy and mode
     families: dict[str, str] = {}  # to its first policy
     shown: list[Condition] = []  # to the first policy
+    told: set[str] = set()  # settings that policies brought along: of the checkpoints of a run once
     for subject in subjects:
-        policy = team.together(lambda subject=subject: load_policy(subject.path, team.device, sampling.dtype))
+        policy = team.together(lambda subject=subject: load_policy(subject.path, team.device, dtype))
+        tell = say if str(policy.card.sampling) not in told else lambda text: None
+        told.add(str(policy.card.sampling))
+        sampling = choose_sampling(subject.name, policy.card.sampling, options, tell=tell)
         material = _material(policy, question, sampling, batch_size, cache, team)
         own = [] if question.data else [shot.condition for shot in material.shots]
         shown = shown or own

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli.evals.benchmark import SUMMARY
 from argrpo_cli.images import ImageSet
 from argrpo_cli.policy.folder import checkpoint_folders
-from argrpo_cli.shapes import Column, Result, Sampling, Value
+from argrpo_cli.shapes import Column, Result, Sampling, Value, shared_settings
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, check_writable, make_dir, read_json, read_jsonl, write_jsonl
 
@@ -127,6 +127,10 @@ def result_of(rows: Sequence[dict[str, Any]]) -> Result:
             changes.setdefault(name, {})[mode] = Value(row["change"], row["change_error"], row["images"])
         known = ("path", "step", "weights", "base", "parameters", "image_size", "against")
         measured[name] = {key: row[key] for key in known if row.get(key) is not None}
+    drawing = (*asdict(Sampling()), "seed")
+    alike, others = shared_settings([{key: row[key] for key in drawing if key in row} for row in rows])
+    for row, other in zip(rows, others, strict=True):
+        measured[row["policy"]] |= {"sampling": other} if other else {}
     first, pair = rows[0], len(cells) == 2
     shared = ("split", "prompts", "asked", "data", "labels", "preprocessing", "tokenizer", "versions")
     several = {name: {mode: asdict(one) for mode, one in own.items()} for name, own in changes.items()}
@@ -136,7 +140,7 @@ def result_of(rows: Sequence[dict[str, Any]]) -> Result:
         rows=dict(reversed(cells.items())) if pair else cells,
         difference=changes[list(cells)[1]] if pair else {},
         protocol={
-            "sampling": {key: first[key] for key in (*asdict(Sampling()), "seed") if key in first},
+            "sampling": alike,
             "measured": measured,
             **{key: first[key] for key in shared if first.get(key) is not None},
             **({} if pair or not several else {"changes": several}),
@@ -263,8 +267,8 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
         above = axes.secondary_xaxis("top")
         above.set_xticks(range(len(families)), list(families), fontsize=9)
         above.tick_params(length=0)
-        title = mode if mode == "conditional" else f"guided, cfg {rows[0]['cfg_scale']:g}"
-        axes.set_title(title, fontsize=11)
+        scales = " and ".join(dict.fromkeys(f"{row['cfg_scale']:g}" for row in of.values()))
+        axes.set_title(mode if mode == "conditional" else f"guided, cfg {scales}", fontsize=11)
         axes.set_ylabel("entropy, nats per token" + (" (not from 0)" if axes.get_ylim()[0] > 0 else ""))
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)

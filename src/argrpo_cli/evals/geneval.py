@@ -50,7 +50,6 @@ from argrpo_cli.system.files import save_png, write_jsonl
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Card, Policy
-    from argrpo_cli.shapes import Sampling
     from argrpo_cli.system.processes import Team
 
 NANO_SETS, OFFICIAL_SETS = ("geneval-nano", "geneval-nano-extra"), (OFFICIAL_SET,)
@@ -158,10 +157,10 @@ class GenEval(Benchmark):
     def pictures(self) -> str:
         return "" if self.official else "images"
 
-    def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
+    def gather(self, policy: Policy, subject: Subject, batch_size: int, team: Team) -> None:
         if self.official:
             team.lead(lambda: write_metadata(subject.pictures, dict.fromkeys(self.targets)))
-        super().gather(policy, subject, sampling, batch_size, team)
+        super().gather(policy, subject, batch_size, team)
 
     def measure(self, subject: Subject, batch_size: int, team: Team) -> dict[str, Measure]:
         """Verdicts of all pictures, written to results.jsonl and results.official.jsonl, and their shares."""

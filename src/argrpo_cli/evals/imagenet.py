@@ -96,7 +96,6 @@ class ImageNet(Benchmark):
     """Inception's features against a reference.
 
     Args:
-        sampling: how the policies draw.
         reference: a path, or "adm-256", see `imagenet_reference.py`.
         inception: a file of weights; None fetches torch-fidelity's.
         resize: pixels a side of a policy's images before Inception; None: 256 for larger images, others as drawn.
@@ -112,7 +111,6 @@ class ImageNet(Benchmark):
 
     def __init__(
         self,
-        sampling: Sampling = Benchmark.sampling,
         *,
         reference: str = ADM_NAME,
         inception: str | Path | None = None,
@@ -121,7 +119,7 @@ class ImageNet(Benchmark):
         keep_features: bool = False,
     ):
         check_resize(resize)
-        self.drawing, self.reference_name, self.weights, self.resize = sampling, reference, inception, resize
+        self.reference_name, self.weights, self.resize = reference, inception, resize
         self.keep_images, self.keep_features = keep_images, keep_features
         self.images: ImageSet | None = None
         self.reference: Reference | None = None
@@ -157,11 +155,11 @@ class ImageNet(Benchmark):
         drawing = {} if self.images else {"resize": self.resize, "keep_images": self.keep_images}
         return {**drawing, "reference": {**self.file.protocol(), "name": None}, "inception": self.inception.fingerprint}
 
-    def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
+    def gather(self, policy: Policy, subject: Subject, batch_size: int, team: Team) -> None:
         """Features of images that are gone when they have been seen; pictures that are kept are written before."""
 
         def drawn(batch: Sequence[Shot]) -> Tensor:
-            images = draw_batch(policy, batch, sampling, self._size(subject)[0])[1]
+            images = draw_batch(policy, batch, subject.sampling, self._size(subject)[0])[1]
             if self.keep_images:
                 Pictures(subject.pictures).write(batch, images)
             return images
@@ -222,7 +220,7 @@ class ImageNet(Benchmark):
         texts: list[str] = []
         for one in subjects:
             classes = len(one.card.names) if one.card else None
-            sampling = asdict(self.drawing) if one.card else one.identity.get("sampling", {})
+            sampling = asdict(one.sampling) if one.sampling else one.identity.get("sampling", {})
             texts += protocol_warnings(len(one.shots), classes, self._size(one), sampling, self.file)
             if one.identity.get("sha256") == self.file.sha256:
                 texts.append("the reference is the very set that is measured")

@@ -170,17 +170,19 @@ class Nano(Benchmark):
     def identity(self) -> dict[str, Any]:
         return {"reward_weights": self.weights}
 
-    def gather(self, policy: Policy, subject: Subject, sampling: Sampling, batch_size: int, team: Team) -> None:
+    def gather(self, policy: Policy, subject: Subject, batch_size: int, team: Team) -> None:
         """Pictures and the entropies of their tokens, of each batch."""
+        sampling = subject.sampling
 
         def draw(batch: Sequence[Shot]) -> dict[str, Tensor]:
             tokens, images = draw_batch(policy, batch, sampling)
             conditions = [shot.condition for shot in batch]
-            made = {IMAGES: images.cpu()}
-            for key, scale in ((ENTROPY, 1.0), (GUIDED_ENTROPY, sampling.cfg_scale)):
-                scored = score_tokens(policy, conditions, tokens, replace(sampling, cfg_scale=scale))
-                made[key] = scored.entropy.mean(1).cpu()
-            return made
+            entropy = {
+                scale: score_tokens(policy, conditions, tokens, replace(sampling, cfg_scale=scale)).entropy.mean(1)
+                for scale in {1.0, sampling.cfg_scale}  # of an unguided policy once
+            }
+            made = {ENTROPY: entropy[1.0].cpu(), GUIDED_ENTROPY: entropy[sampling.cfg_scale].cpu().clone()}
+            return {IMAGES: images.cpu(), **made}
 
         label = f"sampling {subject.name}"
         kept(subject.shots, draw, _store(subject), batch_size=batch_size, label=label, team=team)
@@ -281,7 +283,6 @@ def run_nano(
     images: Path | None = None,
     file: Path | None = None,
     *,
-    sampling: Sampling = Nano.sampling,
     n: int = Nano.n,
     device: str = "auto",
     weights: Mapping[str, float] | None = None,
@@ -301,9 +302,8 @@ def run_nano(
     keeps = file is not None and images is None
     out = file.with_name(f"{file.name}.parts") if keeps else Path(team.from_lead(tempfile.mkdtemp)) / "out"
     benchmark = Nano(weights)
-    benchmark.n, benchmark.sampling = n, sampling  # no paper has another protocol
     try:
-        result = run(benchmark, policies, out, images=images, n=n, sampling=sampling, device=device, **options)
+        result = run(benchmark, policies, out, images=images, n=n, device=device, **options)
     finally:
         if team.first and not keeps:
             shutil.rmtree(out.parent, ignore_errors=True)
@@ -318,10 +318,11 @@ def measure_policy(
     policy: Policy, n: int, sampling: Sampling, seed: int, folder: Path, batch_size: int = 64
 ) -> Measures:
     """Every measure of a policy by itself; what is drawn is kept in `folder`."""
-    benchmark = Nano()
-    benchmark.check(policy.card)
-    subject = Subject(folder.name, policy.card.name, folder, folder, benchmark.shots(policy, n, seed), policy.card, {})
-    benchmark.gather(policy, subject, sampling, batch_size, ALONE)
+    benchmark, card = Nano(), policy.card
+    benchmark.check(card)
+    shots = benchmark.shots(policy, n, seed)
+    subject = Subject(folder.name, card.name, folder, folder, shots, card, {}, sampling)
+    benchmark.gather(policy, subject, batch_size, ALONE)
     return benchmark.measure(subject, batch_size, ALONE)
 
 

@@ -51,7 +51,11 @@ def table(result: Result, width: int = 80) -> Table:
     names = _order(result)
     counts = {key: next((row[key].count for row in result.rows.values() if key in row), None) for key in result.columns}
     cells = {key: _cells(result, names, key, column) for key, column in result.columns.items()}
-    heads = [*names, *(["difference"] if result.difference else []), *(f"paper: {row}" for row in result.paper)]
+    heads = [
+        *(_head(result, name) for name in names),
+        *(["difference"] if result.difference else []),
+        *(f"paper: {row}" for row in result.paper),
+    ]
     if len(set(counts.values())) > 1:
         heads.insert(0, "images")
         cells = {key: ["" if counts[key] is None else str(counts[key]), *own] for key, own in cells.items()}
@@ -77,13 +81,11 @@ def table(result: Result, width: int = 80) -> Table:
 
 
 def show(result: Result) -> None:
-    """Print the table and the warnings."""
+    """Print the table."""
     from rich.console import Console
 
     console = Console()
     console.print(table(result, console.width))
-    for warning in result.warnings:
-        print(f"WARNING: {warning}")
 
 
 def _widths(rows: Iterable[Sequence[str]]) -> list[int]:
@@ -95,6 +97,25 @@ def _order(result: Result) -> list[str]:
     """Rows as people compare them: the baseline before the policy."""
     names = list(result.rows)
     return [*names[1::-1], *names[2:]] if result.difference else names
+
+
+def _head(result: Result, name: str) -> str:
+    """The name of a row, and how its policy was sampled where that is not as the others."""
+    words = _drawn(_own_sampling(result, name))
+    return f"{name} ({', '.join(words)})" if words else name
+
+
+def _own_sampling(result: Result, name: str) -> Mapping[str, Any]:
+    """How a policy was sampled, where the policies of a result are not sampled alike; nothing of finished pictures."""
+    measured = result.protocol.get("measured", {})
+    return measured.get(name, {}).get("sampling", {}) if "sampling" in result.protocol else {}
+
+
+def _drawn(sampling: Mapping[str, Any]) -> list[str]:
+    """Guidance, and what of the other settings is not as usual."""
+    usual = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_interval": -1}
+    words = [f"cfg {sampling['cfg_scale']:g}"] if "cfg_scale" in sampling else []
+    return words + [f"{k.replace('_', '-')} {sampling[k]:g}" for k, off in usual.items() if sampling.get(k, off) != off]
 
 
 def _cells(result: Result, names: Sequence[str], key: str, column: Column) -> list[str]:
@@ -120,9 +141,7 @@ def title(result: Result, counts: Mapping[str, Any]) -> str:
     several = sorted({count for count in counts.values() if count is not None})
     parts = [f"{several[-1]:,} images"] if several else []
     parts += [f"{protocol[key]} {key}" for key in protocol if key.startswith("images per")]
-    usual = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_interval": -1}
-    parts += [f"cfg {sampling['cfg_scale']:g}"] if "cfg_scale" in sampling else []
-    parts += [f"{k.replace('_', '-')} {sampling[k]:g}" for k, off in usual.items() if sampling.get(k, off) != off]
+    parts += _drawn(sampling)
     parts += [f"seed {sampling['seed']}"] if "seed" in sampling else []
     return f"{TITLES.get(result.benchmark, result.benchmark)}: {', '.join(parts)}; ± standard error"
 
@@ -219,10 +238,11 @@ def _section(results: Mapping[str, Result], benchmark: str, group: str) -> Secti
         columns |= own
         if result.difference:
             cells = {key: result.difference[key] for key in own if key in result.difference}
-            differences.append(Row(" − ".join(list(result.rows)[:2]), cells, source=source))
+            heads = [_head(result, name) for name in list(result.rows)[:2]]
+            differences.append(Row(" − ".join(heads), cells, source=source))
         for name in _order(result):
             cells = {key: result.rows[name][key] for key in own if key in result.rows[name]}
-            rows.append(Row(name, cells, _protocol(result, name), source))
+            rows.append(Row(_head(result, name), cells, _protocol(result, name), source))
         for name, numbers in result.paper.items():
             paper.setdefault(name, {}).update({key: Value(numbers[key]) for key in own if key in numbers})
         notes += [*result.warnings, *(f"not as in the paper: {text}" for text in result.departures)]
@@ -241,14 +261,18 @@ def _section(results: Mapping[str, Result], benchmark: str, group: str) -> Secti
 
 
 def _protocol(result: Result, row: str) -> dict[str, Any]:
-    """How a row was measured; nothing of one that is no policy and no set of pictures."""
+    """How a row was measured; nothing of one that is no policy and no set of pictures.
+
+    Where policies that were compared are sampled each in its own way, that stands in their names and is no conflict.
+    """
     measured = result.protocol.get("measured", {})
     if row not in measured:
         return {}
     shared = {key: part for key, part in result.protocol.items() if key != "measured"}
     counts = [value.count for value in result.rows[row].values() if value.count]
     images = {"images": max(counts)} if counts else {}
-    return _flat(shared, skip=DETAILS) | images | _flat(measured[row], skip=OWN | DETAILS)
+    own = {key: part for key, part in measured[row].items() if part != _own_sampling(result, row)}
+    return _flat(shared, skip=DETAILS) | images | _flat(own, skip=OWN | DETAILS)
 
 
 def _flat(part: Mapping[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:

@@ -1,19 +1,23 @@
 """Policies as names and folders: what can be known of one before torch is loaded, and where its files lie.
 
-A policy folder holds what `save_pretrained` writes and `policy.json`; a run directory holds several of them.
+A policy folder holds what `save_pretrained` writes and `policy.json`; a run directory holds several of them. With
+`"sampling": {"cfg_scale": 1.0}` in its policy.json a policy says how it is meant to be sampled, as one with guidance in
+its weights does: commands that draw take it where they are not told otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import WEIGHTS, read_json, read_text, write_json
+from argrpo_cli.system.processes import say
 
 CARD = "policy.json"
 ADAPTER_OF = "adapter_of"  # in the policy.json of a folder with adapters alone
@@ -40,7 +44,7 @@ class PublishedPolicy:
     file: str
     image_size: int
     tokenizer: str
-    sampling: dict[str, float] = field(default_factory=dict)  # see `protocol.Policy`
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # see `own_sampling`
 
 
 POLICIES = {
@@ -62,11 +66,13 @@ POLICIES = {
 
 @dataclass(frozen=True)
 class Glance:
-    """What a policy draws, as its name or folder says: "classes" or "captions", and the names of its classes."""
+    """What a policy draws, as its name or folder says: "classes" or "captions", the names of its classes, and how it
+    is meant to be sampled."""
 
     name: str
     reads: str
     names: Sequence[str] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, classes: Sequence[str | int]) -> None:
         """Raise UserError for a class that there is not."""
@@ -81,16 +87,19 @@ def glance(name_or_path: str | Path) -> Glance | None:
         UserError: nothing there, or no policy folder.
     """
     if str(name_or_path) in POLICIES:
-        reads = "captions" if "t2i" in POLICIES[str(name_or_path)].tokenizer else "classes"
-        return Glance(str(name_or_path), reads, class_names(1000) if reads == "classes" else ())
+        entry = POLICIES[str(name_or_path)]
+        reads = "captions" if "t2i" in entry.tokenizer else "classes"
+        return Glance(str(name_or_path), reads, class_names(1000) if reads == "classes" else (), entry.sampling)
     if is_published(name_or_path):
         return None
     folder = find_policy(name_or_path)
     card = read_json(folder / CARD)
+    own = own_sampling(folder, card)
     if ADAPTER_OF in card:
-        return glance(base_of(folder, card))
+        seen = glance(base_of(folder, card))
+        return replace(seen, sampling=own) if seen is not None and own else seen
     card = read_card(folder)
-    return Glance(str(name_or_path), "captions" if "text_encoder" in card else "classes", card.get("classes", ()))
+    return Glance(str(name_or_path), "captions" if "text_encoder" in card else "classes", card.get("classes", ()), own)
 
 
 def find_policy(name_or_path: str | Path) -> Path:
@@ -157,7 +166,7 @@ def checkpoint_folders(run: Path) -> dict[int, Path]:
 
 
 def read_card(folder: Path, **keys: type) -> dict[str, Any]:
-    """The policy.json of a policy folder; UserError when it is missing, or lacks something.
+    """The policy.json of a policy folder, `sampling` in it; UserError when it is missing, lacks something, or is wrong.
 
     Args:
         keys: what a family needs in it, with its type, beside what all do.
@@ -167,16 +176,78 @@ def read_card(folder: Path, **keys: type) -> dict[str, Any]:
     for key, kind in {**keys, "image_size": int}.items():
         if not isinstance(card.get(key), kind):
             raise UserError(f"{folder / CARD}: {key!r} is {card.get(key)!r}, expected a {kind.__name__}")
-    return card
+    return card | {"sampling": own_sampling(folder, card)}
 
 
-def mark_adapter(folder: Path, base: str, sampling: dict[str, float]) -> None:
+def own_sampling(folder: Path, card: Mapping[str, Any]) -> dict[str, Any]:
+    """How a policy.json says that its policy is meant to be sampled; {} where it does not.
+
+    Raises:
+        UserError: a key that there is not, or a value of another type or out of range.
+    """
+    own, place = card.get("sampling", {}), f"{folder / CARD}: sampling"
+    if not isinstance(own, dict):
+        raise UserError(f'{place} is {own!r}; give a mapping such as {{"cfg_scale": 1.0}}')
+    kinds = {one.name: type(one.default) for one in fields(Sampling) if one.name != "dtype"}
+    for key, value in own.items():
+        if key not in kinds:
+            raise UserError(f"{place}: unknown key {key!r}; there are {', '.join(kinds)}{did_you_mean(key, kinds)}")
+        if type(value) not in (int, kinds[key]):
+            raise UserError(f"{place}.{key} is {value!r}, expected {'an int' if kinds[key] is int else 'a float'}")
+    own = {key: kinds[key](value) for key, value in own.items()}
+    Sampling(**own).check(f"{place}.")
+    return own
+
+
+def sampling_entry(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """What a policy.json has of it: nothing where there is nothing to say."""
+    return {"sampling": dict(sampling)} if sampling else {}
+
+
+def choose_sampling(
+    policy: str,
+    own: Mapping[str, Any],
+    options: Mapping[str, Any],
+    default: Sampling = Sampling(),
+    tell: Callable[[str], None] = say,
+) -> Sampling:
+    """How a policy is sampled: by the options that are given, else as it says itself, else by default.
+
+    The terminal is told once what the policy decides, and warned of guidance on top of what is in the weights.
+
+    Args:
+        policy: its name.
+        own: `Card.sampling`.
+        options: of `Sampling`, those that the user gave.
+        tell: takes the lines for the terminal.
+    """
+    chosen = replace(default, **{**own, **options}).check()
+    decided = [key for key in own if key not in options]
+    if decided:
+        tell(f"sampled as {policy} says: {chosen.words(decided)}")
+    if warning := guidance_warning(policy, own, chosen.cfg_scale):
+        tell(f"WARNING: {warning}")
+    return chosen
+
+
+def guidance_warning(policy: str, own: Mapping[str, Any], cfg_scale: float) -> str:
+    """What to say where a policy is guided by more than it says itself; else ""."""
+    meant = own.get("cfg_scale", cfg_scale)
+    if cfg_scale <= meant:
+        return ""
+    return (
+        f"guidance {cfg_scale:g}, and {policy} is meant to be sampled at {meant:g}: guidance is in its weights "
+        "already, and measured, more of it makes such a policy worse"
+    )
+
+
+def mark_adapter(folder: Path, base: str, sampling: Mapping[str, Any]) -> None:
     """Make a folder with PEFT's files (adapter_config.json, adapter_model.safetensors) a policy folder.
 
     Its policy.json says {"adapter_of": base}, where base is whatever `load_policy` opens: a name, or a path (a relative
-    one counts from the folder), and "sampling" as other policy folders do.
+    one counts from the folder); and how the policy with the adapter is sampled.
     """
-    write_json(folder / CARD, {ADAPTER_OF: base} | ({"sampling": sampling} if sampling else {}))
+    write_json(folder / CARD, {ADAPTER_OF: base, **sampling_entry(sampling)})
 
 
 def base_of(folder: Path, card: dict[str, object]) -> str:

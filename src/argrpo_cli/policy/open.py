@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from argrpo_cli.policy.folder import ADAPTER_OF, CARD, base_of, find_policy, is_published
+from argrpo_cli.policy.folder import ADAPTER_OF, CARD, base_of, find_policy, is_published, own_sampling
 from argrpo_cli.shapes import DTYPES
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line
 from argrpo_cli.system.files import read_json
@@ -57,8 +57,8 @@ def load_policy(
         import torch
 
         policy = load_policy(base_of(folder, card), device, "float32", text_device)
-        policy.sampling = card.get("sampling", policy.sampling)
         policy.model = merge_adapter(policy.model, folder).to(getattr(torch, dtype)).eval()
+        policy.sampling = own_sampling(folder, card) or policy.sampling
     else:
         family = card.get("family", "llamagen")
         if family not in FAMILIES:

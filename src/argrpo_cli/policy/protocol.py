@@ -8,10 +8,10 @@ conditions, its guidance, its log-probabilities and what comes before what are i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,6 +33,7 @@ class Card:
         codes: V, that a token chooses from.
         base: the policy this one descends from.
         words: for captions, all the words it can read, None where it can spell anything.
+        sampling: how it is meant to be sampled, settings of `Sampling` but `dtype`; empty where nothing is said.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Card:
     codes: int
     base: str
     words: tuple[str, ...] | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Encoded(Protocol):
@@ -86,14 +88,13 @@ class Policy(Protocol):
             argument `compare` (see `Compare`) fills `Scored.compared`. `model.distribution(encoded, tokens, sampling)`
             gives a function that makes of a slice as there the log-probabilities over all codes, float32 [n, V]. TRL
             loads the reference of the KL term by AutoModelForCausalLM and reads `auto_map` of its configuration.
-        sampling: settings that its pictures are meant to be drawn with, such as {"cfg_scale": 1.0} once guidance is in
-            the weights; kept in its folder. Empty when nothing is said.
+        sampling: as `Card` has it; training that puts guidance into the weights sets it, `save_card` writes it.
     """
 
     name: str
     card: Card
     model: nn.Module
-    sampling: dict[str, float]
+    sampling: dict[str, Any]
 
     def conditions(self, requests: Iterable[str | int]) -> list[Condition]:
         """What it is asked to draw: class names or ids, or captions; UserError for one that it cannot draw."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from argrpo_cli.policy.folder import glance
 from argrpo_cli.recipe.schema import OWN_KEYS, Recipe, merge, section_of, with_whole_start
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import read_text
@@ -42,7 +43,8 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         overrides: `key=value` texts; keys are dotted (`grpo.beta`, `rewards.terms.0.weight`), values YAML.
 
     Later layers win: the file over what it extends, the overrides over both. Mappings merge, lists replace.
-    `name`, `description`, `out` and `published` are not inherited; the name defaults to the file's.
+    `name`, `description`, `out` and `published` are not inherited; the name defaults to the file's. Guidance and
+    temperature that nobody says are those that the policy is meant to be sampled with, where it says so.
 
     Raises:
         UserError: one line naming the file or override, the key, the value and what is allowed.
@@ -57,9 +59,20 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
             layers.append(layer)
             tree = merge(tree, layer.tree)
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(_as_the_policy_says(tree))
     except ValidationError as error:
         raise UserError(explain(error, layers)) from error
+
+
+def _as_the_policy_says(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with sampling's keys that it lacks, where policy.json has them; filters are none of training's."""
+    try:
+        own = glance(merge(Recipe(name="x").model_dump(mode="json"), tree)["policy"]["checkpoint"]).sampling
+    except (UserError, TypeError, AttributeError):  # what is wrong with it is told elsewhere
+        own = {}
+    if isinstance(tree.get("start"), dict) and with_whole_start(tree)["start"]["method"] == "distil":
+        own = {**own, "cfg_scale": 1.0}  # guidance is in the weights by then
+    return merge({"sampling": {key: own[key] for key in ("cfg_scale", "temperature") if key in own}}, tree)
 
 
 def dump_recipe(recipe: Recipe) -> str:

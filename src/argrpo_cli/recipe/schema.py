@@ -105,7 +105,9 @@ class SamplingSection(Section):
 
     # Read into a `Sampling`, whose check it is.
 
-    cfg_scale: float = Sampling.cfg_scale  # guidance s in l_u + s (l_c - l_u); 1, the least, is none
+    # Guidance s in l_u + s (l_c - l_u); 1, the least, is none. Where it is not said, a policy with guidance in its
+    # weights (its policy.json says so, or the start is a distillation) is drawn without.
+    cfg_scale: float = Sampling.cfg_scale
     temperature: Positive = Sampling.temperature  # the logits are divided by it
     top_k: int = Sampling.top_k  # 0 keeps every token
     top_p: float = Sampling.top_p  # 1 keeps every token

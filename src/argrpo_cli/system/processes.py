@@ -190,7 +190,13 @@ def _leave() -> None:
 
 def notice(text: str) -> None:
     """A line on the terminal, from the first of several processes: what takes a while is under way."""
-    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    if sys.stderr.isatty():
+        say(text)
+
+
+def say(text: str) -> None:
+    """A line on standard error, from the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +165,8 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Gallery:
-    """Draws `logging.grid_images` images, spread over the conditions, from the policy as it is.
+    """Draws `logging.grid_images` images, spread over the conditions, from the policy as it is and as it says itself
+    that it is sampled; what it does not say is as in the rollouts.
 
     Attributes:
         shots: what is shown, repeating only when there are fewer conditions than images; always of the same seeds.
@@ -183,7 +184,7 @@ class Gallery:
         watch: Callable[[Path, int], None] = lambda file, step: None,
     ) -> None:
         count, total = recipe.logging.grid_images, len(conditions)
-        self.policy, self.sampling = policy, recipe.sampling
+        self.policy, self.sampling = policy, replace(recipe.sampling, **policy.card.sampling)
         rows = [index * total // count for index in range(count)]  # evenly spread, first one included
         if count >= total:
             rows = sorted(index % total for index in range(count))

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from argrpo_cli.networks.weights import fingerprint, load_pretrained, save_model
-from argrpo_cli.policy.folder import CARD, NAMED_PARTS, TEXT_ENCODER, TOKENIZERS, class_id, part_of, read_card
+from argrpo_cli.policy.folder import (
+    CARD,
+    NAMED_PARTS,
+    TEXT_ENCODER,
+    TOKENIZERS,
+    class_id,
+    part_of,
+    read_card,
+    sampling_entry,
+)
 from argrpo_cli.policy.llamagen.checkpoints import open_tokenizer
 from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.sample import sample_tokens
@@ -55,7 +64,7 @@ class LlamaGen:
         text_encoder: what reads the captions; None for a class-conditional policy.
         text_encoder_name: name of a bundled or published text encoder, None if it came from a folder.
         name: what it was opened by.
-        sampling: settings that it is meant to be drawn with.
+        sampling: how it is meant to be sampled, see `Card`.
     """
 
     model: LlamaGenForImageGeneration
@@ -67,7 +76,7 @@ class LlamaGen:
     text_encoder: TextEncoder | None = None
     text_encoder_name: str | None = None
     name: str = ""
-    sampling: dict[str, float] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: str, text_device: str) -> Self:
@@ -100,7 +109,7 @@ class LlamaGen:
             base=card.get("base", str(folder)),
             text_encoder=text_encoder,
             text_encoder_name=encoder_name if encoder_name in NAMED_PARTS else None,
-            sampling=card.get("sampling", {}),
+            sampling=card["sampling"],
         )
 
     def conditions(self, requests: Iterable[str | int]) -> list[Condition]:
@@ -130,6 +139,7 @@ class LlamaGen:
             codes=config.vocab_size,
             base=self.base,
             words=None if encoder is None or encoder.words is None else tuple(encoder.words),
+            sampling=self.sampling,
         )
 
     def encode(self, conditions: Sequence[Condition], dropped: Tensor | None = None) -> Encoded:
@@ -221,9 +231,8 @@ class LlamaGen:
                 self.text_encoder.save(make_dir(folder / "text_encoder"))
             if self.text_encoder.right_padded:
                 reads["right_padded"] = True
-        card = {"tokenizer": self.tokenizer_name or "tokenizer", **reads}
-        card |= {"sampling": self.sampling} if self.sampling else {}
-        write_json(folder / CARD, {**card, "image_size": self.image_size, "base": self.base})
+        card = {"tokenizer": self.tokenizer_name or "tokenizer", **reads, "image_size": self.image_size}
+        write_json(folder / CARD, {**card, "base": self.base, **sampling_entry(self.sampling)})
 
     def _known_id(self, condition: Condition) -> int:
         if condition.class_id is None:
