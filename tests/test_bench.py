@@ -58,14 +58,22 @@ def test_a_training_step_is_measured_in_every_way(tmp_path, capsys):
 
 
 def test_a_published_policy_is_measured_with_random_weights(tmp_path, monkeypatch):
-    monkeypatch.setitem(SIZES, "B", SIZES["B"] | {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1})
+    monkeypatch.setitem(SIZES, "L", SIZES["L"] | {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1})
     from argrpo_cli.policy import load_policy
     from argrpo_cli.recipe import load_recipe
 
-    folder = bench_train._base(load_recipe("c2i_b256"), tmp_path / "base")
+    folder = bench_train._base(load_recipe("plus/c2i_l384_cca"), tmp_path / "base")
     policy = load_policy(folder)
-    assert policy.model.config.hidden_size == 64 and policy.image_size == 256
+    assert policy.model.config.hidden_size == 64 and policy.image_size == 384
     assert policy.tokenizer.config.downsample == 16
+
+
+def test_an_update_is_measured_without_what_comes_before_it():
+    from argrpo_cli.recipe import load_recipe
+
+    ways = bench_train._ways(load_recipe("plus/c2i_l384"), "other", 8)
+    measured = {(way.start, way.policy.checkpoint, way.grpo.micro_batch_size) for way in ways.values()}
+    assert measured == {(None, "other", 8)}
 
 
 def test_precision_and_recall_are_timed_at_two_sizes(capsys):

@@ -94,7 +94,8 @@ def test_every_recipe_has_a_plan_that_needs_no_network(name, capsys, tmp_path, m
     (tmp_path / "r.yaml").write_text(printed.out)
     recipe = load_recipe(RECIPES / name)
     assert load_recipe(tmp_path / "r.yaml") == recipe
-    assert f"{recipe.grpo.batch_size} images: {recipe.grpo.batch_size // 8} groups of 8" in printed.err
+    groups = f": {recipe.grpo.batch_size // 8} groups of 8" if recipe.method == "grpo" else ""
+    assert f"{recipe.optim.batch_size} images{groups}" in printed.err
     assert ("captions.txt is missing" in printed.err) == name.removeprefix("plus/").startswith("t2i")
     assert ("nothing to fetch" in printed.err) == name.startswith("nano/")
     for one in recipe.published:
