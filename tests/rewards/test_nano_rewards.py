@@ -42,6 +42,13 @@ def pictures():
     return images, ids, broken
 
 
+@pytest.fixture(scope="module")
+def scores(rewards, pictures):
+    """Of the clean pictures, and of the broken ones."""
+    images, ids, broken = pictures
+    return [rewards.score(some, conditions(ids)) for some in (images, broken.images)]
+
+
 def conditions(ids: torch.Tensor) -> list[Condition]:
     return [Condition(class_prompt(CLASS_NAMES[i]), i) for i in ids.tolist()]
 
@@ -53,43 +60,39 @@ def test_families_and_names(rewards):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_clean_scenes_score_above_clearly_broken_ones(rewards, pictures, name):
-    images, ids, broken = pictures
-    clean = rewards.score(images, conditions(ids))[name]
-    worse = rewards.score(broken.images, conditions(ids))[name]
-    clearly = broken.damage > 0.35
+def test_clean_scenes_score_above_clearly_broken_ones(scores, pictures, name):
+    clean, worse = (one[name] for one in scores)
+    clearly = pictures[2].damage > 0.35
     assert clearly.sum() > 40
     assert (clean > worse)[clearly].float().mean() > (0.75 if name == "nano-critic" else 0.9)
 
 
-def test_the_more_damage_the_lower_quality_and_similarity(rewards, pictures):
-    _, ids, broken = pictures
-    scores = rewards.score(broken.images, conditions(ids))
+def test_the_more_damage_the_lower_quality_and_similarity(scores, pictures):
+    own = pictures[2].own.argsort().argsort()
     for name, bound in (("nano-clip", -0.3), ("nano-quality", -0.5)):  # -0.43 and -0.63 with the bundled weights
-        order = torch.corrcoef(torch.stack([scores[name].argsort().argsort(), broken.own.argsort().argsort()]).float())
+        order = torch.corrcoef(torch.stack([scores[1][name].argsort().argsort(), own]).float())
         assert order[0, 1] < bound, name
 
 
 def test_clip_names_the_class(rewards, pictures):
-    images, ids, _ = pictures
+    images, ids = (some[:48] for some in pictures[:2])  # two of each class
     clip = rewards.rewards["nano-clip"]
     prompts = [Condition(class_prompt(name), i) for i, name in enumerate(CLASS_NAMES)]
     scores = torch.stack([clip.score(images, [prompt] * len(images)) for prompt in prompts], 1)
     assert (scores.argmax(1) == ids).float().mean() > 0.95
 
 
-def test_scores_are_float32_finite_and_in_their_ranges(rewards, pictures):
-    images, ids, _ = pictures
-    scores = rewards.score(images, conditions(ids))
+def test_scores_are_float32_finite_and_in_their_ranges(scores):
     for name, (low, high) in {"nano-clip": (-1, 1), "nano-quality": (0, 1), "nano-critic": (-5, 5)}.items():
-        assert scores[name].dtype == torch.float32 and scores[name].shape == (120,)
-        assert low <= scores[name].min() and scores[name].max() <= high
-        assert not scores[name].requires_grad
+        own = scores[0][name]
+        assert own.dtype == torch.float32 and own.shape == (120,)
+        assert low <= own.min() and own.max() <= high
+        assert not own.requires_grad
 
 
-def test_scores_do_not_depend_on_the_batch_or_the_order(rewards, pictures):
+def test_scores_do_not_depend_on_the_batch_or_the_order(rewards, scores, pictures):
     images, ids, _ = pictures
-    together = rewards.score(images, conditions(ids))
+    together = scores[0]
     single = rewards.score(images[:7], conditions(ids[:7]), batch_size=1)
     backwards = rewards.score(images.flip(0), conditions(ids.flip(0)), batch_size=50)
     for name in NAMES:

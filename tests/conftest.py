@@ -1,0 +1,33 @@
+"""How the tests are shared by the processes of `make test`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+SLOW = ("tests/training/test_together.py", "tests/test_shown.py")  # few tests that take long: they come first
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """For `--dist loadfile`: a file's tests stay together, and so do all that load the nano world's judge, which takes
+    twenty seconds. xdist begins with the files of most tests."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        @staticmethod
+        @cache
+        def _split_scope(nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "judge" if "load_judge" in (config.rootpath / file).read_text(encoding="utf-8") else file
+
+        def _assign_work_unit(self, node: object) -> None:
+            for file in SLOW:
+                if file in self.workqueue:
+                    self.workqueue.move_to_end(file, last=False)
+            super()._assign_work_unit(node)
+
+    return ByFile(config, log)
