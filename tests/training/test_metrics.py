@@ -11,6 +11,7 @@ import pytest
 
 from argrpo_cli.training.metrics import MetricsCallback
 from argrpo_cli.training.rollout import Stopwatch
+from argrpo_cli.training.scorer import WITHIN_GROUP_STD
 from tests.runs.test_trackers import metrics, train
 from tests.training.tiny import tiny_recipe
 
@@ -22,7 +23,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], step: f
     stopwatch = Stopwatch()
     stopwatch.seconds.update(seconds)
     kept: list[dict[str, Any]] = []
-    run = SimpleNamespace(append_metrics=kept.append)
+    run = SimpleNamespace(append_metrics=kept.append, metrics=list)
     display = SimpleNamespace(step=lambda record: None)
     callback = MetricsCallback(run, display, stopwatch, ["a"], images=12, seconds=5.0)
     state = SimpleNamespace(global_step=1, is_world_process_zero=True)
@@ -62,6 +63,22 @@ def test_clip_fractions_of_every_loss(
 ) -> None:
     record = recorded(monkeypatch, {}, step=1.0, **logs)
     assert (record["clip_low"], record["clip_high"]) == (low, high)
+
+
+def test_what_was_measured_of_the_policy_is_held_against_the_gain() -> None:
+    run = SimpleNamespace(append_metrics=lambda record: None)
+    display = SimpleNamespace(step=lambda record: None)
+    callback = MetricsCallback(run, display, Stopwatch(), [], images=12, seconds=0.0, tokens=64)
+    for step in range(1, 21):
+        if step == 20:
+            callback.measured = {"kl_start": 0.01, "drift": {"layers.0": 0.123456789}}
+        logs = {"loss": 0.0, "reward": float(step > 10), WITHIN_GROUP_STD: 2.0}
+        callback.on_log(None, SimpleNamespace(global_step=step), None, logs=logs)
+        assert ("gain" in callback.record) == (step == 20)
+    last = callback.record
+    assert last["gain"] == 0.5  # of 1, in deviations of 2
+    assert last["kl_efficiency"] == pytest.approx((0.5**2 - last["gain_error"] ** 2) / 2 / 0.64, rel=1e-4)
+    assert last["drift"] == {"layers.0": 0.123457}
 
 
 def test_the_weight_of_the_entropy_bonus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 
 from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import Recipe, load_recipe
+from argrpo_cli.runs import learning
 from argrpo_cli.runs.run import Interrupted, open_run
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training
@@ -118,8 +120,13 @@ def test_metrics_say_what_happened(finished: Path) -> None:
     assert first.keys() == {
         "step", "reward", "within_group_std", "rewards", "kl", "entropy", "entropy_weight", "clip_low", "clip_high",
         "ratio", "ratio_deviation_mean", "ratio_deviation", "loss", "grad_norm", "learning_rate", "images_left_out",
-        "groups_without_spread", *TIMES,
+        "groups_without_spread", "advantage_std", "gradient_signal", "gradient_noise", "noise_scale",
+        "noise_scale_least", *TIMES,
     }  # fmt: skip
+    assert first["advantage_std"] == pytest.approx(math.sqrt(6 / 7), rel=0.03)  # of 2 groups of 4, each of deviation 1
+    assert first["gradient_signal"] is None  # one micro-batch in one process
+    assert 0 < rest[1]["kl_start"] == pytest.approx(rest[1]["kl"], rel=0.7)  # of other images, after the update
+    assert rest[-1]["drift"]["layers.1"] > rest[1]["drift"]["layers.1"] > 0
     assert first["rewards"].keys() == {"bright", "red"}
     assert first["reward"] == pytest.approx(sum(value["mean"] for value in first["rewards"].values()), abs=1e-5)
     assert first["kl"] == pytest.approx(0, abs=1e-6)  # the policy is still the reference
@@ -204,8 +211,11 @@ def test_crash_before_the_first_checkpoint_resumes_from_the_start(
     assert_same_run(finished, out, step=6)
 
 
-def test_reused_batches_and_micro_batches_and_guidance_resume_exactly(policy_folder: Path, tmp_path: Path) -> None:
+def test_reused_batches_and_micro_batches_and_guidance_resume_exactly(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Interrupted between two updates of one batch, training goes on to the end of the batch."""
+    monkeypatch.setattr(learning, "FEWEST", 2)  # batches are enough for a noise scale, whose sums go on, too
     recipe = tiny_recipe(
         policy_folder, steps=6, save_every=2, updates_per_batch=2, micro_batch_size=4, logprob="guided",
         condition_dropout=0.25, schedule="cosine", warmup_steps=2,
@@ -218,6 +228,8 @@ def test_reused_batches_and_micro_batches_and_guidance_resume_exactly(policy_fol
     train(recipe, out, resume=True)
     assert_same_run(tmp_path / "whole", out, step=6)
     assert [record["reward"] is None for record in metrics(out)] == [False, True] * 3
+    assert [record["gradient_signal"] is None for record in metrics(out)] == [False, True] * 3
+    assert [record["noise_scale_least"] is None for record in metrics(out)] == [True, True, False, False, False, False]
 
 
 def test_longer_run_continues_a_finished_one(finished: Path, recipe: Recipe, tmp_path: Path) -> None:

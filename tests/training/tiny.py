@@ -152,7 +152,15 @@ def tiny_recipe(checkpoint: str | Path = "tiny", rewards: Sequence[str] = ("brig
     weights = grpo.pop("weights", {})
     logging = {
         key: grpo.pop(key)
-        for key in ("save_every", "keep_checkpoints", "keep_steps", "grid_every", "grid_images", "log_every")
+        for key in (
+            "save_every",
+            "keep_checkpoints",
+            "keep_steps",
+            "grid_every",
+            "grid_images",
+            "log_every",
+            "transfer_images",
+        )
         if key in grpo
     }
     return Recipe.model_validate(
@@ -169,6 +177,6 @@ def tiny_recipe(checkpoint: str | Path = "tiny", rewards: Sequence[str] = ("brig
             "sampling": {"cfg_scale": grpo.pop("cfg_scale", 2.0), "temperature": grpo.pop("temperature", 1.0)},
             "rewards": {"terms": [{"name": name, "weight": weights.get(name, 1.0)} for name in rewards]},
             "grpo": {"group_size": 4, "batch_size": 8, "steps": 4, "learning_rate": 1e-3, **grpo},
-            "logging": {"grid_every": 100, "grid_images": 4, "save_every": 100, **logging},
+            "logging": {"grid_every": 100, "grid_images": 4, "save_every": 100, "transfer_images": 0, **logging},
         }
     )

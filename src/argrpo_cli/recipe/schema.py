@@ -293,6 +293,9 @@ class LoggingSection(Section):
     log_every: Count = 1  # steps between lines of text; metrics.jsonl has every step
     grid_every: Count = 20  # steps between grids of fixed seeds
     grid_images: Count = 24  # in a grid
+    # Images that the policy before and after training draw at the end under other samplings (unguided, guided, greedy,
+    # colder, warmer), for what is left of the gain; 0 leaves it out.
+    transfer_images: Annotated[int, Field(ge=0)] = 96
     save_every: Count = 20  # steps between checkpoints
     keep_checkpoints: Count = 2  # older ones are removed
     keep_steps: list[Count] = []  # checkpoints after these updates are made and never removed

@@ -35,6 +35,8 @@ COLOURS = {
     "update": "#1f9d6b",
 }
 
+HUES = ("total", "conditional", "quality", "realism", "second")  # of lines that are of one kind
+
 Record = Mapping[str, Any]
 Roles = Mapping[str, Mapping[str, Any]]
 
@@ -56,6 +58,7 @@ class Panel:
         held_out: a reward that is measured and not optimised.
         reward: what is optimised: the total, or a reward that counts.
         exact: a setting, not a measurement: there is no noise to smooth away. Shown where it changes.
+        about: a sentence for the report: what this is, and what it tells.
     """
 
     title: str
@@ -64,6 +67,10 @@ class Panel:
     reward: bool = False
     logarithmic: bool = False
     exact: bool = False
+    about: str = ""
+
+
+MOST_PARTS = 5  # of a model, whose drift is shown: those that moved most
 
 
 def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
@@ -74,7 +81,7 @@ def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
         roles: name of a reward to {"family": ..., "weight": ...}; weight 0 is held out.
     """
 
-    def panel(title: str, *lines: tuple[str, str, str], **kind: bool) -> Panel:
+    def panel(title: str, *lines: tuple[str, str, str], **kind: Any) -> Panel:
         return Panel(title, [Line(label, [one.get(key) for one in records], hue) for key, label, hue in lines], **kind)
 
     names = dict.fromkeys(name for record in records for name in record.get("rewards", {}))  # in the recipe's order
@@ -83,7 +90,32 @@ def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
         panel("reward, weighted total", ("reward", "", "total"), reward=True),
         *sorted(rewards, key=lambda one: one.held_out),
         panel("total reward, std within groups", ("within_group_std", "", "total")),
+        panel(
+            "standard deviation of advantages",
+            ("advantage_std", "", "plain"),
+            about="Near 1 with advantages divided by their group's deviation; lower where groups have no spread.",
+        ),
         panel("KL to the base policy (nats per token)", ("kl", "", "plain")),
+        panel(
+            "KL on the grid's images (nats per token)",
+            ("kl_start", "to the start", "plain"),
+            ("kl_base", "to the policy before it", "second"),
+            about="How far the policy has moved, measured alike with a KL term and without.",
+        ),
+        panel(
+            "KL efficiency",
+            ("kl_efficiency", "", "plain"),
+            about="The KL that an ideal policy needs for the gain (half its square, in deviations of the reward within "
+            "a condition), over the KL spent: 1 is ideal, near 0 the policy moves without learning.",
+        ),
+        panel(
+            "gradient noise scale (images)",
+            ("noise_scale", "estimate", "plain"),
+            ("noise_scale_least", "at least", "second"),
+            logarithmic=True,
+            about="Images an update that make its gradient as large as its noise, over all updates so far; far fewer "
+            "and most of each step is noise.",
+        ),
         panel("policy entropy (nats per token)", ("entropy", "", "plain")),
         panel("weight of the entropy bonus", ("entropy_weight", "", "plain"), exact=True),
         panel("ratio to the sampler, mean", ("ratio", "", "plain")),
@@ -94,8 +126,13 @@ def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
             logarithmic=True,
         ),
         panel("share of tokens clipped", ("clip_low", "low", "plain"), ("clip_high", "high", "second")),
-        panel("share of groups without spread", ("groups_without_spread", "", "plain")),
+        panel(
+            "share of groups without spread",
+            ("groups_without_spread", "", "plain"),
+            about="The other groups are the effective ones: where all images score alike there is nothing to learn.",
+        ),
         panel("gradient norm", ("grad_norm", "", "plain")),
+        _drift(records),
         panel("learning rate", ("learning_rate", "", "plain"), exact=True),
         panel(
             "images per second, by stage",
@@ -107,6 +144,18 @@ def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
         least = 2 if one.exact else 1
         one.lines[:] = [line for line in one.lines if len({*line.values} - {None}) >= least]
     return [one for one in every if one.lines]
+
+
+def _drift(records: Sequence[Record]) -> Panel:
+    """How far the parts of the model have moved that moved most."""
+    latest = next((one["drift"] for one in reversed(records) if one.get("drift")), {})
+    parts = sorted(sorted(latest, key=latest.__getitem__)[-MOST_PARTS:], key=list(latest).index)
+    lines = [
+        Line(part, [(one.get("drift") or {}).get(part) for one in records], hue)
+        for part, hue in zip(parts, HUES, strict=False)
+    ]
+    about = "Distance from the start in parts of its own size, of the parts that moved most; the table has all of them."
+    return Panel("drift of the weights", lines, about=about)
 
 
 def _reward(name: str, records: Sequence[Record], roles: Roles) -> Panel:

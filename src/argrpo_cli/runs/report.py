@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli.rewards import REWARDS, check_reward
 from argrpo_cli.runs import curves
 from argrpo_cli.runs.curves import COLOURS, NO_STAGE, STAGES, Panel, Record, Roles
+from argrpo_cli.runs.learning import conclusions, last
 from argrpo_cli.runs.run import duration, now
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write, fill_template, read_text, write_text
@@ -50,6 +51,9 @@ def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -
         recipe_text=read_text(run.recipe_file),
         state=_state(recipe, records, notes, training),
         facts=_facts(recipe, records, notes),
+        conclusions=[] if training else conclusions(records, recipe.grpo.batch_size, notes),
+        transfer=[_transfer_row(row) for row in notes.get("transfer") or []],
+        drift=[(part, f"{100 * moved:.2g} %") for part, moved in (last(records, "drift") or {}).items()],
         warnings=notes.get("warnings") or [],
         grids=[(step, _data_uri(path)) for step, path in _grids(run.root / "grids")],
         panels=[(number, panel, plots[number][0]) for number, panel in enumerate(shown)],
@@ -156,6 +160,11 @@ def _changes(shown: Sequence[Panel]) -> Iterator[tuple[str, str, str, str]]:
                     with_error(moved.last, moved.last_error),
                     with_error(moved.difference, moved.error, "+"),
                 )
+
+
+def _transfer_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    gained = with_error(row["gain"], row["error"], "+")
+    return row["name"], f"{row['start']:.3f}", f"{row['trained']:.3f}", gained, str(row["images"])
 
 
 def with_error(value: float, error: float | None, sign: str = "") -> str:

@@ -29,9 +29,9 @@ _RATIO = ("ratio", "ratio_deviation_mean", "ratio_deviation", "clip_low", "clip_
 SCALARS = {"reward/total": "reward"} | {
     f"{group}/{key}": key
     for group, keys in {
-        "reward": ("within_group_std", "groups_without_spread", "images_left_out"),
-        "policy": ("kl", "entropy", "entropy_weight", *_RATIO),
-        "optim": ("loss", "grad_norm", "learning_rate"),
+        "reward": ("within_group_std", "groups_without_spread", "images_left_out", "advantage_std", "gain"),
+        "policy": ("kl", "kl_start", "kl_base", "kl_efficiency", "entropy", "entropy_weight", *_RATIO),
+        "optim": ("loss", "grad_norm", "learning_rate", "noise_scale", "noise_scale_least"),
     }.items()
     for key in keys
 }
@@ -43,6 +43,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     for reward, measured in record.get("rewards", {}).items():
         for key in ("mean", "within_group_std"):
             named[f"reward/{reward}/{key}"] = measured.get(key)
+    named |= {f"drift/{part}": value for part, value in (record.get("drift") or {}).items()}
     named |= {
         f"speed/{key}": value for key, value in record.items() if key.startswith(("images_per_second", "seconds"))
     }

@@ -27,6 +27,7 @@ MEASURES = (  # of a record, below its rewards: what the table calls it, its key
     ("clipped tokens", "clip", ".2%"),
     ("ratio to the sampler", "ratio", ".6f"),
     ("gradient norm", "grad_norm", ".4f"),
+    ("noise scale (images)", "noise_scale", ".0f"),
 )
 
 

@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
 
 from argrpo_cli.networks.weights import quiet_transformers
 from argrpo_cli.policy.open import check_targets, require_peft
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine", "wsd": "warmup_stable_decay"}
 WSD = {"decay_type": "linear"}
 CHECKPOINTING = {"use_reentrant": False}
+ADVANTAGE_STD = "advantage_std"  # in TRL's log
 NOISY_LOGGERS = ("transformers", "trl", "accelerate", "datasets", "torch.distributed")
 
 
@@ -109,6 +111,28 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.sampling, self.ratio_meter = sampling, RatioMeter()
         self.encoded: Encoded | None = None
 
+    def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
+        """TRL's micro-batches, with the images of a group side by side again: it shuffles them, which no update needs.
+
+        So the gradients of micro-batches are those of whole groups, which the noise scale needs (`GradientMeter`).
+        """
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        parts = self._buffered_inputs
+        if parts is before or parts is None:
+            return inputs
+        advantages = self.accelerator.gather(torch.cat([part["advantages"] for part in parts]))
+        self._metrics["train"][ADVANTAGE_STD].append(advantages.std().item())
+        if len(parts) > 1:
+            order = torch.cat([part["prompt_ids"][:, 0] for part in parts]).argsort()  # rows of `encoded`
+            whole = {
+                key: torch.cat([part[key] for part in parts])[order] if _has_rows(value, parts[0]) else value
+                for key, value in parts[0].items()
+            }
+            self._buffered_inputs = split_tensor_dict(whole, len(parts))
+            inputs = self._buffered_inputs[self._step % len(parts)]
+        return inputs
+
     def _get_per_token_logps_and_entropies(
         self,
         model: nn.Module,
@@ -140,6 +164,11 @@ class ImageGRPOTrainer(GRPOTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.ratio_meter.add(self.logp, inputs["sampling_per_token_logps"])
         return loss
+
+
+def _has_rows(value: Any, part: dict[str, Any]) -> bool:
+    """Whether this is a tensor with a row for each image of a micro-batch."""
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(part["prompt_ids"])
 
 
 def grpo_config(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from argrpo_cli.runs.curves import NO_STAGE, STAGES
+from argrpo_cli.runs.learning import NoiseScale, gain, kl_efficiency
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.scorer import LEFT_OUT, WITHIN_GROUP_STD, WITHOUT_SPREAD, spread_of
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from argrpo_cli.runs.run import RunDirectory
     from argrpo_cli.training.display import RunDisplay
     from argrpo_cli.training.grpo import RatioMeter
+    from argrpo_cli.training.instruments import GradientMeter
     from argrpo_cli.training.rollout import Stopwatch
 
 DIGITS = 6  # significant digits of a logged number
@@ -40,6 +42,10 @@ class MetricsCallback(TrainerCallback):
         images: drawn per batch, for images per second.
         seconds: training time of the whole run, interruptions left out.
         ratio_meter: the trainer's, which is built after its callbacks.
+        gradient_meter: what the noise scale is estimated from.
+        tokens: T, of an image.
+        updates_per_batch: updates after the first of a batch see the same images again, and no new noise.
+        measured: of the policy against its start, for the next record: `Start.kl`, and `drift`.
         watch: shown every record, in the first process.
         record: of the latest update; callbacks after this one read it.
         team: the processes of the run. The record is that of the whole batch, and the first process writes it; times
@@ -55,11 +61,20 @@ class MetricsCallback(TrainerCallback):
     team: Team = ALONE
     ratio_meter: RatioMeter | None = None
     watch: Callable[[dict[str, Any]], None] = lambda record: None
+    gradient_meter: GradientMeter | None = None
+    tokens: int = 1
+    updates_per_batch: int = 1
+    measured: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    _records: list[dict[str, Any]] = field(default_factory=list)  # of all updates
+    _noise_scale: NoiseScale = field(default_factory=NoiseScale)
     _last_step_end = _step_start = _step_seconds = 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last_step_end = time.monotonic()
+        if state.global_step:  # a resumed run; sums go on from what was written, which is rounded in every run
+            for record in self.run.metrics():
+                self._count(record)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._step_start = time.monotonic()
@@ -89,6 +104,9 @@ class MetricsCallback(TrainerCallback):
         measured = self.ratio_meter.take(self.team) if self.ratio_meter is not None else None
         mean_ratio, mean_deviation, deviation = measured or (None, None, None)
         grad_norm = logs.get("grad_norm")
+        fresh = (step - 1) % self.updates_per_batch == 0 and logs.get("reward") is not None
+        gradient = self.gradient_meter.take(grad_norm, self.team) if self.gradient_meter is not None else None
+        signal, noise = gradient if gradient is not None and fresh else (None, None)
         fields = {
             "reward": logs.get("reward"),
             "within_group_std": logs.get(WITHIN_GROUP_STD),
@@ -112,7 +130,10 @@ class MetricsCallback(TrainerCallback):
             # The trainer leaves a loss that is no number out of its sum, which would never get rid of it.
             "loss": logs["loss"] if grad_norm is None or math.isfinite(grad_norm) else None,
             "grad_norm": grad_norm,
+            "gradient_signal": signal,
+            "gradient_noise": noise,
             "learning_rate": logs.get("learning_rate"),
+            "advantage_std": logs.get("advantage_std"),
             "images_left_out": logs.get(LEFT_OUT),
             "groups_without_spread": logs.get(WITHOUT_SPREAD),  # a share
             # A step that reuses the images of the one before draws none.
@@ -124,9 +145,27 @@ class MetricsCallback(TrainerCallback):
             **{f"seconds_{stage}": taken for stage, taken in seconds.items()},
             "seconds_total": self.seconds,
         }
-        return {"step": step} | {
-            name: value if isinstance(value, dict) else _number(value) for name, value in fields.items()
-        }
+        record = {"step": step} | _rounded(fields)
+        self._count(record)
+        learnt: dict[str, Any] = {"noise_scale": self._noise_scale.value, "noise_scale_least": self._noise_scale.least}
+        measured, self.measured = self.measured, {}
+        if measured:
+            gained = gain(self._records)
+            learnt |= measured
+            learnt["gain"], learnt["gain_error"] = (None, None) if gained is None else gained[:2]
+            learnt["kl_efficiency"] = kl_efficiency(gained, measured.get("kl_start"), self.tokens)
+        record |= _rounded(learnt)
+        return record
+
+    def _count(self, record: dict[str, Any]) -> None:
+        """Remember a record for what is said of many."""
+        self._records.append(record)
+        self._noise_scale.add(record.get("gradient_signal"), record.get("gradient_noise"))
+
+
+def _rounded(fields: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as `_number` has them, in nested dictionaries too."""
+    return {name: _rounded(value) if isinstance(value, dict) else _number(value) for name, value in fields.items()}
 
 
 def _number(value: float | None) -> float | None:

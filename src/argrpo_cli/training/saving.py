@@ -125,7 +125,7 @@ class EmaCallback(TrainerCallback):
         self._average = get_ema_multi_avg_fn(decay)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.mean = {name: weight.detach().float().clone() for name, weight in _trained(kwargs["model"]).items()}
+        self.mean = {name: weight.detach().float().clone() for name, weight in trained_weights(kwargs["model"]).items()}
         if self.checkpoint is None:
             return
         file = self.checkpoint / MEAN
@@ -134,7 +134,7 @@ class EmaCallback(TrainerCallback):
         _copy(load_file(file), self.mean)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        weights = _trained(kwargs["model"])
+        weights = trained_weights(kwargs["model"])
         with torch.no_grad():
             self._average(list(self.mean.values()), [weights[name].float() for name in self.mean], state.global_step)
 
@@ -142,26 +142,32 @@ class EmaCallback(TrainerCallback):
         """Add the mean to a checkpoint."""
         save_file({name: value.cpu() for name, value in self.mean.items()}, folder / MEAN)
 
-    @contextmanager
-    def in_place_of(self, model: nn.Module) -> Iterator[None]:
+    def in_place_of(self, model: nn.Module) -> AbstractContextManager[None]:
         """Within this context the model's trained weights are the mean."""
-        weights = _trained(model)
-        kept = {name: weight.detach().clone() for name, weight in weights.items()}
-        _copy(self.mean, weights)
-        try:
-            yield
-        finally:
-            _copy(kept, weights)
+        return in_place(model, self.mean)
 
 
-def _copy(source: dict[str, Tensor], target: Mapping[str, Tensor]) -> None:
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@contextmanager
+def in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context these are the model's trained weights; its own wait on the CPU."""
+    own = trained_weights(model)
+    kept = {name: own[name].detach().to("cpu", copy=True) for name in weights}
+    _copy(weights, own)
+    try:
+        yield
+    finally:
+        _copy(kept, own)
+
+
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in source.items():
             target[name].copy_(tensor)
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 class Gallery:
@@ -173,6 +179,7 @@ class Gallery:
         labels: a short name under each image.
         columns: of a grid.
         scale: how often each pixel is repeated, so that small images can be seen.
+        tokens: int64 [N, T] of the latest grid.
         watch: called with the file and the step of every grid that was written.
     """
 
@@ -197,14 +204,22 @@ class Gallery:
         self.columns = min(count, 8 if count > 12 else 6)
         self.scale = 2 if policy.card.image_size < 128 else 1
         self.watch = watch
+        self.tokens: Tensor | None = None
+        self._drawn: tuple[int, Tensor] | None = None
 
     @torch.inference_mode()
     def save(self, run: RunDirectory, step: int) -> Tensor:
-        """Draw, write the grid of `step`, and return the images, uint8 [N, 3, H, W] on the CPU."""
-        images = draw_batch(self.policy, self.shots, self.sampling)[1].cpu()
-        grid = image_grid(images, self.columns, labels=self.labels, scale=self.scale)
-        run.spare(lambda: self._keep(run.grid_file(step), grid, step))
-        return images
+        """Draw, write the grid of `step`, and return the images, uint8 [N, 3, H, W] on the CPU.
+
+        The latest grid is not drawn twice.
+        """
+        if self._drawn is None or self._drawn[0] != step:
+            self.tokens, images = draw_batch(self.policy, self.shots, self.sampling)
+            images = images.cpu()
+            grid = image_grid(images, self.columns, labels=self.labels, scale=self.scale)
+            run.spare(lambda: self._keep(run.grid_file(step), grid, step))
+            self._drawn = step, images
+        return self._drawn[1]
 
     def _keep(self, file: Path, grid: Image.Image, step: int) -> None:
         save_png(file, grid)
@@ -212,18 +227,24 @@ class Gallery:
 
 
 class GridCallback(TrainerCallback):
-    """Writes a grid every `every` steps; the one after the last step is drawn when training is over.
+    """Writes a grid every `every` steps and after the last.
 
     Attributes:
         whole: gathers the parameters of a sharded model while the first process draws; see `gathering.whole_model`.
+        watch: called in the first process after each, with the parameters still whole.
     """
 
     def __init__(self, gallery: Gallery, run: RunDirectory, every: int, team: Team = ALONE) -> None:
         self.gallery, self.run, self.every, self.team = gallery, run, every, team
         self.whole: Callable[[], AbstractContextManager[object]] = nullcontext  # the trainer's is known after it
+        self.watch: Callable[[], None] = lambda: None
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Also when the run is being interrupted: resumed, it goes on after this step.
-        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             with self.whole():
-                self.team.lead(lambda: self.gallery.save(self.run, state.global_step))
+                self.team.lead(lambda: self._save(state.global_step))
+
+    def _save(self, step: int) -> None:
+        self.gallery.save(self.run, step)
+        self.watch()

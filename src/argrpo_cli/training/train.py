@@ -21,6 +21,7 @@ from argrpo_cli.policy.open import choose_trainable
 from argrpo_cli.rewards import reward_weights
 from argrpo_cli.runs.checkpoints import PolicyWriter, newest_whole_checkpoint
 from argrpo_cli.runs.disk import Disk, is_full, remove_folder
+from argrpo_cli.runs.learning import conclusions, spread_at_start
 from argrpo_cli.runs.report import refresh_report
 from argrpo_cli.runs.run import (
     Interrupted,
@@ -47,6 +48,7 @@ from argrpo_cli.training.display import RunDisplay, silent_console
 from argrpo_cli.training.gathering import sharding, whole_model
 from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer, lora_config, quiet_libraries
 from argrpo_cli.training.guards import GuardCallback, check_weights
+from argrpo_cli.training.instruments import GradientMeter, Start, transfer, transfer_shots
 from argrpo_cli.training.launch import images_per_process
 from argrpo_cli.training.metrics import MetricsCallback, StopCallback, StopRequest
 from argrpo_cli.training.rollout import Rollout, Stopwatch
@@ -196,6 +198,7 @@ class Job:
     team: Team
     console: Console | None
     ema: EmaCallback | None = None
+    start: Start | None = None  # of the first process
 
     def __post_init__(self) -> None:
         recipe, grpo = self.recipe, self.recipe.grpo
@@ -209,10 +212,11 @@ class Job:
         self.disk = Disk(self.root, self.display.note, lambda: self.request.signal is not None)
         self.writer = PolicyWriter(recipe, self.run, self.policy, self.disk, self.team)
         self.trackers = Trackers(recipe, self.run, self.display.note)
-        shown = self.conditions
+        shown, compared = self.conditions, recipe.logging.transfer_images
         if isinstance(shown, StreamedConditions):
-            shown = [shown[group] for group in range(recipe.logging.grid_images)]
+            shown = [shown[group] for group in range(max(recipe.logging.grid_images, compared))]
         self.gallery = Gallery(recipe, self.policy, shown, self.trackers.picture)
+        self.transfer_shots = transfer_shots(shown, compared, recipe.seed)
 
     def train(self, resume: bool) -> None:
         """From the base policy or the newest whole checkpoint to the end of the run.
@@ -234,7 +238,12 @@ class Job:
                 "files; launch it with the configuration that it was started with"
             )
         notes = start_notes(run.notes(), self.weights, self.rewards.family, str(self.policy.model.device))
-        notes |= {"base_policy": base, "trained": trained, "conditions": digest(self.conditions)}
+        notes |= {
+            "tokens": self.policy.card.tokens,
+            "base_policy": base,
+            "trained": trained,
+            "conditions": digest(self.conditions),
+        }
         team.lead(lambda: run.note(**notes, finished=None, sharding=kind))
         self.display.note(self._opening(start))
         team.lead(lambda: self.trackers.open(start))
@@ -253,6 +262,9 @@ class Job:
                 refresh_report(run, recipe, self.display.note, pictures=True)  # however it ended
         ending = "the time limit" if stop.out_of_time else "the last step"
         self.display.note(f"finished at {ending}: {trainer.state.global_step} updates in {duration(metrics.seconds)}")
+        if team.first:
+            for sentence in conclusions(run.metrics(), recipe.grpo.batch_size, run.notes()):
+                self.display.note(sentence)
 
     def _finish(self, trainer: ImageGRPOTrainer, stop: StopCallback, before: Tensor | None) -> None:
         """What comes after the last update: the last grid and the trained policy, or why the run stopped earlier."""
@@ -274,6 +286,21 @@ class Job:
         limit = recipe.grpo.time_limit_minutes
         finished = {"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit}
         team.lead(lambda: run.note(finished=finished))
+        if self.transfer_shots:
+            with whole_model(trainer):
+                team.lead(self._compare_samplings)
+
+    def _compare_samplings(self) -> None:
+        """What is left of the gain when start and result are sampled otherwise, into run.json."""
+        spread = spread_at_start(self.run.metrics())
+        if self.start is None or not spread:
+            return
+        try:
+            rows = transfer(self.start, self.transfer_shots, self.recipe.sampling, self.rewards, self.weights, spread)
+        except UserError as error:  # a reward that cannot be asked any more
+            self.display.note(f"warning: start and result are not compared: {error}")
+            return
+        self.run.note(transfer=rows)
 
     def _where_to_start(self, resume: bool) -> tuple[Path | None, int, float]:
         """The checkpoint to start from, its step, and the seconds of training until then."""
@@ -337,7 +364,16 @@ class Job:
         checkpoints = CheckpointCallback(recipe, run, self.disk, metrics, self._complete_checkpoint, saved, team)
         grids = GridCallback(self.gallery, run, logging.grid_every, team)
         guard = GuardCallback(recipe, self.weights, run, self.display, self.request, metrics, team)
-        callbacks = [metrics, stop, guard]  # the order counts: measure, decide whether to stop, then save and draw
+        share, micro = images_per_process(recipe, team.count)
+        meter = GradientMeter(micro, share, grpo.group_size, grpo.batch_size)
+        metrics.gradient_meter, metrics.updates_per_batch = meter, grpo.updates_per_batch
+        metrics.tokens = policy.card.tokens
+        callbacks = [
+            meter,
+            metrics,
+            stop,
+            guard,
+        ]  # the order counts: measure, decide whether to stop, then save and draw
         if grpo.ema_decay:
             self.ema = EmaCallback(grpo.ema_decay, checkpoint, team)
             callbacks.append(self.ema)
@@ -350,7 +386,15 @@ class Job:
                 "grpo.ema_decay needs whole weights in each process; set it to 0, or take --accelerate-config ddp"
             )
         metrics.ratio_meter = trainer.ratio_meter
+        meter.usable &= sharding(trainer) == "none"
         grids.whole = lambda: whole_model(trainer)
+        start = self.start = team.lead(lambda: Start.of(policy, trainer.model))
+
+        def measure() -> None:
+            shown = [shot.condition for shot in self.gallery.shots]
+            metrics.measured = start.kl(shown, self.gallery.tokens, trainer.sampling) | {"drift": start.drift()}
+
+        grids.watch = measure
         return trainer, metrics, stop
 
     def _complete_checkpoint(self, folder: Path) -> None:
