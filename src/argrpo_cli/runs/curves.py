@@ -57,7 +57,7 @@ class Panel:
     Attributes:
         held_out: a reward that is measured and not optimised.
         reward: what is optimised: the total, or a reward that counts.
-        exact: a setting, not a measurement: there is no noise to smooth away. Shown where it changes.
+        exact: a setting, or what is measured now and then: there is no noise to smooth away. Shown where it changes.
         about: a sentence for the report: what this is, and what it tells.
     """
 
@@ -100,11 +100,13 @@ def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
             "KL on the grid's images (nats per token)",
             ("kl_start", "to the start", "plain"),
             ("kl_base", "to the policy before it", "second"),
+            exact=True,
             about="How far the policy has moved, measured alike with a KL term and without.",
         ),
         panel(
             "KL efficiency",
             ("kl_efficiency", "", "plain"),
+            exact=True,
             about="The KL that an ideal policy needs for the gain (half its square, in deviations of the reward within "
             "a condition), over the KL spent: 1 is ideal, near 0 the policy moves without learning.",
         ),
@@ -155,7 +157,7 @@ def _drift(records: Sequence[Record]) -> Panel:
         for part, hue in zip(parts, HUES, strict=False)
     ]
     about = "Distance from the start in parts of its own size, of the parts that moved most; the table has all of them."
-    return Panel("drift of the weights", lines, about=about)
+    return Panel("drift of the weights", lines, exact=True, about=about)
 
 
 def _reward(name: str, records: Sequence[Record], roles: Roles) -> Panel:

@@ -177,10 +177,9 @@ def _conclusions(gained: Gain, records: Sequence[Record], batch_size: int, notes
     kl = last(records, "kl_start")
     efficiency = kl_efficiency(gained, kl, tokens) if tokens else None
     if efficiency is not None:
-        yield (
-            f"KL spent: {kl * tokens:.3g} nats an image ({kl:.2g} a token); an ideal policy needs "
-            f"{efficiency * kl * tokens:.2g} for this gain, so the efficiency is {efficiency:.0%}."
-        )
+        spent = f"KL spent: {kl * tokens:.3g} nats an image ({kl:.2g} a token)"
+        needed = f"an ideal policy needs {efficiency * kl * tokens:.2g} for this gain, so the efficiency is"
+        yield f"{spent}; {needed} {efficiency:.0%}." if efficiency else f"{spent}, for no gain beyond its error."
     limits = list(_limits(records, gained, efficiency, batch_size))
     if limits:
         yield from limits

@@ -133,6 +133,9 @@ def estimate(
         Part("adapters, float32", 4 * trained if adapted else 0, "always"),
         Part("AdamW's two moments", 8 * trained, "always"),
         Part("reference policy, float32", 4 * weights if grpo.beta and not adapted else 0, "always"),
+        Part(
+            "weights as training began", 4 * trained if device == "cpu" else 0, "always"
+        ),  # of a GPU's run on the host
         Part("running mean of the weights", 4 * trained if grpo.ema_decay else 0, "always"),
         Part(
             "image tokenizer, float32", 4 * sum(one.numel() for one in outline.policy.tokenizer.parameters()), "always"
