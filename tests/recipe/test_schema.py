@@ -72,7 +72,7 @@ def test_a_bad_key_or_value_is_named_with_what_is_allowed(case):
 
 def test_a_batch_is_whole_groups():
     with pytest.raises(UserError, match="batch_size 50 is not a multiple of group_size 8; use for instance 48"):
-        load_recipe("nano/c2i", ["grpo.batch_size=50"])
+        load_recipe("nano/c2i", ["grpo.batch_size=50", "grpo.micro_batch_size=null"])
     with pytest.raises(UserError, match="micro_batch_size 5 does not divide batch_size 48"):
         load_recipe("nano/c2i", ["grpo.batch_size=48", "grpo.micro_batch_size=5"])
 
