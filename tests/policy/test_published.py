@@ -162,11 +162,13 @@ def test_weights_aligned_by_cca_open_by_name_from_a_folder_of_their_repository(t
     state = to_published(policy.model)
     assert all(torch.equal(state[key], value) for key, value in weights_of(tiny / "c2i_tiny_256.pt").items())
     assert sample(policy, policy.conditions([3]), [0]).shape == (1, 576)
-    assert policy.sampling == {"cfg_scale": 1.0}
+    assert policy.card.sampling == {"cfg_scale": 1.0}
     (tiny / "c2i_tiny_256.pt").rename(tiny / "c2i_L_384_CCA_0005000.pt")  # as it is after a download by hand
-    assert load_policy(tiny / "c2i_L_384_CCA_0005000.pt").sampling == {"cfg_scale": 1.0}
+    by_hand = load_policy(tiny / "c2i_L_384_CCA_0005000.pt")
+    by_hand.save(tiny / "folder")
+    assert by_hand.card.sampling == load_policy(tiny / "folder").card.sampling == {"cfg_scale": 1.0}
     (tiny / "c2i_L_384_CCA_0005000.pt").rename(tiny / "c2i_L_384.pt")
-    assert load_policy(tiny / "c2i_L_384.pt").sampling == {}
+    assert load_policy(tiny / "c2i_L_384.pt").card.sampling == {}
 
 
 def test_a_running_mean_beside_the_weights_is_passed_over(tiny):
