@@ -52,7 +52,7 @@ def table(result: Result, width: int = 80) -> Table:
     counts = {key: next((row[key].count for row in result.rows.values() if key in row), None) for key in result.columns}
     cells = {key: _cells(result, names, key, column) for key, column in result.columns.items()}
     heads = [
-        *(_head(result, name) for name in names),
+        *(_head(result, name, "\n") for name in names),
         *(["difference"] if result.difference else []),
         *(f"paper: {row}" for row in result.paper),
     ]
@@ -99,10 +99,10 @@ def _order(result: Result) -> list[str]:
     return [*names[1::-1], *names[2:]] if result.difference else names
 
 
-def _head(result: Result, name: str) -> str:
+def _head(result: Result, name: str, gap: str = " ") -> str:
     """The name of a row, and how its policy was sampled where that is not as the others."""
     words = _drawn(_own_sampling(result, name))
-    return f"{name} ({', '.join(words)})" if words else name
+    return f"{name}{gap}({', '.join(words)})" if words else name
 
 
 def _own_sampling(result: Result, name: str) -> Mapping[str, Any]:
