@@ -29,11 +29,6 @@ def test_a_file_that_an_option_names_counts_by_its_stamps(tmp_path):
     assert after["maniqa"] != before["maniqa"] and after["clip"] != before["clip"], "also inside a folder"
 
 
-def test_the_options_of_a_quantised_reward_may_stand_at_its_base():
-    known = identity(["clip-quantized"], {"clip": {"model": "ViT-L-14"}, "clip-quantized": {"mapping": "code"}})
-    assert known["clip-quantized"]["options"] == {"model": "ViT-L-14", "mapping": "code"}
-
-
 def test_the_networks_count_once_they_are_loaded(tmp_path):
     names = ["nano-quality", "nano-quality-t2i", "nano-geneval"]
     known = load_rewards(names).identity()

@@ -39,7 +39,6 @@ def test_a_reward_goes_by_its_name_in_the_table(name: str) -> None:
     reward = check_reward(name)
     assert reward.name == name and reward.family in FAMILIES and reward.low < reward.high
     assert reward.reads_prompt == (reward.family == "conditional" or name == "judge-quality")
-    assert reward.steps_of is None or check_reward(reward.steps_of).family == reward.family
 
 
 def test_facts_options_and_needs_are_known_without_torch() -> None:
@@ -110,7 +109,7 @@ def test_judges_share_a_network() -> None:
 
 
 def test_the_bundled_rewards_need_nothing() -> None:
-    bundled = {name for name in REWARDS if check_reward(name).steps_of is None and needs_of(name) == Needs()}
+    bundled = {name for name in REWARDS if needs_of(name) == Needs()}
     assert bundled == {name for name in REWARDS if name.startswith("nano-")}
     assert needs_of("geneval", detector="nano") == Needs()
 

@@ -16,7 +16,7 @@ import torch
 
 from argrpo_cli.recipe.schema import RewardSection, RewardTerm
 from argrpo_cli.rewards import REWARDS, Reward, RewardSet, check_reward, load_reward, load_rewards, reward_weights
-from argrpo_cli.rewards.clip import ClipQuantized
+from argrpo_cli.rewards.clip import Clip, quantize
 from argrpo_cli.rewards.custom import find_function, reward_of
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
@@ -181,29 +181,6 @@ def test_what_breaks_off_the_others_breaks_off_the_waiting_too():
         rewards.score(images(1), conditions(1))
 
 
-def test_options_of_a_quantised_reward_are_those_of_its_base(monkeypatch):
-    """In a recipe both terms have options, most of them none."""
-    asked = {}
-    monkeypatch.setattr(
-        "argrpo_cli.rewards.load_reward", lambda name, device, options: asked.update({name: options}) or Values(0.7)
-    )
-    load_rewards(["clip", "clip-quantized"], options={"clip": {}, "clip-quantized": {"model": "x", "mapping": "code"}})
-    assert asked == {"clip": {"model": "x"}}
-    with pytest.raises(UserError, match="give options to one of them"):
-        load_rewards(["clip", "clip-quantized"], options={"clip": {"model": "y"}, "clip-quantized": {"model": "x"}})
-    rewards = load_rewards(["clip-quantized"])
-    assert rewards.score(images(1), conditions(1))["clip-quantized"].tolist() == [1.5]
-
-
-def test_a_missing_step_says_why():
-    base = Values(NAN)
-    base.last_error = "the server said 500"
-    rewards = RewardSet({"clip": base}, steps={"clip-quantized": ("clip", "paper")})
-    rewards.score(images(1), conditions(1))
-    assert rewards.missing["clip-quantized"] == 1
-    assert rewards.last_error["clip-quantized"] == "the server said 500"
-
-
 def test_the_documented_options_are_those_that_there_are():
     """docs/rewards.md against the signatures."""
     text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text("utf-8")
@@ -263,7 +240,6 @@ def test_quantised_scores_follow_the_paper_and_the_published_code():
     assert len(rows) > 100
     raw = torch.tensor([row["raw"] for row in rows])
     published = torch.tensor([row["clip_or_hpsv2"]["quantized"] for row in rows])
-    quantize = ClipQuantized.quantize
     assert torch.equal(quantize(raw, "code"), published)
     assert torch.equal(quantize(raw, "paper"), published.clamp(min=0.5))
     crashed = [row["raw"] for row in GOLDEN["rows"] if row["clip_or_hpsv2"]["quantized_error"] is not None]
@@ -301,11 +277,17 @@ def test_published_advantages_of_the_eight_rewards(case):
     assert (actual[equal] == 0).all()
 
 
-def test_a_quantised_reward_is_made_of_the_scores_of_its_base():
-    rewards = RewardSet({"clip": Values(0.2, 0.35, NAN)}, steps={"clip-quantized": ("clip", "paper")})
-    scores = rewards.score(images(3), conditions(3))
-    assert scores["clip-quantized"][:2].tolist() == [0.5, 1.0] and scores["clip-quantized"][2].isnan()
-    assert rewards.family["clip-quantized"] == "conditional"
+def test_a_quantised_reward_is_its_base_in_steps(monkeypatch):
+    def init(self, device: str, *, model: str = "") -> None:
+        self.model = model
+
+    monkeypatch.setattr(Clip, "__init__", init)
+    monkeypatch.setattr(Clip, "score", lambda self, images, conditions: torch.tensor([0.2, -0.35, 1.0, NAN]))
+    rewards = load_rewards(["clip-quantized"], options={"clip-quantized": {"mapping": "code", "model": "x"}})
+    assert rewards.rewards["clip-quantized"].model == "x" and rewards.family["clip-quantized"] == "conditional"
+    scores = rewards.score(images(4), conditions(4))["clip-quantized"]
+    assert scores[:2].tolist() == [0.5, -1.0] and scores[2:].isnan().all()
+    assert rewards.missing["clip-quantized"] == 2 and "no step" in rewards.last_error["clip-quantized"]
     with pytest.raises(UserError, match="mapping 'papre' is unknown"):
         load_rewards(["clip-quantized"], options={"clip-quantized": {"mapping": "papre"}})
 

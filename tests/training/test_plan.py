@@ -38,7 +38,7 @@ def test_a_plan_says_all_of_a_run_in_words() -> None:
         "64 images: 8 groups of 8",
         "4 devices: 16 images (2 groups) each, 16 at a time in the training pass",
         "100 updates, 6400 images in all",
-        "hpsv2-quantized  conditional  weight 1        steps of hpsv2",
+        "hpsv2-quantized  conditional  weight 1        ViT-H-14 of xswu/HPSv2, in steps",
         "to fetch      FoundationVision/LlamaGen: c2i_B_256.pt",
         "to fetch      xswu/HPSv2: HPS_v2.1_compressed.pt",
     ):

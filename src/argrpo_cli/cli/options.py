@@ -177,8 +177,7 @@ def read_rewards(
 
 def check_rewards(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse before torch is loaded rewards that there are not, and options that they do not have."""
-    from argrpo_cli.rewards import REWARDS, check_options, networks_of
+    from argrpo_cli.rewards import check_options
 
-    for name, own in networks_of(names, options)[0].items():
-        if own and name in REWARDS:
-            check_options(name, own)
+    for name in names:
+        check_options(name, options.get(name, {}))

@@ -114,12 +114,11 @@ def train(
 def _check_names(recipe: Recipe) -> None:
     """Refuse before torch is loaded a policy, rewards and classes that there are not."""
     from argrpo_cli.policy.folder import class_id, glance
-    from argrpo_cli.rewards import networks_of
+    from argrpo_cli.rewards import check_reward
     from argrpo_cli.training.conditions import check_source
 
-    networks_of(
-        [term.name for term in recipe.rewards.terms], {term.name: term.options for term in recipe.rewards.terms}
-    )
+    for term in recipe.rewards.terms:
+        check_reward(term.name)
     section, seen = recipe.conditions, glance(recipe.policy.checkpoint)
     if seen is not None:
         check_source(section, seen.reads, recipe.policy.checkpoint)

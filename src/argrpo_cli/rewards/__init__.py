@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli import __version__
-from argrpo_cli.rewards.base import FAMILIES, Reward, choose
+from argrpo_cli.rewards.base import FAMILIES, Reward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line, out_of_memory
 
@@ -106,19 +106,15 @@ class RewardSet:
     """Several reward models that look at the same images.
 
     Attributes:
-        names: of all rewards, those that are steps of another included.
         family: name to family.
         missing: how many scores of each reward were missing, not finite or out of range.
         last_error: what was wrong with the latest of those.
         tolerated: rewards that may fail altogether: their scores are missing then, instead of an error.
     """
 
-    def __init__(
-        self, rewards: dict[str, Reward], device: str = "cpu", steps: Mapping[str, tuple[str, str]] | None = None
-    ):
-        """`steps` has for a reward that is made of another's scores that other's name and the mapping's."""
-        self.rewards, self.device, self.steps = rewards, device, dict(steps or {})
-        self.names = [*rewards, *self.steps]
+    def __init__(self, rewards: dict[str, Reward], device: str = "cpu"):
+        self.rewards, self.device = rewards, device
+        self.names = list(rewards)
         self.entries = {name: check_reward(name) for name in self.names}
         self.family = {name: entry.family for name, entry in self.entries.items()}
         self.missing: Counter[str] = Counter()
@@ -133,8 +129,7 @@ class RewardSet:
         Args:
             options: those that the set was loaded with.
         """
-        bases = {name: base for name, (base, _) in self.steps.items()}
-        return {name: _identity(name, options or {}, self.rewards[bases.get(name, name)]) for name in self.names}
+        return {name: _identity(name, options or {}, reward) for name, reward in self.rewards.items()}
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """Raise UserError for a condition that a reward cannot read, before anything is scored."""
@@ -168,14 +163,7 @@ class RewardSet:
                 raise
         empty = torch.zeros(0, device=self.device)
         raw = {name: torch.cat(chunks) if chunks else empty for name, chunks in parts.items()} | answers
-        raw = {name: self._trusted(name, raw[name].float(), len(images)) for name in self.rewards}
-        for name, (base, mapping) in self.steps.items():
-            raw[name] = self.entries[name].quantize(raw[base], mapping)
-            if missing := int(raw[name].isnan().sum()):
-                self.missing[name] += missing
-                why = "a score of 1 or more, for which there is no step"
-                self.last_error[name] = self.last_error.get(base, why)
-        return raw
+        return {name: self._trusted(name, raw[name].float(), len(images)) for name in self.rewards}
 
     def _scores(self, name: str, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """The scores of one reward; its error is told under its name, or noted where it is tolerated."""
@@ -234,16 +222,15 @@ def load_rewards(
     """Load reward models by name; all names are checked before anything is loaded.
 
     Args:
-        options: name to the options of that reward. Those of a quantised reward are those of the reward it is made of,
-            and `mapping`, see `clip.ClipQuantized`; the network is loaded once for both.
+        options: name to the options of that reward.
 
     Raises:
         UserError: a name or option is unknown, or weights are missing.
     """
-    models, steps = networks_of(names, options)
-    for name, own in models.items():
-        check_options(name, own)
-    return RewardSet({name: load_reward(name, device, own) for name, own in models.items()}, device, steps)
+    options = options or {}
+    for name in names:
+        check_options(name, options.get(name, {}))
+    return RewardSet({name: load_reward(name, device, options.get(name)) for name in names}, device)
 
 
 def identity(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
@@ -257,7 +244,7 @@ def identity(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | No
 
 def _identity(name: str, options: Mapping[str, Mapping[str, Any]], loaded: Reward | None = None) -> dict[str, Any]:
     reward = check_reward(name)
-    own = {**options.get(reward.steps_of or "", {}), **options.get(name, {})}  # those of a quantised one, at its base
+    own = options.get(name, {})
     known = {
         "options": {key: value for key, value in own.items() if key not in OPERATIONAL},
         "files": _file_stamps(own),
@@ -305,34 +292,6 @@ def _networks(value: object, seen: set[int]) -> list[nn.Module]:
     else:
         parts = list(getattr(value, "__dict__", {}).values())
     return [network for part in parts for network in _networks(part, seen)]
-
-
-def networks_of(
-    names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None
-) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[str, str]]]:
-    """Which rewards have to be loaded to score with `names`, with their options; and what is made of whose scores.
-
-    Returns:
-        name to options of those to load; and, as `RewardSet` takes them, the steps.
-
-    Raises:
-        UserError: a name is unknown, or options contradict each other.
-    """
-    options = {name: dict(own) for name, own in (options or {}).items()}
-    steps: dict[str, tuple[str, str]] = {}
-    for name in names:
-        entry = check_reward(name)
-        if (base := entry.steps_of) is None:
-            continue
-        own = options.pop(name, {})
-        mapping = own.pop("mapping", entry.mappings[0])
-        choose(f"reward {name}", "mapping", mapping, entry.mappings)
-        if own and options.get(base) and own != options[base]:
-            raise UserError(f"{name} is made of the scores of {base}; give options to one of them")
-        options[base] = options.get(base) or own
-        steps[name] = base, mapping
-    models = dict.fromkeys([*(name for name in names if name not in steps), *(base for base, _ in steps.values())])
-    return {name: options.get(name, {}) for name in models}, steps
 
 
 def reward_weights(section: RewardSection, family: Mapping[str, str]) -> dict[str, float]:

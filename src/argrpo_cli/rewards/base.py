@@ -65,7 +65,6 @@ class Reward:
         factor: what brings the paper's own rewards to a like scale (appendix D).
         reads_prompt: what the image should show is looked at, too.
         label, unit, divisor: of its column in table 4: the heading, the unit there, and what a raw score is divided by.
-        steps_of: the reward whose scores this one turns into steps; it has no network of its own.
         files: of the hub, under the option that names a local file in its place.
         parameters, network_name: of what is loaded, in the number format of the option dtype.
         packages, working: see `Needs`.
@@ -82,7 +81,6 @@ class Reward:
     label: ClassVar[str] = ""
     unit: ClassVar[str] = ""
     divisor: ClassVar[float] = 1.0
-    steps_of: ClassVar[str | None] = None
     files: ClassVar[Mapping[str, HubFile]] = {}
     packages: ClassVar[Mapping[str, str]] = {}
     parameters: ClassVar[int] = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from argrpo_cli.rewards.base import Dtype, File, Needs, Reward, choose
 from argrpo_cli.shapes import Condition
@@ -213,29 +213,56 @@ class Aesthetic(Reward):
         return self.head(self.clip.image_features(images))
 
 
-class ClipQuantized(Reward):
-    """CLIP's score in steps, which leave less to exploit (appendix D); they replace the scaled score."""
+class Steps(Reward):
+    """A score in steps, which leave less to exploit (appendix D); they replace the scaled score.
 
-    name, steps_of = "clip-quantized", "clip"
-    mappings: ClassVar[tuple[str, ...]] = ("paper", "code")
+    Args:
+        mapping: to which steps, see `quantize`.
+        options: those of the score.
+    """
 
-    @staticmethod
-    def quantize(scores: Tensor, mapping: str = "paper") -> Tensor:
-        """The steps of raw float32 scores; NaN stays NaN.
+    low, high, factor = -1.0, 1.5, 1.0
+    label, unit = "", ""
 
-        - "paper": 0.5 below 0.3, 1 from 0.3, 1.5 from 0.6. The paper gives the three values, the edges are the code's.
-        - "code": the published code's, where a negative score gives -1. It fails at a score of 1 or more, which has no
-          bin; here that score is missing (NaN).
-        """
-        steps = scores.new_full(scores.shape, 0.5).masked_fill(scores >= 0.3, 1.0).masked_fill(scores >= 0.6, 1.5)
-        missing = scores.isnan()
-        if mapping == "code":
-            steps = steps.masked_fill(scores < 0, -1.0)
-            missing = missing | (scores >= 1)
-        return steps.masked_fill(missing, math.nan)
+    def __init__(self, device: str = "cpu", *, mapping: Literal["paper", "code"] = "paper", **options: Any):
+        super().__init__(device, **options)
+        self.mapping = mapping
+
+    @classmethod
+    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
+        """Those of the score, whose network is loaded for the steps alone."""
+        needs = super().needs(options, device)
+        return needs._replace(network=f"{needs.network}, in steps")
+
+    def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        steps = quantize(super().score(images, conditions), self.mapping)
+        if steps.isnan().any():
+            self.last_error = "a score of 1 or more, for which there is no step"
+        return steps
 
 
-class HPSv2Quantized(ClipQuantized):
-    """HPSv2's score in the same steps."""
+def quantize(scores: Tensor, mapping: str = "paper") -> Tensor:
+    """The steps of raw float32 scores; NaN stays NaN.
 
-    name, steps_of = "hpsv2-quantized", "hpsv2"
+    - "paper": 0.5 below 0.3, 1 from 0.3, 1.5 from 0.6. The paper gives the three values, the edges are the code's.
+    - "code": the published code's, where a negative score gives -1. It fails at a score of 1 or more, which has no bin;
+      here that score is missing (NaN).
+    """
+    steps = scores.new_full(scores.shape, 0.5).masked_fill(scores >= 0.3, 1.0).masked_fill(scores >= 0.6, 1.5)
+    missing = scores.isnan()
+    if mapping == "code":
+        steps = steps.masked_fill(scores < 0, -1.0)
+        missing = missing | (scores >= 1)
+    return steps.masked_fill(missing, math.nan)
+
+
+class ClipQuantized(Steps, Clip):
+    """CLIP's score in steps."""
+
+    name = "clip-quantized"
+
+
+class HPSv2Quantized(Steps, HPSv2):
+    """HPSv2's score in steps."""
+
+    name = "hpsv2-quantized"

@@ -13,7 +13,7 @@ import torch
 
 from argrpo_cli.policy.llamagen.published import Outline, outline_policy
 from argrpo_cli.policy.open import check_targets, choose_trainable
-from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, networks_of, reward_weights
+from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, reward_weights
 from argrpo_cli.rewards.base import Needs
 from argrpo_cli.system.files import HubFile, is_cached
 from argrpo_cli.training.conditions import check_source, run_captions, run_conditions
@@ -66,8 +66,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         check_targets(outline.policy, policy.lora.targets)
     options = {term.name: term.options for term in recipe.rewards.terms}
     device = "cpu" if policy.device == "cpu" else "cuda"
-    networks, steps = networks_of(list(options), options)
-    needs = {name: check_options(name, chosen).needs(chosen, device) for name, chosen in networks.items()}
+    needs = {name: check_options(name, chosen).needs(chosen, device) for name, chosen in options.items()}
     packages = {module: pip for one in needs.values() for module, pip in one.packages.items()}
     packages |= {name: name for name in recipe.logging.trackers} | ({"peft": "peft"} if policy.lora else {})
     absent = list(dict.fromkeys(pip for module, pip in packages.items() if find_spec(module) is None))
@@ -99,7 +98,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         "draws": [f"{draws}, with guidance {recipe.sampling.cfg_scale:g}"],
         "update": _update(grpo, processes, share, micro),
         "run": [f"{grpo.steps} updates, {images} images in all{limit}"],
-        "rewards": _rewards(recipe, needs, steps),
+        "rewards": _rewards(recipe, needs),
         "memory": _memory(memory, needs, device),
         "files": _files([*outline.files, *(file for one in needs.values() for file in one.files)]),
         "missing": [f"pip install {' '.join(absent)}"] if absent else [],
@@ -135,7 +134,7 @@ def _draws(recipe: Recipe, outline: Outline) -> tuple[str, list[str]]:
 
 def _check_bundled_rewards(recipe: Recipe, conditions: Sequence) -> None:
     """Whether the rewards that are at hand can be loaded and read the conditions."""
-    terms = [term for term in recipe.rewards.terms if check_reward(term.name).steps_of is None]
+    terms = recipe.rewards.terms
     at_hand = {term.name: term.options for term in terms if check_reward(term.name).needs(term.options) == Needs()}
     load_rewards(list(at_hand), options=at_hand).check(conditions)
 
@@ -176,11 +175,11 @@ def _update(grpo: GrpoSection, processes: int, share: int, micro: int) -> list[s
     return lines
 
 
-def _rewards(recipe: Recipe, needs: Mapping[str, Needs], steps: Mapping[str, Sequence]) -> list[str]:
+def _rewards(recipe: Recipe, needs: Mapping[str, Needs]) -> list[str]:
     family = {term.name: check_reward(term.name).family for term in recipe.rewards.terms}
     width, lines = max(map(len, family)), []
     for name, weight in reward_weights(recipe.rewards, family).items():
-        source = f"steps of {steps[name][0]}" if name in steps else needs[name].network or "bundled"
+        source = needs[name].network or "bundled"
         if name not in REWARDS:
             source = "your own"
         counts = f"weight {weight:<7.4g}" if weight else "measured only "
