@@ -9,12 +9,13 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, GradientState
 
 from argrpo_cli.cli.app import run
 
@@ -27,8 +28,13 @@ class Ended(NamedTuple):
     err: str
 
 
-def together(arguments: Sequence[str], folder: Path, processes: int = 2, timeout: float = 300) -> Ended:
-    """Run `argrpo ARGUMENTS` by several processes and wait for their end; what they print goes into `folder` first."""
+def together(arguments: Sequence[str], folder: Path) -> Ended:
+    """Run `argrpo ARGUMENTS` by two processes; see `forked`."""
+    return forked(partial(run, arguments), folder)
+
+
+def forked(action: Callable[[], int], folder: Path, processes: int = 2, timeout: float = 300) -> Ended:
+    """Let several processes act, each to an exit code, and wait for their end; what they print lies in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -40,7 +46,7 @@ def together(arguments: Sequence[str], folder: Path, processes: int = 2, timeout
         "MASTER_PORT": port,
     }
     fork = multiprocessing.get_context("fork")
-    jobs = [fork.Process(target=_work, args=(arguments, rank, variables, folder)) for rank in range(processes)]
+    jobs = [fork.Process(target=_work, args=(action, rank, variables, folder)) for rank in range(processes)]
     for job in jobs:
         job.start()
     for job in jobs:
@@ -50,9 +56,10 @@ def together(arguments: Sequence[str], folder: Path, processes: int = 2, timeout
     return Ended([job.exitcode for job in jobs], *printed)
 
 
-def _work(arguments: Sequence[str], rank: int, variables: dict[str, object], folder: Path) -> None:
+def _work(action: Callable[[], int], rank: int, variables: dict[str, object], folder: Path) -> None:
     os.environ |= {key: str(value) for key, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()}
     sys.stdout, sys.stderr = (open(folder / f"{name}-{rank}", "w") for name in ("out", "err"))  # noqa: SIM115
-    PartialState._reset_state()  # of an earlier test
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier test
+    GradientState._reset_state()
     torch.set_num_threads(1)  # a fork has the calling thread only
-    sys.exit(run(arguments))
+    sys.exit(action())

@@ -1,6 +1,6 @@
 """What test_together.py starts as several processes: whole runs, one after the other, since a start takes long.
 
-    torchrun --nproc_per_node=2 tests/training/together_worker.py FOLDER CASE ...
+    accelerate launch --num_processes 2 tests/training/together_worker.py FOLDER CASE ...
 
 How each case ended here is written to FOLDER/<process>.json: "" for well, or what was raised.
 """
@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,8 +29,12 @@ if __name__ == "__main__":  # the folder tests is no package, and another distri
 
 from tests.training.tiny import CODES, FakeRewards, brightness, redness, tiny_recipe
 
-PROCESS = int(os.environ.get("RANK", "0"))
 PLAIN = {"batch_size": 16, "group_size": 8, "steps": 5, "save_every": 2, "grid_every": 2}
+
+
+def process() -> int:
+    """Which of the processes this is."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def plain(folder: Path, out: Path) -> None:
@@ -63,7 +67,7 @@ def captions(folder: Path, out: Path) -> None:
 def stopped(folder: Path, out: Path) -> None:
     """A signal reaches one process of the two."""
     rewards = FakeRewards()
-    rewards.on_batch = lambda batch: os.kill(os.getpid(), signal.SIGTERM) if batch == 3 and PROCESS == 1 else None
+    rewards.on_batch = lambda batch: os.kill(os.getpid(), signal.SIGTERM) if batch == 3 and process() == 1 else None
     run_training(tiny_recipe(folder / "policy", **PLAIN), out, rewards=rewards)
 
 
@@ -75,7 +79,7 @@ def failing(folder: Path, out: Path) -> None:
     """A reward that one process cannot ask."""
 
     def asked(batch: int) -> None:
-        if batch == 2 and PROCESS == 1:
+        if batch == 2 and process() == 1:
             raise UserError("the judge is out")
 
     rewards = FakeRewards()
@@ -85,7 +89,7 @@ def failing(folder: Path, out: Path) -> None:
 
 def refused(folder: Path, out: Path) -> None:
     """A fault that the second process alone finds before training."""
-    name = "policy" if PROCESS == 0 else "nothing"
+    name = "policy" if process() == 0 else "nothing"
     run_training(tiny_recipe(folder / name, **PLAIN), out, rewards=FakeRewards())
 
 
@@ -96,7 +100,7 @@ def broken(folder: Path, out: Path) -> None:
     def complain(*args: Any, **options: Any) -> Any:
         raise UserError("the logits are not numbers")
 
-    LlamaGen.sample = complain if PROCESS == 1 else draw
+    LlamaGen.sample = complain if process() == 1 else draw
     try:
         run_training(tiny_recipe(folder / "policy", **PLAIN), out, rewards=FakeRewards())
     finally:
@@ -123,20 +127,20 @@ def accelerate_shards_on_cpus() -> None:
     PartialState.__init__ = begin_as_gpu
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path, cases: Sequence[str]) -> int:
     train.refresh_report = lambda *args, **keys: None  # which takes its time
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         accelerate_shards_on_cpus()
     ends = {}
-    for name in sys.argv[2:]:
+    for name in cases:
         try:
             CASES[name](folder, folder / name)
             ends[name] = ""
         except (UserError, SystemExit) as error:
             ends[name] = f"{type(error).__name__} {error}"
-    (folder / f"{PROCESS}.json").write_text(json.dumps(ends))
+    (folder / f"{process()}.json").write_text(json.dumps(ends))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), sys.argv[2:])
