@@ -352,3 +352,15 @@ def test_a_wrong_call_is_refused(encoded, columns, message):
 def test_an_impossible_geometry_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         LlamaGenConfig(**fields)
+
+
+def test_bfloat16_on_a_cpu_has_the_gradient_of_float32_up_to_rounding():
+    """The training pass under autocast, whose attention and norms are computed in float32."""
+    model, given = copy.deepcopy(golden_model("A_c2i")), inputs(tensors("A_c2i"))
+    gradients = []
+    for half in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            model(*given).logp.mean().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999

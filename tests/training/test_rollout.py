@@ -124,12 +124,12 @@ def test_reused_images_are_drawn_once(new_trainer: Build) -> None:
     assert len(spy.prompts) == 2
 
 
-@pytest.mark.parametrize("chunk", [rollout.CHUNK, 3])
+@pytest.mark.parametrize("chunk", [64, 3])
 def test_images_show_what_was_asked(
     new_trainer: Build, policy: Policy, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     """The same images whether they are drawn at once or in chunks of 3, 3 and 2."""
-    monkeypatch.setattr(rollout, "CHUNK", chunk)
+    monkeypatch.setattr(rollout, "drawn_at_once", lambda tokens: chunk)
     trainer = new_trainer(seed=5)
     output = trainer.rollout_func(["2"] * 5 + ["0"] * 3, trainer)
     assert output["conditions"] == [Condition("a photo of a cat", 2)] * 5 + [Condition("a photo of an ant", 0)] * 3

@@ -138,7 +138,7 @@ def _attend_as_published(
     heads, kv_heads = attention.heads, attention.kv_heads
     qkv = attention.wqkv(x).unflatten(-1, (-1, attention.head_dim))
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
-    q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+    q, k = apply_rope(q, rotation).to(x.dtype), apply_rope(k, rotation).to(x.dtype)
     keys, values = cache
     keys[:, :, position] = k.transpose(1, 2)
     values[:, :, position] = v.transpose(1, 2)

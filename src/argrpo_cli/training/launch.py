@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CONFIGS = ("ddp", "fsdp2", "zero2", "zero3")  # accelerate/*.yaml
 # Seconds that processes get to finish their step and save when a signal comes, before the launcher kills them.
 TIME_TO_SAVE = 600
-CHUNK = 64  # images that a process draws and decodes at a time
+CHUNK, CHUNK_TOKENS = 64, 2**14  # images that a process draws at a time, or as many as have so many tokens
 
 
 def images_per_process(recipe: Recipe, processes: int) -> tuple[int, int]:
@@ -62,6 +62,11 @@ def images_per_process(recipe: Recipe, processes: int) -> tuple[int, int]:
             f"all {share} at once"
         )
     return share, micro
+
+
+def drawn_at_once(tokens: int) -> int:
+    """How many images of so many tokens a process draws at a time: 256 of 64, and 64 of 256 or more."""
+    return max(CHUNK, CHUNK_TOKENS // tokens)
 
 
 def config_file(name: str) -> Path:

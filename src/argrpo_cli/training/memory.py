@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from argrpo_cli.training.launch import CHUNK
+from argrpo_cli.training.launch import drawn_at_once
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.llamagen.published import Outline
@@ -123,7 +123,7 @@ def estimate(
     steered = recipe.sampling.cfg_scale > 1
     sampling = recipe.sampling if grpo.logprob == "guided" else replace(recipe.sampling, cfg_scale=1.0)
     kept = pass_bytes(outline, micro, sampling, autocast=autocast, checkpointing=grpo.gradient_checkpointing)
-    images, number = min(share, CHUNK), 2 if autocast else 4
+    images, number = min(share, drawn_at_once(model.config.block_size)), 2 if autocast else 4
     cache = outline.drawing_bytes(images, guided=steered, recorded=device != "cpu", number=number)
     again = 4 * max(parameters) if micro < share else 0  # a further micro-batch's gradient, before it is added
     matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))

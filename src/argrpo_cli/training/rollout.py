@@ -22,7 +22,7 @@ from argrpo_cli.seeds import happens, of_training
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.gathering import whole_model
-from argrpo_cli.training.launch import CHUNK
+from argrpo_cli.training.launch import drawn_at_once
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -98,7 +98,8 @@ class Rollout:
         with self.stopwatch.measure("rollout"):
             with whole_model(trainer) as model:
                 parts = self.team.together(lambda: self.draw(model, encoded, seeds, trainer, sampling, logp))
-            images = [image for part in parts for image in self.policy.decode(part.tokens)]
+            with trainer.accelerator.autocast():  # in bfloat16 a fifth of a level of 256 away, of five times the speed
+                images = [image for part in parts for image in self.policy.decode(part.tokens)]
         # The conditions of this batch and no other: those of a whole data set would not fit a GPU.
         trainer.encoded = self.policy.encode(conditions, torch.tensor(dropped)) if any(dropped) else encoded
         logprobs = [row for part in parts for row in part.logp.tolist()]
@@ -125,8 +126,9 @@ class Rollout:
         sampling: Sampling,
         logp: str | None = None,
     ) -> list[Drawn]:
-        """Tokens and, if asked as in `Policy.sample`, their log-probabilities, `CHUNK` images at a time."""
-        parts = [slice(start, start + CHUNK) for start in range(0, len(seeds), CHUNK)]
+        """Tokens and, if asked as in `Policy.sample`, their log-probabilities, many images at a time."""
+        at_once = drawn_at_once(self.policy.card.tokens)
+        parts = [slice(start, start + at_once) for start in range(0, len(seeds), at_once)]
         try:
             with trainer.accelerator.autocast():  # the precision of the training pass, or the ratio is not 1
                 return [

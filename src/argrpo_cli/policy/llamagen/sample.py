@@ -20,6 +20,7 @@ from argrpo_cli.policy.llamagen.model import (
     KeyValue,
     LlamaGenForImageGeneration,
     caption_attention_mask,
+    computed_dtype,
     guide,
 )
 from argrpo_cli.policy.protocol import Drawn
@@ -73,7 +74,7 @@ def sample_tokens(
 
     def choose(logits: Tensor, conditional: Tensor, index: int) -> Tensor:
         filtered = filter_logits(logits, temperature, sampling.top_k, sampling.top_p)
-        broken.logical_or_(~logits.isfinite().all())
+        broken.logical_or_(~logits.sum().isfinite())  # one pass; a sum keeps what is no number
         tokens = inverse_cdf(filtered, uniforms[:, index])
         if logp == "guided":
             logprobs[:, index] = log_prob(filtered, tokens)
@@ -200,11 +201,9 @@ def new_cache(model: LlamaGenForImageGeneration, batch: int, length: int | None 
     config, weight = model.config, model.model.embed_tokens.weight
     length = length or config.cls_token_num + config.block_size
     shape = (batch, config.num_key_value_heads, length, config.head_dim)
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
     def empty() -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=weight.device)
+        return torch.zeros(shape, dtype=computed_dtype(weight), device=weight.device)
 
     return [(empty(), empty()) for _ in range(config.num_hidden_layers)]
 
@@ -320,21 +319,22 @@ class Decoder:
 def packed_linears(model: nn.Module, rows: int) -> Iterator[bool]:
     """Within this context the linear layers of a model on a CPU use copies of their weights laid out for `rows` rows.
 
+    Under autocast the copies are in its type, and the layers give what they would give there.
+
     A decoding step multiplies a few rows by every weight of the model, and with weights as they are stored half of that
     time goes into rearranging them, again for every token. oneDNN can lay them out once. torch's compiler does this
     through two operators that torch documents nowhere else; where a version lacks them, layers stay as they are.
 
     The copies are as large as the weights and are gone afterwards; gradients do not flow through them. Yields whether
-    anything was packed: not on other devices, under autocast, or where torch or the processor has no such kernel.
+    anything was packed: not on other devices, or where torch or the processor has no such kernel.
     """
     packed: list[nn.Module] = []
     try:
-        if not torch.is_autocast_enabled("cpu"):
-            for module in model.modules():
-                if _can_pack(module):
-                    forward = _packed(module, rows)
-                    packed.append(module)
-                    module.forward = forward  # shadows the method of the class, in this instance
+        for module in model.modules():
+            if _can_pack(module):
+                forward = _packed(module, rows)
+                packed.append(module)
+                module.forward = forward  # shadows the method of the class, in this instance
         yield bool(packed)
     finally:
         for module in packed:
@@ -342,11 +342,13 @@ def packed_linears(model: nn.Module, rows: int) -> Iterator[bool]:
 
 
 def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
-    weight, bias = layer.weight.detach(), layer.bias
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    weight = layer.weight.detach()
+    dtype = computed_dtype(weight)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows)
 
     def forward(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), laid_out, bias, "none", [], "")
 
     return forward
 
@@ -357,7 +359,7 @@ def _can_pack(module: nn.Module) -> bool:
         return False
     if module.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    operators, dtype = torch.ops.mkldnn, module.weight.dtype
+    operators, dtype = torch.ops.mkldnn, computed_dtype(module.weight)
     if not hasattr(operators, "_reorder_linear_weight") or not hasattr(operators, "_linear_pointwise"):
         return False
     kernels = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
