@@ -320,7 +320,7 @@ def test_seconds_that_are_left_out_are_no_training_time(monkeypatch: pytest.Monk
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     callback = MetricsCallback(None, None, Stopwatch(), [], images=1, seconds=5.0)
     for event in (callback.on_train_begin, callback.on_step_end):
-        event(None, None, None)
+        event(None, SimpleNamespace(global_step=0), None)
     callback.leave_out(6.5)
     callback.on_step_end(None, None, None)
     assert callback.seconds == 5.0 + 1.0 + 1.5

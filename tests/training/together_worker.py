@@ -29,7 +29,8 @@ if __name__ == "__main__":  # the folder tests is no package, and another distri
 
 from tests.training.tiny import CODES, FakeRewards, brightness, redness, tiny_recipe
 
-PLAIN = {"batch_size": 16, "group_size": 8, "steps": 5, "save_every": 2, "grid_every": 2}
+# A group in each micro-batch, and in each of two processes: what one process sees of the gradient, two see together.
+PLAIN = {"batch_size": 16, "group_size": 8, "micro_batch_size": 8, "steps": 5, "save_every": 2, "grid_every": 2}
 
 
 def process() -> int:

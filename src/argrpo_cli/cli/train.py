@@ -20,6 +20,9 @@ CHANGEABLE = (
 )  # fmt: skip
 
 
+PILOT_MINUTES = 5.0
+
+
 @command(least={"processes": 1})
 def train(
     recipe: str | None = None,
@@ -27,6 +30,8 @@ def train(
     out: Path | None = None,
     resume: Path | None = None,
     dry_run: bool = False,
+    pilot: bool = False,
+    minutes: float | None = None,
     processes: int | None = None,
     accelerate_config: str | None = None,
 ) -> None:
@@ -41,14 +46,19 @@ def train(
         --resume RUN_DIR: Continue an interrupted run.
         --dry-run: Check, print the plan (stderr) and the resolved recipe (stdout), then stop. Only a wrong recipe is an
             error; what the machine lacks is listed.
+        --pilot: Measure for some minutes, without changing a weight, the noise of the gradient, the spread of rewards,
+            speed and memory, and write a recipe with the batch size, learning rate and beta that follow, to pilot.yaml
+            in --out.  [default: runs/<recipe name>-pilot]
+        --minutes: How long a pilot measures.  [default: 5]
         --processes: Train with several processes of this machine, a GPU each.  [one]
         --accelerate-config NAME|FILE: How they share the work: ddp, fsdp2, zero2, zero3, or a file of `accelerate
             config`.  [default: ddp]
     """
     from argrpo_cli.recipe import dump_recipe, load_recipe
-    from argrpo_cli.runs.run import refuse_used
+    from argrpo_cli.runs.run import clear_for_pilot, refuse_used
 
     set_ = set_ or []
+    _check_pilot(pilot, minutes, resume, dry_run)
     if resume is not None:
         if recipe is not None or out is not None:
             raise UserError("--resume takes everything from the run directory; leave out the recipe and --out")
@@ -73,7 +83,12 @@ def train(
         loaded = load_recipe(recipe, set_)
         run_dir = out if out is not None else loaded.run_dir
         _check_names(loaded)
-        if not dry_run:
+        if pilot:
+            loaded = _from_its_start(loaded)
+            run_dir = out if out is not None else run_dir.with_name(f"{run_dir.name}-pilot")
+            if "RANK" not in os.environ:
+                clear_for_pilot(run_dir)
+        elif not dry_run:
             refuse_used(run_dir)
     notice(f"loading {loaded.policy.checkpoint} ...")
     if dry_run:
@@ -93,12 +108,20 @@ def train(
     if processes is not None and processes > 1:
         what = [str(recipe), "--out", str(run_dir)] if resume is None else ["--resume", str(resume)]
         again = ["train", *what, *(f"--set={text}" for text in set_)]
+        again += ["--pilot", f"--minutes={minutes or PILOT_MINUTES}"] if pilot else []
         return _together(again, loaded, processes, accelerate_config or "ddp")
-
-    from argrpo_cli.training.train import run_training
 
     if resume is None:
         _tell_sampling(loaded)
+    if pilot:
+        from argrpo_cli.recipe import find_recipe
+        from argrpo_cli.training.pilot import run_pilot
+
+        run_pilot(loaded, find_recipe(recipe), run_dir, minutes or PILOT_MINUTES)
+        return
+
+    from argrpo_cli.training.train import run_training
+
     result = run_training(loaded, run_dir, resume=resume is not None)
     if int(os.environ.get("RANK", "0")):
         return  # of several processes the first one reports
@@ -109,6 +132,34 @@ def train(
     if (result / "policy_ema").is_dir():
         print(f"running mean       {result / 'policy_ema'}")
     print(f"use it             argrpo sample --policy {result} --out images")
+
+
+def _check_pilot(pilot: bool, minutes: float | None, resume: Path | None, dry_run: bool) -> None:
+    """Refuse options that say nothing together."""
+    if minutes is not None and not pilot:
+        raise UserError(f"--minutes {minutes:g}: of a pilot; give --pilot as well, or --set grpo.time_limit_minutes")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise UserError(f"--minutes {minutes:g}: must be above 0")
+    if pilot and resume is not None:
+        raise UserError("--pilot: measures a recipe before its run, and --resume continues a run; give one of them")
+    if pilot and dry_run:
+        raise UserError("--pilot: measures for some minutes, and --dry-run computes nothing; give one of them")
+
+
+def _from_its_start(recipe: Recipe) -> Recipe:
+    """The recipe without its start, from the policy that came out of that."""
+    if recipe.method != "grpo":
+        raise UserError(f"--pilot: measures GRPO, and method of this recipe is {recipe.method}")
+    if recipe.start is None:
+        return recipe
+    folder = recipe.run_dir / "start" / "policy"
+    if not folder.is_dir():
+        raise UserError(
+            f"--pilot: GRPO goes on from the result of start, and {folder} is not there; begin the run and stop it "
+            "when its start is finished, or say --set start=null --set policy.checkpoint=POLICY"
+        )
+    policy = recipe.policy.model_copy(update={"checkpoint": str(folder)})
+    return recipe.model_copy(update={"start": None, "policy": policy})
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ import fnmatch
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
 
 LOCK = ".lock"
+PILOT_FILE, PILOT_SCRATCH = "pilot.yaml", ".pilot"  # a pilot's proposal, and its run directory while it runs
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")  # whose versions are noted
 
 
@@ -218,6 +220,18 @@ def refuse_used(root: Path) -> None:
         )
     if used:
         raise UserError(f"{root} is not empty and not a run; choose another folder with --out")
+
+
+def clear_for_pilot(folder: Path) -> None:
+    """Make sure of a pilot's folder: new, or an earlier one's, of which one that was killed left its run.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    own = {PILOT_FILE, PILOT_SCRATCH}
+    if folder.exists() and not (folder.is_dir() and {one.name for one in folder.iterdir()} <= own):
+        raise UserError(f"{folder} is not empty; choose another folder for {PILOT_FILE} with --out")
+    shutil.rmtree(folder / PILOT_SCRATCH, ignore_errors=True)
 
 
 def refuse_unused(root: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -139,12 +140,17 @@ class Guards:
             yield "", text
 
     def _kl_beyond(self) -> Iterator[Sighting]:
-        """A KL estimate (nats per token) above the limit in the last `KL_UPDATES` updates."""
+        """A KL estimate (nats per token) above the limit in the last `KL_UPDATES` that were made."""
         limit = self.section.kl.limit
-        latest = [record.get("kl") for record in self._records[-KL_UPDATES:]]
-        if len(latest) == KL_UPDATES and all(kl is not None and kl > limit for kl in latest):
+        # Without a KL term there is what is measured now and then.
+        key = "kl" if self._records[-1].get("kl") is not None else "kl_start"
+        if self._records[-1].get(key) is None:
+            return
+        measured = (one[key] for one in reversed(self._records) if one.get(key) is not None)
+        latest = list(islice(measured, KL_UPDATES))
+        if len(latest) == KL_UPDATES and min(latest) > limit:
             text = (
-                f"the KL to the base policy is {latest[-1]:.3g} nats per token (limit {limit:g}): the policy has left "
+                f"the KL to the base policy is {latest[0]:.3g} nats per token (limit {limit:g}): the policy has left "
                 "its base, and its images are usually ruined; raise grpo.beta or lower grpo.learning_rate in a new "
                 "run, or raise guards.kl.limit"
             )

@@ -66,7 +66,7 @@ class MetricsCallback(TrainerCallback):
     updates_per_batch: int = 1
     measured: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
-    _records: list[dict[str, Any]] = field(default_factory=list)  # of all updates
+    records: list[dict[str, Any]] = field(default_factory=list)  # of all updates
     _noise_scale: NoiseScale = field(default_factory=NoiseScale)
     _last_step_end = _step_start = _step_seconds = 0.0
 
@@ -150,7 +150,7 @@ class MetricsCallback(TrainerCallback):
         learnt: dict[str, Any] = {"noise_scale": self._noise_scale.value, "noise_scale_least": self._noise_scale.least}
         measured, self.measured = self.measured, {}
         if measured:
-            gained = gain(self._records)
+            gained = gain(self.records)
             learnt |= measured
             learnt["gain"], learnt["gain_error"] = (None, None) if gained is None else gained[:2]
             learnt["kl_efficiency"] = kl_efficiency(gained, measured.get("kl_start"), self.tokens)
@@ -159,7 +159,7 @@ class MetricsCallback(TrainerCallback):
 
     def _count(self, record: dict[str, Any]) -> None:
         """Remember a record for what is said of many."""
-        self._records.append(record)
+        self.records.append(record)
         self._noise_scale.add(record.get("gradient_signal"), record.get("gradient_noise"))
 
 

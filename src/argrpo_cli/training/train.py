@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,6 +59,7 @@ from argrpo_cli.training.streams import StreamedConditions
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
+    from transformers import TrainerCallback
 
     from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
@@ -76,6 +77,7 @@ def run_training(
     *,
     rewards: RewardSet | None = None,
     console: Console | None = None,
+    work: Callable[[Job, bool], None] | None = None,
 ) -> Path:
     """Train a policy by GRPO as the recipe says.
 
@@ -89,6 +91,7 @@ def run_training(
             the result is bit for bit that of a run that was never interrupted.
         rewards: rewards of your own, with the names that `recipe.rewards.terms` uses; by default those of the package.
         console: where progress is shown; standard output by default.
+        work: what is done with the job, and `resume`, in the place of `Job.train`; a pilot's.
 
     Returns:
         The run directory, with the trained policy in `policy/`.
@@ -111,7 +114,7 @@ def run_training(
         team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
         job = Job(recipe, out, policy, conditions, rewards, weights, request, team, console)
         with job.trackers:
-            job.train(resume)
+            (work or Job.train)(job, resume)
     return out
 
 
@@ -265,6 +268,31 @@ class Job:
         if team.first:
             for sentence in conclusions(run.metrics(), recipe.grpo.batch_size, run.notes()):
                 self.display.note(sentence)
+
+    def rehearse(self, still: TrainerCallback) -> MetricsCallback:
+        """Updates as in training until the time is up, whose gradients a callback takes away; nothing is saved.
+
+        Raises:
+            UserError: a reward or a guard would have stopped the run.
+            Interrupted: a second signal came; the first ends it after the update in progress.
+        """
+        self.writer.base()
+        trainer, metrics, _ = self._assemble(0.0, None)
+        for callback in (CheckpointCallback, GridCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(still)
+        self.display.start(0)
+        self.request.training = True
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            self.display.note("stopped; no weight was changed")
+            raise Interrupted(self.request.exit_code) from None
+        finally:
+            self.display.stop()
+        if self.request.failure is not None:
+            self.team.fail(f"stopped: {self.request.failure}")
+        return metrics
 
     def _finish(self, trainer: ImageGRPOTrainer, stop: StopCallback, before: Tensor | None) -> None:
         """What comes after the last update: the last grid and the trained policy, or why the run stopped earlier."""
