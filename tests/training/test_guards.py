@@ -82,7 +82,10 @@ def test_kl_stops_when_it_is_above_the_limit_in_two_updates_in_a_row() -> None:
     found = findings([record(step, kl=kl) for step, kl in enumerate(kls, start=1)])
     assert [(one.step, one.guard, one.action) for one in found] == [(5, "kl", "stop")]
     assert "2.6 nats per token (limit 2)" in found[0].text
-    assert not findings([record(step, kl=None) for step in range(1, 30)])  # beta 0 measures none
+    assert not findings([record(step, kl=None) for step in range(1, 30)])
+    measured = {4: 2.5, 8: 2.7}  # beta 0: now and then, on the images of a grid
+    found = findings([record(step, kl=None, kl_start=measured.get(step)) for step in range(1, 12)])
+    assert [(one.step, one.action) for one in found] == [(8, "stop")]
 
 
 def test_a_tenfold_jump_of_the_kl_is_said_above_a_floor() -> None:

@@ -32,7 +32,7 @@ FOUND = Measured(
 
 def recipe(**grpo: Any) -> Recipe:
     """A run of 80,000 images, 40 an update, in groups of 4."""
-    return tiny_recipe(**{"batch_size": 40, "steps": 2000, "beta": 0.1} | grpo)
+    return tiny_recipe(**{"batch_size": 40, "steps": 2000, "beta": 0.2} | grpo)
 
 
 def test_the_batch_goes_to_the_noise_scale_and_the_rate_with_its_root() -> None:
@@ -78,14 +78,14 @@ def test_what_cannot_be_mended_by_numbers_is_said() -> None:
 
 
 def test_gradients_of_all_updates_are_compared_with_each_other() -> None:
-    """|G|² = 0.2, S = 4 in 5,000 numbers: 100 updates of 8 images, in blocks of 2, and the error that is claimed."""
+    """|G|² = 0.2, S = 4 in 50 numbers: 30 updates of 8 images in blocks of 2, and the error that is claimed."""
     draw, ratios, found = np.random.default_rng(0), [], None
     for _ in range(40):
         still, records = Stillness(), []
         for _ in range(30):
             blocks = draw.normal(size=(4, 50)) * np.sqrt(4 / 50 / 2) + np.sqrt(0.2 / 50)
             model = torch.nn.Linear(50, 1, bias=False)
-            model.weight.grad = torch.tensor(blocks.mean(0, keepdims=True))
+            model.weight.grad = torch.tensor(blocks.mean(0, keepdims=True)).float()
             still.on_pre_optimizer_step(None, None, None, model=model)
             assert model.weight.grad is None
             signal, noise = estimate((blocks**2).sum(1).mean(), (blocks.mean(0) ** 2).sum(), few=2, many=8)
@@ -98,8 +98,8 @@ def test_gradients_of_all_updates_are_compared_with_each_other() -> None:
         ratios.append((found.signal - 0.2) / found.error)
     assert found.noise == pytest.approx(4, rel=0.1)
     assert abs(np.mean(ratios)) < 0.6
-    assert 0.7 < np.std(ratios) < 2  # 1 without the part of the signal itself
-    with pytest.raises(UserError, match="--pilot: 3 updates were measured, 4 are the least; give more --minutes"):
+    assert 0.7 < np.std(ratios) < 1.3
+    with pytest.raises(UserError, match="--pilot: 3 updates were measured, and 4 are the least"):
         measure(records[:3], still, block=2, batch_size=8, tokens=16, memory=0)
 
 
@@ -150,7 +150,7 @@ def test_a_signal_ends_a_pilot_with_what_is_known(
     with pytest.raises(Interrupted) as stop:
         small_pilot(parent, tmp_path / "pilot", rewards)
     assert stop.value.code == 130
-    assert (tmp_path / "pilot" / "pilot.yaml").read_text().startswith("# Proposed by a pilot of 4 updates, 32 images;")
+    assert (tmp_path / "pilot" / "pilot.yaml").read_text().startswith("# Proposed by a pilot of 4 updates, 32 images,")
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -168,11 +168,11 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         ({"recipe": "nano/c2i", "pilot": False, "minutes": 2.0}, "--minutes 2: of a pilot"),
         (
             {"recipe": "nano/c2i", "set_": ["method=distil"]},
-            "--pilot: measures GRPO, and method of this recipe is distil",
+            "--pilot: measures GRPO, and method .* is distil",
         ),
         (
             {"recipe": "nano/c2i", "set_": ["start={}"]},
-            "--pilot: GRPO goes on from the result of start, and .* not there",
+            "--pilot: GRPO goes on .* start, and .* is not there",
         ),
     ],
 )

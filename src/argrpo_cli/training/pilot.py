@@ -187,7 +187,9 @@ def measure(
 
     |G|² is the mean product of the gradients of two blocks, now of any two of the pilot, so the error falls with the
     number of updates, not with its root. How much products of blocks scatter is seen within the updates: their
-    `gradient_signal` is a mean of m (m - 1) products, that of all u updates of u m (u m - 1).
+    `gradient_signal` is a mean of m (m - 1) products, that of all u updates of u m (u m - 1). That is the scatter of
+    noise times noise, 2 tr(Σ²) / images² with S = tr(Σ); of noise times signal it is 4 G'ΣG / images, taken as
+    4 |G|² tr(Σ²) / S / images, which makes the error's square larger by 1 + 2 images |G|² / S.
 
     Args:
         block: images of a block (`GradientMeter`), of which an update of `batch_size` has m.
@@ -212,6 +214,7 @@ def measure(
         signal, noise = estimate(small, still.square(), block, u * batch_size)
         scatter = float(np.std([one for one, _ in parts], ddof=1))
         error = scatter * math.sqrt(m * (m - 1) / (u * m * (u * m - 1)))
+        error *= math.sqrt(1 + 2 * u * batch_size * max(0.0, signal / noise)) if noise > 0 else 1
     return Measured(
         len(scored),
         len(scored) * batch_size,
@@ -272,8 +275,8 @@ def propose(recipe: Recipe, found: Measured) -> tuple[dict[str, Any], list[str]]
     reasons.append(f"beta {beta:g}: {reason}")
     if images < FEW * (scale or least or 0):
         reasons.append(
-            f"not proposed, to be thought of: {images:,} images are few against the noise scale; more steps, or a reward "
-            "with less noise"
+            f"not proposed, to be thought of: {images:,} images are few against the noise scale; more steps, or a "
+            "reward with less noise"
         )
     if found.effective < SATURATED:
         reasons.append(
