@@ -75,13 +75,13 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """What is measured of an update, less times, rounding errors and what tells how the batch was divided."""
+    """What is measured of an update, less times and rounding errors."""
     flat = {key: value for key, value in record.items() if not isinstance(value, dict)}
     flat |= {f"{name} {key}": number for name, one in record["rewards"].items() for key, number in one.items()}
     return {
         key: value
         for key, value in flat.items()
-        if value is not None and not key.startswith(("seconds", "images_per", "ratio_deviation", "gradient_"))
+        if value is not None and not key.startswith(("seconds", "images_per", "ratio_deviation"))
     }
 
 
