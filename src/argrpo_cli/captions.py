@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_captions(source: str | list[str], column: str = "prompt") -> list[str]:
     if isinstance(source, list):
         return source
     if source == "nano":
-        return nano_captions()
+        return list(nano_captions())
     if source in SETS:
         return [prompt.text for prompt in prompt_set(source)]
     path = Path(source).expanduser()
@@ -68,7 +69,8 @@ def file_rows(path: Path) -> list[str | dict[str, Any]]:
     return rows
 
 
-def nano_captions() -> list[str]:
+@cache
+def nano_captions() -> tuple[str, ...]:
     """Captions to train on: the nano world's grammar without what the benchmark asks.
 
     Distinct ones, at most `PER_CATEGORY` of each category, categories in turn. There are 24 captions of a single object
@@ -93,7 +95,7 @@ def nano_captions() -> list[str]:
             if prompt.tag == tag and len(captions) < PER_CATEGORY and not held_out:
                 captions[prompt.text] = None
         rows.append(list(captions))
-    return [row[place] for place in range(PER_CATEGORY) for row in rows if place < len(row)]
+    return tuple(row[place] for place in range(PER_CATEGORY) for row in rows if place < len(row))
 
 
 def captions_in(row: dict[str, Any], column: str, where: str) -> list[str]:

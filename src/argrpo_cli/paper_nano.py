@@ -14,7 +14,6 @@ import hashlib
 import math
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -40,7 +39,7 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import dump_recipe, load_recipe
 from argrpo_cli.rewards import REWARDS, load_rewards
 from argrpo_cli.shapes import Sampling, Value
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, exit_code
 from argrpo_cli.system.files import (
     atomic_path,
     fill_template,
@@ -333,14 +332,11 @@ def main() -> None:
     parser.add_argument("--per-prompt", type=int, default=4, help="images per prompt of GenEval")
     args = parser.parse_args()
     started = time.time()
-    try:
+    with exit_code("paper-nano"):
         figures = make_dir(args.page.parent)
         results = repeat_the_paper(Workplace(args.out, args.n, args.per_prompt))
         draw_figures(results, figures / "paper_nano.png")
         write_text(args.page, page(results, args.n, args.per_prompt))
-    except UserError as error:
-        print(f"paper-nano: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(f"{args.page} written after {(time.time() - started) / 60:.0f} minutes")
 
 

@@ -18,7 +18,7 @@ from argrpo_cli.kept import SETTINGS, check_claim, claim
 from argrpo_cli.policy.folder import choose_sampling, glance
 from argrpo_cli.shapes import Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import atomic_path, cannot_write, make_dir, read_json, save_png, write_json, write_jsonl
+from argrpo_cli.system.files import atomic_path, make_dir, read_json, save_png, writable, write_json, write_jsonl
 from argrpo_cli.system.processes import notice
 
 if TYPE_CHECKING:
@@ -173,10 +173,8 @@ def _claim(out: Path, identity: dict[str, Any], batch_size: int, overwrite: bool
         images = [path.name for path in out.iterdir() if OUR_IMAGE.fullmatch(path.name)] if there else []
         # Metadata first, for it vouches for the others.
         for path in [out / name for name in (METADATA, GRID, NPZ, EARLIER_SETTINGS, *images)] if there else []:
-            try:
+            with writable(path):
                 path.unlink(missing_ok=True)
-            except OSError as error:
-                raise cannot_write(path, error) from error
         write_json(make_dir(out) / SETTINGS, {**identity, "batch_size": batch_size})
     mend = "choose another --out, or --overwrite to replace"
     return claim(out, identity, batch_size, "samples of other settings", mend)

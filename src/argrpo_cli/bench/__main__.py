@@ -6,7 +6,7 @@ import pkgutil
 import sys
 import time
 
-from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.errors import UserError, did_you_mean, exit_code
 
 NAMES = {"nano": "sampler:nano"} | {name: f"{name}:main" for name in ("sampler", "rewards", "train", "eval")}
 
@@ -25,8 +25,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_code("argrpo_cli.bench"):
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"argrpo_cli.bench: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from argrpo_cli.geneval.prompts import Prompt, official_prompts, parse_prompt
 from argrpo_cli.geneval.rules import Thresholds
-from argrpo_cli.images import read_image
+from argrpo_cli.images import folder_entries, read_image
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, readable, write_text
 
@@ -47,8 +47,7 @@ def read_pictures(folder: Path) -> list[tuple[str, Prompt]]:
     Raises:
         UserError: no such folder or layout, a prompt that GenEval has not, pictures that are missing.
     """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
+    folder_entries(folder)  # refuses what is none
     with readable(f"the folder {folder}"):
         there = {path: _numbered(path / SAMPLES, ".png") for path in _numbered(folder)}
     count = max((len(samples) for samples in there.values()), default=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class Residual(nn.Module):
 
     def __init__(self, width: int, dilation: int) -> None:
         super().__init__()
-        conv = lambda: nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False)  # noqa: E731
+        conv = partial(nn.Conv2d, width, width, 3, padding=dilation, dilation=dilation, bias=False)
         self.body = nn.Sequential(conv(), nn.BatchNorm2d(width), nn.LeakyReLU(0.1), conv(), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:

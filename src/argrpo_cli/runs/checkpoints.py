@@ -22,7 +22,7 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import BUNDLED_POLICIES, MANIFEST, POLICIES, checkpoint_folders, mark_adapter
 from argrpo_cli.runs.disk import PARTIAL, replace_folder, set_aside
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import cannot_write, read_json, reason, write_json
+from argrpo_cli.system.files import cannot_write, read_json, reason, writable, write_json
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -147,12 +147,10 @@ def write_manifest(folder: Path) -> None:
     Raises:
         UserError: a file cannot be read, or the list not be written.
     """
-    try:
+    with writable(folder / MANIFEST):
         files = {
             path.relative_to(folder).as_posix(): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }
-    except OSError as error:
-        raise cannot_write(folder / MANIFEST, error) from error
     files.pop(MANIFEST, None)
     write_json(folder / MANIFEST, {"files": files})
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import cannot_write, make_dir, open_to_all
+from argrpo_cli.system.files import cannot_write, make_dir, open_to_all, writable
 
 OLD, REMOVED = ".old-", ".removed-"
 TEMPORARY = ".tmp-"  # what files.py and save_model write before they rename
@@ -63,7 +63,7 @@ def replace_folder(partial: Path, final: Path) -> None:
         UserError: the file system refuses; an older folder of that name is still there, under it or for `recover`.
     """
     old = final.with_name(OLD + final.name)
-    try:
+    with writable(final):
         for path in partial.rglob("*"):
             if path.is_file():
                 open_to_all(path)
@@ -74,8 +74,6 @@ def replace_folder(partial: Path, final: Path) -> None:
             os.replace(final, old)
         os.replace(partial, final)
         sync_folder(final.parent)
-    except OSError as error:
-        raise cannot_write(final, error) from error
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -106,11 +104,9 @@ def set_aside(folder: Path, name: str) -> Path:
     while aside.exists():
         count += 1
         aside = folder.with_name(f"{name}-{count}")
-    try:
+    with writable(aside):
         os.replace(folder, aside)
         sync_folder(folder.parent)
-    except OSError as error:
-        raise cannot_write(aside, error) from error
     return aside
 
 
@@ -126,15 +122,13 @@ def recover(folder: Path) -> None:
         final = folder / path.name.removeprefix(OLD)
         partial = path.name.startswith(".") and path.name.endswith(PARTIAL)
         leftover = partial or path.name.startswith((OLD, REMOVED, TEMPORARY))
-        try:
+        with writable(path):
             if path.name.startswith(OLD) and not final.exists():
                 os.replace(path, final)
             elif leftover and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             elif leftover:
                 path.unlink()
-        except OSError as error:
-            raise cannot_write(path, error) from error
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -41,6 +41,7 @@ from argrpo_cli.system.files import (
     read_json,
     read_text,
     reason,
+    writable,
     write_json,
     write_jsonl,
     write_text,
@@ -114,12 +115,10 @@ class RunDirectory:
         Raises:
             UserError: the disk is full or broken.
         """
-        try:
+        with writable(self.metrics_file):
             self._write_lines()
             with open(self.metrics_file, "ab") as file:
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise cannot_write(self.metrics_file, error) from error
 
     def _write_lines(self) -> None:
         with open(self.metrics_file, "ab", buffering=0) as file:
@@ -270,10 +269,8 @@ def _lock(root: Path) -> Iterator[None]:
 
 
 def _sync(folder: Path) -> None:
-    try:
+    with writable(folder):
         sync_folder(folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -11,6 +13,16 @@ class UserError(Exception):
 
     The command line prints it as `argrpo: error: …` and exits with code 2.
     """
+
+
+@contextmanager
+def exit_code(program: str) -> Iterator[None]:
+    """Within this context of a program beside `argrpo` a UserError is a line on standard error and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def first_line(error: BaseException) -> str:

@@ -31,6 +31,15 @@ def cannot_write(path: str | os.PathLike[str], error: OSError) -> UserError:
 
 
 @contextmanager
+def writable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within this context an OSError is a UserError: `path` could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextmanager
 def readable(
     path: str | os.PathLike[str], damaged: tuple[type[Exception], ...] = (), why: str = "it is damaged"
 ) -> Iterator[None]:
@@ -69,11 +78,8 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     if not there.is_dir():
         what = "it" if there == folder else there
         raise UserError(f"cannot write to {folder}: {what} is a file, not a folder")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    with writable(folder), tempfile.TemporaryFile(dir=there):
+        pass
 
 
 @contextmanager

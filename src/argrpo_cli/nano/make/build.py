@@ -19,7 +19,7 @@ from pathlib import Path
 
 from argrpo_cli.nano.make import judges, policies, rewards
 from argrpo_cli.nano.make.fit import Lesson, Setting, learn
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, exit_code
 from argrpo_cli.system.files import WEIGHTS, make_dir
 
 LESSONS: dict[str, Callable[[Setting], Lesson]] = {
@@ -107,14 +107,11 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder of the earlier networks: --out, else the package")
     parser.add_argument("--install", action="store_true", help="replace the package's weights, and measure them")
     args = parser.parse_args()
-    try:
+    with exit_code("nano"):
         build(args.out, args.only, args.seed, steps=args.steps, weights=args.weights)
         if args.install:
             install(args.out, args.only)
             measure(args.out / "geneval")
-    except UserError as error:
-        print(f"nano: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +49,7 @@ from argrpo_cli.policy.llamagen.policy import DECODE_PIXELS, LlamaGen
 from argrpo_cli.policy.llamagen.sample import BUCKET
 from argrpo_cli.policy.llamagen.text import load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, exit_code
 from argrpo_cli.system.files import HubFile, atomic_path, fetch, read_json
 
 IMAGE_SIZES = (256, 384, 512)
@@ -264,14 +263,11 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, help="pixels a side (default: what the name says)")
     parser.add_argument("--back", action="store_true", help="from a policy to the published layout")
     args = parser.parse_args()
-    try:
+    with exit_code("published"):
         if args.back:
             export(args.given, args.out)
         else:
             open_published(args.given, tokenizer=args.tokenizer, image_size=args.image_size).save(args.out)
-    except UserError as error:
-        print(f"published: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(args.out)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from argrpo_cli.networks.weights import load_pretrained, quiet_transformers, save_model
 from argrpo_cli.policy.llamagen.model import left_pad
 from argrpo_cli.system.errors import UserError, did_you_mean
-from argrpo_cli.system.files import cannot_write, read_json
+from argrpo_cli.system.files import read_json, writable
 from argrpo_cli.system.processes import resolve_device
 
 SAME, OFFLOAD = "same", "offload"  # beside names of devices: where a text encoder may live
@@ -125,10 +125,8 @@ class TextEncoder:
     def save(self, folder: Path) -> None:
         """Write both parts into an existing folder; UserError when it cannot be written."""
         save_model(self.model, folder)
-        try:
+        with writable(folder):
             self.tokenizer.save_pretrained(folder)
-        except OSError as error:
-            raise cannot_write(folder, error) from error
 
 
 def open_text_encoder(name: str, right_padded: bool = False) -> TextEncoder:
