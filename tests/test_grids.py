@@ -48,12 +48,18 @@ def test_wrong_shapes_and_counts_are_refused():
         image_grid(_flat(COLOURS)[:0], 2)
 
 
-def test_before_stands_left_of_after():
+def test_before_stands_left_of_after_and_a_base_left_of_both(tmp_path):
     before, after = _flat([(255, 0, 0)] * 4), _flat([(0, 0, 255)] * 4)
     sheet = np.asarray(before_after(before, after, columns=2))
     red, blue = ((sheet == colour).all(-1) for colour in ((255, 0, 0), (0, 0, 255)))
     assert red.sum() == blue.sum() == 4 * 32 * 32
     middle = sheet.shape[1] // 2
     assert not red[:, middle:].any() and not blue[:, :middle].any()
+    image_grid(_flat([(0, 255, 0)] * 4), 2, scale=2).save(tmp_path / "base.png")
+    three = np.asarray(before_after(before, after, columns=2, base=tmp_path / "base.png"))
+    places = [np.flatnonzero((three == colour).all(-1).any(0)) for colour in ((0, 255, 0), (255, 0, 0), (0, 0, 255))]
+    assert places[0].max() < places[1].min() and places[1].max() < places[2].min()
+    image_grid(_flat([(0, 255, 0)] * 2), 2, scale=2).save(tmp_path / "base.png")  # of fewer pictures
+    assert np.array_equal(before_after(before, after, columns=2, base=tmp_path / "base.png"), sheet)
     with pytest.raises(ValueError, match="same conditions"):
         before_after(before, after[:1], columns=2)

@@ -16,6 +16,7 @@ from argrpo_cli.images import read_image
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.open import FAMILIES
 from argrpo_cli.recipe import Recipe
+from argrpo_cli.shapes import Sampling
 from argrpo_cli.training import run_training
 from tests.evals.test_benchmark import Brightness
 from tests.policy.toy_family import Toy, ToyConfig, ToyModel
@@ -74,6 +75,24 @@ def test_training_follows_the_reward_on_policy_and_resumes(folder: Path, tmp_pat
     train(tiny_recipe(folder, rewards=["bright"], **{**settings, "steps": 5}), tmp_path / "parts")
     train(recipe, tmp_path / "parts", resume=True)
     assert torch.equal(load_policy(tmp_path / "parts" / "policy").model.table, trained.model.table)
+
+
+def test_distilled_to_what_it_was_under_guidance_it_needs_none(folder: Path, tmp_path: Path) -> None:
+    """Its table can hold every distribution, so nothing is left between student and teacher."""
+    distil = {
+        "cfg_scale": 2.0, "lmbda": 0.3, "batch_size": 8, "steps": 80, "learning_rate": 0.1, "weight_decay": 0.0,
+        "schedule": "wsd",
+    }  # fmt: skip
+    tree = tiny_recipe(folder).model_dump() | {"method": "distil", "distil": distil}
+    run_training(Recipe.model_validate(tree), tmp_path / "run", console=Console(file=io.StringIO()))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["divergence"] > 0.1 and lines[-1]["divergence"] < 1e-4
+    base, student = load_policy(folder), load_policy(tmp_path / "run" / "policy")
+    assert student.card.sampling == {"cfg_scale": 1.0}
+    encoded, plain = base.encode(base.conditions([0, 1])), Sampling(cfg_scale=1.0)
+    guided = base.model.log_probs(encoded, Sampling(cfg_scale=2.0)).exp()
+    torch.testing.assert_close(student.model.log_probs(encoded, plain).exp(), guided, atol=0.01, rtol=0)
+    assert torch.equal(student.model.table[-1], base.model.table[-1])  # of no class: nobody asked
 
 
 def test_a_benchmark_measures_it(folder: Path, tmp_path: Path) -> None:

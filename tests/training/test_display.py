@@ -45,6 +45,15 @@ def test_plain_lines_say_everything_about_a_step() -> None:
     assert "\x1b" not in line
 
 
+def test_a_distillation_shows_its_own_measures() -> None:
+    one = {"step": 1, "divergence": 0.25, "entropy": 3.5, "grad_norm": 0.75, "images_per_second": 24.0}
+    (line,) = shown(False, [{**one, "seconds_total": 2.0}]).splitlines()
+    assert line.startswith("step 1/10  divergence 0.2500  entropy 3.500  gradient 0.7500  24.0 images/s  left 0:")
+    text = shown(True, [one, {**one, "step": 2, "divergence": 0.125}])
+    last = text[text.rindex("demo") :]
+    assert "divergence to the guided teacher  0.2500  0.1250" in last and "reward" not in last and "KL" not in last
+
+
 def test_plain_lines_come_every_so_often_and_for_the_first_and_last_step() -> None:
     lines = shown(False, [record(step) for step in range(1, 11)], log_every=4).splitlines()
     assert [line.split()[1] for line in lines] == ["1/10", "4/10", "8/10", "10/10"]

@@ -12,6 +12,7 @@ from torch import nn
 from argrpo_cli.policy import load_policy
 from argrpo_cli.shapes import Condition, Sampling
 from argrpo_cli.training.instruments import GradientMeter, Start, group_of, samplings, transfer_shots
+from argrpo_cli.training.saving import spread
 from tests.training.test_train import metrics, train
 from tests.training.tiny import tiny_recipe
 
@@ -90,9 +91,9 @@ def test_samplings_are_distinct_and_the_trained_one_is_first() -> None:
 
 def test_compared_images_spread_over_the_conditions() -> None:
     conditions = [Condition(name) for name in "abcd"]
-    assert [shot.condition.prompt for shot in transfer_shots(conditions, 2, seed=0)] == ["a", "c"]
-    shots = transfer_shots(conditions, 6, seed=0)
-    assert [shot.condition.prompt for shot in shots] == list("abcdab")
+    assert [shot.condition.prompt for shot in transfer_shots(spread(conditions, 2), seed=0)] == ["a", "c"]
+    shots = transfer_shots(spread(conditions, 6), seed=0)
+    assert [shot.condition.prompt for shot in shots] == list("aabbcd")
     assert len({shot.seed for shot in shots}) == 6
 
 

@@ -46,6 +46,20 @@ def test_a_plan_says_all_of_a_run_in_words() -> None:
     assert not any(line != line.rstrip() for line in text.splitlines())  # and no line is broken
 
 
+def test_a_distillation_keeps_a_teacher_and_asks_no_rewards_but_for_its_scale() -> None:
+    distil = ["method=distil", "grpo.beta=0"]
+    one, grpo = planned("c2i_b256", *distil, "distil.micro_batch_size=16"), planned("c2i_b256", "grpo.beta=0")
+    parts, others = ({part.name: part.bytes for part in each.memory} for each in (one, grpo))
+    assert parts["teacher, float32"] == parts["policy, float32"] and "reference policy, float32" not in parts
+    logits = "logits, a part of them, and their gradients"
+    assert parts[logits] == 2 * others[logits] and parts["training pass"] == others["training pass"]
+    assert not any(name.startswith("reward") for name in parts) and one.supply == []
+    assert "1000 classes, by the teacher with guidance 2; 30% of the batches by the student without" in shown(one)
+    assert "64 images\n" in shown(one) and "1 device: 64 images each, 16 at a time" in shown(one)
+    chosen = shown(planned("c2i_b256", *distil, "distil.cfg_scale=[1.5, 2]", "distil.lmbda=0"))
+    assert "by the teacher with one of the guidances 1.5, 2, as rewards choose\n" in chosen and "hpsv2" in chosen
+
+
 def test_judges_are_counted_once_and_a_server_not_at_all() -> None:
     local = planned("c2i_b256")
     assert sum("Qwen" in part.name for part in local.memory) == 1

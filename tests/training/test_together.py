@@ -77,7 +77,8 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 def numbers(record: dict[str, Any]) -> dict[str, float]:
     """What is measured of an update, less times and rounding errors."""
     flat = {key: value for key, value in record.items() if not isinstance(value, dict)}
-    flat |= {f"{name} {key}": number for name, one in record["rewards"].items() for key, number in one.items()}
+    rewards = record.get("rewards", {})  # a distillation has none
+    flat |= {f"{name} {key}": number for name, one in rewards.items() for key, number in one.items()}
     return {
         key: value
         for key, value in flat.items()
@@ -112,8 +113,18 @@ def test_two_processes_train_as_one_does(one: Path, two: tuple[Path, Any], case:
     assert any(record["images_left_out"] for record in metrics(one / "straddling")), "some groups had gaps"
 
 
-def test_captions_stay_with_their_images(one: Path, two: tuple[Path, Any]) -> None:
-    assert_same_training(one / "run_of_captions", two[0] / "run_of_captions", two[0] / "captions")
+def assert_same_training_of_captions(single: Path, shared: Path, base: Path) -> None:
+    """Of the run, of the distillation before it, and of the scale that was chosen for that."""
+    assert_same_training(single, shared, single / "start" / "policy")
+    assert_same_training(single / "start", shared / "start", base)
+    drew = [record["divergence_student"] is not None for record in metrics(shared / "start")]
+    assert set(drew) == {True, False}
+    chosen = [json.loads((out / "start" / "run.json").read_text())["scale"]["cfg_scale"] for out in (single, shared)]
+    assert chosen[0] == chosen[1]
+
+
+def test_captions_stay_with_their_images_and_a_start_is_shared_too(one: Path, two: tuple[Path, Any]) -> None:
+    assert_same_training_of_captions(one / "run_of_captions", two[0] / "run_of_captions", two[0] / "captions")
 
 
 def test_grids_and_the_last_pictures_are_those_of_one_process(one: Path, two: tuple[Path, Any]) -> None:
@@ -163,7 +174,7 @@ def test_sharded_parameters_train_as_whole_ones_do(one: Path, tmp_path: Path) ->
     """FSDP2 by the configuration that the package ships; one run is stopped and resumed."""
     ends = start(tmp_path, "captions", "stopped", "resumed", config="fsdp2")
     assert [end["stopped"] for end in ends] == ["Interrupted 143"] * 2
-    assert_same_training(one / "run_of_captions", tmp_path / "run_of_captions", tmp_path / "captions")
+    assert_same_training_of_captions(one / "run_of_captions", tmp_path / "run_of_captions", tmp_path / "captions")
     assert_same_training(one / "plain", tmp_path / "stopped", tmp_path / "policy")
     checkpoint = tmp_path / "stopped" / "checkpoints" / "step_000004"
     assert (checkpoint / "pytorch_model_fsdp.bin").exists(), "the model was sharded"

@@ -20,6 +20,7 @@ import torch
 
 from argrpo_cli.policy.llamagen import model as network
 from argrpo_cli.policy.llamagen.policy import LlamaGen
+from argrpo_cli.recipe import Recipe
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training, train
 
@@ -56,10 +57,14 @@ def straddling(folder: Path, out: Path) -> None:
 
 
 def captions(folder: Path, out: Path) -> None:
-    """Captions that each process has for itself, guided log-probabilities, and logits that are computed again."""
+    """Captions that each process has for itself, guided log-probabilities, logits that are computed again, and a
+    distillation before."""
     network.LOGITS_AT_ONCE, whole = 9 * CODES, network.LOGITS_AT_ONCE
     asked = {"source": "captions", "captions": ["a dog", "a red cat", "a blue dog", "a cat"]}
     recipe = tiny_recipe(folder / "captions", conditions=asked, logprob="guided", micro_batch_size=2, steps=3)
+    keys = {"batch_size": 8, "micro_batch_size": 2, "steps": 3, "learning_rate": 1e-3, "cfg_scale": [2.0, 5.0]}
+    recipe = Recipe.model_validate({**recipe.model_dump(), "start": {"distil": {**keys, "beta": 0.5, "lmbda": 0.2}}})
+    train.SCALE_IMAGES = 8
     out = folder / "run_of_captions"
     run_training(recipe, out, rewards=FakeRewards())
     network.LOGITS_AT_ONCE = whole

@@ -1,4 +1,4 @@
-"""`argrpo train`: GRPO from a recipe."""
+"""`argrpo train`: GRPO, or guidance distilled, from a recipe."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train(
     processes: int | None = None,
     accelerate_config: str | None = None,
 ) -> None:
-    """Fine-tune a policy by GRPO as a recipe says.
+    """Fine-tune a policy as a recipe says: by GRPO, or by distilling its guidance into it.
 
     `--processes 8` starts accelerate's launcher; `accelerate launch -m argrpo_cli train RECIPE` works as well.
 
@@ -97,7 +97,8 @@ def train(
 
         from argrpo_cli.training.plan import plan, show_plan
 
-        show_plan(plan(loaded, processes or 1), Console(file=sys.stderr, highlight=False))
+        for one in loaded.stages:
+            show_plan(plan(one, processes or 1), Console(file=sys.stderr, highlight=False))
         _tell_sampling(loaded)
         sys.stdout.write(dump_recipe(loaded))
         return
@@ -129,6 +130,8 @@ def train(
     print(f"curves             {result / 'curves.png'}")
     print(f"report             {result / 'report.html'}")
     print(f"trained policy     {result / 'policy'}")
+    if loaded.start is not None:
+        print(f"its start          {result / 'start'}")
     if (result / "policy_ema").is_dir():
         print(f"running mean       {result / 'policy_ema'}")
     print(f"use it             argrpo sample --policy {result} --out images")
@@ -168,7 +171,7 @@ def _check_names(recipe: Recipe) -> None:
     from argrpo_cli.rewards import check_reward
     from argrpo_cli.training.conditions import check_source
 
-    for term in recipe.rewards.terms:
+    for term in (term for one in recipe.stages if one.scored for term in one.rewards.terms):
         check_reward(term.name)
     section, seen = recipe.conditions, glance(recipe.policy.checkpoint)
     if seen is not None:
@@ -196,7 +199,8 @@ def _together(arguments: list[str], recipe: Recipe, processes: int, config: str)
 
     config_file(config)
     cpu = check_processes(processes, recipe.policy.device, config)
-    images_per_process(recipe, processes)
+    for one in recipe.stages:
+        images_per_process(one, processes)
     code = launch(arguments, processes, config, cpu)
     if code:
         raise SystemExit(code)

@@ -358,6 +358,16 @@ class Recipe(Section):
         return getattr(self, self.method)
 
     @property
+    def stages(self) -> list[Recipe]:
+        """The runs that this is, in their order: its start and itself."""
+        return [self] if self.start is None else [self.start, self]
+
+    @property
+    def scored(self) -> bool:
+        """Whether rewards look at images in this run, its start left out."""
+        return self.method == "grpo" or isinstance(self.distil.cfg_scale, list)
+
+    @property
     def run_dir(self) -> Path:
         """Where the run is written unless the caller says otherwise."""
         return Path(self.out) if self.out else Path("runs") / self.name

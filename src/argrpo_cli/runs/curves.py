@@ -89,6 +89,11 @@ def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
     every = [
         panel("reward, weighted total", ("reward", "", "total"), reward=True),
         *sorted(rewards, key=lambda one: one.held_out),
+        panel(
+            "divergence to the guided teacher (nats per token)",
+            ("divergence_teacher", "teacher's images", "plain"),
+            ("divergence_student", "student's images", "second"),
+        ),
         panel("total reward, std within groups", ("within_group_std", "", "total")),
         panel(
             "standard deviation of advantages",

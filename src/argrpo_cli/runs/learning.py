@@ -142,7 +142,8 @@ def last(records: Sequence[Record], key: str) -> Any:
 
 
 def conclusions(records: Sequence[Record], batch_size: int, notes: Mapping[str, Any]) -> list[str]:
-    """What a run came to, in sentences for its last lines and its report; empty without rewards or with few updates.
+    """What a run came to, in sentences for its last lines and its report; empty with few updates. Of a distillation
+    that is how far the divergence fell.
 
     The rules, in the order in which they are said:
 
@@ -161,7 +162,11 @@ def conclusions(records: Sequence[Record], batch_size: int, notes: Mapping[str, 
         batch_size: images of an update.
         notes: of run.json: `tokens` of an image, and `transfer`, the rows of `training.instruments.transfer`.
     """
-    gained = gain(records)
+    gained, apart = gain(records), [one["divergence"] for one in records if one.get("divergence") is not None]
+    if len(apart) >= 2 * FEWEST:
+        n = max(FEWEST, round(SHARE * len(apart)))
+        fell = f"{np.mean(apart[:n]):.3g} to {np.mean(apart[-n:]):.3g} nats a token"
+        return [f"The divergence to the guided teacher went from {fell} (first and last {n} updates)."]
     return [] if gained is None else list(_conclusions(gained, records, batch_size, notes))
 
 

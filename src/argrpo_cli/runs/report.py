@@ -51,7 +51,7 @@ def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -
         recipe_text=read_text(run.recipe_file),
         state=_state(recipe, records, notes, training),
         facts=_facts(recipe, records, notes),
-        conclusions=[] if training else conclusions(records, recipe.grpo.batch_size, notes),
+        conclusions=[] if training else conclusions(records, recipe.optim.batch_size, notes),
         transfer=[_transfer_row(row) for row in notes.get("transfer") or []],
         drift=[(part, f"{100 * moved:.2g} %") for part, moved in (last(records, "drift") or {}).items()],
         warnings=notes.get("warnings") or [],
@@ -63,7 +63,7 @@ def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -
         changes=changes,
         share=f"{curves.SHARE:.0%}",
         errors_from=None if any("±" in cell for _, *cells in changes for cell in cells) else curves.LEAST,
-        stages=_stages(records, recipe.grpo.batch_size),
+        stages=_stages(records, recipe.optim.batch_size),
         versions=notes.get("versions") or {},
     )
     path = run.root / REPORT
@@ -102,19 +102,20 @@ def _state(recipe: Recipe, records: Sequence[Record], notes: Mapping[str, Any], 
     done = records[-1]["step"] if records else 0
     finished = notes.get("finished")
     if training:
-        return f"training: {done} of {recipe.grpo.steps} updates so far"
+        return f"training: {done} of {recipe.optim.steps} updates so far"
     if finished and finished.get("out_of_time"):
-        return f"finished at the time limit, after {done} of {recipe.grpo.steps} updates"
-    return f"finished: {done} updates" if finished else f"stopped after {done} of {recipe.grpo.steps} updates"
+        return f"finished at the time limit, after {done} of {recipe.optim.steps} updates"
+    return f"finished: {done} updates" if finished else f"stopped after {done} of {recipe.optim.steps} updates"
 
 
 def _facts(recipe: Recipe, records: Sequence[Record], notes: Mapping[str, Any]) -> dict[str, str]:
     seconds = records[-1].get("seconds_total") if records else None
-    images = sum(record.get("images_per_second") is not None for record in records) * recipe.grpo.batch_size
+    images = sum(record.get("images_per_second") is not None for record in records) * recipe.optim.batch_size
     facts = {
         "training time": duration(seconds) if seconds is not None else None,
         "images drawn": f"{images:,}" if images else None,
-        "images per update": f"{recipe.grpo.batch_size}, in groups of {recipe.grpo.group_size}",
+        "images per update": f"{recipe.optim.batch_size}"
+        + (f", in groups of {recipe.grpo.group_size}" if recipe.method == "grpo" else ""),
         "policy": recipe.policy.checkpoint,
         "device": notes.get("device"),
         "started": notes.get("started"),

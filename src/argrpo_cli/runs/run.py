@@ -11,6 +11,7 @@ checkpoints/damaged-step_000040/   one that was not whole when the run was taken
 policy/              the trained policy, once the run is finished
 policy_ema/          the running mean of its weights, where the recipe keeps one
 base/                the policy that training started from, where it came from no policy folder
+start/               the run directory of the recipe's `start`, from whose policy/ this run goes on
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from argrpo_cli.system.files import (
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
 
-LOCK = ".lock"
+LOCK, START = ".lock", "start"
 PILOT_FILE, PILOT_SCRATCH = "pilot.yaml", ".pilot"  # a pilot's proposal, and its run directory while it runs
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")  # whose versions are noted
 
@@ -171,7 +172,8 @@ class RunDirectory:
         those of the policy that they are put on;
         `sharding` is how the optimiser's state is shared out over processes in the checkpoints;
         `finished` says at which step and under which time limit the run came to its end;
-        `warnings` are what the guards found: {step, guard, text} each.
+        `warnings` are what the guards found: {step, guard, text} each;
+        `scale` is the guidance that was chosen from a list, and what was measured of each.
         """
         write_json(self.notes_file, self.notes() | changes)
         _sync(self.root)

@@ -25,12 +25,13 @@ MODULES = {"tensorboard": "torch.utils.tensorboard"}  # what is not imported by 
 GRID = "grid"  # the name under which pictures go
 
 # Names that stay as they are from version to version, and what they are called in a record of metrics.jsonl.
+_DIVERGENCE = ("divergence", "divergence_teacher", "divergence_student")
 _RATIO = ("ratio", "ratio_deviation_mean", "ratio_deviation", "clip_low", "clip_high")
 SCALARS = {"reward/total": "reward"} | {
     f"{group}/{key}": key
     for group, keys in {
         "reward": ("within_group_std", "groups_without_spread", "images_left_out", "advantage_std", "gain"),
-        "policy": ("kl", "kl_start", "kl_base", "kl_efficiency", "entropy", "entropy_weight", *_RATIO),
+        "policy": (*_DIVERGENCE, "kl", "kl_start", "kl_base", "kl_efficiency", "entropy", "entropy_weight", *_RATIO),
         "optim": ("loss", "grad_norm", "learning_rate", "noise_scale", "noise_scale_least"),
     }.items()
     for key in keys

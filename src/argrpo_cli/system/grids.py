@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,26 +58,39 @@ def image_grid(
 
 
 def before_after(
-    before: Any, after: Any, labels: Sequence[str] | None = None, columns: int = 4, scale: int = 2
+    before: Any,
+    after: Any,
+    labels: Sequence[str] | None = None,
+    columns: int = 4,
+    scale: int = 2,
+    base: Path | None = None,
 ) -> Image.Image:
     """Two grids of the same conditions and seeds side by side, image for image in the same place.
 
     Args:
         before, after: uint8 [B, 3, H, W].
         labels, columns, scale: as in `image_grid`, for each of the two.
+        base: a file with such a grid of what was there even before, which then stands first, if it fits.
     """
     left, right = (image_grid(images, columns, labels, scale=scale) for images in (before, after))
     if left.size != right.size:
         raise ValueError(f"before has {len(before)} images and after {len(after)}; they must be the same conditions")
+    grids = {"before": left, "after": right}
+    if base is not None and base.is_file():
+        with Image.open(base) as picture:
+            if picture.size == left.size:
+                grids = {"base": picture.convert("RGB"), "after the start": left, "after": right}
     font = ImageFont.load_default(20)
     gap, head = 24, _line_height(font) + 8
-    sheet = Image.new("RGB", (left.width * 2 + gap, left.height + head), BACKGROUND)
+    step = left.width + gap
+    sheet = Image.new("RGB", (step * len(grids) - gap, left.height + head), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for x, caption, grid in ((0, "before", left), (left.width + gap, "after", right)):
-        draw.text((x + 2, 4), caption, fill=INK, font=font)
-        sheet.paste(grid, (x, head))
-    x = left.width + gap // 2
-    draw.line([(x, 4), (x, sheet.height - 4)], fill=(200, 200, 200), width=1)
+    for index, (caption, grid) in enumerate(grids.items()):
+        draw.text((index * step + 2, 4), caption, fill=INK, font=font)
+        sheet.paste(grid, (index * step, head))
+        if index:
+            x = index * step - gap // 2
+            draw.line([(x, 4), (x, sheet.height - 4)], fill=(200, 200, 200), width=1)
     return sheet
 
 

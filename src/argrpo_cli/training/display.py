@@ -20,6 +20,7 @@ RECENT = 10  # steps over which speed is averaged
 
 
 MEASURES = (  # of a record, below its rewards: what the table calls it, its key and how it is written
+    ("divergence to the guided teacher", "divergence", ".4f"),
     ("std within groups", "within_group_std", ".4f"),
     ("groups without spread", "groups_without_spread", ".0%"),
     ("KL to the base policy", "kl", ".5f"),
@@ -111,13 +112,18 @@ class RunDisplay:
         return "-" if seconds is None else duration(seconds)
 
     def _line(self, record: dict[str, Any]) -> str:
+        ends = f"  {number(record['images_per_second'], '.1f')} images/s  left {self._left()}"
+        if "rewards" not in record:
+            return (
+                f"step {record['step']}/{self.steps}  divergence {number(record['divergence'])}"
+                f"  entropy {number(record['entropy'], '.3f')}  gradient {number(record['grad_norm'])}{ends}"
+            )
         rewards = ", ".join(f"{name} {number(value['mean'], '.3f')}" for name, value in record["rewards"].items())
         return (
             f"step {record['step']}/{self.steps}  reward {number(record['reward'])} ({rewards})"
             f"  std {number(record['within_group_std'], '.3f')}  kl {number(record['kl'])}"
             f"  entropy {number(record['entropy'], '.3f')}  clip {number(_clip(record), '.2%')}"
-            f"  ratio {number(record['ratio'])}  {number(record['images_per_second'], '.1f')} images/s"
-            f"  left {self._left()}"
+            f"  ratio {number(record['ratio'])}{ends}"
         )
 
     def _picture(self) -> Group:
@@ -140,14 +146,16 @@ class RunDisplay:
         table.add_column("")
         table.add_column(f"step {first['step']}", justify="right", style="dim")
         table.add_column(f"step {last['step']}", justify="right")
-        table.add_row("reward, weighted total", number(first["reward"]), number(last["reward"]))
-        for name, value in last["rewards"].items():
+        if "reward" in last:
+            table.add_row("reward, weighted total", number(first["reward"]), number(last["reward"]))
+        for name, value in last.get("rewards", {}).items():
             before = first["rewards"].get(name, {}).get("mean")
             label = f"  {name}, held out" if name in self.held_out else f"  {name}"
             table.add_row(label, number(before), number(value["mean"]))
-        first, last = ({**record, "clip": _clip(record)} for record in (first, last))
+        first, last = ({**record, "clip": _clip(record)} if "reward" in record else record for record in (first, last))
         for label, key, pattern in MEASURES:
-            table.add_row(label, number(first.get(key), pattern), number(last.get(key), pattern))
+            if key in last:
+                table.add_row(label, number(first.get(key), pattern), number(last[key], pattern))
         return table
 
 

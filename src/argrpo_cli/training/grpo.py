@@ -171,30 +171,67 @@ def _has_rows(value: Any, part: dict[str, Any]) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(part["prompt_ids"])
 
 
-def grpo_config(
-    recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence[float], device: str, processes: int = 1
-) -> GRPOConfig:
-    """TRL's settings for the recipe; whatever the paper fixes and TRL sets otherwise is said here.
+def trainer_settings(recipe: Recipe, output_dir: Path, device: str, processes: int) -> dict[str, Any]:
+    """What transformers' TrainingArguments, and TRL's, say of any method: the optimiser, precision, who reports.
 
     Args:
         output_dir: where the trainer writes its checkpoints.
-        tokens: T, tokens per image.
-        weights: of the rewards, in order.
         device: "cpu" or the name of an accelerator.
         processes: that share the images of an update.
 
     Raises:
         UserError: the images cannot be shared by so many.
     """
-    grpo = recipe.grpo
+    optim = recipe.optim
     share, micro = images_per_process(recipe, processes)
+    return {
+        "output_dir": str(output_dir),
+        "seed": recipe.seed,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": share // micro,
+        "max_steps": optim.steps,
+        "optim": "adamw_torch_fused",
+        "learning_rate": optim.learning_rate,
+        "adam_beta1": optim.betas[0],
+        "adam_beta2": optim.betas[1],
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.max_grad_norm,
+        "warmup_steps": optim.warmup_steps,
+        "lr_scheduler_type": SCHEDULES[optim.schedule],
+        "lr_scheduler_kwargs": WSD | {"num_decay_steps": optim.steps // 2} if optim.schedule == "wsd" else None,
+        # Precision and speed. The weights stay in float32; bfloat16 is autocast around them.
+        "bf16": recipe.policy.dtype == "bfloat16",
+        "gradient_checkpointing": optim.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": CHECKPOINTING if optim.gradient_checkpointing else None,
+        "ddp_find_unused_parameters": False,  # every pass uses all of them
+        "use_cpu": device == "cpu",
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+        # The run directory and the display are ours.
+        "logging_steps": 1,
+        "logging_nan_inf_filter": True,  # the sum of losses would stay NaN for ever; guards look at the gradient
+        "save_strategy": "no",
+        "report_to": "none",
+        "log_level_replica": "error",  # of the processes that do not report
+        "disable_tqdm": True,
+    }
+
+
+def grpo_config(
+    recipe: Recipe, output_dir: Path, tokens: int, weights: Sequence[float], device: str, processes: int = 1
+) -> GRPOConfig:
+    """TRL's settings for the recipe; whatever the paper fixes and TRL sets otherwise is said here.
+
+    Args:
+        tokens: T, tokens per image.
+        weights: of the rewards, in order.
+        output_dir, device, processes: as in `trainer_settings`, which also says what it raises.
+    """
+    grpo = recipe.grpo
     high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
     return GRPOConfig(
-        output_dir=str(output_dir),
-        seed=recipe.seed,
+        **trainer_settings(recipe, output_dir, device, processes),
         # Generation: group_size images per condition, one rollout for updates_per_batch updates.
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=share // micro,
         num_generations=grpo.group_size,
         num_iterations=grpo.updates_per_batch,
         max_completion_length=tokens,
@@ -217,33 +254,16 @@ def grpo_config(
         reward_weights=list(weights),
         mask_truncated_completions=False,  # an image has no end token: every one counts
         disable_dropout=True,
-        # Optimiser.
-        max_steps=grpo.steps,
-        optim="adamw_torch_fused",
-        learning_rate=grpo.learning_rate,
-        adam_beta1=grpo.betas[0],
-        adam_beta2=grpo.betas[1],
-        weight_decay=grpo.weight_decay,
-        max_grad_norm=grpo.max_grad_norm,
-        warmup_steps=grpo.warmup_steps,
-        lr_scheduler_type=SCHEDULES[grpo.schedule],
-        lr_scheduler_kwargs=WSD | {"num_decay_steps": grpo.steps // 2} if grpo.schedule == "wsd" else None,
-        # Precision and speed. The weights stay in float32; bfloat16 is autocast around them.
-        bf16=recipe.policy.dtype == "bfloat16",
-        gradient_checkpointing=grpo.gradient_checkpointing,
-        gradient_checkpointing_kwargs=CHECKPOINTING if grpo.gradient_checkpointing else None,
-        ddp_find_unused_parameters=False,  # every pass uses all of them
-        use_cpu=device == "cpu",
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        # The run directory and the display are ours.
-        logging_steps=1,
-        logging_nan_inf_filter=True,  # the sum of losses would stay NaN for ever; guards look at the gradient
-        save_strategy="no",
-        report_to="none",
-        log_level_replica="error",  # of the processes that do not report
-        disable_tqdm=True,
     )
+
+
+def check_devices(model: nn.Module, team: Team) -> None:
+    """UserError when transformers would share out the model of a single process over several GPUs."""
+    if team.count == 1 and model.device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible and one process takes one; train on all of them with "
+            f"--processes {torch.cuda.device_count()}, or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def lora_config(lora: LoraSection, policy: Policy) -> LoraConfig:
@@ -283,11 +303,7 @@ def build_trainer(
     model = policy.model
     grpo = recipe.grpo
     base = getattr(model.config, "_name_or_path", "")
-    if rollout.team.count == 1 and model.device.type == "cuda" and torch.cuda.device_count() > 1:
-        raise UserError(
-            f"{torch.cuda.device_count()} GPUs are visible and one process takes one; train on all of them with "
-            f"--processes {torch.cuda.device_count()}, or choose one with CUDA_VISIBLE_DEVICES=0"
-        )
+    check_devices(model, rollout.team)
     if grpo.beta and recipe.policy.lora is None and not (base and Path(base).is_dir()):
         raise UserError(
             f"the KL term needs the base policy as a folder on disk, and {base or 'this policy'!r} is none; "

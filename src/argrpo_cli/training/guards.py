@@ -246,14 +246,14 @@ def _windows(known: int, count: int) -> list[int]:
     return sorted(sizes)
 
 
-def bad_gradient(step: int, choice: Literal["stop", "skip"], in_a_row: int) -> Finding:
+def bad_gradient(step: int, choice: Literal["stop", "skip"], in_a_row: int, method: str = "grpo") -> Finding:
     """What to say, and to do, about an update left out because its gradient is not a number.
 
     Args:
         choice: `guards.not_a_number`.
         in_a_row: how many updates were left out up to this one, without a good one between.
     """
-    meaning = "usually training has diverged, so start again with a lower grpo.learning_rate"
+    meaning = f"usually training has diverged, so start again with a lower {method}.learning_rate"
     text = "the gradient is not a number; the update was left out"
     if choice == "stop":
         text += (
@@ -331,14 +331,16 @@ class GuardCallback(TrainerCallback):
         self._in_a_row += 1
         for parameter in parameters:
             parameter.grad = None  # not a zero, which momentum and weight decay would still act on
-        finding = bad_gradient(state.global_step + 1, self.recipe.guards.not_a_number, self._in_a_row)
+        choice, method = self.recipe.guards.not_a_number, self.recipe.method
+        finding = bad_gradient(state.global_step + 1, choice, self._in_a_row, method)
         self._act(finding, state.is_world_process_zero)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:  # the trainer's summary at its end
             return
         step, norm = state.global_step, logs.get("grad_norm")
-        restart = f"start again with a lower grpo.learning_rate; --resume {self.run.root} has the last checkpoint"
+        key = f"{self.recipe.method}.learning_rate"
+        restart = f"start again with a lower {key}; --resume {self.run.root} has the last checkpoint"
         if norm is not None and not math.isfinite(norm) and not self._left_out:
             # Too large for its norm to be a number, or an engine that makes its step before anyone can look.
             self.team.fail(f"the gradient of step {step} is not a finite number and could not be left out: {restart}")

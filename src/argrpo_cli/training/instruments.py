@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from argrpo_cli.draw import draw_batch, score_tokens
+from argrpo_cli.networks.weights import load_pretrained
 from argrpo_cli.runs.learning import estimate
 from argrpo_cli.seeds import of_training
 from argrpo_cli.shapes import Shot
@@ -132,10 +134,17 @@ class Start:
     base: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, policy: Policy, model: nn.Module) -> Start:
-        """The start of a training of `model`, which is the policy's, with adapters or without."""
+    def of(cls, policy: Policy, model: nn.Module, before: Path | None = None) -> Start:
+        """The start of a training of `model`, which is the policy's, with adapters or without.
+
+        Args:
+            before: a folder with the model that `base` is of.
+        """
         weights = {name: one.detach().to("cpu", copy=True) for name, one in trained_weights(model).items()}
-        return cls(policy, model, weights)
+        if before is None:
+            return cls(policy, model, weights)
+        base = dict(load_pretrained(type(policy.model), before, torch.float32).named_parameters())
+        return cls(policy, model, weights, {name: base[name].detach() for name in weights})
 
     @torch.no_grad()
     def kl(self, conditions: Sequence[Condition], tokens: Tensor, sampling: Sampling) -> dict[str, float]:
@@ -195,11 +204,9 @@ def samplings(trained: Sampling) -> dict[str, Sampling]:
     return {next(name for name, one in every.items() if one == sampling): sampling for sampling in distinct}
 
 
-def transfer_shots(conditions: Sequence[Condition], count: int, seed: int) -> list[Shot]:
-    """`count` images spread evenly over the conditions."""
-    total = len(conditions)
-    rows = [index * total // count for index in range(count)] if count < total else [i % total for i in range(count)]
-    return [Shot(conditions[row], of_training(seed, TRANSFER_STEP, index)) for index, row in enumerate(rows)]
+def transfer_shots(conditions: Sequence[Condition], seed: int) -> list[Shot]:
+    """An image of each of these conditions."""
+    return [Shot(one, of_training(seed, TRANSFER_STEP, index)) for index, one in enumerate(conditions)]
 
 
 def transfer(
@@ -227,7 +234,7 @@ def transfer(
         scores = []
         for context in (in_place(start.model, start.weights), nullcontext()):
             with context:
-                scores.append(_totals(start.policy, drawn, chosen, rewards, weights))
+                scores.append(total_rewards(start.policy, drawn, chosen, rewards, weights))
         before, after = (one[~(scores[0] + scores[1]).isnan()] for one in scores)
         if len(before) < 2:
             continue
@@ -246,7 +253,7 @@ def transfer(
 
 
 @torch.inference_mode()
-def _totals(
+def total_rewards(
     policy: Policy, shots: Sequence[Shot], sampling: Sampling, rewards: RewardSet, weights: Mapping[str, float]
 ) -> Tensor:
     """Total reward float64 [N] of each image; NaN where a reward that counts is missing."""

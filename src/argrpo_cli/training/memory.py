@@ -116,13 +116,15 @@ def estimate(
         share, micro: images that the device draws in an update, and trains on at a time.
         device: "cpu" or "cuda".
     """
-    grpo, model = recipe.grpo, outline.policy.model
+    optim, model, distil = recipe.optim, outline.policy.model, recipe.method == "distil"
     autocast, adapted = recipe.policy.dtype == "bfloat16", recipe.policy.lora is not None
     parameters = [parameter.numel() for parameter in model.parameters()]
     weights, trained = sum(parameters), trained_parameters(model, recipe.policy.lora)
-    steered = recipe.sampling.cfg_scale > 1
-    sampling = recipe.sampling if grpo.logprob == "guided" else replace(recipe.sampling, cfg_scale=1.0)
-    kept = pass_bytes(outline, micro, sampling, autocast=autocast, checkpointing=grpo.gradient_checkpointing)
+    steered = distil or recipe.sampling.cfg_scale > 1
+    reference = distil or (recipe.grpo.beta and not adapted)
+    guided = not distil and recipe.grpo.logprob == "guided"
+    sampling = recipe.sampling if guided else replace(recipe.sampling, cfg_scale=1.0)
+    kept = pass_bytes(outline, micro, sampling, autocast=autocast, checkpointing=optim.gradient_checkpointing)
     images, number = min(share, drawn_at_once(model.config.block_size)), 2 if autocast else 4
     cache = outline.drawing_bytes(images, guided=steered, recorded=device != "cpu", number=number)
     again = 4 * max(parameters) if micro < share else 0  # a further micro-batch's gradient, before it is added
@@ -132,11 +134,10 @@ def estimate(
         Part("policy, float32", 4 * weights, "always"),
         Part("adapters, float32", 4 * trained if adapted else 0, "always"),
         Part("AdamW's two moments", 8 * trained, "always"),
-        Part("reference policy, float32", 4 * weights if grpo.beta and not adapted else 0, "always"),
-        Part(
-            "weights as training began", 4 * trained if device == "cpu" else 0, "always"
-        ),  # of a GPU's run on the host
-        Part("running mean of the weights", 4 * trained if grpo.ema_decay else 0, "always"),
+        Part("teacher, float32" if distil else "reference policy, float32", 4 * weights if reference else 0, "always"),
+        # Of a GPU's run on the host:
+        Part("weights as training began", 4 * trained if device == "cpu" else 0, "always"),
+        Part("running mean of the weights", 4 * trained if optim.ema_decay else 0, "always"),
         Part(
             "image tokenizer, float32", 4 * sum(one.numel() for one in outline.policy.tokenizer.parameters()), "always"
         ),
@@ -149,6 +150,6 @@ def estimate(
         Part("gradients, float32", 4 * trained + again, "update"),
         Part("gradients in transit (DDP)", 4 * trained if processes > 1 else 0, "update"),
         Part("training pass", kept, "update"),
-        Part("logits, a part of them, and their gradients", outline.logits_bytes(micro), "update"),
+        Part("logits, a part of them, and their gradients", (1 + distil) * outline.logits_bytes(micro), "update"),
     ]
     return [part for part in parts if part.bytes]

@@ -38,7 +38,7 @@ class MetricsCallback(TrainerCallback):
     """Writes the record of each update.
 
     Attributes:
-        names: of the rewards.
+        names: of the rewards; of distillation, which has none, None.
         images: drawn per batch, for images per second.
         seconds: training time of the whole run, interruptions left out.
         ratio_meter: the trainer's, which is built after its callbacks.
@@ -55,7 +55,7 @@ class MetricsCallback(TrainerCallback):
     run: RunDirectory
     display: RunDisplay
     stopwatch: Stopwatch
-    names: list[str]
+    names: list[str] | None
     images: int
     seconds: float
     team: Team = ALONE
@@ -101,13 +101,44 @@ class MetricsCallback(TrainerCallback):
         times = self.stopwatch.take()
         seconds = {stage: times.get(stage, 0.0) for stage in STAGES}
         seconds["update"] = self._step_seconds - sum(seconds.values())  # what is left of the step
-        measured = self.ratio_meter.take(self.team) if self.ratio_meter is not None else None
-        mean_ratio, mean_deviation, deviation = measured or (None, None, None)
         grad_norm = logs.get("grad_norm")
-        fresh = (step - 1) % self.updates_per_batch == 0 and logs.get("reward") is not None
+        fresh = (step - 1) % self.updates_per_batch == 0 and (self.names is None or logs.get("reward") is not None)
         gradient = self.gradient_meter.take(grad_norm, self.team) if self.gradient_meter is not None else None
         signal, noise = gradient if gradient is not None and fresh else (None, None)
+        # The trainer leaves a loss that is no number out of its sum, which would never get rid of it.
+        loss = logs["loss"] if grad_norm is None or math.isfinite(grad_norm) else None
         fields = {
+            **(self._of_grpo(logs) if self.names is not None else _of_distillation(logs, loss)),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "gradient_signal": signal,
+            "gradient_noise": noise,
+            "learning_rate": logs.get("learning_rate"),
+            # A step that reuses the images of the one before draws none.
+            "images_per_second": self.images / self._step_seconds if seconds["rollout"] else None,
+            **{
+                f"images_per_second_{stage}": self.images / taken if taken > NO_STAGE else None
+                for stage, taken in seconds.items()
+            },
+            **{f"seconds_{stage}": taken for stage, taken in seconds.items()},
+            "seconds_total": self.seconds,
+        }
+        record = {"step": step} | _rounded(fields)
+        self._count(record)
+        learnt: dict[str, Any] = {"noise_scale": self._noise_scale.value, "noise_scale_least": self._noise_scale.least}
+        measured, self.measured = self.measured, {}
+        learnt |= measured
+        if measured and self.names is not None:
+            gained = gain(self.records)
+            learnt["gain"], learnt["gain_error"] = (None, None) if gained is None else gained[:2]
+            learnt["kl_efficiency"] = kl_efficiency(gained, measured.get("kl_start"), self.tokens)
+        record |= _rounded(learnt)
+        return record
+
+    def _of_grpo(self, logs: dict[str, Any]) -> dict[str, Any]:
+        measured = self.ratio_meter.take(self.team) if self.ratio_meter is not None else None
+        mean_ratio, mean_deviation, deviation = measured or (None, None, None)
+        return {
             "reward": logs.get("reward"),
             "within_group_std": logs.get(WITHIN_GROUP_STD),
             "rewards": {
@@ -127,40 +158,21 @@ class MetricsCallback(TrainerCallback):
             "ratio": mean_ratio,
             "ratio_deviation_mean": mean_deviation,
             "ratio_deviation": deviation,
-            # The trainer leaves a loss that is no number out of its sum, which would never get rid of it.
-            "loss": logs["loss"] if grad_norm is None or math.isfinite(grad_norm) else None,
-            "grad_norm": grad_norm,
-            "gradient_signal": signal,
-            "gradient_noise": noise,
-            "learning_rate": logs.get("learning_rate"),
             "advantage_std": logs.get("advantage_std"),
             "images_left_out": logs.get(LEFT_OUT),
             "groups_without_spread": logs.get(WITHOUT_SPREAD),  # a share
-            # A step that reuses the images of the one before draws none.
-            "images_per_second": self.images / self._step_seconds if seconds["rollout"] else None,
-            **{
-                f"images_per_second_{stage}": self.images / taken if taken > NO_STAGE else None
-                for stage, taken in seconds.items()
-            },
-            **{f"seconds_{stage}": taken for stage, taken in seconds.items()},
-            "seconds_total": self.seconds,
         }
-        record = {"step": step} | _rounded(fields)
-        self._count(record)
-        learnt: dict[str, Any] = {"noise_scale": self._noise_scale.value, "noise_scale_least": self._noise_scale.least}
-        measured, self.measured = self.measured, {}
-        if measured:
-            gained = gain(self.records)
-            learnt |= measured
-            learnt["gain"], learnt["gain_error"] = (None, None) if gained is None else gained[:2]
-            learnt["kl_efficiency"] = kl_efficiency(gained, measured.get("kl_start"), self.tokens)
-        record |= _rounded(learnt)
-        return record
 
     def _count(self, record: dict[str, Any]) -> None:
         """Remember a record for what is said of many."""
         self.records.append(record)
         self._noise_scale.add(record.get("gradient_signal"), record.get("gradient_noise"))
+
+
+def _of_distillation(logs: dict[str, Any], loss: float | None) -> dict[str, Any]:
+    """Divergence in nats per token, also by who drew the batch, and the student's entropy."""
+    by = {key: loss if key in logs else None for key in ("divergence_teacher", "divergence_student")}
+    return {"divergence": loss, **by, "entropy": logs.get("entropy")}
 
 
 def _rounded(fields: dict[str, Any]) -> dict[str, Any]:
@@ -203,6 +215,13 @@ class StopRequest:
         heard = team.exchange((self.signal, self.failure))
         self.signal = self.signal or next((number for number, _ in heard if number is not None), None)
         self.failure = next((why for _, why in heard if why is not None), None)
+
+    def end_of_training(self, team: Team) -> None:
+        """What comes next may be left at once again; raises KeyboardInterrupt when a signal waited for the end."""
+        self.agree(team)
+        self.training = False
+        if self.signal is not None:
+            raise KeyboardInterrupt
 
     @contextmanager
     def listening(self) -> Iterator[None]:

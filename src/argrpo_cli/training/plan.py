@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from argrpo_cli.recipe import Recipe
-    from argrpo_cli.recipe.schema import GrpoSection
+    from argrpo_cli.recipe.schema import DistilSection, GrpoSection
 
 CAPTION_FILES = (".txt", ".jsonl")
 PRECISION = {"float32": "in float32", "bfloat16": "float32 weights, computed in bfloat16"}
@@ -58,13 +58,13 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
             that do not exist, images that cannot be shared by so many processes. What a machine merely lacks (files,
             packages, captions) is no error; the plan lists it.
     """
-    grpo, policy = recipe.grpo, recipe.policy
+    optim, policy = recipe.optim, recipe.policy
     share, micro = images_per_process(recipe, processes)
     outline = outline_policy(policy.checkpoint)
     choose_trainable(outline.policy, policy.trainable)
     if policy.lora is not None:
         check_targets(outline.policy, policy.lora.targets)
-    options = {term.name: term.options for term in recipe.rewards.terms}
+    options = {term.name: term.options for term in recipe.rewards.terms} if recipe.scored else {}
     device = "cpu" if policy.device == "cpu" else "cuda"
     needs = {name: check_options(name, chosen).needs(chosen, device) for name, chosen in options.items()}
     packages = {module: pip for one in needs.values() for module, pip in one.packages.items()}
@@ -84,8 +84,8 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     model, trained = outline.policy.model.num_parameters(), trained_parameters(outline.policy.model, policy.lora)
     size = f"{trained / 1e6:.1f} M"
     what = "all of them" if trained == model else f"{size} of adapters" if policy.lora is not None else size
-    images = -(-grpo.steps // grpo.updates_per_batch) * grpo.batch_size
-    limit = "" if grpo.time_limit_minutes is None else f", or what {grpo.time_limit_minutes:g} minutes allow"
+    images = -(-optim.steps // optim.updates_per_batch) * optim.batch_size
+    limit = "" if optim.time_limit_minutes is None else f", or what {optim.time_limit_minutes:g} minutes allow"
     lacking = [label for label, lines in (("missing", absent), ("to supply", supply)) if lines]
     sections = {
         "plan": [recipe.name + (f": {recipe.description}" if recipe.description else "")],
@@ -95,11 +95,11 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
             f"{outline.policy.card.tokens} tokens an image",
             f"trained: {what}, {PRECISION[policy.dtype]}",
         ],
-        "draws": [f"{draws}, with guidance {recipe.sampling.cfg_scale:g}"],
-        "update": _update(grpo, processes, share, micro),
-        "run": [f"{grpo.steps} updates, {images} images in all{limit}"],
-        "rewards": _rewards(recipe, needs),
-        "memory": _memory(memory, needs, device),
+        "draws": [f"{draws}, {_guidance(recipe)}"],
+        "update": _update(optim, processes, share, micro),
+        "run": [f"{optim.steps} updates, {images} images in all{limit}"],
+        "rewards": _rewards(recipe, needs) if recipe.scored else [],
+        "memory": _memory(memory, needs, device, recipe.method),
         "files": _files([*outline.files, *(file for one in needs.values() for file in one.files)]),
         "missing": [f"pip install {' '.join(absent)}"] if absent else [],
         "to supply": supply,
@@ -134,7 +134,7 @@ def _draws(recipe: Recipe, outline: Outline) -> tuple[str, list[str]]:
 
 def _check_bundled_rewards(recipe: Recipe, conditions: Sequence) -> None:
     """Whether the rewards that are at hand can be loaded and read the conditions."""
-    terms = recipe.rewards.terms
+    terms = recipe.rewards.terms if recipe.scored else []
     at_hand = {term.name: term.options for term in terms if check_reward(term.name).needs(term.options) == Needs()}
     load_rewards(list(at_hand), options=at_hand).check(conditions)
 
@@ -163,15 +163,26 @@ def _published(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _update(grpo: GrpoSection, processes: int, share: int, micro: int) -> list[str]:
-    groups = grpo.batch_size // grpo.group_size
-    lines = [f"{grpo.batch_size} images: {groups} groups of {grpo.group_size}"]
-    each = share / grpo.group_size
+def _guidance(recipe: Recipe) -> str:
+    if recipe.method == "grpo":
+        return f"with guidance {recipe.sampling.cfg_scale:g}"
+    scales, own = recipe.distil.cfg_scale, recipe.distil.lmbda
+    if isinstance(scales, list):
+        what = f"by the teacher with one of the guidances {', '.join(f'{one:g}' for one in scales)}, as rewards choose"
+    else:
+        what = f"by the teacher with guidance {scales:g}"
+    return what + (f"; {own:.0%} of the batches by the student without" if own else "")
+
+
+def _update(optim: GrpoSection | DistilSection, processes: int, share: int, micro: int) -> list[str]:
+    size = optim.group_size
+    lines = [f"{optim.batch_size} images" + (f": {optim.batch_size // size} groups of {size}" if size > 1 else "")]
+    each = share / size
     devices = "1 device" if processes == 1 else f"{processes} devices"
-    whose = f"{each:g} group{'' if each == 1 else 's'}"
-    lines.append(f"{devices}: {share} images ({whose}) each, {micro} at a time in the training pass")
-    if grpo.updates_per_batch > 1:
-        lines.append(f"{grpo.updates_per_batch} updates on the same images")
+    whose = f" ({each:g} group{'' if each == 1 else 's'})" if size > 1 else ""
+    lines.append(f"{devices}: {share} images{whose} each, {micro} at a time in the training pass")
+    if optim.updates_per_batch > 1:
+        lines.append(f"{optim.updates_per_batch} updates on the same images")
     return lines
 
 
@@ -187,7 +198,7 @@ def _rewards(recipe: Recipe, needs: Mapping[str, Needs]) -> list[str]:
     return lines
 
 
-def _memory(memory: Sequence[Part], needs: Mapping[str, Needs], device: str) -> list[str]:
+def _memory(memory: Sequence[Part], needs: Mapping[str, Needs], device: str, method: str) -> list[str]:
     lines = [f"{_gigabytes(total(memory))} on each device at the worst moment, an estimate:"]
     for phase, when in PHASES.items():
         parts = [part for part in memory if part.phase == phase]
@@ -201,7 +212,8 @@ def _memory(memory: Sequence[Part], needs: Mapping[str, Needs], device: str) -> 
         size = torch.cuda.get_device_properties(0).total_memory
         there = f"this machine's GPU has {_gigabytes(size).strip()}"
         if total(memory) > size:
-            there += ", which is less: lower grpo.micro_batch_size, or set grpo.gradient_checkpointing or policy.lora"
+            there += f", which is less: lower {method}.micro_batch_size, or set {method}.gradient_checkpointing or "
+            there += "policy.lora"
         lines.append(there)
     return lines
 

@@ -170,6 +170,15 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
             target[name].copy_(tensor)
 
 
+def spread(conditions: Sequence[Condition], count: int) -> list[Condition]:
+    """So many conditions in their order, evenly spread, the first one included; repeating only where they are fewer."""
+    total = len(conditions)
+    rows = [index * total // count for index in range(count)]
+    if count >= total:
+        rows = sorted(index % total for index in range(count))
+    return [conditions[row] for row in rows]
+
+
 class Gallery:
     """Draws `logging.grid_images` images, spread over the conditions, from the policy as it is and as it says itself
     that it is sampled; what it does not say is as in the rollouts.
@@ -190,12 +199,10 @@ class Gallery:
         conditions: Sequence[Condition],
         watch: Callable[[Path, int], None] = lambda file, step: None,
     ) -> None:
-        count, total = recipe.logging.grid_images, len(conditions)
-        self.policy, self.sampling = policy, replace(recipe.sampling, **policy.card.sampling)
-        rows = [index * total // count for index in range(count)]  # evenly spread, first one included
-        if count >= total:
-            rows = sorted(index % total for index in range(count))
-        shown = [conditions[row] for row in rows]
+        count, shown = recipe.logging.grid_images, spread(conditions, recipe.logging.grid_images)
+        # A student is drawn as it is trained, without guidance, and so is the policy that it was.
+        own = {"cfg_scale": 1.0} if recipe.method == "distil" else policy.card.sampling
+        self.policy, self.sampling = policy, replace(recipe.sampling, **own)
         self.shots = [Shot(one, of_training(recipe.seed, GRID_STEP, index)) for index, one in enumerate(shown)]
         self.labels = [
             one.prompt.removeprefix("a photo of ") if one.class_id is None else policy.card.names[one.class_id]

@@ -18,12 +18,13 @@ from safetensors import SafetensorError
 
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.open import choose_trainable
-from argrpo_cli.rewards import reward_weights
+from argrpo_cli.rewards import check_reward, reward_weights
 from argrpo_cli.runs.checkpoints import PolicyWriter, newest_whole_checkpoint
 from argrpo_cli.runs.disk import Disk, is_full, remove_folder
 from argrpo_cli.runs.learning import conclusions, spread_at_start
 from argrpo_cli.runs.report import refresh_report
 from argrpo_cli.runs.run import (
+    START,
     Interrupted,
     RunDirectory,
     duration,
@@ -45,25 +46,27 @@ from argrpo_cli.training.conditions import (
     save_position,
 )
 from argrpo_cli.training.display import RunDisplay, silent_console
+from argrpo_cli.training.distil import SCALE_IMAGES, build_distil_trainer, choose_scale
 from argrpo_cli.training.gathering import sharding, whole_model
-from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer, lora_config, quiet_libraries
+from argrpo_cli.training.grpo import build_trainer, lora_config, quiet_libraries
 from argrpo_cli.training.guards import GuardCallback, check_weights
 from argrpo_cli.training.instruments import GradientMeter, Start, transfer, transfer_shots
 from argrpo_cli.training.launch import images_per_process
 from argrpo_cli.training.metrics import MetricsCallback, StopCallback, StopRequest
 from argrpo_cli.training.rollout import Rollout, Stopwatch
-from argrpo_cli.training.saving import CheckpointCallback, EmaCallback, Gallery, GridCallback
+from argrpo_cli.training.saving import CheckpointCallback, EmaCallback, Gallery, GridCallback, spread
 from argrpo_cli.training.scorer import BatchScorer
 from argrpo_cli.training.streams import StreamedConditions
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
 
     from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.rewards import RewardSet
+    from argrpo_cli.shapes import Condition
 
 PATIENCE = timedelta(hours=2)  # for the slowest of several processes: one may wait for a judge, or draw a grid
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -79,7 +82,7 @@ def run_training(
     console: Console | None = None,
     work: Callable[[Job, bool], None] | None = None,
 ) -> Path:
-    """Train a policy by GRPO as the recipe says.
+    """Train a policy as the recipe says, after its `start` if it has one, which is a run of its own in `out`/start.
 
     Under `accelerate launch` or `torchrun` all processes call this and train together; the first of them writes the run
     directory, which all must see, and reports.
@@ -101,21 +104,47 @@ def run_training(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved if training had begun. It is a SystemExit with
             code 130 or 143.
     """
-    if recipe.method != "grpo" or recipe.start is not None:
-        raise UserError("method: distil and start: are read, and not trained yet")
     out = Path(out)
     request = StopRequest()
     with quiet_libraries(), request.listening(), _leaving_at_once(request, out, console), ExitStack() as held:
         team = join_team(recipe.policy.device, PATIENCE)
         held.enter_context(team.ending_together())
-        policy, conditions, rewards = team.together(lambda: _load(recipe, out, resume, rewards, team))
-        weights = reward_weights(recipe.rewards, rewards.family)
-        rewards.tolerated = {name for name, weight in weights.items() if not weight}
-        team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
-        job = Job(recipe, out, policy, conditions, rewards, weights, request, team, console)
-        with job.trackers:
-            (work or Job.train)(job, resume)
+        team.together(lambda: _refuse(out, resume, team))
+        first, finished, begun = recipe.start, *team.from_lead(lambda: _state(out / START))
+        if first is not None and not finished:
+            loaded = team.together(lambda: _load(first, out / START, begun, rewards, team, then=recipe))
+            team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
+            with ExitStack() as meanwhile:
+                team.lead(lambda: meanwhile.enter_context(open_run(out / START, first, begun)))
+                _work(Job(first, out / START, *loaded, request, team, console, whole=out), begun, Job.train)
+            del loaded  # as large as what comes next
+            request.end_of_training(team)
+        loaded = team.together(lambda: _load(recipe, out, resume, rewards, team))
+        if first is None or finished:
+            team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
+        _work(Job(recipe, out, *loaded, request, team, console, whole=out), resume, work or Job.train)
     return out
+
+
+def _work(job: Job, resume: bool, work: Callable[[Job, bool], None]) -> None:
+    with job.trackers:
+        work(job, resume)
+
+
+def _refuse(out: Path, resume: bool, team: Team) -> None:
+    """UserError for a folder in which this run cannot begin, or go on, before anything is loaded."""
+    if not resume:
+        refuse_used(out)
+    else:
+        refuse_unused(out)
+        if team.first:
+            refuse_busy(out)
+
+
+def _state(start: Path) -> tuple[bool, bool]:
+    """Whether the start of a run is at its end, and whether it was begun."""
+    run = RunDirectory(start)
+    return run.notes().get("finished") is not None and run.policy_dir.is_dir(), run.recipe_file.exists()
 
 
 @contextmanager
@@ -134,31 +163,38 @@ def _leaving_at_once(request: StopRequest, out: Path, console: Console | None) -
 
 
 def _load(
-    recipe: Recipe, out: Path, resume: bool, rewards: RewardSet | None, team: Team
-) -> tuple[Policy, Conditions, RewardSet]:
-    """All that a run needs before it writes anything: policy, conditions and rewards, each process its own."""
-    if not resume:
-        refuse_used(out)
-    else:
-        refuse_unused(out)
-        if team.first:
-            refuse_busy(out)
-    images_per_process(recipe, team.count)
-    check_trackers(recipe.logging.trackers)
+    recipe: Recipe, out: Path, resume: bool, rewards: RewardSet | None, team: Team, then: Recipe | None = None
+) -> tuple[Policy, Conditions, RewardSet | None]:
+    """All that a run needs before it writes anything: policy, conditions and rewards, each process its own.
+
+    Args:
+        then: what is trained from its policy, and is checked now as far as it can be.
+
+    Returns:
+        No rewards where none are asked.
+    """
     policy = _load_base_policy(recipe, out, resume, team.device)
     check_weights(policy.model, recipe.policy.checkpoint)
-    choose_trainable(policy, recipe.policy.trainable)
-    if recipe.policy.lora is not None:
-        lora_config(recipe.policy.lora, policy)  # raises what there is to complain of
+    for one in (recipe,) if then is None else (then, recipe):
+        images_per_process(one, team.count)
+        check_trackers(one.logging.trackers)
+        choose_trainable(policy, one.policy.trainable)
+        if one.policy.lora is not None:
+            lora_config(one.policy.lora, policy)  # raises what there is to complain of
+        conditions = run_conditions(one, policy)
+        if one.scored:
+            names = [] if rewards else [term.name for term in one.rewards.terms]
+            reward_weights(one.rewards, {name: check_reward(name).family for name in names} or rewards.family)
     notes = RunDirectory(out).notes() if resume else {}
     if notes.get("trained", trained_parameters(policy)) != trained_parameters(policy):
         raise UserError(f"policy.trainable: {out} was started with another choice of parameters; a run keeps its own")
-    conditions = run_conditions(recipe, policy)
     if notes.get("conditions", digest(conditions)) != digest(conditions):
         section = recipe.conditions
         source = section.dataset.name if section.dataset is not None else section.captions
         source = "classes" if section.source == "classes" else source
         raise UserError(f"conditions: {out} was started with others; a run keeps its own ({source})")
+    if not recipe.scored or (recipe.method == "distil" and "scale" in notes):
+        return policy, conditions, None
     if rewards is None:
         from argrpo_cli.rewards import load_rewards
 
@@ -174,6 +210,8 @@ def _load(
 def _load_base_policy(recipe: Recipe, out: Path, resume: bool, device: str) -> Policy:
     """The policy that training starts from; a resumed run takes the folder that it started from then."""
     base = RunDirectory(out).notes().get("base_policy") if resume else None
+    if recipe.start is not None:  # beside the run, wherever that was moved
+        base = RunDirectory(out / START).policy_dir
     # Weights stay in float32 whatever policy.dtype says: bfloat16 is autocast, or small updates would be rounded away.
     chosen = recipe.policy
     return load_policy(base or chosen.checkpoint, device, dtype="float32", text_device=chosen.text_device)
@@ -186,40 +224,52 @@ class Job:
     There is one in each process of the team.
 
     Attributes:
-        weights: what each raw reward counts.
+        rewards: None where none are asked.
         request: whether the run is to stop.
         console: where the first process shows its progress; standard output by default.
+        whole: the run directory that this one is or lies in, which the user knows.
     """
 
     recipe: Recipe
     root: Path
     policy: Policy
     conditions: Conditions
-    rewards: RewardSet
-    weights: dict[str, float]
+    rewards: RewardSet | None
     request: StopRequest
     team: Team
     console: Console | None
+    whole: Path
     ema: EmaCallback | None = None
     start: Start | None = None  # of the first process
 
     def __post_init__(self) -> None:
-        recipe, grpo = self.recipe, self.recipe.grpo
-        self.time_limit = None if grpo.time_limit_minutes is None else 60 * grpo.time_limit_minutes
+        recipe, optim = self.recipe, self.recipe.optim
+        self.weights: dict[str, float] = {}  # what each raw reward counts
+        if self.rewards is not None:
+            self.weights = reward_weights(recipe.rewards, self.rewards.family)
+            self.rewards.tolerated = {name for name, weight in self.weights.items() if not weight}
+        self.again = f"argrpo train --resume {self.whole}"
+        self.time_limit = None if optim.time_limit_minutes is None else 60 * optim.time_limit_minutes
         held_out = [name for name, weight in self.weights.items() if not weight]
         console = self.console if self.team.first else silent_console()
         self.display = RunDisplay(
-            recipe.name, grpo.steps, recipe.logging.log_every, self.time_limit, held_out=held_out, console=console
+            recipe.name, optim.steps, recipe.logging.log_every, self.time_limit, held_out=held_out, console=console
         )
         self.run = RunDirectory(self.root, tell=self.display.note)
-        self.disk = Disk(self.root, self.display.note, lambda: self.request.signal is not None)
+        self.disk = Disk(self.whole, self.display.note, lambda: self.request.signal is not None)
         self.writer = PolicyWriter(recipe, self.run, self.policy, self.disk, self.team)
         self.trackers = Trackers(recipe, self.run, self.display.note)
-        shown, compared = self.conditions, recipe.logging.transfer_images
-        if isinstance(shown, StreamedConditions):
-            shown = [shown[group] for group in range(max(recipe.logging.grid_images, compared))]
-        self.gallery = Gallery(recipe, self.policy, shown, self.trackers.picture)
-        self.transfer_shots = transfer_shots(shown, compared, recipe.seed)
+        self.gallery = Gallery(
+            recipe, self.policy, self._some_conditions(recipe.logging.grid_images), self.trackers.picture
+        )
+        compared = recipe.logging.transfer_images if recipe.method == "grpo" else 0
+        self.transfer_shots = transfer_shots(self._some_conditions(compared), recipe.seed)
+
+    def _some_conditions(self, count: int) -> list[Condition]:
+        """So many, spread over all; of a stream the first ones."""
+        if isinstance(self.conditions, StreamedConditions):
+            return [self.conditions[group] for group in range(count)]
+        return spread(self.conditions, count)
 
     def train(self, resume: bool) -> None:
         """From the base policy or the newest whole checkpoint to the end of the run.
@@ -233,14 +283,16 @@ class Job:
         if self._nothing_left(start):
             return
         base, trained = self.writer.base(), trained_parameters(self.policy)
-        trainer, metrics, stop = self._assemble(seconds, checkpoint)
+        scale = self._scale() if recipe.method == "distil" else None
+        trainer, metrics, stop = self._assemble(seconds, checkpoint, scale)
         kind, started = sharding(trainer), team.from_lead(lambda: run.notes().get("sharding", "none"))
         if checkpoint is not None and started != kind:
             team.fail(
                 f"cannot continue {run.root}, started with sharding {started}, with {kind}: its checkpoints have other "
                 "files; launch it with the configuration that it was started with"
             )
-        notes = start_notes(run.notes(), self.weights, self.rewards.family, str(self.policy.model.device))
+        family = {} if self.rewards is None else self.rewards.family
+        notes = start_notes(run.notes(), self.weights, family, str(self.policy.model.device))
         notes |= {
             "tokens": self.policy.card.tokens,
             "base_policy": base,
@@ -248,10 +300,12 @@ class Job:
             "conditions": digest(self.conditions),
         }
         team.lead(lambda: run.note(**notes, finished=None, sharding=kind))
-        self.display.note(self._opening(start))
+        self.display.note(self._opening(start, scale))
         team.lead(lambda: self.trackers.open(start))
         # The base policy, and whole: only when training starts is a checkpoint loaded, and the model shared out.
         before = team.lead(lambda: self.gallery.save(run, 0))
+        if recipe.method == "distil":  # from here on it is another policy than the base
+            self.policy.sampling = {**self.policy.sampling, "cfg_scale": 1.0}
         if checkpoint is not None:
             load_position(self.conditions, checkpoint)
         for folder in (run.policy_dir, run.ema_dir):  # an earlier end of this run is overtaken once it goes on
@@ -266,7 +320,7 @@ class Job:
         ending = "the time limit" if stop.out_of_time else "the last step"
         self.display.note(f"finished at {ending}: {trainer.state.global_step} updates in {duration(metrics.seconds)}")
         if team.first:
-            for sentence in conclusions(run.metrics(), recipe.grpo.batch_size, run.notes()):
+            for sentence in conclusions(run.metrics(), recipe.optim.batch_size, run.notes()):
                 self.display.note(sentence)
 
     def rehearse(self, still: TrainerCallback) -> MetricsCallback:
@@ -277,7 +331,7 @@ class Job:
             Interrupted: a second signal came; the first ends it after the update in progress.
         """
         self.writer.base()
-        trainer, metrics, _ = self._assemble(0.0, None)
+        trainer, metrics, _ = self._assemble(0.0, None, None)
         for callback in (CheckpointCallback, GridCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(still)
@@ -294,16 +348,32 @@ class Job:
             self.team.fail(f"stopped: {self.request.failure}")
         return metrics
 
-    def _finish(self, trainer: ImageGRPOTrainer, stop: StopCallback, before: Tensor | None) -> None:
+    def _scale(self) -> float:
+        """The teacher's guidance: the recipe's, or of its list the one that was chosen when the run began."""
+        scales, noted = self.recipe.distil.cfg_scale, self.team.from_lead(lambda: self.run.notes().get("scale"))
+        if not isinstance(scales, list):
+            return scales
+        if noted is None:
+            count = SCALE_IMAGES // self.team.count * self.team.count
+            words = ", ".join(f"{scale:g}" for scale in scales)
+            self.display.note(f"choosing distil.cfg_scale: {count} images at each of {words}")
+            conditions = self._some_conditions(count)
+            noted = choose_scale(self.recipe, self.policy, conditions, self.rewards, self.weights, self.team)
+            self.team.lead(lambda: self.run.note(scale=noted))
+            measured = ", ".join(
+                f"{row['cfg_scale']:g}: {row['reward']:.4g} ± {row['error']:.2g}" for row in noted["scales"]
+            )
+            self.display.note(f"reward at each scale: {measured}; distil.cfg_scale {noted['cfg_scale']:g}")
+        return noted["cfg_scale"]
+
+    def _finish(self, trainer: Trainer, stop: StopCallback, before: Tensor | None) -> None:
         """What comes after the last update: the last grid and the trained policy, or why the run stopped earlier."""
         recipe, run, team = self.recipe, self.run, self.team
         self.request.agree(team)  # a guard of the first process may have found something in the last update
         step = trainer.state.global_step
         if self.request.failure is not None:
-            team.fail(
-                f"stopped after step {step}: {self.request.failure}; continue with: argrpo train --resume {run.root}"
-            )
-        if self.request.signal is not None and step < recipe.grpo.steps and not stop.out_of_time:
+            team.fail(f"stopped after step {step}: {self.request.failure}; continue with: {self.again}")
+        if self.request.signal is not None and step < recipe.optim.steps and not stop.out_of_time:
             self._interrupted(step)
         with whole_model(trainer):
             team.lead(lambda: self._compare(before, step))
@@ -311,7 +381,7 @@ class Job:
         if self.ema is not None:
             with self.ema.in_place_of(trainer.model):
                 self.writer.trained(trainer, run.ema_dir)
-        limit = recipe.grpo.time_limit_minutes
+        limit = recipe.optim.time_limit_minutes
         finished = {"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit}
         team.lead(lambda: run.note(finished=finished))
         if self.transfer_shots:
@@ -332,32 +402,38 @@ class Job:
 
     def _where_to_start(self, resume: bool) -> tuple[Path | None, int, float]:
         """The checkpoint to start from, its step, and the seconds of training until then."""
-        checkpoint = newest_whole_checkpoint(self.run) if resume else None
+        checkpoint, optim = newest_whole_checkpoint(self.run) if resume else None, self.recipe.optim
         start = int(checkpoint.name.rpartition("_")[2]) if checkpoint is not None else 0
-        if start > self.recipe.grpo.steps:
-            raise UserError(f"grpo.steps {self.recipe.grpo.steps}: {self.run.root} is at step {start} already")
-        if start % self.recipe.grpo.updates_per_batch:
+        if start > optim.steps:
+            raise UserError(f"{self.recipe.method}.steps {optim.steps}: {self.run.root} is at step {start} already")
+        if start % optim.updates_per_batch:
             raise UserError(
                 f"{self.run.root} was saved after step {start}, in the middle of a batch of "
-                f"{self.recipe.grpo.updates_per_batch} updates (grpo.updates_per_batch); it cannot be continued exactly"
+                f"{optim.updates_per_batch} updates (grpo.updates_per_batch); it cannot be continued exactly"
             )
         records = self.run.forget_metrics_after(start)
         return checkpoint, start, records[-1]["seconds_total"] if records else 0.0
 
-    def _opening(self, start: int) -> str:
-        grpo = self.recipe.grpo
+    def _opening(self, start: int, scale: float | None) -> str:
+        optim, stage = self.recipe.optim, ""
+        if self.recipe.start is not None or self.whole != self.root:
+            stage = f"stage {2 if self.whole == self.root else 1} of 2, "
+        what = f"{optim.batch_size // optim.group_size} groups of {optim.group_size}"
         return (
-            f"{self.recipe.name}: {grpo.steps} updates of {grpo.batch_size} images "
-            f"({grpo.batch_size // grpo.group_size} groups of {grpo.group_size})"
+            f"{stage}{self.recipe.name}: {optim.steps} updates of {optim.batch_size} images "
+            f"({what if scale is None else f'guidance {scale:g} is distilled'})"
             + (f" by {self.team.count} processes" if self.team.count > 1 else "")
             + f" in {self.run.root}"
             + (f", continuing after step {start}" if start else "")
         )
 
     def _compare(self, before: Tensor, step: int) -> None:
-        """The last grid, and before_after.png."""
-        after = self.gallery.save(self.run, step)
-        picture = before_after(before, after, self.gallery.labels, self.gallery.columns, scale=self.gallery.scale)
+        """The last grid, and before_after.png; with a start of the same pictures its base stands before the two."""
+        gallery, recipe, start, base = self.gallery, self.recipe, self.recipe.start, None
+        after = gallery.save(self.run, step)
+        if start is not None and (start.seed, start.conditions) == (recipe.seed, recipe.conditions):
+            base = RunDirectory(self.root / START).grid_file(0)
+        picture = before_after(before, after, gallery.labels, gallery.columns, scale=gallery.scale, base=base)
         self.run.spare(lambda: save_png(self.run.root / "before_after.png", picture))
 
     def _nothing_left(self, start: int) -> bool:
@@ -365,58 +441,63 @@ class Job:
         finished = self.team.from_lead(lambda: self.run.notes().get("finished"))
         if finished is None or finished["step"] != start:
             return False
-        if start >= self.recipe.grpo.steps:
-            limit = "grpo.steps"
-        elif finished["out_of_time"] and finished["time_limit_minutes"] == self.recipe.grpo.time_limit_minutes:
-            limit = "grpo.time_limit_minutes"
+        method, optim = self.recipe.method, self.recipe.optim
+        if start >= optim.steps:
+            limit = f"{method}.steps"
+        elif finished["out_of_time"] and finished["time_limit_minutes"] == optim.time_limit_minutes:
+            limit = f"{method}.time_limit_minutes"
         else:
             return False
         self.display.note(f"{self.run.root} is finished after step {start}; raise {limit} with --set to go on")
         return True
 
     def _assemble(
-        self, seconds_before: float, checkpoint: Path | None
-    ) -> tuple[ImageGRPOTrainer, MetricsCallback, StopCallback]:
+        self, seconds_before: float, checkpoint: Path | None, scale: float | None
+    ) -> tuple[Trainer, MetricsCallback, StopCallback]:
         recipe, run, policy, team = self.recipe, self.run, self.policy, self.team
-        grpo, logging = recipe.grpo, recipe.logging
+        optim, logging = recipe.optim, recipe.logging
         stopwatch = Stopwatch()
         rollout = Rollout(recipe, self.conditions, policy, stopwatch, team)
+        grpo = recipe.method == "grpo"
         scorer = BatchScorer(
-            self.rewards, self.weights, grpo.group_size, stopwatch, recipe.rewards.max_missing, self.request.fail, team
+            self.rewards, self.weights, optim.group_size, stopwatch, recipe.rewards.max_missing, self.request.fail, team
         )
-        metrics = MetricsCallback(
-            run, self.display, stopwatch, list(self.weights), grpo.batch_size, seconds_before, team
-        )
-        stop = StopCallback(self.request, metrics, grpo.updates_per_batch, self.time_limit, lambda: scorer.blank, team)
+        names = list(self.weights) if grpo else None
+        metrics = MetricsCallback(run, self.display, stopwatch, names, optim.batch_size, seconds_before, team)
+        stop = StopCallback(self.request, metrics, optim.updates_per_batch, self.time_limit, lambda: scorer.blank, team)
         saved = partial(refresh_report, run, recipe, self.display.note, training=True)
         checkpoints = CheckpointCallback(recipe, run, self.disk, metrics, self._complete_checkpoint, saved, team)
         grids = GridCallback(self.gallery, run, logging.grid_every, team)
-        guard = GuardCallback(recipe, self.weights, run, self.display, self.request, metrics, team)
+        guard = GuardCallback(recipe, self.weights if grpo else {}, run, self.display, self.request, metrics, team)
         share, micro = images_per_process(recipe, team.count)
-        meter = GradientMeter(micro, share, grpo.group_size, grpo.batch_size)
-        metrics.gradient_meter, metrics.updates_per_batch = meter, grpo.updates_per_batch
+        meter = GradientMeter(micro, share, optim.group_size, optim.batch_size)
+        metrics.gradient_meter, metrics.updates_per_batch = meter, optim.updates_per_batch
         metrics.tokens = policy.card.tokens
-        callbacks = [
-            meter,
-            metrics,
-            stop,
-            guard,
-        ]  # the order counts: measure, decide whether to stop, then save and draw
-        if grpo.ema_decay:
-            self.ema = EmaCallback(grpo.ema_decay, checkpoint, team)
+        # The order counts: measure, decide whether to stop, then save and draw.
+        callbacks = [meter, metrics, stop, guard]
+        if optim.ema_decay:
+            self.ema = EmaCallback(optim.ema_decay, checkpoint, team)
             callbacks.append(self.ema)
         callbacks += [checkpoints, grids]
         if team.first:
             metrics.watch = self.trackers.record
-        trainer = team.together(lambda: build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks))
+        trainer = team.together(
+            lambda: (
+                build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks)
+                if grpo
+                else build_distil_trainer(recipe, policy, rollout, scale, run.partial_dir, callbacks)
+            )
+        )
         if self.ema is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             team.fail(
-                "grpo.ema_decay needs whole weights in each process; set it to 0, or take --accelerate-config ddp"
+                f"{recipe.method}.ema_decay needs whole weights in each process; set it to 0, or take "
+                "--accelerate-config ddp"
             )
-        metrics.ratio_meter = trainer.ratio_meter
+        if grpo:
+            metrics.ratio_meter = trainer.ratio_meter
         meter.usable &= sharding(trainer) == "none"
         grids.whole = lambda: whole_model(trainer)
-        start = self.start = team.lead(lambda: Start.of(policy, trainer.model))
+        start = self.start = team.lead(lambda: Start.of(policy, trainer.model, self._policy_before()))
 
         def measure() -> None:
             shown = [shot.condition for shot in self.gallery.shots]
@@ -425,6 +506,14 @@ class Job:
         grids.watch = measure
         return trainer, metrics, stop
 
+    def _policy_before(self) -> Path | None:
+        """The policy that the start started from; None where that is not this run's with other trained weights."""
+        recipe = self.recipe
+        if recipe.start is None or recipe.policy.lora or recipe.start.policy.lora or recipe.policy.trainable != "all":
+            return None
+        folder = Path(RunDirectory(self.root / START).notes().get("base_policy", ""))
+        return folder if folder.is_dir() else None
+
     def _complete_checkpoint(self, folder: Path) -> None:
         """What makes the trainer's checkpoint a policy folder, and what else the run needs to go on from it."""
         self.writer.complete(folder)
@@ -432,7 +521,7 @@ class Job:
             self.ema.save(folder)
         save_position(self.conditions, folder)
 
-    def _update(self, trainer: ImageGRPOTrainer, checkpoint: Path | None, start: int) -> None:
+    def _update(self, trainer: Trainer, checkpoint: Path | None, start: int) -> None:
         """All updates that are left, with the display on."""
         self.display.start(start)
         self.request.training = True
@@ -467,12 +556,11 @@ class Job:
     def _cannot_go_on(self, why: str) -> UserError:
         """The error that ends a run which cannot write its checkpoint; what was saved before is whole."""
         return UserError(
-            f"{why}; the run is safe up to step {self._saved_step()}: mend this and continue with: "
-            f"argrpo train --resume {self.run.root}"
+            f"{why}; the run is safe up to step {self._saved_step()}: mend this and continue with: {self.again}"
         )
 
     def _interrupted(self, step: int) -> None:
-        self.display.note(f"stopped after step {step}; continue with: argrpo train --resume {self.run.root}")
+        self.display.note(f"stopped after step {step}; continue with: {self.again}")
         raise Interrupted(self.request.exit_code)
 
 
