@@ -38,7 +38,7 @@ def recipe(**grpo: Any) -> Recipe:
 def test_the_batch_goes_to_the_noise_scale_and_the_rate_with_its_root() -> None:
     changes, reasons = propose(recipe(), FOUND)  # 800 / 2 = 400 images
     assert changes == {"batch_size": 400, "steps": 200, "learning_rate": 0.0032}
-    assert reasons[0] == "batch_size 400: the noise scale is 400 images, and the run has 80,000 images"
+    assert reasons[0] == "batch_size 400: the noise scale is 400 ± 100 images, and the run has 80,000 images"
 
 
 def test_a_hundred_updates_are_left_and_a_batch_is_not_made_smaller() -> None:
@@ -106,6 +106,7 @@ def test_gradients_of_all_updates_are_compared_with_each_other() -> None:
 def test_a_pilot_runs_in_parts_of_whole_groups() -> None:
     assert pilot_recipe(recipe(), 1.0).grpo.micro_batch_size == 20
     assert pilot_recipe(recipe(micro_batch_size=2), 1.0).grpo.micro_batch_size == 2
+    assert pilot_recipe(recipe(batch_size=24), 1.0, processes=3).grpo.micro_batch_size == 8
     assert pilot_recipe(recipe(), 1.0).grpo.time_limit_minutes == 1.0
 
 

@@ -7,6 +7,7 @@ are added up instead, and so are of the policy that the run would start from, an
 from __future__ import annotations
 
 import math
+import os
 import resource
 import shutil
 from collections.abc import Mapping, Sequence
@@ -102,6 +103,16 @@ class Measured:
         """What it is at least."""
         return None if self.signal is None else self.noise / (max(0.0, self.signal) + ERRORS * self.error)
 
+    @property
+    def noise_words(self) -> str:
+        """The noise scale with its error, or what else is known of it."""
+        if self.signal is None:
+            return "not known"
+        scale = self.noise_scale
+        if scale is None:
+            return f"{self.noise_scale_least:,.0f} images at least"
+        return f"{scale:,.0f} ± {scale * self.error / self.signal:,.0f} images"
+
 
 def run_pilot(
     recipe: Recipe,
@@ -143,9 +154,12 @@ def run_pilot(
 
     scratch = folder / PILOT_SCRATCH
     try:
-        run_training(pilot_recipe(recipe, minutes), scratch, rewards=rewards, console=console, work=work)
+        own = pilot_recipe(recipe, minutes, int(os.environ.get("WORLD_SIZE", "1")))
+        run_training(own, scratch, rewards=rewards, console=console, work=work)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     return folder / PILOT_FILE
 
 
@@ -256,8 +270,7 @@ def propose(recipe: Recipe, found: Measured) -> tuple[dict[str, Any], list[str]]
     if least is not None:
         aim = min(scale or least, images / LEAST_UPDATES)
         size = max(size, round(aim / unit) * unit)
-    how = "not known" if least is None else f"{scale:,.0f} images" if scale else f"{least:,.0f} images at least"
-    reasons.append(f"batch_size {size}: the noise scale is {how}, and the run has {images:,} images")
+    reasons.append(f"batch_size {size}: the noise scale is {found.noise_words}, and the run has {images:,} images")
     if size != grpo.batch_size:
         steps = max(1, round(images / size / grpo.updates_per_batch)) * grpo.updates_per_batch
         rate = float(f"{grpo.learning_rate * math.sqrt(size / grpo.batch_size):.2g}")
@@ -343,11 +356,9 @@ def show(recipe: Recipe, found: Measured, reasons: Sequence[str], console: Conso
         return f"{taken:.2f} s an update, {recipe.grpo.batch_size / taken:.1f} images/s"
 
     whole = sum(found.seconds.values())
-    least, scale = found.noise_scale_least, found.noise_scale
-    noise = f"{scale:,.0f} images" if scale else "not measured" if least is None else f"{least:,.0f} images at least"
     rows = [
         ("measured", f"{found.updates} updates of {recipe.grpo.batch_size} images"),
-        ("gradient noise scale", noise),
+        ("gradient noise scale", found.noise_words),
         ("reward, mean", f"{found.reward:.4g}"),
         ("its deviation within groups", f"{found.spread:.4g}"),
         ("groups with spread", f"{found.effective:.0%}"),
