@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+
+import pytest
+
+from argrpo_cli.cli.app import run
+from tests.together import forked
 
 ROOT = Path(__file__).parents[1]
 SHOW = str(ROOT / "docs" / "show.py")
@@ -15,9 +22,26 @@ def show(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SHOW, *map(str, arguments)], capture_output=True, text=True)
 
 
-def test_readme_shows_what_its_commands_print(tmp_path):
-    checked = show("--check", "README.md", "--folder", tmp_path)
-    assert checked.returncode == 0, checked.stderr
+def test_readme_shows_what_its_commands_print(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import show as script
+
+    def forked_from_here(command: str, folder: Path) -> str:
+        """As `script.run`, where the libraries are loaded already."""
+        program, *arguments = shlex.split(command.removeprefix("$ "))
+        assert program == "argrpo"
+        monkeypatch.chdir(folder)
+        done = forked(partial(run, arguments), tmp_path / arguments[0], processes=1)
+        assert done.codes == [0], done.err
+        return done.err + done.out
+
+    monkeypatch.setattr(script, "run", forked_from_here)
+    monkeypatch.setattr("sys.argv", ["show", "--check", "README.md", "--folder", str(tmp_path / "folder")])
+    for name, value in (("COLUMNS", script.WIDTH), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 0, capsys.readouterr().err
 
 
 def test_another_output_is_noticed_and_made(tmp_path):

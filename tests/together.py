@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+import argrpo_cli.policy.llamagen.policy  # noqa: F401 (before the forks, with the libraries it needs)
 from argrpo_cli.cli.app import run
 
 
