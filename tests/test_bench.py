@@ -46,11 +46,13 @@ def test_a_benchmark_that_is_none_is_told():
 
 def test_a_training_step_is_measured_in_every_way(tmp_path, capsys):
     recipe = tmp_path / "small.yaml"
-    recipe.write_text("extends: nano/c2i\ngrpo: {batch_size: 4, group_size: 2, steps: 2, warmup_steps: 0}\n")
+    recipe.write_text(
+        "extends: nano/c2i\ngrpo: {batch_size: 4, micro_batch_size: 2, group_size: 2, steps: 2, warmup_steps: 0}\n"
+    )
     bench_train.main([str(recipe), "--steps", "1", "--micro-batch-sizes", "2", "--device", "cpu"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "2 at a time" in line]
     assert [row.split(",")[0] for row in rows] == [
-        "all weights", "recomputed activations", "LoRA", "no reference model"
+        "all weights", "recomputed activations", "LoRA", "no reference model", "and no guidance", "and in bfloat16"
     ]  # fmt: skip
     for row in rows:
         rollout, reward, update, step = (float(cell) for cell in row.split("at a time")[1].replace("s", "").split()[:4])

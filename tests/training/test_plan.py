@@ -15,6 +15,7 @@ from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.policy.llamagen.published import outline_policy
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.training.launch import settle_dtype
 from argrpo_cli.training.plan import Plan, plan, show_plan
 from tests.training.tiny import tiny_caption_policy
 
@@ -203,3 +204,12 @@ def test_policy_folders_and_files_have_outlines_too(tmp_path: Path) -> None:
     outline = outline_policy(tmp_path / "c2i_B_256.pt")
     assert outline.config.num_hidden_layers == 1
     assert [file.file for file in outline.files] == ["vq_ds16_c2i.pt"]
+
+
+def test_a_number_format_is_settled_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("nano/c2i", ["policy.dtype=auto"])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False}, raising=False)
+    assert settle_dtype(recipe, "cpu").policy.dtype == "float32"  # where bfloat16 would be slower
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert settle_dtype(recipe, "cpu").policy.dtype == "bfloat16"
+    assert settle_dtype(load_recipe("nano/c2i"), "cpu").policy.dtype == "float32"  # said, and kept

@@ -1,14 +1,17 @@
 """Time and memory of a training step, by stage: `python -m argrpo_cli.bench train [RECIPE]`.
 
     python -m argrpo_cli.bench train nano/c2i
+    python -m argrpo_cli.bench train nano/t2i --set grpo.batch_size=192 --micro-batch-sizes 96
     python -m argrpo_cli.bench train c2i_xl384 --micro-batch-sizes 4 8 16      (on a GPU)
 
 Policies that have to be fetched are replaced by random weights of their geometry, and so is their image tokenizer:
-time and memory do not depend on the values. The rewards of the recipe take no part; `argrpo_cli.bench rewards` measures
-those. The reward here is the mean brightness, so that "reward" is the price of the way to it.
+time and memory do not depend on the values. Rewards are the recipe's own where they are bundled; others take no part,
+`argrpo_cli.bench rewards` measures those. The reward then is the mean brightness, so that "reward" is the price of the
+way to it.
 
 Each way to train is one row: all weights as the recipe says, with recomputed activations, adapters (LoRA) alone, and
-all weights without a reference model (no KL term). Shares are of the first row's step.
+all weights without a reference model (no KL term), then also without guidance, and that in bfloat16. Shares are of the
+first row's step; "cpu" is the processor time of all threads, which a busy machine changes less.
 """
 
 from __future__ import annotations
@@ -33,9 +36,12 @@ from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.recipe import Recipe, load_recipe
+from argrpo_cli.rewards import load_rewards, reward_weights
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.training.conditions import run_conditions
 from argrpo_cli.training.grpo import build_trainer, quiet_libraries
+from argrpo_cli.training.launch import settle_dtype
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.scorer import BatchScorer
 
@@ -72,16 +78,18 @@ class StepTimes(TrainerCallback):
     """Seconds of every stage of every step."""
 
     def __init__(self, meter: StageMeter) -> None:
-        self.meter, self.steps, self._start = meter, [], 0.0
+        self.meter, self.steps, self._start, self._cpu = meter, [], 0.0, 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
+        self._start, self._cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.meter.mark("update")
         whole, times = time.perf_counter() - self._start, self.meter.take()
         times["rollout"] += times.pop("text", 0.0)
-        self.steps.append(times | {"update": whole - sum(times.values()), "step": whole})
+        self.steps.append(
+            times | {"update": whole - sum(times.values()), "step": whole, "cpu": time.process_time() - self._cpu}
+        )
 
 
 class Brightness:
@@ -99,9 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
         ("recipe", {"nargs": "?", "default": "nano/c2i"}),
         ("--steps", {"type": int, "default": 4, "help": "timed, after one that is not"}),
         ("--micro-batch-sizes", {"type": int, "nargs": "*", "help": "instead of the recipe's"}),
+        ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "change the recipe"}),
     ]
     options = parse("train", __doc__, arguments, more)
-    recipe = load_recipe(options.recipe)
+    recipe = load_recipe(options.recipe, options.set)
     sizes = options.micro_batch_sizes or [recipe.grpo.micro_batch_size or recipe.grpo.batch_size]
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         base = _base(recipe, Path(folder) / "base")
@@ -110,14 +119,15 @@ def main(arguments: list[str] | None = None) -> None:
             f"logprob {recipe.grpo.logprob}, median of {options.steps}"
         )
         print(
-            f"{'':38}{'rollout':>10}{'reward':>10}{'update':>10}{'step':>10}{'images/s':>10}{'share':>8}  peak memory"
+            f"{'':38}{'rollout':>10}{'reward':>10}{'update':>10}{'step':>10}{'cpu':>10}{'images/s':>10}{'share':>8}"
+            "  peak memory"
         )
         first = None
         for size in sizes:
             for name, changed in _ways(recipe, base, size).items():
                 seconds, peak = measure_steps(changed, options.steps, options.device, Path(folder) / "trainer")
                 first = first or seconds["step"]
-                cells = "".join(f"{seconds[stage]:8.2f} s" for stage in (*STAGES, "step"))
+                cells = "".join(f"{seconds[stage]:8.2f} s" for stage in (*STAGES, "step", "cpu"))
                 memory = ", ".join(f"{stage} {peak[stage] / 2**30:.1f}" for stage in STAGES if stage in peak)
                 print(
                     f"{name + f', {size} at a time':38}{cells}{recipe.grpo.batch_size / seconds['step']:10.1f}"
@@ -131,7 +141,8 @@ def _ways(recipe: Recipe, base: str, micro_batch_size: int) -> dict[str, Recipe]
     tree = recipe.model_dump()
     tree["policy"] |= {"checkpoint": base, "trainable": "all", "lora": None}
     tree["grpo"]["micro_batch_size"] = micro_batch_size
-    tree["rewards"]["terms"] = [{"name": "brightness"}]
+    if not all(term.name.startswith("nano-") for term in recipe.rewards.terms):
+        tree["rewards"]["terms"] = [{"name": "brightness"}]
     tree["start"] = None  # the update is measured, not what comes before
     changes = {
         "all weights": {},
@@ -139,6 +150,8 @@ def _ways(recipe: Recipe, base: str, micro_batch_size: int) -> dict[str, Recipe]
         "LoRA": {"policy": tree["policy"] | {"lora": {"rank": 16, "alpha": 32.0}}},
         "no reference model": {"grpo": tree["grpo"] | {"beta": 0.0}},
     }
+    changes["and no guidance"] = changes["no reference model"] | {"sampling": tree["sampling"] | {"cfg_scale": 1.0}}
+    changes["and in bfloat16"] = changes["and no guidance"] | {"policy": tree["policy"] | {"dtype": "bfloat16"}}
     return {name: Recipe.model_validate(tree | change) for name, change in changes.items()}
 
 
@@ -165,12 +178,20 @@ def _base(recipe: Recipe, folder: Path) -> str:
 def measure_steps(recipe: Recipe, steps: int, device: str, scratch: Path) -> tuple[dict[str, float], dict[str, int]]:
     """Median seconds of each stage of `steps` updates after a first one, and the bytes each took at most on a GPU."""
     recipe = recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update={"steps": steps + 1, "warmup_steps": 0})})
+    recipe = settle_dtype(recipe, device)
     policy = load_policy(recipe.policy.checkpoint, device)
     meter = StageMeter(device)
-    rollout = Rollout(recipe, policy.conditions(policy.card.names), policy, meter)
-    scorer = BatchScorer(Brightness(), {"brightness": 1.0}, recipe.grpo.group_size, meter)
+    rollout = Rollout(recipe, run_conditions(recipe, policy), policy, meter)
+    rewards, weights = Brightness(), {"brightness": 1.0}
+    if recipe.rewards.terms[0].name != "brightness":
+        options = {term.name: term.options for term in recipe.rewards.terms}
+        rewards = load_rewards(list(options), device, options)
+        weights = reward_weights(recipe.rewards, rewards.family)
+    scorer = BatchScorer(rewards, weights, recipe.grpo.group_size, meter)
     times = StepTimes(meter)
     trainer = build_trainer(recipe, policy, rollout, scorer, scratch, [times])
     trainer.train()
     timed = times.steps[1:]
-    return {name: statistics.median(step[name] for step in timed) for name in (*STAGES, "step")}, dict(meter.peak)
+    return {name: statistics.median(step[name] for step in timed) for name in (*STAGES, "step", "cpu")}, dict(
+        meter.peak
+    )

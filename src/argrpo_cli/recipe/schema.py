@@ -58,7 +58,9 @@ class PolicySection(Section):
     """The model that is trained."""
 
     checkpoint: str = "nano-c2i"  # a name, a policy folder, a run directory or a checkpoint
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of what is computed; the weights stay in float32
+    # Of what is computed; the weights stay in float32. auto: bfloat16 on a GPU, and on a processor with matrix
+    # instructions for it (AMX), where an update is twice as fast; otherwise float32.
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     device: str = "auto"  # auto: a GPU when there is one
     text_device: str = "same"  # of the text encoder: same, offload (there only while it reads captions), or a device
     # What is trained: everything, or the parameters with one of these in their names, such as "layers.4.".

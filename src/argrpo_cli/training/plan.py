@@ -17,7 +17,7 @@ from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_reward
 from argrpo_cli.rewards.base import Needs
 from argrpo_cli.system.files import HubFile, is_cached
 from argrpo_cli.training.conditions import check_source, run_captions, run_conditions
-from argrpo_cli.training.launch import images_per_process
+from argrpo_cli.training.launch import images_per_process, settle_dtype
 from argrpo_cli.training.memory import PHASES, Part, estimate, total, trained_parameters
 from argrpo_cli.training.streams import open_captions
 
@@ -58,6 +58,8 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
             that do not exist, images that cannot be shared by so many processes. What a machine merely lacks (files,
             packages, captions) is no error; the plan lists it.
     """
+    device = "cpu" if recipe.policy.device == "cpu" else "cuda"
+    recipe = settle_dtype(recipe, device)
     optim, policy = recipe.optim, recipe.policy
     share, micro = images_per_process(recipe, processes)
     outline = outline_policy(policy.checkpoint)
@@ -65,7 +67,6 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     if policy.lora is not None:
         check_targets(outline.policy, policy.lora.targets)
     options = {term.name: term.options for term in recipe.rewards.terms} if recipe.scored else {}
-    device = "cpu" if policy.device == "cpu" else "cuda"
     needs = {name: check_options(name, chosen).needs(chosen, device) for name, chosen in options.items()}
     packages = {module: pip for one in needs.values() for module, pip in one.packages.items()}
     packages |= {name: name for name in recipe.logging.trackers} | ({"peft": "peft"} if policy.lora else {})

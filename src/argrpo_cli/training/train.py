@@ -51,7 +51,7 @@ from argrpo_cli.training.gathering import sharding, whole_model
 from argrpo_cli.training.grpo import build_trainer, lora_config, quiet_libraries
 from argrpo_cli.training.guards import GuardCallback, check_weights
 from argrpo_cli.training.instruments import GradientMeter, Start, transfer, transfer_shots
-from argrpo_cli.training.launch import images_per_process
+from argrpo_cli.training.launch import images_per_process, settle_dtype
 from argrpo_cli.training.metrics import MetricsCallback, StopCallback, StopRequest
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.saving import CheckpointCallback, EmaCallback, Gallery, GridCallback, spread
@@ -108,6 +108,7 @@ def run_training(
     request = StopRequest()
     with quiet_libraries(), request.listening(), _leaving_at_once(request, out, console), ExitStack() as held:
         team = join_team(recipe.policy.device, PATIENCE)
+        recipe = settle_dtype(recipe, team.device)  # what the run directory has: resumed elsewhere it stays as it was
         held.enter_context(team.ending_together())
         team.together(lambda: _refuse(out, resume, team))
         first, finished, begun = recipe.start, *team.from_lead(lambda: _state(out / START))
