@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,17 @@ def together(arguments: Sequence[str], folder: Path) -> Ended:
 
 
 def forked(action: Callable[[], int], folder: Path, processes: int = 2, timeout: float = 300) -> Ended:
-    """Let several processes act, each to an exit code, and wait for their end; what they print lies in `folder`."""
+    """As `start`, and wait for their end."""
+    jobs = start(action, folder, processes)
+    for job in jobs:
+        job.join(timeout)
+        job.kill()  # does nothing to one that has ended
+    printed = ["".join(path.read_text() for path in sorted(folder.glob(f"{name}-*"))) for name in ("out", "err")]
+    return Ended([job.exitcode for job in jobs], *printed)
+
+
+def start(action: Callable[[], int], folder: Path, processes: int) -> list[BaseProcess]:
+    """Let several processes act, each to an exit code; what they print goes into `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,11 +61,7 @@ def forked(action: Callable[[], int], folder: Path, processes: int = 2, timeout:
     jobs = [fork.Process(target=_work, args=(action, rank, variables, folder)) for rank in range(processes)]
     for job in jobs:
         job.start()
-    for job in jobs:
-        job.join(timeout)
-        job.kill()  # does nothing to one that has ended
-    printed = ["".join(path.read_text() for path in sorted(folder.glob(f"{name}-*"))) for name in ("out", "err")]
-    return Ended([job.exitcode for job in jobs], *printed)
+    return jobs
 
 
 def _work(action: Callable[[], int], rank: int, variables: dict[str, object], folder: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +11,9 @@ import torch
 from PIL import Image
 
 from argrpo_cli.cli.app import run
+from argrpo_cli.draw import draw_batch
 from argrpo_cli.system.processes import join_team
-from tests.together import together
+from tests.together import start, together
 from tests.torchrun import torchrun
 from tests.training.tiny import CLASSES, IMAGE_SIZE, save_tiny_policy
 
@@ -77,19 +76,20 @@ def test_a_fault_of_the_first_is_told_once_and_stops_both(policy, tmp_path):
 
 def test_a_killed_job_is_completed_to_the_same_bytes(policy, alone, tmp_path):
     out = tmp_path / "images"
-    slow = (  # the real command, with time between two batches to be killed in
-        "import time, argrpo_cli.draw as job; draw = job.draw_batch\n"
-        "def slowly(*a):\n    time.sleep(0.5); return draw(*a)\n"
-        "job.draw_batch = slowly\n"
-        "import sys; from argrpo_cli.cli.app import main; sys.argv = ['argrpo', *sys.argv[1:]]; main()"
-    )
-    job = subprocess.Popen([sys.executable, "-c", slow, *arguments(policy, out)], stderr=subprocess.DEVNULL)
+
+    def slowly(*args):  # so that there is time between two batches to be killed in
+        time.sleep(0.3)
+        return draw_batch(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("argrpo_cli.draw.draw_batch", slowly)
+        (job,) = start(partial(run, arguments(policy, out)), tmp_path / "printed", processes=1)
     deadline = time.monotonic() + 120
     while len(list(out.glob("[0-9]*-*.png"))) < 6:
-        assert time.monotonic() < deadline and job.poll() is None
+        assert time.monotonic() < deadline and job.is_alive()
         time.sleep(0.05)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
+    job.kill()
+    job.join()
     drawn = sorted(out.glob("[0-9]*-*.png"))
     assert 6 <= len(drawn) < CLASSES * N and not (out / "metadata.jsonl").exists()
     drawn[2].write_bytes(drawn[2].read_bytes()[:-20])  # torn, as by a power cut
