@@ -48,7 +48,7 @@ class Store(Protocol):
         """Places in a batch of the items that are still to be made."""
         ...
 
-    def write(self, batch: Sequence[Any], made: Any) -> None:
+    def write(self, batch: Sequence[Any], contents: Any) -> None:
         """Keep what was made of a batch, on disk when this returns."""
         ...
 
@@ -132,11 +132,11 @@ class Pictures:
     def missing(self, batch: Sequence[Shot]) -> list[int]:
         return [place for place, shot in enumerate(batch) if not is_whole_png(self.folder / shot.file)]
 
-    def write(self, batch: Sequence[Shot], made: Tensor) -> None:
+    def write(self, batch: Sequence[Shot], contents: Tensor) -> None:
         """Write the missing ones of images uint8 [B, 3, H, W]."""
         from PIL import Image
 
-        arrays = made.permute(0, 2, 3, 1).cpu().numpy()
+        arrays = contents.permute(0, 2, 3, 1).cpu().numpy()
         places = self.missing(batch)
         with ThreadPoolExecutor(WRITERS) as writers:
             list(writers.map(lambda i: save_png(self.folder / batch[i].file, Image.fromarray(arrays[i])), places))
@@ -183,9 +183,9 @@ class Rows:
         rows = [self._known.get(self.key(item)) for item in batch]
         return [place for place, row in enumerate(rows) if row is None or not self.complete(row)]
 
-    def write(self, batch: Sequence[Any], made: Sequence[Any]) -> None:
+    def write(self, batch: Sequence[Any], contents: Sequence[Any]) -> None:
         """Keep a row for each item; None for one that has none yet."""
-        known = {self.key(item): row for item, row in zip(batch, made, strict=True) if row is not None}
+        known = {self.key(item): row for item, row in zip(batch, contents, strict=True) if row is not None}
         if known:
             name = f"{digest(list(known))}.jsonl"
             write_jsonl(self.folder / name, [{"key": key, "row": row} for key, row in known.items()])
@@ -226,20 +226,20 @@ class Tensors:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self.path(batch), "pt") as held:  # reads the header, which says how long the file must be
-                return [] if list(held.keys()) else list(range(len(batch)))
+            with safe_open(self.path(batch), "pt") as file:  # reads the header, which says how long the file must be
+                return [] if list(file.keys()) else list(range(len(batch)))
         except (OSError, SafetensorError):
             return list(range(len(batch)))
 
-    def write(self, batch: Sequence[Any], made: Mapping[str, Tensor]) -> None:
-        save_tensors(self.path(batch), made)
+    def write(self, batch: Sequence[Any], contents: Mapping[str, Tensor]) -> None:
+        save_tensors(self.path(batch), contents)
 
     def read(self, batch: Sequence[Any]) -> dict[str, Tensor]:
         """What was kept of one batch; UserError when it is gone."""
-        held = load_tensors(self.path(batch))
-        if held is None:
+        tensors = load_tensors(self.path(batch))
+        if tensors is None:
             raise self._gone(batch)
-        return held
+        return tensors
 
     def each(self, batches: Sequence[Sequence[Any]], key: str) -> Iterator[Tensor]:
         """One of the tensors, batch by batch; the others are not read."""
@@ -247,8 +247,8 @@ class Tensors:
 
         for batch in batches:
             try:
-                with safe_open(self.path(batch), "pt") as held:
-                    yield held.get_tensor(key)
+                with safe_open(self.path(batch), "pt") as file:
+                    yield file.get_tensor(key)
             except (OSError, SafetensorError) as error:
                 raise self._gone(batch) from error
 
@@ -323,20 +323,20 @@ def claim(
         make_dir(out)
         write_json(path, {**identity, "batch_size": batch_size})
         return batch_size
-    held = read_json(path)
-    begun = held.get("batch_size")
-    other = _differing(held, identity) + ([] if isinstance(begun, int) else ["batch_size"])
+    settings = read_json(path)
+    size = settings.get("batch_size")
+    other = _differing(settings, identity) + ([] if isinstance(size, int) else ["batch_size"])
     if other:
         raise UserError(f"{out} holds {what} ({', '.join(other)}); {mend}")
-    return begun
+    return size
 
 
-def _differing(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Keys of `asked` that `held` has otherwise, nested ones with dots."""
+def _differing(settings: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Keys of `identity` that `settings` has otherwise, nested ones with dots."""
     keys = []
-    for key, value in asked.items():
-        if isinstance(value, Mapping) and isinstance(held.get(key), Mapping):
-            keys += [f"{key}.{inner}" for inner in _differing(held[key], value)]
-        elif held.get(key) != value:
+    for key, value in identity.items():
+        if isinstance(value, Mapping) and isinstance(settings.get(key), Mapping):
+            keys += [f"{key}.{inner}" for inner in _differing(settings[key], value)]
+        elif settings.get(key) != value:
             keys.append(key)
     return keys
