@@ -1,11 +1,12 @@
 """Kills runs at random moments, tears checkpoints, takes the runs up again and compares them with an undisturbed one.
 
-    python -m tests.kill_runs [--runs 100] [--seed 0] [--every-write]
+    python -m tests.kill_runs [--runs 100] [--seed 0] [--every-write] [--start]
 
 Every life of a run is a process forked from this one, so that the libraries are imported once. A run is lost when it
 cannot be taken up to its end, or ends with anything else than the undisturbed run: weights, optimiser, schedule, random
 states, trainer state, metrics and grids are compared bit for bit, times left out. With --every-write a run is killed
-once at each change that Python makes to its folder, instead of at random moments.
+once at each change that Python makes to its folder, instead of at random moments. With --start runs have a distillation
+before them, which is compared as well.
 """
 
 from __future__ import annotations
@@ -171,9 +172,10 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
 
 def results(out: Path, step: int) -> dict[str, Path]:
     """The files that a run of so many steps must end with, by name."""
-    folders = [out / "policy", out / "checkpoints" / f"step_{step:06d}", out / "grids"]
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    files += [path for path in map(out.joinpath, ("metrics.jsonl", "before_after.png", "recipe.yaml")) if path.exists()]
+    parts = ("policy", f"checkpoints/step_{step:06d}", "grids", "metrics.jsonl", "before_after.png", "recipe.yaml")
+    first = ("policy", f"checkpoints/step_{FEW_STEPS:06d}", "grids", "metrics.jsonl", "before_after.png", "recipe.yaml")
+    paths = [out / part for part in (*parts, *(f"start/{part}" for part in first))]
+    files = [path for part in paths for path in (part, *part.rglob("*")) if path.is_file()]
     return {str(path.relative_to(out)): path for path in files if path.name != "checksums.json"}  # of times too
 
 
@@ -241,6 +243,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every-write", action="store_true")
+    parser.add_argument("--start", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     start, chance, tally = time.monotonic(), random.Random(options.seed), Tally()
@@ -250,6 +253,9 @@ def main() -> None:
     steps = FEW_STEPS if options.every_write else STEPS
     keep = 1 if options.every_write else 2  # with one, a removal comes even in the short run
     recipe = tiny_recipe(work / "tiny", steps=steps, save_every=2, keep_checkpoints=keep, grid_every=3, grid_images=2)
+    if options.start:
+        distil = {"steps": FEW_STEPS, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "lmbda": 0.5}
+        recipe = Recipe.model_validate(recipe.model_dump() | {"start": {"distil": distil}})
     reference = work / "reference"
     undisturbed(recipe, reference, log)
     life = undisturbed(recipe, work / "again_0000", log)  # the first one reads the libraries from disk

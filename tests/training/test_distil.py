@@ -171,6 +171,8 @@ def test_a_start_is_a_run_of_its_own_and_training_goes_on_from_it(finished: Path
     notes = json.loads((finished / "run.json").read_text())
     assert notes["base_policy"] == str(finished / "start" / "policy")
     assert metrics(finished)[0]["kl"] == pytest.approx(0, abs=1e-6)  # against what was distilled
+    assert 0 < metrics(finished)[-1]["kl_start"] < metrics(finished)[-1]["kl_base"]  # the latter to the undistilled
+    assert "kl_base" not in metrics(finished / "start")[-1]
     weights = [one.model.lm_head.weight for one in (base, start, end)]
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
     assert base.sampling == {} and start.sampling == end.sampling == {"cfg_scale": 1.0}

@@ -116,7 +116,7 @@ def _facts(recipe: Recipe, records: Sequence[Record], notes: Mapping[str, Any]) 
         "images drawn": f"{images:,}" if images else None,
         "images per update": f"{recipe.optim.batch_size}"
         + (f", in groups of {recipe.grpo.group_size}" if recipe.method == "grpo" else ""),
-        "policy": recipe.policy.checkpoint,
+        "policy": recipe.policy.checkpoint + (f", after {recipe.start.name} (start/{REPORT})" if recipe.start else ""),
         "device": notes.get("device"),
         "started": notes.get("started"),
         "page written": now(),
