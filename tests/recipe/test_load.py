@@ -86,7 +86,7 @@ def test_what_a_start_does_not_say_is_as_in_the_recipe_around_it(write):
     recipe = load_recipe(
         write(
             "mine.yaml",
-            "extends: nano/c2i\ndescription: d\nout: o\nseed: 3\nstart:\n  distil: {cfg_scale: [2, 3]}\n"
+            "extends: c2i_b256\ndescription: d\nout: o\nseed: 3\nstart:\n  distil: {cfg_scale: [2, 3]}\n"
             "  policy: {trainable: all}\n",
         ),
         ["seed=4", "policy.device=cpu", "start.distil.steps=10", "start.rewards.terms.0.weight=2"],
@@ -96,20 +96,20 @@ def test_what_a_start_does_not_say_is_as_in_the_recipe_around_it(write):
     assert (start.seed, start.policy.device, start.policy.trainable) == (4, "cpu", "all")
     assert start.optim == start.distil and (start.distil.steps, start.distil.cfg_scale) == (10, [2.0, 3.0])
     assert start.logging == recipe.logging and start.grpo == recipe.grpo == recipe.optim
-    assert [term.weight for term in start.rewards.terms] == [2.0, 1.0, 0.5]
-    assert [term.weight for term in recipe.rewards.terms] == [1.0, 1.0, 0.5]
+    assert [term.weight for term in start.rewards.terms] == [2.0, *[1.0] * 7]
+    assert [term.weight for term in recipe.rewards.terms] == [1.0] * 8
     assert load_recipe(write("recipe.yaml", dump_recipe(recipe))) == recipe  # a run directory needs no other file
 
 
 def test_a_start_may_be_named_and_changed(write):
     write("sub/first.yaml", "description: d\nlogging: {save_every: 7}\ndistil: {steps: 5, lmbda: 1}\n")
-    path = write("sub/mine.yaml", "extends: nano/c2i\nstart: first.yaml\n")
+    path = write("sub/mine.yaml", "extends: c2i_b256\nstart: first.yaml\n")
     for child in (path, write("child.yaml", "extends: sub/mine.yaml\nstart: {distil: {beta: 1}}\n")):
         start = load_recipe(child, ["start.distil.steps=6"]).start
         assert (start.name, start.description, start.logging.save_every) == (f"{child.stem}-start", "", 7)
         assert (start.distil.steps, start.distil.lmbda, start.distil.beta) == (6, 1.0, float(child != path))
-    other = load_recipe(child, ["start=nano/c2i"]).start  # takes the place of the whole start
-    assert other.logging == load_recipe("nano/c2i").logging and other.distil.lmbda == 0.3
+    other = load_recipe(child, ["start=c2i_b256"]).start  # takes the place of the whole start
+    assert other.logging == load_recipe("c2i_b256").logging and other.distil.lmbda == 0.3
     assert load_recipe(child, ["start=null"]).start is None
     with pytest.raises(UserError, match=r"first\.yaml: unknown key 'start\.distil\.stps'.*did you mean 'steps'"):
         write("sub/first.yaml", "distil: {stps: 5}\n")

@@ -33,7 +33,7 @@ REFUSED = [
     ("policy.trainable=[]", "policy.trainable = []: must be 'all', a part of the parameters' names or a list"),
     ("policy.trainable=3", "policy.trainable = 3: must be 'all', a part"),
     ("conditions.classes=[]", "conditions.classes = []: must be 'all' or a list"),
-    ("policy.dtype=float16", "policy.dtype = 'float16': must be 'float32' or 'bfloat16'"),
+    ("policy.dtype=float16", "policy.dtype = 'float16': must be 'float32', 'bfloat16' or 'auto'"),
     ("sampling.cfg_scale=0.5", "sampling.cfg_scale = 0.5: must be 1 or more"),
     ("sampling.top_p=1.5", "sampling.top_p = 1.5: must be above 0, at most 1"),
     ("sampling.temperature=0", "sampling.temperature = 0: must be greater than 0"),
@@ -49,8 +49,8 @@ REFUSED = [
     ("start.distil.warmup_steps=101", "start.distil: warmup_steps 101 is more than steps 100"),
     ("start.out=here", "start.out 'here': a start is run in the run's own folder"),
     ("start.start={}", "start.start: a start has no start of its own"),
-    ("start=nano/t2i", "start.policy.checkpoint 'nano-t2i' is what the run starts from"),
-    ("start.rewards.terms.9.weight=2", "start.rewards.terms has 3 entries"),
+    ("start=c2i_l384", "start.policy.checkpoint 'c2i-l-384' is what the run starts from"),
+    ("start.rewards.terms.9.weight=2", "start.rewards.terms has 8 entries"),
     ("distil.cfg_scale=1", "distil.cfg_scale = 1: must be a number above 1, or a list of such numbers"),
     ("distil.cfg_scale=[2, x]", "distil.cfg_scale = [2, 'x']: must be a number above 1, or a list"),
     ("distil.cfg_scale=[]", "distil.cfg_scale = []: must be a number above 1, or a list"),
@@ -63,7 +63,7 @@ REFUSED = [
 def test_a_bad_key_or_value_is_named_with_what_is_allowed(case):
     override, *parts = case
     with pytest.raises(UserError) as caught:
-        load_recipe("nano/c2i", [override])
+        load_recipe("c2i_b256", [override])
     message = str(caught.value)
     assert message.startswith(f"--set {override}: ") and "\n" not in message
     for part in parts:
@@ -72,39 +72,39 @@ def test_a_bad_key_or_value_is_named_with_what_is_allowed(case):
 
 def test_a_batch_is_whole_groups():
     with pytest.raises(UserError, match="batch_size 50 is not a multiple of group_size 8; use for instance 48"):
-        load_recipe("nano/c2i", ["grpo.batch_size=50", "grpo.micro_batch_size=null"])
+        load_recipe("c2i_b256", ["grpo.batch_size=50", "grpo.micro_batch_size=null"])
     with pytest.raises(UserError, match="micro_batch_size 5 does not divide batch_size 48"):
-        load_recipe("nano/c2i", ["grpo.batch_size=48", "grpo.micro_batch_size=5"])
+        load_recipe("c2i_b256", ["grpo.batch_size=48", "grpo.micro_batch_size=5"])
 
 
 def test_kept_checkpoints_lie_between_batches():
     with pytest.raises(UserError, match=r"logging\.keep_steps 7 .* multiple of grpo\.updates_per_batch 2, .* 8"):
-        load_recipe("nano/c2i", ["grpo.updates_per_batch=2", "logging.keep_steps=[4, 7]"])
-    load_recipe("nano/c2i", ["logging.keep_steps=[7]"])
+        load_recipe("c2i_b256", ["grpo.updates_per_batch=2", "logging.keep_steps=[4, 7]"])
+    load_recipe("c2i_b256", ["logging.keep_steps=[7]"])
 
 
 @pytest.mark.parametrize("override", ["sampling.top_k=100", "sampling.top_p=0.9"])
 def test_a_sampler_that_differs_from_the_trained_distribution_must_be_asked_for(override):
     with pytest.raises(UserError, match=r"another distribution .* grpo\.allow_filtered_sampling: true"):
-        load_recipe("nano/c2i", [override])
-    assert load_recipe("nano/c2i", [override, "grpo.allow_filtered_sampling=true"])
+        load_recipe("c2i_b256", [override])
+    assert load_recipe("c2i_b256", [override, "grpo.allow_filtered_sampling=true"])
 
 
 def test_distillation_is_of_the_whole_distribution():
     with pytest.raises(UserError, match=r"another distribution than the one that distil trains; use 0 and 1$"):
-        load_recipe("nano/c2i", ["method=distil", "sampling.top_k=100", "grpo.allow_filtered_sampling=true"])
+        load_recipe("c2i_b256", ["method=distil", "sampling.top_k=100", "grpo.allow_filtered_sampling=true"])
 
 
 def test_what_is_wrong_is_told_once_although_a_start_takes_it_over():
     with pytest.raises(UserError, match=r"^--set grpo\.bta=1: unknown key 'grpo\.bta'; [^(]*$"):
-        load_recipe("nano/c2i", ["start.distil.steps=3", "grpo.bta=1"])
+        load_recipe("c2i_b256", ["start.distil.steps=3", "grpo.bta=1"])
 
 
 def test_a_whole_number_is_a_float_too():
-    recipe = load_recipe("nano/c2i", ["grpo.beta=0", "sampling.cfg_scale=3"])
+    recipe = load_recipe("c2i_b256", ["grpo.beta=0", "sampling.cfg_scale=3"])
     assert recipe.grpo.beta == 0.0 and isinstance(recipe.sampling.cfg_scale, float)
 
 
 def test_several_faults_are_counted():
     with pytest.raises(UserError, match=r"\(and 2 more\)$"):
-        load_recipe("nano/c2i", ["grpo.a=1", "grpo.b=1", "grpo.c=1"])
+        load_recipe("c2i_b256", ["grpo.a=1", "grpo.b=1", "grpo.c=1"])
