@@ -82,7 +82,7 @@ def test_a_machine_s_gpu_is_held_against_the_estimate(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     assert "GPU has 24.00 GB, which is less: lower grpo.micro_batch_size" in shown(planned("t2i_xl256"))
-    assert "GPU has 24.00 GB\n" in shown(planned("nano/c2i"))
+    assert "GPU has 24.00 GB\n" in shown(planned("nano/paper/c2i"))
 
 
 def test_missing_packages_are_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_what_can_be_checked_is_checked(recipe: str, override: str, message: str
 
 
 def test_images_that_cannot_be_shared_are_refused() -> None:
-    with pytest.raises(UserError, match="48 images cannot be shared by 5 processes"):
+    with pytest.raises(UserError, match="192 images cannot be shared by 5 processes"):
         planned("nano/c2i", processes=5)
     with pytest.raises(UserError, match="32 does not divide the 48 images"):
         planned("c2i_b256", "grpo.batch_size=96", "grpo.micro_batch_size=32", processes=2)
@@ -212,4 +212,4 @@ def test_a_number_format_is_settled_by_the_device(monkeypatch: pytest.MonkeyPatc
     assert settle_dtype(recipe, "cpu").policy.dtype == "float32"  # where bfloat16 would be slower
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     assert settle_dtype(recipe, "cpu").policy.dtype == "bfloat16"
-    assert settle_dtype(load_recipe("nano/c2i"), "cpu").policy.dtype == "float32"  # said, and kept
+    assert settle_dtype(load_recipe("nano/paper/c2i"), "cpu").policy.dtype == "float32"  # said, and kept
