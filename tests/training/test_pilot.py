@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from argrpo_cli.cli.train import from_its_start
 from argrpo_cli.cli.train import train as command
 from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import Recipe, dump_recipe, load_recipe
@@ -152,6 +153,14 @@ def test_a_signal_ends_a_pilot_with_what_is_known(
         small_pilot(parent, tmp_path / "pilot", rewards)
     assert stop.value.code == 130
     assert (tmp_path / "pilot" / "pilot.yaml").read_text().startswith("# Proposed by a pilot of 4 updates, 32 images,")
+
+
+def test_with_a_start_a_pilot_measures_the_policy_that_came_out_of_it(tmp_path: Path) -> None:
+    whole = load_recipe("nano/c2i", ["start={}", f"out={tmp_path}"])
+    (tmp_path / "start" / "policy").mkdir(parents=True)
+    measured = from_its_start(whole)
+    assert measured.start is None
+    assert measured.policy.checkpoint == str(tmp_path / "start" / "policy")
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def train(
         run_dir = out if out is not None else loaded.run_dir
         _check_names(loaded)
         if pilot:
-            loaded = _from_its_start(loaded)
+            loaded = from_its_start(loaded)
             run_dir = out if out is not None else run_dir.with_name(f"{run_dir.name}-pilot")
             if "RANK" not in os.environ:
                 clear_for_pilot(run_dir)
@@ -149,7 +149,7 @@ def _check_pilot(pilot: bool, minutes: float | None, resume: Path | None, dry_ru
         raise UserError("--pilot: measures for some minutes, and --dry-run computes nothing; give one of them")
 
 
-def _from_its_start(recipe: Recipe) -> Recipe:
+def from_its_start(recipe: Recipe) -> Recipe:
     """The recipe without its start, from the policy that came out of that."""
     if recipe.method != "grpo":
         raise UserError(f"--pilot: measures GRPO, and method of this recipe is {recipe.method}")

@@ -106,7 +106,8 @@ def run_training(
     """
     out = Path(out)
     request = StopRequest()
-    with quiet_libraries(), request.listening(), _leaving_at_once(request, out, console), ExitStack() as held:
+    left = out if work is None else None  # of a pilot nothing is
+    with quiet_libraries(), request.listening(), _leaving_at_once(request, left, console), ExitStack() as held:
         team = join_team(recipe.policy.device, PATIENCE)
         recipe = settle_dtype(recipe, team.device)  # what the run directory has: resumed elsewhere it stays as it was
         held.enter_context(team.ending_together())
@@ -149,7 +150,7 @@ def _state(start: Path) -> tuple[bool, bool]:
 
 
 @contextmanager
-def _leaving_at_once(request: StopRequest, out: Path, console: Console | None) -> Iterator[None]:
+def _leaving_at_once(request: StopRequest, out: Path | None, console: Console | None) -> Iterator[None]:
     """Where a signal may not wait, because nothing is being trained, leave with one line and the signal's exit code."""
     try:
         yield
@@ -157,7 +158,7 @@ def _leaving_at_once(request: StopRequest, out: Path, console: Console | None) -
         if request.signal is None:
             raise
         if os.environ.get("RANK", "0") == "0":
-            begun = RunDirectory(out).recipe_file.exists()
+            begun = out is not None and RunDirectory(out).recipe_file.exists()
             line = f"stopped; continue with: argrpo train --resume {out}" if begun else "stopped before the run began"
             RunDisplay("", 0, 1, console=console).note(line)
         raise Interrupted(request.exit_code) from None
