@@ -239,7 +239,7 @@ def test_what_cannot_work_is_said_before_anything_starts(
     options: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert run(["train", "nano/c2i", "--set", "policy.device=cpu", "--out", str(out), *options]) == 2
+    assert run(["train", "nano/paper/c2i", "--set", "policy.device=cpu", "--out", str(out), *options]) == 2
     told = capsys.readouterr().err
     assert complaint in told and told.count("\n") == 1
     assert not out.exists()
