@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from argrpo_cli.cli.app import run
@@ -26,25 +28,25 @@ from tests.together import forked
 from tests.training import together_worker
 from tests.training.tiny import FakeRewards, save_tiny_policy, tiny_caption_policy, tiny_recipe
 
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 TWO = ("plain", "straddling", "captions", "stopped", "resumed", "failing", "refused", "broken")
 
 
 def start(folder: Path, *cases: str, config: str | None = None) -> list[dict[str, str]]:
-    """Run cases of the worker by two processes, by accelerate's launcher with a configuration or forked, which is
-    quicker; how they ended in each."""
+    """Run cases of the worker by two processes, in the environment that accelerate's launcher makes of a configuration;
+    how they ended in each."""
     save_tiny_policy(folder / "policy")
     tiny_caption_policy().save(folder / "captions")
-    if config is None:
-        done = forked(partial(together_worker.main, folder, cases), folder / "printed")
-        assert done.codes == [0, 0], done.err[-4000:]
-        return [json.loads((folder / f"{process}.json").read_text()) for process in (0, 1)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(config))]
-    command = [*launcher, "--num_processes", "2", str(ROOT / "tests/training/together_worker.py"), str(folder), *cases]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    environment = {"ACCELERATE_USE_CPU": "true"} | ({} if config is None else environment_of(config))
+    done = forked(partial(together_worker.main, folder, cases, environment), folder / "printed")
+    assert done.codes == [0, 0], done.err[-4000:]
     return [json.loads((folder / f"{process}.json").read_text()) for process in (0, 1)]
+
+
+def environment_of(config: str) -> dict[str, str]:
+    options = ["--config_file", str(config_file(config)), "--num_processes", "2", "script"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(options))
+    return prepare_multi_gpu_env(arguments)
 
 
 @pytest.fixture(scope="module")

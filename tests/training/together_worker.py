@@ -1,6 +1,4 @@
-"""What test_together.py starts as several processes: whole runs, one after the other, since a start takes long.
-
-    accelerate launch --num_processes 2 tests/training/together_worker.py FOLDER CASE ...
+"""What test_together.py lets several processes do: whole runs, one after the other.
 
 How each case ended here is written to FOLDER/<process>.json: "" for well, or what was raised.
 """
@@ -10,10 +8,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,11 +19,6 @@ from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training, train
-
-if __name__ == "__main__":  # the folder tests is no package, and another distribution may have brought one
-    tests = sys.modules["tests"] = ModuleType("tests")
-    tests.__path__ = [str(Path(__file__).parents[1])]
-
 from tests.training.tiny import CODES, FakeRewards, brightness, redness, tiny_recipe
 
 # A group in each micro-batch, and in each of two processes: what one process sees of the gradient, two see together.
@@ -133,7 +124,8 @@ def accelerate_shards_on_cpus() -> None:
     PartialState.__init__ = begin_as_gpu
 
 
-def main(folder: Path, cases: Sequence[str]) -> int:
+def main(folder: Path, cases: Sequence[str], environment: Mapping[str, str]) -> int:
+    os.environ |= environment
     train.refresh_report = lambda *args, **keys: None  # which takes its time
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         accelerate_shards_on_cpus()
@@ -146,7 +138,3 @@ def main(folder: Path, cases: Sequence[str]) -> int:
             ends[name] = f"{type(error).__name__} {error}"
     (folder / f"{process()}.json").write_text(json.dumps(ends))
     return 0
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
