@@ -15,6 +15,7 @@ from argrpo_cli.training import train as train_module
 from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer, quiet_libraries
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.scorer import BatchScorer
+from argrpo_cli.training.selection import Selection
 from tests.training.tiny import CLASSES, FakeRewards, count_of_3, paint, save_tiny_policy, tiny_recipe
 
 
@@ -57,10 +58,12 @@ def new_trainer(policy: Policy, tmp_path: Path) -> Callable[..., ImageGRPOTraine
         rewards = rewards or FakeRewards(threes=count_of_3)
         recipe: Recipe = tiny_recipe(rewards=rewards.names, **grpo)
         policy.decode = paint
-        rollout = Rollout(recipe, policy.conditions(range(CLASSES)), policy)
+        conditions = policy.conditions(range(CLASSES))
         scorer = BatchScorer(
             rewards, reward_weights(recipe.rewards, rewards.family), recipe.grpo.group_size, Stopwatch()
         )
+        selection = Selection(recipe, conditions) if recipe.selects or recipe.scales_globally else None
+        rollout = Rollout(recipe, conditions, policy, scorer=scorer, selection=selection)
         return build_trainer(recipe, policy, rollout, scorer, tmp_path / "trainer", callbacks=[])
 
     return build

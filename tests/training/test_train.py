@@ -120,8 +120,8 @@ def test_metrics_say_what_happened(finished: Path) -> None:
     assert first.keys() == {
         "step", "reward", "within_group_std", "rewards", "kl", "entropy", "entropy_weight", "clip_low", "clip_high",
         "ratio", "ratio_deviation_mean", "ratio_deviation", "loss", "grad_norm", "learning_rate", "images_left_out",
-        "groups_without_spread", "advantage_std", "gradient_signal", "gradient_noise", "noise_scale",
-        "noise_scale_least", *TIMES,
+        "groups_without_spread", "groups_replaced", "images_extra", "advantage_std", "gradient_signal",
+        "gradient_noise", "noise_scale", "noise_scale_least", *TIMES,
     }  # fmt: skip
     assert first["advantage_std"] == pytest.approx(math.sqrt(6 / 7), rel=0.03)  # of 2 groups of 4, each of deviation 1
     assert first["gradient_signal"] is None  # one micro-batch in one process
@@ -211,7 +211,7 @@ def test_crash_before_the_first_checkpoint_resumes_from_the_start(
     assert_same_run(finished, out, step=6)
 
 
-def test_reused_batches_and_micro_batches_and_guidance_resume_exactly(
+def test_reused_batches_and_micro_batches_and_guidance_and_what_is_chosen_by_resume_exactly(
     policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted between two updates of one batch, training goes on to the end of the batch."""
@@ -219,6 +219,7 @@ def test_reused_batches_and_micro_batches_and_guidance_resume_exactly(
     recipe = tiny_recipe(
         policy_folder, steps=6, save_every=2, updates_per_batch=2, micro_batch_size=4, logprob="guided",
         condition_dropout=0.25, schedule="cosine", warmup_steps=2,
+        dynamic_sampling=2, spread_floor=0.1, scale_rewards="global",
     )  # fmt: skip
     train(recipe, tmp_path / "whole")
     out = tmp_path / "run"

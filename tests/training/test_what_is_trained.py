@@ -138,6 +138,9 @@ def test_the_mean_is_the_exponential_average_of_every_update(policy_folder: Path
     saved = weights(out / "policy_ema")
     assert all(torch.allclose(saved[name], mean[name], atol=1e-6) for name in mean)
     assert equal(weights(out / "policy"), weights(out / "checkpoints" / "step_000003"))
+    train(tiny_recipe(policy_folder, steps=3, ema_decay=decay, result="ema"), tmp_path / "mean")
+    assert equal(weights(tmp_path / "mean" / "policy"), saved)
+    assert not (tmp_path / "mean" / "policy_ema").exists()
 
 
 def test_recomputed_activations_change_nothing_but_memory(policy_folder: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from argrpo_cli.training import run_training, train
 from tests.training.tiny import CODES, FakeRewards, brightness, redness, tiny_recipe
 
 # A group in each micro-batch, and in each of two processes: what one process sees of the gradient, two see together.
+COARSE = 60  # steps of a reward, so few that groups without spread occur
 PLAIN = {"batch_size": 16, "group_size": 8, "micro_batch_size": 8, "steps": 5, "save_every": 2, "grid_every": 2}
 
 
@@ -35,14 +36,15 @@ def plain(folder: Path, out: Path) -> None:
 
 
 def straddling(folder: Path, out: Path) -> None:
-    """One group on two processes, in micro-batches, two updates from a batch, and images without a score."""
+    """One group on two processes, in micro-batches, two updates from a batch, images without a score, and groups that
+    are drawn again for another condition because all score alike."""
     recipe = tiny_recipe(
         folder / "policy", batch_size=8, group_size=8, micro_batch_size=2, updates_per_batch=2, steps=4,
-        condition_dropout=0.2,
+        condition_dropout=0.2, dynamic_sampling=4, spread_floor=0.5, scale_rewards="global", weights={"red": 0.0},
     )  # fmt: skip
 
     def some_missing(images: torch.Tensor) -> torch.Tensor:
-        return brightness(images).masked_fill(redness(images) > 0.005, torch.nan)
+        return brightness(images).mul(COARSE).round().masked_fill(redness(images) > 0.005, torch.nan)
 
     run_training(recipe, out, rewards=FakeRewards(bright=some_missing, red=redness))
 

@@ -177,6 +177,7 @@ class OptimSection(Section):
     # Of the learning rate after that; wsd (warm-up, stable, decay) falls over the second half of the steps, to 0.
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     ema_decay: Decay = 0.0  # of a running mean of the weights, kept as policy_ema beside policy; 0 keeps none
+    result: Literal["last", "ema"] = "last"  # what policy/ holds: the weights after the last update, or that mean
     gradient_checkpointing: bool = False  # less memory, one more forward pass
 
     @model_validator(mode="after")
@@ -185,6 +186,8 @@ class OptimSection(Section):
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}; lower it too")
+        if self.result == "ema" and not self.ema_decay:
+            raise ValueError("result: ema is the running mean of the weights; set ema_decay too, for instance to 0.99")
         return self
 
 
@@ -214,7 +217,21 @@ class GrpoSection(OptimSection):
     updates_per_batch: Count = 1  # 1 is on-policy
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "grpo"  # as TRL has them
     importance: Literal["token", "sequence"] = "token"  # the ratio of each token, or of the whole image (GSPO)
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # the deviation that advantages are divided by
+    # What advantages r - mean(r of the group) are divided by: the deviation of r in the group, in the batch, or over
+    # the updates so far: s^2 = sum_i d^(n - i) v_i / sum_i d^(n - i), v_i the mean square of r - mean(r) in batch i of
+    # n, d = 0.9.
+    scale_rewards: Literal["group", "batch", "global", "none"] = "group"
+    # Of several rewards. First the sum r = sum_k w_k r_k; or first each in its group, z_k = (r_k - mean r_k) / std r_k,
+    # and A = (Z - mean Z) / std Z over the batch of Z = sum_k w_k z_k (GDPO), where w_k has to weigh deviations: set
+    # the factors of the terms to 1.
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    # Dynamic sampling (DAPO): groups whose images all score alike are replaced by groups of further conditions, until
+    # n x batch_size images have been drawn for the update; 0 is off.
+    dynamic_sampling: NonNegative = 0.0
+    # How often a condition is drawn, by how much its images differ: p_c = f w_c / sum w + (1 - f) w_c s_c / sum w s,
+    # s_c the running deviation of the total reward in its groups (half the latest, half before), w_c its weight and f
+    # this floor; null: by weight alone.
+    spread_floor: Probability | None = None
     # Entropy bonus: its weight, and, when a target is given, how the weight follows the entropy (Skywork-OR1):
     # up by entropy_step after an update at or below the target (nats per token), down after one above it, after which
     # no bonus is given at all. The first update of a run has none. metrics.jsonl has the weight for the next update.
@@ -236,6 +253,18 @@ class GrpoSection(OptimSection):
             raise ValueError(
                 f"steps {self.steps} would end in the middle of a batch of updates_per_batch {self.updates_per_batch}; "
                 f"use {-(-self.steps // self.updates_per_batch) * self.updates_per_batch}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _selection_fits(self) -> GrpoSection:
+        if 0 < self.dynamic_sampling <= 1:
+            raise ValueError(
+                f"dynamic_sampling {self.dynamic_sampling:g} leaves no image for other groups; use more than 1, or 0"
+            )
+        if self.aggregation == "normalize_then_sum" and self.scale_rewards != "group":
+            raise ValueError(
+                f"scale_rewards {self.scale_rewards} has no part in aggregation: normalize_then_sum; leave it out"
             )
         return self
 
@@ -370,6 +399,16 @@ class Recipe(Section):
         return self.method == "grpo" or isinstance(self.distil.cfg_scale, list)
 
     @property
+    def selects(self) -> bool:
+        """Whether the rewards so far decide what is drawn."""
+        return self.method == "grpo" and bool(self.grpo.dynamic_sampling or self.grpo.spread_floor is not None)
+
+    @property
+    def scales_globally(self) -> bool:
+        """Whether advantages are divided by a deviation over updates."""
+        return self.method == "grpo" and self.grpo.scale_rewards == "global"
+
+    @property
     def run_dir(self) -> Path:
         """Where the run is written unless the caller says otherwise."""
         return Path(self.out) if self.out else Path("runs") / self.name
@@ -396,6 +435,16 @@ class Recipe(Section):
             raise ValueError(
                 f"start.policy.checkpoint {start.policy.checkpoint!r} is what the run starts from, and "
                 f"policy.checkpoint {self.policy.checkpoint!r} is another; say the same"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _conditions_can_be_chosen(self) -> Recipe:
+        data, key = self.conditions.dataset, "dynamic_sampling" if self.grpo.dynamic_sampling else "spread_floor"
+        if self.selects and data is not None and data.streaming:
+            raise ValueError(
+                f"grpo.{key} chooses among conditions, and a stream is read in its order; "
+                "set conditions.dataset.streaming: false"
             )
         return self
 

@@ -26,11 +26,12 @@ GRID = "grid"  # the name under which pictures go
 
 # Names that stay as they are from version to version, and what they are called in a record of metrics.jsonl.
 _DIVERGENCE = ("divergence", "divergence_teacher", "divergence_student")
+_GROUPS = ("groups_without_spread", "groups_replaced", "images_extra")
 _RATIO = ("ratio", "ratio_deviation_mean", "ratio_deviation", "clip_low", "clip_high")
 SCALARS = {"reward/total": "reward"} | {
     f"{group}/{key}": key
     for group, keys in {
-        "reward": ("within_group_std", "groups_without_spread", "images_left_out", "advantage_std", "gain"),
+        "reward": ("within_group_std", *_GROUPS, "images_left_out", "advantage_std", "gain"),
         "policy": (*_DIVERGENCE, "kl", "kl_start", "kl_base", "kl_efficiency", "entropy", "entropy_weight", *_RATIO),
         "optim": ("loss", "grad_norm", "learning_rate", "noise_scale", "noise_scale_least"),
     }.items()

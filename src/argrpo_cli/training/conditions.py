@@ -118,6 +118,17 @@ def _classes(section: ConditionSection, policy: Policy) -> Sequence[Condition]:
     return WeightedConditions(tuple(positive), tuple(weights[one] for one in positive))
 
 
+def systematic(weights: Sequence[float], count: int, start: float) -> np.ndarray:
+    """Indices int64 [count], each as often as its share of the weights says, up or down to a whole number.
+
+    Args:
+        start: in [0, 1), where the first of the evenly spaced points lies.
+    """
+    ends = np.cumsum(weights, dtype=np.float64)
+    ends *= count / ends[-1]
+    return np.minimum(np.searchsorted(ends, np.arange(count) + start, side="right"), len(weights) - 1)
+
+
 def condition_order(weights: Sequence[float], groups: int, seed: int) -> list[int]:
     """Indices of the conditions that the run's groups draw, first group first, each in proportion to its weight.
 
@@ -134,13 +145,10 @@ def condition_order(weights: Sequence[float], groups: int, seed: int) -> list[in
         groups: how many groups the run draws in all.
     """
     count = len(weights)
-    ends = np.cumsum(weights, dtype=np.float64)
-    ends *= count / ends[-1]
     start = np.random.Generator(np.random.PCG64(seed)).random()
     order: list[int] = []
     for number in range(-(-groups // count)):
-        points = np.arange(count) + (start + number * GOLDEN) % 1
-        chosen = np.minimum(np.searchsorted(ends, points, side="right"), count - 1)
+        chosen = systematic(weights, count, (start + number * GOLDEN) % 1)
         shuffle = np.random.Generator(np.random.PCG64([seed, number])).permutation(count)
         order.extend(chosen[shuffle].tolist())
     return order[:groups]

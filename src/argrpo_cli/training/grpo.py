@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Encoded
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.recipe.schema import LoraSection
+    from argrpo_cli.training.selection import Selection
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine", "wsd": "warmup_stable_decay"}
 WSD = {"decay_type": "linear"}
 CHECKPOINTING = {"use_reentrant": False}
 ADVANTAGE_STD = "advantage_std"  # in TRL's log
+ADVANTAGE_EPSILON = 1e-4  # TRL's, added to a deviation
 NOISY_LOGGERS = ("transformers", "trl", "accelerate", "datasets", "torch.distributed")
 
 
@@ -104,10 +106,12 @@ class ImageGRPOTrainer(GRPOTrainer):
 
     Args:
         sampling: the distribution that is trained: guided, or with cfg_scale 1 the conditional one.
+        selection: with `scale_rewards: global`, whose running deviation advantages are divided by.
     """
 
-    def __init__(self, *args: Any, sampling: Sampling, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sampling: Sampling, selection: Selection | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.selection = selection
         self.sampling, self.ratio_meter = sampling, RatioMeter()
         self.encoded: Encoded | None = None
 
@@ -122,6 +126,11 @@ class ImageGRPOTrainer(GRPOTrainer):
         if parts is before or parts is None:
             return inputs
         advantages = self.accelerator.gather(torch.cat([part["advantages"] for part in parts]))
+        if self.selection is not None:
+            scale = self.selection.deviation(advantages) + ADVANTAGE_EPSILON
+            advantages = advantages / scale
+            for part in parts:
+                part["advantages"] /= scale
         self._metrics["train"][ADVANTAGE_STD].append(advantages.std().item())
         if len(parts) > 1:
             order = torch.cat([part["prompt_ids"][:, 0] for part in parts]).argsort()  # rows of `encoded`
@@ -249,8 +258,8 @@ def grpo_config(
         entropy_coef_max=grpo.entropy_weight_max,
         use_bias_correction_kl=False,  # TRL multiplies the KL estimate by the ratio; eq. 4 does not
         importance_sampling_level=grpo.importance,
-        scale_rewards=grpo.scale_rewards,
-        multi_objective_aggregation="sum_then_normalize",
+        scale_rewards="none" if grpo.scale_rewards == "global" else grpo.scale_rewards,
+        multi_objective_aggregation=grpo.aggregation,
         reward_weights=list(weights),
         mask_truncated_completions=False,  # an image has no end token: every one counts
         disable_dropout=True,
@@ -316,6 +325,7 @@ def build_trainer(
     model.generation_config = GenerationConfig()  # TRL writes its padding id there, and ours is drawn another way
     trainer = ImageGRPOTrainer(
         model,
+        selection=rollout.selection if grpo.scale_rewards == "global" else None,
         sampling=sampling if grpo.logprob == "guided" else replace(sampling, cfg_scale=1.0),
         reward_funcs=scorer.functions(),
         args=grpo_config(

@@ -72,6 +72,8 @@ def settle_dtype(recipe: Recipe, device: str) -> Recipe:
     """
     import torch
 
+    if recipe.start is not None:
+        recipe = recipe.model_copy(update={"start": settle_dtype(recipe.start, device)})
     if recipe.policy.dtype != "auto":
         return recipe
     if device.startswith("cuda"):

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from argrpo_cli.runs.curves import NO_STAGE, STAGES
 from argrpo_cli.runs.learning import NoiseScale, gain, kl_efficiency
 from argrpo_cli.system.processes import ALONE, Team
-from argrpo_cli.training.scorer import LEFT_OUT, WITHIN_GROUP_STD, WITHOUT_SPREAD, spread_of
+from argrpo_cli.training.scorer import EXTRA, LEFT_OUT, REPLACED, WITHIN_GROUP_STD, WITHOUT_SPREAD, spread_of
 
 if TYPE_CHECKING:
     from argrpo_cli.runs.run import RunDirectory
@@ -161,6 +161,8 @@ class MetricsCallback(TrainerCallback):
             "advantage_std": logs.get("advantage_std"),
             "images_left_out": logs.get(LEFT_OUT),
             "groups_without_spread": logs.get(WITHOUT_SPREAD),  # a share
+            "groups_replaced": logs.get(REPLACED),  # a share, with dynamic sampling
+            "images_extra": logs.get(EXTRA),  # drawn for that
         }
 
     def _count(self, record: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 WITHIN_GROUP_STD = "reward_within_group_std"
 LEFT_OUT = "images_left_out"
 WITHOUT_SPREAD = "groups_without_spread"
+REPLACED, EXTRA = "groups_replaced", "images_extra"
 
 NO_SPREAD = 1e-6  # of a group's total reward: what rounding leaves of equal scores
 WINDOW = 4  # batches over which missing scores are counted: a server that restarts is no reason to stop
@@ -67,6 +69,7 @@ class BatchScorer:
     team: Team = ALONE
     blank: bool = field(default=False, init=False)
     _images: list[Tensor] | None = field(default=None, init=False, repr=False)
+    _measured: tuple[list[Tensor], Tensor, dict[str, float]] | None = field(default=None, init=False, repr=False)
     _scores: dict[str, list[float | None]] = field(default_factory=dict, init=False, repr=False)
     _missing: deque[Tensor] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False, repr=False)
 
@@ -90,23 +93,20 @@ class BatchScorer:
     def _score(
         self, images: list[Tensor], conditions: list[Condition], log_metric: Callable[[str, float], None]
     ) -> dict[str, list[float | None]]:
-        try:
-            with self.stopwatch.measure("reward"), torch.inference_mode():
-                raw = self.rewards.score(torch.stack(images), conditions)
-        except UserError as error:
-            self.fail(str(error))
-            raw = {name: torch.full((len(images),), torch.nan) for name in self.weights}
-        own = torch.stack([raw[name].detach().double().cpu() for name in self.weights], dim=1)
+        if self._measured is not None and all(map(is_, images, self._measured[0])):
+            _, own, counts = self._measured
+            for name, count in counts.items():
+                log_metric(name, count)
+        else:
+            own = self.measure(images, conditions)
         table = self.team.gather(own)
-        table[~table.isfinite()] = torch.nan
         self._watch(table.isnan().double().mean(dim=0))
-        weights = torch.tensor(list(self.weights.values()), dtype=table.dtype)
         # TRL sums the rewards of a sample with nansum, which would count a missing one as 0. A sample that lacks any
         # reward that counts gets None for all: TRL then leaves it out of its group and sets its advantage to 0.
-        missing = table[:, weights != 0].isnan().any(dim=1)
+        total = self._total(table)
+        missing = total.isnan()
         table[missing] = torch.nan
         self.blank = bool(missing.all())
-        total = (table.nan_to_num() * weights).sum(dim=1).masked_fill(missing, torch.nan)
         spreads = group_std(total.view(-1, self.group_size))
         known = ~spreads.isnan()
         if known.any():
@@ -120,6 +120,32 @@ class BatchScorer:
         first = self.team.index * len(own)
         columns = zip(self.weights, table[first : first + len(own)].T.tolist(), strict=True)
         return {name: [None if math.isnan(score) else score for score in column] for name, column in columns}
+
+    def measure(self, images: list[Tensor], conditions: list[Condition]) -> Tensor:
+        """Raw scores float64 [N, rewards] of this process's images; NaN where one is missing."""
+        try:
+            with self.stopwatch.measure("reward"), torch.inference_mode():
+                raw = self.rewards.score(torch.stack(images), conditions)
+        except UserError as error:
+            self.fail(str(error))
+            raw = {name: torch.full((len(images),), torch.nan) for name in self.weights}
+        own = torch.stack([raw[name].detach().double().cpu() for name in self.weights], dim=1)
+        return own.masked_fill(~own.isfinite(), torch.nan)
+
+    def spreads(self, own: Tensor) -> Tensor:
+        """Standard deviation of the total reward in each group of the whole batch [groups], from what `measure` gave
+        for this process's part of it; NaN where fewer than two are known. All processes must call it."""
+        return group_std(self._total(self.team.gather(own)).view(-1, self.group_size))
+
+    def remember(self, images: list[Tensor], own: Tensor, counts: dict[str, float]) -> None:
+        """Take these as the scores of the images when TRL asks for them, and log `counts` then."""
+        self._measured = images, own, counts
+
+    def _total(self, table: Tensor) -> Tensor:
+        """Total reward [N] of rows of raw scores [N, rewards]; NaN where one that counts is missing."""
+        weights = torch.tensor(list(self.weights.values()), dtype=table.dtype)
+        missing = table[:, weights != 0].isnan().any(dim=1)
+        return (table.nan_to_num() * weights).sum(dim=1).masked_fill(missing, torch.nan)
 
     def _watch(self, missing: Tensor) -> None:
         """Fail when too many scores were missing; `missing` [rewards] is their share in the latest batch."""

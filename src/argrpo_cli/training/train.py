@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -56,6 +56,7 @@ from argrpo_cli.training.metrics import MetricsCallback, StopCallback, StopReque
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.saving import CheckpointCallback, EmaCallback, Gallery, GridCallback, spread
 from argrpo_cli.training.scorer import BatchScorer
+from argrpo_cli.training.selection import Selection
 from argrpo_cli.training.streams import StreamedConditions
 
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ class Job:
     console: Console | None
     whole: Path
     ema: EmaCallback | None = None
+    selection: Selection | None = None
     start: Start | None = None  # of the first process
 
     def __post_init__(self) -> None:
@@ -310,6 +312,8 @@ class Job:
             self.policy.sampling = {**self.policy.sampling, "cfg_scale": 1.0}
         if checkpoint is not None:
             load_position(self.conditions, checkpoint)
+            if self.selection is not None:
+                self.selection.load(checkpoint)
         for folder in (run.policy_dir, run.ema_dir):  # an earlier end of this run is overtaken once it goes on
             team.lead(partial(remove_folder, folder))
         try:
@@ -377,17 +381,21 @@ class Job:
             team.fail(f"stopped after step {step}: {self.request.failure}; continue with: {self.again}")
         if self.request.signal is not None and step < recipe.optim.steps and not stop.out_of_time:
             self._interrupted(step)
-        with whole_model(trainer):
-            team.lead(lambda: self._compare(before, step))
-        self.writer.trained(trainer, run.policy_dir)
-        if self.ema is not None:
+        averaged = recipe.optim.result == "ema"
+        with self.ema.in_place_of(trainer.model) if averaged else nullcontext():
+            with whole_model(trainer):
+                team.lead(lambda: self._compare(before, step))
+            self.writer.trained(trainer, run.policy_dir)
+        if averaged:
+            self.display.note(f"policy/ holds the running mean of the weights ({recipe.method}.result: ema)")
+        elif self.ema is not None:
             with self.ema.in_place_of(trainer.model):
                 self.writer.trained(trainer, run.ema_dir)
         limit = recipe.optim.time_limit_minutes
         finished = {"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit}
         team.lead(lambda: run.note(finished=finished))
         if self.transfer_shots:
-            with whole_model(trainer):
+            with self.ema.in_place_of(trainer.model) if averaged else nullcontext(), whole_model(trainer):
                 team.lead(self._compare_samplings)
 
     def _compare_samplings(self) -> None:
@@ -459,11 +467,12 @@ class Job:
         recipe, run, policy, team = self.recipe, self.run, self.policy, self.team
         optim, logging = recipe.optim, recipe.logging
         stopwatch = Stopwatch()
-        rollout = Rollout(recipe, self.conditions, policy, stopwatch, team)
-        grpo = recipe.method == "grpo"
         scorer = BatchScorer(
             self.rewards, self.weights, optim.group_size, stopwatch, recipe.rewards.max_missing, self.request.fail, team
         )
+        self.selection = Selection(recipe, self.conditions) if recipe.selects or recipe.scales_globally else None
+        rollout = Rollout(recipe, self.conditions, policy, stopwatch, team, scorer, self.selection)
+        grpo = recipe.method == "grpo"
         names = list(self.weights) if grpo else None
         metrics = MetricsCallback(run, self.display, stopwatch, names, optim.batch_size, seconds_before, team)
         stop = StopCallback(self.request, metrics, optim.updates_per_batch, self.time_limit, lambda: scorer.blank, team)
@@ -522,6 +531,8 @@ class Job:
         if self.ema is not None:
             self.ema.save(folder)
         save_position(self.conditions, folder)
+        if self.selection is not None:
+            self.selection.save(folder)
 
     def _update(self, trainer: Trainer, checkpoint: Path | None, start: int) -> None:
         """All updates that are left, with the display on."""
