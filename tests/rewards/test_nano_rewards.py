@@ -151,6 +151,15 @@ def test_saved_networks_come_back_in_float32_without_gradients(tmp_path):
         load_weights(torch.nn.Linear(4, 2), tmp_path / "nowhere")
 
 
+def test_bfloat16_changes_scores_by_little_of_their_deviation(rewards, pictures, monkeypatch):
+    images, ids, _ = pictures
+    conditions = [Condition(class_prompt(CLASS_NAMES[i]), i) for i in ids[:32].tolist()]
+    exact = rewards.score(images[:32], conditions)
+    monkeypatch.setattr(rewards, "mixed", True)
+    for name, scores in rewards.score(images[:32], conditions).items():
+        assert 0 < (scores - exact[name]).abs().mean() < 0.05 * exact[name].std(), name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_of_other_sizes_are_resized(rewards, pictures, name):
     images, ids, _ = pictures

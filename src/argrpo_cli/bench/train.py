@@ -186,6 +186,7 @@ def measure_steps(recipe: Recipe, steps: int, device: str, scratch: Path) -> tup
     if recipe.rewards.terms[0].name != "brightness":
         options = {term.name: term.options for term in recipe.rewards.terms}
         rewards = load_rewards(list(options), device, options)
+        rewards.mixed = recipe.policy.dtype == "bfloat16"
         weights = reward_weights(recipe.rewards, rewards.family)
     scorer = BatchScorer(rewards, weights, recipe.grpo.group_size, meter)
     times = StepTimes(meter)

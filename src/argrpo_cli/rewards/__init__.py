@@ -110,6 +110,7 @@ class RewardSet:
         missing: how many scores of each reward were missing, not finite or out of range.
         last_error: what was wrong with the latest of those.
         tolerated: rewards that may fail altogether: their scores are missing then, instead of an error.
+        mixed: compute those in bfloat16 that say `Reward.mixed`.
     """
 
     def __init__(self, rewards: dict[str, Reward], device: str = "cpu"):
@@ -119,6 +120,7 @@ class RewardSet:
         self.family = {name: entry.family for name, entry in self.entries.items()}
         self.missing: Counter[str] = Counter()
         self.tolerated: set[str] = set()
+        self.mixed = False
         self.last_error: dict[str, str] = {}
         self._why: dict[str, str] = {}  # of tolerated ones, why they failed
         self._most: dict[str, int] = {}  # images at a time, of rewards that ran out of memory
@@ -182,13 +184,14 @@ class RewardSet:
     def _score(self, name: str, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         import torch
 
-        parts, start = [], 0
+        parts, start, reward = [], 0, self.rewards[name]
+        coarse = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.mixed and reward.mixed)
         while start < len(images):
             most = self._most.get(name, len(images))
             part = slice(start, start + most)
             try:
-                with torch.inference_mode():
-                    parts.append(self.rewards[name].score(images[part], conditions[part]))
+                with torch.inference_mode(), coarse:
+                    parts.append(reward.score(images[part], conditions[part]))
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise

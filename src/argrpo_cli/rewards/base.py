@@ -69,6 +69,7 @@ class Reward:
         parameters, network_name: of what is loaded, in the number format of the option dtype.
         packages, working: see `Needs`.
         remote: another machine scores; the device is free meanwhile.
+        mixed: of no published unit that rounding would miss: training in bfloat16 may compute it so.
         last_error: why the latest score that is missing is.
     """
 
@@ -87,6 +88,7 @@ class Reward:
     working: ClassVar[int] = 0
     network_name: ClassVar[str] = ""
     remote: bool = False
+    mixed: ClassVar[bool] = False
     last_error: str = ""
 
     @classmethod

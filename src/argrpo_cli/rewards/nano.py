@@ -8,6 +8,8 @@
 - nano-critic: could this picture be a real scene, or was it generated? A critic that learned scenes against samples of
   the base policy. Its logit is bent softly into (-5, 5), so that no picture wins by an outlier.
 - nano-geneval: `geneval` on what the nano detector sees.
+
+In bfloat16 (`Reward.mixed`) scores of samples differ by 1% of their standard deviation, nano-geneval's not at all.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 class NanoClip(ClipReward):
     """Cosine similarity in [-1, 1] of image and prompt."""
 
-    name = "nano-clip"
+    name, mixed = "nano-clip", True
 
     def __init__(self, device: str = "cpu", folder: str | Path | None = None):
         from argrpo_cli.networks.clip import ClipModel
@@ -59,7 +61,7 @@ class NanoClip(ClipReward):
 class NanoNetwork(Reward):
     """A bundled network that looks at the pictures alone."""
 
-    reads_prompt = False
+    reads_prompt, mixed = False, True
     kind: ClassVar[str]  # in `networks/nano.py`
 
     def __init__(self, device: str = "cpu", folder: str | Path | None = None):
@@ -110,7 +112,7 @@ class NanoCriticT2I(NanoCritic):
 class NanoGenEval(GenEval):
     """`GenEval` with the bundled detector."""
 
-    name = "nano-geneval"
+    name, mixed = "nano-geneval", True
 
     def __init__(self, device: str = "cpu", folder: str | Path | None = None):
         super().__init__(device, detector="nano", weights=folder)

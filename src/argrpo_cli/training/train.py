@@ -252,6 +252,7 @@ class Job:
         if self.rewards is not None:
             self.weights = reward_weights(recipe.rewards, self.rewards.family)
             self.rewards.tolerated = {name for name, weight in self.weights.items() if not weight}
+            self.rewards.mixed = recipe.policy.dtype == "bfloat16"
         self.again = f"argrpo train --resume {self.whole}"
         self.time_limit = None if optim.time_limit_minutes is None else 60 * optim.time_limit_minutes
         held_out = [name for name, weight in self.weights.items() if not weight]
