@@ -47,7 +47,8 @@ def test_a_benchmark_that_is_none_is_told():
 def test_a_training_step_is_measured_in_every_way(tmp_path, capsys):
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
-        "extends: nano/c2i\ngrpo: {batch_size: 4, micro_batch_size: 2, group_size: 2, steps: 2, warmup_steps: 0}\n"
+        "extends: nano/c2i\npolicy: {dtype: float32}\nsampling: {cfg_scale: 2}\n"
+        "grpo: {batch_size: 4, micro_batch_size: 2, group_size: 2, beta: 0.1, steps: 2, warmup_steps: 0}\n"
     )
     bench_train.main([str(recipe), "--steps", "1", "--micro-batch-sizes", "2", "--device", "cpu"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "2 at a time" in line]

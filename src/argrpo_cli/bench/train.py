@@ -10,8 +10,9 @@ time and memory do not depend on the values. Rewards are the recipe's own where 
 way to it.
 
 Each way to train is one row: all weights as the recipe says, with recomputed activations, adapters (LoRA) alone, and
-all weights without a reference model (no KL term), then also without guidance, and that in bfloat16. Shares are of the
-first row's step; "cpu" is the processor time of all threads, which a busy machine changes less.
+all weights without a reference model (no KL term), then also without guidance, each where the recipe has it, and that
+in the other number format. Shares are of the first row's step; "cpu" is the processor time of all threads, which a busy
+machine changes less.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "change the recipe"}),
     ]
     options = parse("train", __doc__, arguments, more)
-    recipe = load_recipe(options.recipe, options.set)
+    recipe = settle_dtype(load_recipe(options.recipe, options.set), options.device)
     sizes = options.micro_batch_sizes or [recipe.grpo.micro_batch_size or recipe.grpo.batch_size]
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         base = _base(recipe, Path(folder) / "base")
@@ -148,10 +149,14 @@ def _ways(recipe: Recipe, base: str, micro_batch_size: int) -> dict[str, Recipe]
         "all weights": {},
         "recomputed activations": {"grpo": tree["grpo"] | {"gradient_checkpointing": True}},
         "LoRA": {"policy": tree["policy"] | {"lora": {"rank": 16, "alpha": 32.0}}},
-        "no reference model": {"grpo": tree["grpo"] | {"beta": 0.0}},
     }
-    changes["and no guidance"] = changes["no reference model"] | {"sampling": tree["sampling"] | {"cfg_scale": 1.0}}
-    changes["and in bfloat16"] = changes["and no guidance"] | {"policy": tree["policy"] | {"dtype": "bfloat16"}}
+    plain: dict[str, Any] = {}
+    if recipe.grpo.beta:
+        changes["no reference model"] = plain = {"grpo": tree["grpo"] | {"beta": 0.0}}
+    if recipe.sampling.cfg_scale > 1:
+        changes["and no guidance"] = plain = plain | {"sampling": tree["sampling"] | {"cfg_scale": 1.0}}
+    other = "float32" if recipe.policy.dtype == "bfloat16" else "bfloat16"
+    changes[f"and in {other}"] = plain | {"policy": tree["policy"] | {"dtype": other}}
     return {name: Recipe.model_validate(tree | change) for name, change in changes.items()}
 
 
@@ -178,7 +183,6 @@ def _base(recipe: Recipe, folder: Path) -> str:
 def measure_steps(recipe: Recipe, steps: int, device: str, scratch: Path) -> tuple[dict[str, float], dict[str, int]]:
     """Median seconds of each stage of `steps` updates after a first one, and the bytes each took at most on a GPU."""
     recipe = recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update={"steps": steps + 1, "warmup_steps": 0})})
-    recipe = settle_dtype(recipe, device)
     policy = load_policy(recipe.policy.checkpoint, device)
     meter = StageMeter(device)
     rollout = Rollout(recipe, run_conditions(recipe, policy), policy, meter)
