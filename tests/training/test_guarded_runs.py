@@ -25,6 +25,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write
 from argrpo_cli.training import run_training
 from argrpo_cli.training import train as train_module
+from argrpo_cli.training.grpo import ImageGRPOTrainer
 from argrpo_cli.training.guards import check_weights
 from tests.training.guarded import guarded
 from tests.training.tiny import FakeRewards, brightness, redness, tiny_policy, tiny_recipe
@@ -250,12 +251,12 @@ def test_skipping_ends_after_ten_in_a_row(policy_folder: Path, tmp_path: Path, p
 def test_a_loss_that_is_not_a_number_is_left_out_and_forgotten(
     policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_module.ImageGRPOTrainer.compute_loss
+    real = ImageGRPOTrainer.compute_loss
 
     def compute_loss(self: Any, *args: Any, **keys: Any) -> torch.Tensor:
         return real(self, *args, **keys) * (torch.nan if self.state.global_step == 1 else 1)
 
-    monkeypatch.setattr(train_module.ImageGRPOTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(ImageGRPOTrainer, "compute_loss", compute_loss)
     out = tmp_path / "run"
     train(guarded(tiny_recipe(policy_folder, steps=4), not_a_number="skip"), out)
     assert [one["loss"] is None for one in metrics(out)] == [False, True, False, False]
