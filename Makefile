@@ -1,4 +1,4 @@
-# make demo    set everything up and watch GRPO improve the nano policy (about ten minutes on two cores)
+# make demo    set everything up and watch GRPO improve the nano policy (about twelve minutes on two cores)
 # make test    set everything up and run the tests
 # make install only the set-up: .venv with the package (editable) and the development tools
 # make lint    ruff
