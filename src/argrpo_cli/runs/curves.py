@@ -315,24 +315,25 @@ def draw_curves(
     rows = panel_rows(panels(records, roles or {}))
     if not rows:
         return
-    columns = max(map(len, rows))
-    width, height = SIZE[0] * columns, SIZE[1] * len(rows) + HEAD
+    across = max(map(len, rows))
+    width, height = SIZE[0] * across, SIZE[1] * len(rows) + HEAD
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     figure.suptitle(title, y=1 - 0.2 / height)
     # Fixed margins, in inches: matplotlib's own layout would take as long as the drawing.
     edges = {"left": 0.75 / width, "right": 1 - 0.15 / width, "bottom": 0.5 / height, "top": 1 - (HEAD + 0.25) / height}
-    grid = figure.add_gridspec(len(rows), columns, **edges, wspace=0.27, hspace=0.45)
+    grid = figure.add_gridspec(len(rows), across, **edges, wspace=0.27, hspace=0.45)
     steps = [record["step"] for record in records]
     for row, shown in enumerate(rows):
         for place, panel in enumerate(shown):
             axes = figure.add_subplot(grid[row, place])
             _draw(axes, panel, steps)
             if any(line.label for line in panel.lines) and axes.has_data():
-                low, high = axes.get_ylim()  # room for the legend above the curves
-                factor = (high / low) ** HEADROOM
-                axes.set_ylim(low, high * factor if panel.logarithmic else high + (high - low) * HEADROOM)
-                axes.legend(fontsize=8, loc="upper center", ncols=len(panel.lines), frameon=False, columnspacing=1.2)
+                columns = 3 if len(panel.lines) > 4 else len(panel.lines)
+                room = HEADROOM * -(-len(panel.lines) // columns)  # for the legend above the curves
+                low, high = axes.get_ylim()
+                axes.set_ylim(low, high * (high / low) ** room if panel.logarithmic else high + (high - low) * room)
+                axes.legend(fontsize=8, loc="upper center", ncols=columns, frameon=False, columnspacing=1.2)
             if panel.held_out:
                 axes.set_facecolor("#f4f4f4")
             axes.set_title(panel.title, fontsize=10)
