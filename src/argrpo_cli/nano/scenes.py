@@ -190,7 +190,11 @@ def caption_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
     if tag not in TAGS:
         raise UserError(f"scene category '{tag}' is unknown: choose one of {', '.join(TAGS)}")
     background = random_background(rng)
-    pick = lambda n: [int(i) for i in rng.choice(len(CLASS_NAMES), n, replace=False)]  # noqa: E731
+
+    def pick(count: int) -> list[int]:
+        """So many classes, each once."""
+        return [int(i) for i in rng.choice(len(CLASS_NAMES), count, replace=False)]
+
     if tag == "single_object":
         return class_scene(rng)
     if tag == "counting":
