@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from argrpo_cli.recipe.schema import RewardSection, RewardTerm
+from argrpo_cli.recipe.sections import RewardSection, RewardTerm
 from argrpo_cli.rewards import REWARDS, Reward, RewardSet, check_reward, load_reward, load_rewards, reward_weights
 from argrpo_cli.rewards.clip import Clip, quantize
 from argrpo_cli.rewards.custom import find_function, reward_of

@@ -20,7 +20,7 @@ import argrpo_cli.training.streams as streams
 from argrpo_cli.captions import read_captions
 from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import Recipe
-from argrpo_cli.recipe.schema import DatasetSection
+from argrpo_cli.recipe.sections import DatasetSection
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training

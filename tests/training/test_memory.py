@@ -13,7 +13,7 @@ from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.published import Outline, outline_policy
 from argrpo_cli.policy.llamagen.sample import new_cache
 from argrpo_cli.recipe import Recipe
-from argrpo_cli.recipe.schema import LoraSection
+from argrpo_cli.recipe.sections import LoraSection
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.training.memory import estimate, pass_bytes, total, trained_parameters
 

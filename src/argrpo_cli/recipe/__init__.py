@@ -1,6 +1,6 @@
 """Recipes: the typed description of one training run, read from YAML; and what is wrong with one, in one line.
 
-YAML, bundled names, `extends`, `--set` overrides; the keys are in `schema.py`.
+YAML, bundled names, `extends`, `--set` overrides; the keys are in `schema.py` and `sections.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from argrpo_cli.policy.folder import glance
-from argrpo_cli.recipe.schema import OWN_KEYS, Recipe, merge, section_of, with_whole_start
+from argrpo_cli.recipe.schema import OWN_KEYS, Recipe, merge, with_whole_start
+from argrpo_cli.recipe.sections import section_of
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import read_text
 

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 
-from argrpo_cli.recipe.schema import Recipe, Section, section_of
+from argrpo_cli.recipe.schema import Recipe
+from argrpo_cli.recipe.sections import Section, section_of
 
 BOUNDS = {Ge: "from {}", Gt: "above {}", Le: "at most {}", Lt: "below {}"}
 KINDS = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", Any: "anything", Recipe: "recipe"}

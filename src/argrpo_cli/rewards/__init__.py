@@ -25,7 +25,7 @@ from argrpo_cli.system.errors import UserError, did_you_mean, first_line, out_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from argrpo_cli.recipe.schema import RewardSection
+    from argrpo_cli.recipe.sections import RewardSection
 
 __all__ = [
     "FAMILIES", "REWARDS", "Reward", "RewardSet", "check_reward", "identity", "load_reward", "load_rewards",

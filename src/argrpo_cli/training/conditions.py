@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from argrpo_cli.captions import distinct, read_captions
-from argrpo_cli.recipe.schema import ConditionSection
+from argrpo_cli.recipe.sections import ConditionSection
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, write_json
 from argrpo_cli.training.streams import StreamedConditions, all_captions

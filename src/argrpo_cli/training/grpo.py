@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from argrpo_cli.policy import Policy
     from argrpo_cli.policy.protocol import Encoded
     from argrpo_cli.recipe import Recipe
-    from argrpo_cli.recipe.schema import LoraSection
+    from argrpo_cli.recipe.sections import LoraSection
     from argrpo_cli.training.selection import Selection
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine", "wsd": "warmup_stable_decay"}

@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from argrpo_cli.recipe.schema import Action
+from argrpo_cli.recipe.sections import Action
 from argrpo_cli.runs.curves import ROUNDING, trend
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team

@@ -22,7 +22,7 @@ from argrpo_cli.training.launch import drawn_at_once
 if TYPE_CHECKING:
     from argrpo_cli.policy.llamagen.published import Outline
     from argrpo_cli.recipe import Recipe
-    from argrpo_cli.recipe.schema import LoraSection
+    from argrpo_cli.recipe.sections import LoraSection
     from argrpo_cli.rewards.base import Needs
     from argrpo_cli.shapes import Sampling
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from argrpo_cli.recipe import Recipe
-    from argrpo_cli.recipe.schema import DistilSection, GrpoSection
+    from argrpo_cli.recipe.sections import DistilSection, GrpoSection
 
 CAPTION_FILES = (".txt", ".jsonl")
 PRECISION = {"float32": "in float32", "bfloat16": "float32 weights, computed in bfloat16"}

@@ -21,7 +21,7 @@ from argrpo_cli.system.errors import UserError, did_you_mean, first_line
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-    from argrpo_cli.recipe.schema import DatasetSection
+    from argrpo_cli.recipe.sections import DatasetSection
 
 BUILDERS = {  # file name ending to the library's name of the format
     ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow",

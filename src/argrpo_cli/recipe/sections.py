@@ -1,0 +1,351 @@
+"""The sections of a recipe: every key of a training run, its type, its range and its default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from argrpo_cli import paper_numbers
+from argrpo_cli.shapes import Sampling
+from argrpo_cli.system.errors import UserError
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Guidance = Annotated[float, Field(gt=1)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
+Action = Literal["stop", "warn", "ignore"]
+
+
+class Section(BaseModel):
+    """A block of keys. Unknown keys and wrong types are errors; a whole number may stand for a float."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a key's type is, or has within it, as a list of sections has."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((model for one in get_args(annotation) if (model := section_of(one))), None)
+
+
+class LoraSection(Section):
+    """Low-rank adapters instead of the weights themselves; the policy without them is the reference of the KL term."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
+    targets: Annotated[list[Name], Field(min_length=1)] = ["wqkv", "wo", "w1", "w2", "w3"]  # linear layers, by name
+
+
+class PolicySection(Section):
+    """The model that is trained."""
+
+    checkpoint: str = "nano-c2i"  # a name, a policy folder, a run directory or a checkpoint
+    # Of what is computed; the weights stay in float32. auto: bfloat16 on a GPU, and on a processor with matrix
+    # instructions for it (AMX), where an update is twice as fast; otherwise float32.
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    device: str = "auto"  # auto: a GPU when there is one
+    text_device: str = "same"  # of the text encoder: same, offload (there only while it reads captions), or a device
+    # What is trained: everything, or the parameters with one of these in their names, such as "layers.4.".
+    trainable: Name | Annotated[list[Name], Field(min_length=1)] = "all"
+    lora: LoraSection | None = None  # null trains the weights themselves
+
+    @model_validator(mode="after")
+    def _one_choice_of_what_is_trained(self) -> PolicySection:
+        if self.lora is not None and self.trainable != "all":
+            raise ValueError(
+                "trainable chooses weights and lora trains none; set policy.trainable: all, or policy.lora: null"
+            )
+        return self
+
+
+class DatasetSection(Section):
+    """A data set of the Hugging Face hub, or a folder or file that its library reads, for the captions in it."""
+
+    name: Name
+    config: Name | None = None  # for a data set with several
+    split: Name = "train"  # which part of it
+    revision: Name | None = None  # a commit or branch; null is the newest
+    column: Name = "caption"  # a list of captions in it counts as several
+    streaming: bool = True  # read as far as training gets, not downloaded first
+    limit: Count | None = None  # captions taken; after them the first comes again. null: all of the data set
+
+
+class ConditionSection(Section):
+    """What the policy is asked to draw."""
+
+    source: Literal["classes", "captions"] = "classes"  # as the policy was made
+    classes: Literal["all"] | Annotated[list[str | int], Field(min_length=1)] = "all"  # names or ids
+    # How often a class is drawn, by name or id; 1 for one that is not named, 0 is never. Uniform when empty.
+    weights: dict[str | int, NonNegative] = {}
+    # A bundled set ("nano"), a .txt file with one a line, a .jsonl file with `prompt`, or a list.
+    captions: Name | Annotated[list[Name], Field(min_length=1)] = "nano"
+    column: Name = "prompt"  # of a .jsonl file
+    dataset: DatasetSection | None = None  # takes the place of captions
+    deduplicate: bool = True  # a caption that comes twice is drawn once in a pass
+
+
+class SamplingSection(Section):
+    """The distribution the rollouts are drawn from (section 3.1 of the paper)."""
+
+    # Read into a `Sampling`, whose check it is.
+
+    # Guidance s in l_u + s (l_c - l_u); 1, the least, is none. Where it is not said, a policy with guidance in its
+    # weights (its policy.json says so, or the start is a distillation) is drawn without.
+    cfg_scale: float = Sampling.cfg_scale
+    temperature: Positive = Sampling.temperature  # the logits are divided by it
+    top_k: int = Sampling.top_k  # 0 keeps every token
+    top_p: float = Sampling.top_p  # 1 keeps every token
+
+    @field_validator("*")
+    @classmethod
+    def _in_range(cls, value: float, info: ValidationInfo) -> float:
+        try:
+            Sampling(**{info.field_name: value}).check("")
+        except UserError as error:
+            raise PydanticCustomError("range", "{words}", {"words": str(error).partition(": ")[2]}) from error
+        return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_everywhere(cls, keys: Any, read: Callable[[Any], SamplingSection]) -> Sampling:
+        return keys if isinstance(keys, Sampling) else Sampling(**read(keys).__dict__)
+
+
+class RewardTerm(Section):
+    """One reward; its family (conditional, quality or realism) decides which lambda applies to it."""
+
+    name: str  # of the package, or module:function of your own
+    factor: float | None = None  # brings the raw score to the scale of the others; null is the published one, or 1
+    weight: float = 1.0  # how much it counts within its family; 0 measures and logs it, for a watch on reward hacking
+    options: dict[str, Any] = {}  # of the reward itself, such as {model: ViT-L-14-quickgelu} of clip
+
+
+class RewardSection(Section):
+    """The reward: R = lambda_C R_conditional + lambda_I R_quality + lambda_R R_realism (section 3.3)."""
+
+    lambda_conditional: NonNegative = 1.0
+    lambda_quality: NonNegative = 1.0
+    lambda_realism: NonNegative = 1.0
+    terms: Annotated[list[RewardTerm], Field(min_length=1)] = [
+        RewardTerm(name="nano-clip"),
+        RewardTerm(name="nano-quality"),
+        RewardTerm(name="nano-critic"),
+    ]
+
+    # Training stops, with a checkpoint, when a reward that counts lacks more than this share of the scores for a while.
+    max_missing: Probability = 0.5
+
+    @model_validator(mode="after")
+    def _each_reward_once(self) -> RewardSection:
+        names = [term.name for term in self.terms]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the reward {name!r} is listed twice in terms; give it one weight instead")
+        return self
+
+
+class OptimSection(Section):
+    """How weights are moved, whatever for: the keys that `grpo` and `distil` share."""
+
+    batch_size: Count = 64  # images per update, of all processes together; of grpo, a multiple of group_size
+    micro_batch_size: Count | None = None  # images per forward pass of a process; null takes all that it draws
+    steps: Count = 100  # updates
+    time_limit_minutes: Positive | None = None  # stop earlier, with everything saved
+    learning_rate: Positive = 1e-5  # of AdamW
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.95]  # AdamW
+    weight_decay: NonNegative = 0.05
+    max_grad_norm: Positive = 1.0  # larger gradients are scaled down to it
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # updates over which the learning rate rises
+    # Of the learning rate after that; wsd (warm-up, stable, decay) falls over the second half of the steps, to 0.
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    ema_decay: Decay = 0.0  # of a running mean of the weights, kept as policy_ema beside policy; 0 keeps none
+    result: Literal["last", "ema"] = "last"  # what policy/ holds: the weights after the last update, or that mean
+    gradient_checkpointing: bool = False  # less memory, one more forward pass
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> OptimSection:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}; lower it too")
+        if self.result == "ema" and not self.ema_decay:
+            raise ValueError("result: ema is the running mean of the weights; set ema_decay too, for instance to 0.99")
+        return self
+
+
+class DistilSection(OptimSection):
+    """Guidance distilled into the weights: generalised knowledge distillation (Agarwal et al. 2024) from the policy as
+    it is, under guidance, to the same policy without it. The names are those of TRL's GKD."""
+
+    group_size: ClassVar[int] = 1  # no images are compared,
+    updates_per_batch: ClassVar[int] = 1  # and each is drawn for one update
+
+    # Guidance of the teacher. Of a list the policy is sampled at each before training, the rewards look at the images,
+    # and the smallest scale within one standard error of the best total is taken.
+    cfg_scale: Guidance | Annotated[list[Guidance], Field(min_length=1)] = 2.0
+    lmbda: Probability = 0.3  # share of the batches that the student draws itself; the others the guided teacher draws
+    beta: Probability = 0.0  # 0 is forward KL(teacher || student), 1 reverse KL, between generalised Jensen-Shannon
+
+
+class GrpoSection(OptimSection):
+    """The optimisation (sections 3.2 and 3.4)."""
+
+    logprob: Literal["conditional", "guided"] = "conditional"  # whose log-probability is trained
+    group_size: Annotated[int, Field(ge=2)] = 8  # images per condition whose rewards are compared
+    beta: NonNegative = 0.1  # weight of the KL estimator of eq. 6; 0 needs no reference model
+    # Clip range of the ratio, below 1. sapo and vespo clip nothing, cispo only above.
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    epsilon_high: Positive | None = None  # and above it; null takes epsilon
+    updates_per_batch: Count = 1  # 1 is on-policy
+    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "grpo"  # as TRL has them
+    importance: Literal["token", "sequence"] = "token"  # the ratio of each token, or of the whole image (GSPO)
+    # What advantages r - mean(r of the group) are divided by: the deviation of r in the group, in the batch, or over
+    # the updates so far: s^2 = sum_i d^(n - i) v_i / sum_i d^(n - i), v_i the mean square of r - mean(r) in batch i of
+    # n, d = 0.9.
+    scale_rewards: Literal["group", "batch", "global", "none"] = "group"
+    # Of several rewards. First the sum r = sum_k w_k r_k; or first each in its group, z_k = (r_k - mean r_k) / std r_k,
+    # and A = (Z - mean Z) / std Z over the batch of Z = sum_k w_k z_k (GDPO), where w_k has to weigh deviations: set
+    # the factors of the terms to 1.
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    # Dynamic sampling (DAPO): groups whose images all score alike are replaced by groups of further conditions, until
+    # n x batch_size images have been drawn for the update; 0 is off.
+    dynamic_sampling: NonNegative = 0.0
+    # How often a condition is drawn, by how much its images differ: p_c = f w_c / sum w + (1 - f) w_c s_c / sum w s,
+    # s_c the running deviation of the total reward in its groups (half the latest, half before), w_c its weight and f
+    # this floor; null: by weight alone.
+    spread_floor: Probability | None = None
+    # Entropy bonus: its weight, and, when a target is given, how the weight follows the entropy (Skywork-OR1):
+    # up by entropy_step after an update at or below the target (nats per token), down after one above it, after which
+    # no bonus is given at all. The first update of a run has none. metrics.jsonl has the weight for the next update.
+    entropy_weight: NonNegative = 0.0
+    entropy_target: Positive | None = None  # null: the weight stays as it is
+    entropy_step: Positive = 0.005
+    entropy_weight_max: Positive = 1.0  # the weight goes no higher
+    condition_dropout: Probability = 0.0  # how often a condition is replaced by the null condition
+    allow_filtered_sampling: bool = False  # accept top_k or top_p although the trained distribution has neither
+
+    @model_validator(mode="after")
+    def _whole_groups_and_batches(self) -> GrpoSection:
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}; "
+                f"use for instance {max(1, round(self.batch_size / self.group_size)) * self.group_size}"
+            )
+        if self.steps % self.updates_per_batch:
+            raise ValueError(
+                f"steps {self.steps} would end in the middle of a batch of updates_per_batch {self.updates_per_batch}; "
+                f"use {-(-self.steps // self.updates_per_batch) * self.updates_per_batch}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _selection_fits(self) -> GrpoSection:
+        if 0 < self.dynamic_sampling <= 1:
+            raise ValueError(
+                f"dynamic_sampling {self.dynamic_sampling:g} leaves no image for other groups; use more than 1, or 0"
+            )
+        if self.aggregation == "normalize_then_sum" and self.scale_rewards != "group":
+            raise ValueError(
+                f"scale_rewards {self.scale_rewards} has no part in aggregation: normalize_then_sum; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_and_ratio_fit(self) -> GrpoSection:
+        if self.loss == "luspo" and self.importance != "sequence":
+            raise ValueError("loss luspo is one of whole sequences; set importance: sequence")
+        if self.loss in ("sapo", "vespo") and self.epsilon_high is not None:
+            raise ValueError(f"epsilon_high has no part in loss {self.loss}, which clips nothing; leave it out")
+        if self.loss == "vespo" and self.importance != "token":
+            raise ValueError("loss vespo has a sequence weight of its own; set importance: token")
+        return self
+
+
+class RatioGuard(Section):
+    """An on-policy update whose ratio to the sampler is not 1: another distribution, or numbers too coarse."""
+
+    action: Action = "warn"
+    limit: Positive | None = None  # mean |ratio - 1| over the tokens; null: 0.01 in float32, 0.1 in bfloat16
+
+
+class KlGuard(Section):
+    """A policy that has left its base; unless ignored, a tenfold jump of the KL is also said."""
+
+    action: Action = "stop"
+    limit: Positive = 2.0  # nats per token, in two updates in a row; the bundled recipes stay below 0.3
+
+
+class ConstantRewardGuard(Section):
+    """A reward that counts and gives all images of every group the same score, or hardly another one."""
+
+    action: Action = "warn"
+    batches: Count = 10  # in a row
+
+
+class HeldOutGuard(Section):
+    """A held-out reward (weight 0) that falls while the optimised one rises: the policy games its rewards."""
+
+    action: Action = "warn"
+    batches: Annotated[int, Field(ge=4)] = 40  # compared at least; also twice as many, four times ..., and all
+    errors: Positive = 4.0  # standard errors by which it must have fallen
+
+
+class GuardSection(Section):
+    """What is watched. `stop` ends training with a checkpoint and exit code 2, `warn` says it once."""
+
+    ratio: RatioGuard = RatioGuard()
+    kl: KlGuard = KlGuard()
+    constant_reward: ConstantRewardGuard = ConstantRewardGuard()
+    held_out: HeldOutGuard = HeldOutGuard()
+    not_a_number: Literal["stop", "skip"] = "stop"  # a gradient that is none is left out; then stop, or go on
+
+
+class LoggingSection(Section):
+    """What the run directory keeps."""
+
+    log_every: Count = 1  # steps between lines of text; metrics.jsonl has every step
+    grid_every: Count = 20  # steps between grids of fixed seeds
+    grid_images: Count = 24  # in a grid
+    # Images that the policy before and after training draw at the end under other samplings (unguided, guided, greedy,
+    # colder, warmer), for what is left of the gain; 0 leaves it out.
+    transfer_images: Annotated[int, Field(ge=0)] = 96
+    save_every: Count = 20  # steps between checkpoints
+    keep_checkpoints: Count = 2  # older ones are removed
+    keep_steps: list[Count] = []  # checkpoints after these updates are made and never removed
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    project: Name = "argrpo"  # of wandb and trackio
+
+
+class PublishedSection(Section):
+    """What a paper reports for this run, to be put beside what comes out of it. Nothing is computed with it."""
+
+    table: Name  # such as "table 2"
+    # The update after which the paper measures; 0 where it knows only the policy that training starts from.
+    step: Annotated[int, Field(ge=0)]
+    row: Name | None = None  # of the AR-GRPO paper's table (paper/numbers.yaml), in the place of the three below
+    # What was measured, and a number for each, of the policy that training starts from and of the trained one.
+    measures: Annotated[list[Name], Field(min_length=1)]
+    base: list[float]
+    trained: list[float] = []  # none when step is 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_paper(cls, value: Any) -> Any:
+        """The numbers of a row that is named."""
+        if not isinstance(value, dict) or value.get("row") is None:
+            return value
+        measures, base, trained = paper_numbers.of_recipe(str(value.get("table")), str(value["row"]))
+        return {**value, "measures": measures, "base": base, "trained": trained if value.get("step") != 0 else []}
+
+    @model_validator(mode="after")
+    def _one_number_each(self) -> PublishedSection:
+        if len(self.base) != len(self.measures) or len(self.trained) != len(self.measures) * (self.step > 0):
+            raise ValueError("base and trained need one number for each of measures, trained none when step is 0")
+        return self
