@@ -25,7 +25,7 @@ from tests.training.tiny import FakeRewards, brightness, tiny_recipe
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("argrpo_cli.training.train.refresh_report", lambda *args, **keys: None)  # takes its time
+    monkeypatch.setattr("argrpo_cli.training.job.refresh_report", lambda *args, **keys: None)  # takes its time
     monkeypatch.setitem(FAMILIES, "toy", ("tests.policy.toy_family", "Toy"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.rewards import reward_weights
-from argrpo_cli.training import train as train_module
+from argrpo_cli.training import job as job_module
 from argrpo_cli.training.grpo import ImageGRPOTrainer, build_trainer, quiet_libraries
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.scorer import BatchScorer
@@ -44,7 +44,7 @@ def pages() -> None:
 def no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a run draws neither page nor curves, which takes three times as long as a tiny run itself."""
     if "pages" not in request.fixturenames:
-        monkeypatch.setattr(train_module, "refresh_report", lambda *args, **keys: None)
+        monkeypatch.setattr(job_module, "refresh_report", lambda *args, **keys: None)
 
 
 @pytest.fixture

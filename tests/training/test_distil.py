@@ -267,7 +267,7 @@ def test_the_smallest_scale_within_one_error_of_the_best_by_hand() -> None:
 def test_of_a_list_the_rewards_choose_once(
     policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argrpo_cli.training.train.SCALE_IMAGES", 8)
+    monkeypatch.setattr("argrpo_cli.training.job.SCALE_IMAGES", 8)
     recipe, out, rewards = distil_recipe(policy_folder, cfg_scale=[6.0, 1.5], steps=2), tmp_path / "run", FakeRewards()
     with pytest.raises(Stopped):
         at_draw(2, die, monkeypatch)

@@ -23,8 +23,8 @@ from argrpo_cli.recipe import Recipe, load_recipe
 from argrpo_cli.runs.run import RunDirectory
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write
+from argrpo_cli.training import job as job_module
 from argrpo_cli.training import run_training
-from argrpo_cli.training import train as train_module
 from argrpo_cli.training.grpo import ImageGRPOTrainer
 from argrpo_cli.training.guards import check_weights
 from tests.training.guarded import guarded
@@ -184,7 +184,7 @@ def test_images_without_a_score_are_said(policy_folder: Path, tmp_path: Path) ->
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     """Steps whose gradient is made NaN, in one element of one parameter."""
     steps: set[int] = set()
-    real = train_module.build_trainer
+    real = job_module.build_trainer
 
     def build(*args: Any) -> Any:
         trainer = real(*args)
@@ -198,7 +198,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
         trainer.model.lm_head.weight.register_hook(poison)
         return trainer
 
-    monkeypatch.setattr(train_module, "build_trainer", build)
+    monkeypatch.setattr(job_module, "build_trainer", build)
     yield steps
 
 

@@ -7,6 +7,7 @@ place is a file of every checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -62,6 +63,11 @@ def run_conditions(recipe: Recipe, policy: Policy) -> Conditions:
     if section.dataset is not None and section.dataset.streaming:
         return StreamedConditions(section.dataset, section.deduplicate, lambda text: policy.conditions([text])[0])
     return policy.conditions(run_captions(section))
+
+
+def digest(conditions: Conditions) -> str:
+    """A hash of what a run is asked to draw, in order: a file of captions may change between start and resume."""
+    return hashlib.sha256(repr(conditions).encode()).hexdigest()[:16]
 
 
 def check_source(section: ConditionSection, draws: str, policy: str) -> None:

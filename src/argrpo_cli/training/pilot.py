@@ -28,13 +28,14 @@ from argrpo_cli.runs.run import PILOT_FILE, PILOT_SCRATCH, Interrupted, duration
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import write_text
 from argrpo_cli.training.saving import trained_weights
-from argrpo_cli.training.train import Job, run_training
+from argrpo_cli.training.train import run_training
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.rewards import RewardSet
+    from argrpo_cli.training.job import Job
 
 ENOUGH = 4  # updates below which there is no error of anything
 MOST_UPDATES = 2000  # should the minutes be many
