@@ -84,7 +84,8 @@ def train(
         run_dir = out if out is not None else loaded.run_dir
         _check_names(loaded)
         if pilot:
-            loaded = from_its_start(loaded)
+            if loaded.method != "grpo":
+                raise UserError(f"--pilot: measures GRPO, and method of this recipe is {loaded.method}")
             run_dir = out if out is not None else run_dir.with_name(f"{run_dir.name}-pilot")
             if "RANK" not in os.environ:
                 clear_for_pilot(run_dir)
@@ -147,22 +148,6 @@ def _check_pilot(pilot: bool, minutes: float | None, resume: Path | None, dry_ru
         raise UserError("--pilot: measures a recipe before its run, and --resume continues a run; give one of them")
     if pilot and dry_run:
         raise UserError("--pilot: measures for some minutes, and --dry-run computes nothing; give one of them")
-
-
-def from_its_start(recipe: Recipe) -> Recipe:
-    """The recipe without its start, from the policy that came out of that."""
-    if recipe.method != "grpo":
-        raise UserError(f"--pilot: measures GRPO, and method of this recipe is {recipe.method}")
-    if recipe.start is None:
-        return recipe
-    folder = recipe.run_dir / "start" / "policy"
-    if not folder.is_dir():
-        raise UserError(
-            f"--pilot: GRPO goes on from the result of start, and {folder} is not there; begin the run and stop it "
-            "when its start is finished, or say --set start=null --set policy.checkpoint=POLICY"
-        )
-    policy = recipe.policy.model_copy(update={"checkpoint": str(folder)})
-    return recipe.model_copy(update={"start": None, "policy": policy})
 
 
 def _check_names(recipe: Recipe) -> None:

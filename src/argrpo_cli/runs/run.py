@@ -224,12 +224,14 @@ def refuse_used(root: Path) -> None:
 
 
 def clear_for_pilot(folder: Path) -> None:
-    """Make sure of a pilot's folder: new, or an earlier one's, of which one that was killed left its run.
+    """Make sure of a pilot's folder: new, or an earlier one's, which may have run a start.
+
+    What one that was killed left of its measuring is removed.
 
     Raises:
         UserError: it holds something else.
     """
-    own = {PILOT_FILE, PILOT_SCRATCH}
+    own = {PILOT_FILE, PILOT_SCRATCH, START}
     if folder.exists() and not (folder.is_dir() and {one.name for one in folder.iterdir()} <= own):
         raise UserError(f"{folder} is not empty; choose another folder for {PILOT_FILE} with --out")
     shutil.rmtree(folder / PILOT_SCRATCH, ignore_errors=True)

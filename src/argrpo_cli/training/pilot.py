@@ -24,11 +24,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.runs.curves import STAGES, Record
 from argrpo_cli.runs.learning import ERRORS, SATURATED, estimate
-from argrpo_cli.runs.run import PILOT_FILE, PILOT_SCRATCH, Interrupted, duration
+from argrpo_cli.runs.run import PILOT_FILE, PILOT_SCRATCH, START, Interrupted, RunDirectory, duration
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import write_text
+from argrpo_cli.system.processes import join_team
+from argrpo_cli.training.launch import settle_dtype
 from argrpo_cli.training.saving import trained_weights
-from argrpo_cli.training.train import run_training
+from argrpo_cli.training.train import PATIENCE, run_training, state
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,7 +131,7 @@ def run_pilot(
     The first signal ends the measuring after the update in progress and still proposes, the second ends at once.
 
     Args:
-        recipe: that of the run, from the policy that GRPO starts from.
+        recipe: that of the run. Where it has a start, GRPO is measured from what came out of that, see `after_start`.
         parent: the file of that recipe, which the proposal extends.
         folder: for the proposal, see `runs.run.clear_for_pilot`.
         rewards, console: as in `run_training`.
@@ -141,6 +143,8 @@ def run_pilot(
         UserError: the recipe cannot be run, or too little was measured.
         Interrupted: a signal came.
     """
+
+    recipe = after_start(recipe, folder, rewards, console)
 
     def work(job: Job, resume: bool) -> None:
         found = _measure(job)
@@ -162,6 +166,38 @@ def run_pilot(
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return folder / PILOT_FILE
+
+
+def after_start(recipe: Recipe, folder: Path, rewards: RewardSet | None, console: Console | None) -> Recipe:
+    """The recipe without its start, from the policy with which that ends.
+
+    Where the run has been through this very start, that is its result. Else the start is run now, as a run of its own
+    in `folder`/start, which is resumed if a signal ended it and serves further pilots.
+
+    Raises:
+        UserError: `folder` holds the start of another recipe.
+    """
+    if recipe.start is None:
+        return recipe
+    team = join_team(recipe.policy.device, PATIENCE)
+    first = settle_dtype(recipe.start, team.device)
+
+    def find() -> tuple[Path, bool, bool]:
+        """Where the start is, whether it was begun, whether it is at its end."""
+        for root in (recipe.run_dir / START, folder / START):
+            finished, begun = state(root)
+            same = begun and load_recipe(RunDirectory(root).recipe_file) == first
+            if same and finished:
+                break
+        if begun and not same:
+            raise UserError(f"--pilot: {root} is the start of another recipe; choose another folder with --out")
+        return root, begun, finished
+
+    root, begun, finished = team.from_lead(find)
+    if not finished:
+        run_training(first, root, resume=begun, rewards=rewards, console=console)
+    policy = recipe.policy.model_copy(update={"checkpoint": str(RunDirectory(root).policy_dir)})
+    return recipe.model_copy(update={"start": None, "policy": policy})
 
 
 def _measure(job: Job) -> Measured:

@@ -75,7 +75,7 @@ def run_training(
         recipe = settle_dtype(recipe, team.device)  # what the run directory has: resumed elsewhere it stays as it was
         held.enter_context(team.ending_together())
         team.together(lambda: _refuse(out, resume, team))
-        first, finished, begun = recipe.start, *team.from_lead(lambda: _state(out / START))
+        first, finished, begun = recipe.start, *team.from_lead(lambda: state(out / START))
         if first is not None and not finished:
             loaded = team.together(lambda: _load(first, out / START, begun, rewards, team, then=recipe))
             team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
@@ -106,7 +106,7 @@ def _refuse(out: Path, resume: bool, team: Team) -> None:
             refuse_busy(out)
 
 
-def _state(start: Path) -> tuple[bool, bool]:
+def state(start: Path) -> tuple[bool, bool]:
     """Whether the start of a run is at its end, and whether it was begun."""
     run = RunDirectory(start)
     return run.notes().get("finished") is not None and run.policy_dir.is_dir(), run.recipe_file.exists()
