@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from argrpo_cli.policy.llamagen import model as network
+from argrpo_cli.policy import tokens as shared
 from argrpo_cli.policy.llamagen.checkpoints import RENAMES
 from argrpo_cli.policy.llamagen.config import SIZES, LlamaGenConfig, published_config
 from argrpo_cli.policy.llamagen.model import (
@@ -192,7 +192,7 @@ def test_the_loss_of_pre_training_is_the_mean_of_minus_the_log_probabilities():
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("at_once", [2**24, 100])
 def test_logits_in_parts_give_what_whole_ones_give_and_the_same_gradient(case, entropy, autocast, at_once, monkeypatch):
-    monkeypatch.setattr(network, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(shared, "LOGITS_AT_ONCE", at_once)
     encoded, tokens = inputs(tensors(case))
     sampling = Sampling(cfg_scale=2.0, temperature=0.8)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -218,7 +218,7 @@ def test_logits_in_parts_give_what_whole_ones_give_and_the_same_gradient(case, e
 
 def test_logits_are_not_held_whole(monkeypatch):
     """What autograd keeps of the head is its inputs, and in the backward pass it is one part at a time."""
-    monkeypatch.setattr(network, "LOGITS_AT_ONCE", 4 * 64)
+    monkeypatch.setattr(shared, "LOGITS_AT_ONCE", 4 * 64)
     model = LlamaGenForImageGeneration(
         LlamaGenConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, block_size=16)
     )

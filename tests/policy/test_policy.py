@@ -236,7 +236,7 @@ def test_an_unknown_family_is_named(saved, tmp_path):
 def test_decoding_is_the_tokenizers_rounded_once_in_chunks(monkeypatch):
     policy = miniature()
     tokens = sample(policy, policy.conditions([0, 1, 2, 0, 1]), range(5))
-    monkeypatch.setattr("argrpo_cli.policy.llamagen.policy.DECODE_PIXELS", 2 * 16 * 16)
+    monkeypatch.setattr("argrpo_cli.policy.llamagen.vq.DECODE_PIXELS", 2 * 16 * 16)
     images = policy.decode(tokens)
     assert images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8
     with torch.no_grad():

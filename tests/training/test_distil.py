@@ -16,7 +16,7 @@ from rich.console import Console
 from trl.experimental.gkd import GKDTrainer
 
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.policy.llamagen import model as network
+from argrpo_cli.policy import tokens as shared
 from argrpo_cli.recipe import Recipe, load_recipe
 from argrpo_cli.runs import curves
 from argrpo_cli.runs.run import Interrupted
@@ -104,7 +104,7 @@ def test_the_loss_is_the_mean_over_all_tokens_in_whatever_parts(
     stepped: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dtype: str, tolerance: float
 ) -> None:
     """By hand, of the images that the first update draws."""
-    monkeypatch.setattr(network, "LOGITS_AT_ONCE", 9 * CODES)  # logits are computed again in the backward pass
+    monkeypatch.setattr(shared, "LOGITS_AT_ONCE", 9 * CODES)  # logits are computed again in the backward pass
     trainer = stepped(steps=1, lmbda=0.0, temperature=0.8, gradient_checkpointing=True, dtype=dtype)
     (log,) = [one for one in trainer.state.log_history if "loss" in one]
     trainer.state.global_step = 0

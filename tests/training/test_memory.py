@@ -10,8 +10,9 @@ import torch
 
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.published import Outline, outline_policy
+from argrpo_cli.policy.llamagen.published import LlamaGenOutline
 from argrpo_cli.policy.llamagen.sample import new_cache
+from argrpo_cli.policy.open import outline_policy
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.recipe.sections import LoraSection
 from argrpo_cli.shapes import Sampling
@@ -28,9 +29,9 @@ def small(condition: str = "class", layers: int = 4, kv_heads: int = 4) -> Llama
     )  # fmt: skip
 
 
-def outline(config: LlamaGenConfig) -> Outline:
+def outline(config: LlamaGenConfig) -> LlamaGenOutline:
     with torch.device("meta"):
-        return Outline(SimpleNamespace(model=LlamaGenForImageGeneration(config)), 0, ())
+        return LlamaGenOutline(SimpleNamespace(model=LlamaGenForImageGeneration(config)), 0, ())
 
 
 def measured(config: LlamaGenConfig, guided: bool = False, autocast: bool = False, checkpointing: bool = False) -> int:

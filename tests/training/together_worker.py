@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from argrpo_cli.policy.llamagen import model as network
+from argrpo_cli.policy import tokens as shared
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.system.errors import UserError
@@ -52,7 +52,7 @@ def straddling(folder: Path, out: Path) -> None:
 def captions(folder: Path, out: Path) -> None:
     """Captions that each process has for itself, guided log-probabilities, logits that are computed again, and a
     distillation before."""
-    network.LOGITS_AT_ONCE, whole = 9 * CODES, network.LOGITS_AT_ONCE
+    shared.LOGITS_AT_ONCE, whole = 9 * CODES, shared.LOGITS_AT_ONCE
     asked = {"source": "captions", "captions": ["a dog", "a red cat", "a blue dog", "a cat"]}
     recipe = tiny_recipe(folder / "captions", conditions=asked, logprob="guided", micro_batch_size=2, steps=3)
     keys = {"batch_size": 8, "micro_batch_size": 2, "steps": 3, "learning_rate": 1e-3, "cfg_scale": [2.0, 5.0]}
@@ -60,7 +60,7 @@ def captions(folder: Path, out: Path) -> None:
     train.SCALE_IMAGES = 8
     out = folder / "run_of_captions"
     run_training(recipe, out, rewards=FakeRewards())
-    network.LOGITS_AT_ONCE = whole
+    shared.LOGITS_AT_ONCE = whole
 
 
 def stopped(folder: Path, out: Path) -> None:

@@ -38,7 +38,8 @@ from argrpo_cli.policy.llamagen.model import (
     apply_rope,
     rope_table,
 )
-from argrpo_cli.policy.llamagen.sample import image_uniforms, inverse_cdf, packed_linears, sample_tokens
+from argrpo_cli.policy.llamagen.sample import packed_linears, sample_tokens
+from argrpo_cli.policy.tokens import image_uniforms, inverse_cdf
 from argrpo_cli.shapes import Sampling
 
 

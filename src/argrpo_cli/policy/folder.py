@@ -45,6 +45,8 @@ class PublishedPolicy:
     image_size: int
     tokenizer: str
     sampling: Mapping[str, Any] = field(default_factory=dict)  # see `own_sampling`
+    reads: str = "classes"  # of ImageNet, or "captions"
+    family: str = "llamagen"
 
 
 POLICIES = {
@@ -52,8 +54,8 @@ POLICIES = {
         f"c2i-{size.lower()}-{pixels}": PublishedPolicy(C2I_REPO, f"c2i_{size}_{pixels}.pt", pixels, "vq-ds16-c2i")
         for size, pixels in (("B", 256), ("B", 384), ("L", 256), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
     },
-    "t2i-xl-256": PublishedPolicy(T2I_REPO, "t2i_XL_stage1_256.pt", 256, "vq-ds16-t2i"),
-    "t2i-xl-512": PublishedPolicy(T2I_REPO, "t2i_XL_stage2_512.pt", 512, "vq-ds16-t2i"),
+    "t2i-xl-256": PublishedPolicy(T2I_REPO, "t2i_XL_stage1_256.pt", 256, "vq-ds16-t2i", reads="captions"),
+    "t2i-xl-512": PublishedPolicy(T2I_REPO, "t2i_XL_stage2_512.pt", 512, "vq-ds16-t2i", reads="captions"),
     # LlamaGen after an epoch of condition contrastive alignment (arXiv 2410.09347), to be drawn from without guidance.
     **{
         f"c2i-{size.lower()}-384-cca": PublishedPolicy(
@@ -88,8 +90,8 @@ def glance(name_or_path: str | Path) -> Glance | None:
     """
     if str(name_or_path) in POLICIES:
         entry = POLICIES[str(name_or_path)]
-        reads = "captions" if "t2i" in entry.tokenizer else "classes"
-        return Glance(str(name_or_path), reads, class_names(1000) if reads == "classes" else (), entry.sampling)
+        names = class_names(1000) if entry.reads == "classes" else ()
+        return Glance(str(name_or_path), entry.reads, names, entry.sampling)
     if is_published(name_or_path):
         return None
     folder = find_policy(name_or_path)
@@ -137,6 +139,15 @@ def is_published(name_or_path: str | Path) -> bool:
     if str(name_or_path) in POLICIES or (path.suffix in WEIGHT_FILES and path.is_file()):
         return True
     return (path / "config.json").is_file() and not (path / CARD).is_file() and bool(weight_files(path))
+
+
+def published_family(name_or_path: str | Path) -> str:
+    """The family of what `is_published`, by its name or that of its file; LlamaGen's where neither is known."""
+    name = Path(name_or_path).name  # a file that was downloaded by hand has its published name
+    entry = POLICIES.get(str(name_or_path)) or next(
+        (one for one in POLICIES.values() if Path(one.file).name == name), None
+    )
+    return "llamagen" if entry is None else entry.family
 
 
 def weight_files(folder: Path) -> list[Path]:

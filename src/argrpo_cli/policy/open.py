@@ -6,12 +6,20 @@ Nothing heavy is imported before a policy is opened.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from argrpo_cli.policy.folder import ADAPTER_OF, CARD, base_of, find_policy, is_published, own_sampling
+from argrpo_cli.policy.folder import (
+    ADAPTER_OF,
+    CARD,
+    base_of,
+    find_policy,
+    is_published,
+    own_sampling,
+    published_family,
+)
 from argrpo_cli.shapes import DTYPES
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line
 from argrpo_cli.system.files import read_json
@@ -20,11 +28,17 @@ from argrpo_cli.system.processes import resolve_device
 if TYPE_CHECKING:
     from torch import nn
 
+    from argrpo_cli.policy.outline import Outline
     from argrpo_cli.policy.protocol import Policy
 
 # Family, as policy.json has it (none is llamagen), to the module and the class that opens its folders by `load`.
 FAMILIES = {
     "llamagen": ("argrpo_cli.policy.llamagen.policy", "LlamaGen"),
+}
+# Family to the module that opens what others publish of it, by `open_published(name_or_path, device, dtype,
+# text_device)`, and outlines it by `outline_published(name_or_path)`, and a policy folder by `outline_folder(folder)`.
+PUBLISHED = {
+    "llamagen": "argrpo_cli.policy.llamagen.published",
 }
 
 
@@ -48,9 +62,8 @@ def load_policy(
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     device = resolve_device(device)
     if is_published(name_or_path):
-        from argrpo_cli.policy.llamagen.published import open_published
-
-        return open_published(name_or_path, device, dtype, text_device)
+        module = import_module(PUBLISHED[published_family(name_or_path)])
+        return module.open_published(name_or_path, device, dtype, text_device)
     folder = find_policy(name_or_path)
     card = read_json(folder / CARD)
     if ADAPTER_OF in card:
@@ -60,14 +73,34 @@ def load_policy(
         policy.model = merge_adapter(policy.model, folder).to(getattr(torch, dtype)).eval()
         policy.sampling = own_sampling(folder, card) or policy.sampling
     else:
-        family = card.get("family", "llamagen")
-        if family not in FAMILIES:
-            hint = did_you_mean(str(family), FAMILIES) or f"; there are {', '.join(FAMILIES)}"
-            raise UserError(f"{folder / CARD}: no family of policies {family!r}{hint}")
-        module, name = FAMILIES[family]
+        module, name = FAMILIES[_family(folder, card, FAMILIES)]
         policy = getattr(import_module(module), name).load(folder, device, dtype, text_device)
     policy.name = str(name_or_path)
     return policy
+
+
+def outline_policy(name_or_path: str | Path) -> Outline:
+    """What `load_policy` would open, without its weights; nothing is fetched.
+
+    Raises:
+        UserError: nothing is there, or its files are not those of a policy.
+    """
+    if is_published(name_or_path):
+        return import_module(PUBLISHED[published_family(name_or_path)]).outline_published(name_or_path)
+    folder = find_policy(name_or_path)
+    card = read_json(folder / CARD)
+    if ADAPTER_OF in card:
+        return outline_policy(base_of(folder, card))
+    return import_module(PUBLISHED[_family(folder, card, PUBLISHED)]).outline_folder(folder)
+
+
+def _family(folder: Path, card: dict[str, Any], families: Mapping[str, Any]) -> str:
+    """What policy.json says, one of `families`."""
+    family = str(card.get("family", "llamagen"))
+    if family not in families:
+        hint = did_you_mean(family, families) or f"; there are {', '.join(families)}"
+        raise UserError(f"{folder / CARD}: no family of policies {family!r}{hint}")
+    return family
 
 
 def choose_trainable(policy: Policy, trainable: str | Sequence[str]) -> None:

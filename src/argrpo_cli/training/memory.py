@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from argrpo_cli.training.launch import drawn_at_once
 
 if TYPE_CHECKING:
-    from argrpo_cli.policy.llamagen.published import Outline
+    from argrpo_cli.policy.outline import Outline
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.recipe.sections import LoraSection
     from argrpo_cli.rewards.base import Needs
@@ -125,7 +125,7 @@ def estimate(
     guided = not distil and recipe.grpo.logprob == "guided"
     sampling = recipe.sampling if guided else replace(recipe.sampling, cfg_scale=1.0)
     kept = pass_bytes(outline, micro, sampling, autocast=autocast, checkpointing=optim.gradient_checkpointing)
-    images, number = min(share, drawn_at_once(model.config.block_size)), 2 if autocast else 4
+    images, number = min(share, drawn_at_once(outline.policy.card.tokens)), 2 if autocast else 4
     cache = outline.drawing_bytes(images, guided=steered, recorded=device != "cpu", number=number)
     again = 4 * max(parameters) if micro < share else 0  # a further micro-batch's gradient, before it is added
     matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
@@ -138,9 +138,7 @@ def estimate(
         # Of a GPU's run on the host:
         Part("weights as training began", 4 * trained if device == "cpu" else 0, "always"),
         Part("running mean of the weights", 4 * trained if optim.ema_decay else 0, "always"),
-        Part(
-            "image tokenizer, float32", 4 * sum(one.numel() for one in outline.policy.tokenizer.parameters()), "always"
-        ),
+        Part("image tokenizer, float32", outline.tokenizer_bytes, "always"),
         Part("text encoder", outline.text_bytes if reading else 0, reading or "always"),
         *(Part(f"reward: {one.network}", one.weights or 0, "always") for one in needs),
         Part("keys and values", cache, "rollout"),

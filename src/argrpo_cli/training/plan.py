@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from argrpo_cli.policy.llamagen.published import Outline, outline_policy
-from argrpo_cli.policy.open import check_targets, choose_trainable
+from argrpo_cli.policy.open import check_targets, choose_trainable, outline_policy
 from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, reward_weights
 from argrpo_cli.rewards.base import Needs
 from argrpo_cli.system.files import HubFile, is_cached
@@ -24,6 +23,7 @@ from argrpo_cli.training.streams import open_captions
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from argrpo_cli.policy.outline import Outline
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.recipe.sections import DistilSection, GrpoSection
 
@@ -128,7 +128,7 @@ def _draws(recipe: Recipe, outline: Outline) -> tuple[str, list[str]]:
         say = f"{named} is missing: a file of captions, or name a data set (conditions.dataset)"
         return f"captions of {named}", [say]
     captions = run_captions(section)
-    if policy.text_encoder is not None:  # of a published policy it is not here
+    if outline.reads:
         _check_bundled_rewards(recipe, policy.conditions(captions))
     return f"{len(captions)} captions" + (f" of {named}" if isinstance(named, str) else ""), []
 

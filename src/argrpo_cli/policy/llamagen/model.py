@@ -11,17 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.protocol import Compare, Scored
+from argrpo_cli.policy.tokens import guide, log_probs, score_states
 from argrpo_cli.shapes import Sampling
 
-MIN_TEMPERATURE = 1e-5  # as in LlamaGen: temperature 0 is a very sharp distribution, not a division by zero
-LOGITS_AT_ONCE = 2**24  # held of a training pass; more are computed again in its backward pass, part by part
 KeyValue = tuple[Tensor, Tensor]
 
 
@@ -344,12 +342,6 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         return guide(*hidden.chunk(2), guidance) if guidance > 1 else hidden
 
 
-def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance on hidden states: h_u + s (h_c - h_u), computed in float32."""
-    conditional32, null32 = conditional.float(), null.float()
-    return (null32 + scale * (conditional32 - null32)).to(conditional.dtype)
-
-
 class LlamaGenForImageGeneration(LlamaGenPreTrainedModel):
     """LlamaGen with its LM head over image tokens; `sample.sample_tokens` draws from it."""
 
@@ -380,29 +372,12 @@ class LlamaGenForImageGeneration(LlamaGenPreTrainedModel):
         """
         sampling = sampling or Sampling(cfg_scale=1.0)
         hidden = self.model(encoded, tokens, sampling.cfg_scale).flatten(0, 1)
-        at_once = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-        score = partial(checkpoint, self._score, use_reentrant=False) if len(hidden) > at_once else self._score
-        parts = [slice(start, start + at_once) for start in range(0, len(hidden), at_once)]
-        flat = tokens.flatten()
-        scored = [score(hidden[at], flat[at], sampling.temperature, entropy, compare, at) for at in parts]
-        columns = zip(*scored, strict=True)
-        return Scored(*(None if one[0] is None else torch.cat(one).unflatten(0, tokens.shape) for one in columns))
-
-    def _score(
-        self, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool, compare: Compare | None, at: slice
-    ) -> Scored:
-        """Of tokens [N], from hidden states [N, D], which are those `at` of all."""
-        logp = self._log_probs(hidden, temperature)
-        return Scored(
-            logp.gather(-1, tokens[:, None])[:, 0],
-            -(logp.exp() * logp).sum(-1) if entropy else None,  # H = - sum_v pi log pi, in nats (section 4.3)
-            None if compare is None else compare(logp, at),
-        )
+        distribution = partial(self._log_probs, temperature=sampling.temperature)
+        return score_states(hidden, tokens, self.config.vocab_size, distribution, entropy, compare)
 
     def _log_probs(self, hidden: Tensor, temperature: float) -> Tensor:
         """Float32 [N, V] from hidden states [N, D]."""
-        logits = self.lm_head(hidden).float()
-        return (logits if temperature == 1 else logits / max(temperature, MIN_TEMPERATURE)).log_softmax(-1)
+        return log_probs(self.lm_head(hidden), temperature)
 
     def distribution(self, encoded: Encoded, tokens: Tensor, sampling: Sampling) -> Callable[[slice], Tensor]:
         """See `protocol.Policy.model`: what is held are hidden states."""

@@ -20,7 +20,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from argrpo_cli.networks.weights import fingerprint, load_pretrained, save_model
 from argrpo_cli.policy.folder import (
@@ -37,7 +36,7 @@ from argrpo_cli.policy.llamagen.checkpoints import open_tokenizer
 from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.sample import sample_tokens
 from argrpo_cli.policy.llamagen.text import TextEncoder, load_text_encoder, open_text_encoder
-from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
+from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
 from argrpo_cli.policy.protocol import Card, Drawn
 from argrpo_cli.shapes import Condition, Sampling, class_prompt
 from argrpo_cli.system.errors import UserError
@@ -47,7 +46,6 @@ from argrpo_cli.system.files import make_dir, write_json
 NOT_IN_SHAPES = (
     "num_attention_heads", "num_key_value_heads", "block_size", "cls_token_num", "rope_theta", "rms_norm_eps",
 )  # fmt: skip
-DECODE_PIXELS = 2**20  # decoded at a time; at 256 px with VQ-16 about half a gigabyte for each activation
 
 
 @dataclass
@@ -176,18 +174,8 @@ class LlamaGen:
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
-        """Token ids int64 [B, T] to images uint8 [B, 3, size, size] on the same device, by default of `image_size`.
-
-        Another size is reached as in LlamaGen's sampler: bicubic, not antialiased, before the numbers become bytes.
-        """
-        at_once = max(1, DECODE_PIXELS // self.image_size**2)
-        images = []
-        for chunk in tokens.split(at_once):
-            pixels = self.tokenizer.decode_tokens(chunk)
-            if size is not None and size != self.image_size:
-                pixels = F.interpolate(pixels, (size, size), mode="bicubic")
-            images.append(to_uint8(pixels))
-        return torch.cat(images)
+        """Token ids int64 [B, T] to images uint8 [B, 3, size, size] on the same device, by default of `image_size`."""
+        return self.tokenizer.decode_images(tokens, self.image_size, size)
 
     def parts(self) -> dict[str, list[str]]:
         """Names of all parameters, and last parts of the names of the linear layers but the LM head."""

@@ -22,12 +22,9 @@ from torch import Tensor
 
 from argrpo_cli.networks.weights import load_pretrained
 from argrpo_cli.policy.folder import (
-    ADAPTER_OF,
-    CARD,
     POLICIES,
     TEXT_ENCODER,
     TOKENIZERS,
-    base_of,
     class_names,
     find_policy,
     is_published,
@@ -44,16 +41,16 @@ from argrpo_cli.policy.llamagen.checkpoints import (
     tokenizer_from,
 )
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig, published_config
-from argrpo_cli.policy.llamagen.model import LOGITS_AT_ONCE, Encoded, LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.policy import DECODE_PIXELS, LlamaGen
+from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.llamagen.sample import BUCKET
 from argrpo_cli.policy.llamagen.text import load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
+from argrpo_cli.policy.outline import Outline
 from argrpo_cli.system.errors import UserError, exit_code
 from argrpo_cli.system.files import HubFile, atomic_path, fetch, read_json
 
 IMAGE_SIZES = (256, 384, 512)
-DECODER_LAYERS = 4  # activations of full size that the image decoder holds at once
 TEXT_PARAMETERS = 1_223_527_424  # of the encoder of FLAN-T5 XL
 TEXT_FILES = (  # the library takes the whole model and uses its encoder
     HubFile(TEXT_ENCODER, "model-00001-of-00002.safetensors", 9_450_000_000),
@@ -143,27 +140,19 @@ def export(folder: str | Path, file: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Outline:
-    """What is known of a policy before it is loaded.
-
-    Attributes:
-        policy: its model and image tokenizer are on the meta device, with shapes and without numbers. A text encoder
-            that lies in a folder or is bundled is there in full, the published one is not.
-        text_bytes: of the text encoder in memory, 0 where there is none.
-        files: of the hub, what `load_policy` needs.
-    """
-
-    policy: LlamaGen
-    text_bytes: int
-    files: tuple[HubFile, ...]
+class LlamaGenOutline(Outline):
+    """A text encoder that lies in a folder or is bundled is there in full, the published one is not."""
 
     @property
     def config(self) -> LlamaGenConfig:
         """The geometry of the model."""
         return self.policy.model.config
 
+    @property
+    def reads(self) -> bool:
+        return self.config.condition == "class" or self.policy.text_encoder is not None
+
     def blank(self, images: int) -> tuple[Encoded, Tensor]:
-        """Conditions and tokens of the shapes that images of it have, all zero."""
         config = self.config
         tokens = torch.zeros(images, config.block_size, dtype=torch.long)
         if config.condition == "class":
@@ -172,7 +161,6 @@ class Outline:
         return Encoded(features, torch.ones(images, config.cls_token_num, dtype=torch.long)), tokens
 
     def drawing_bytes(self, images: int, *, guided: bool, recorded: bool, number: int) -> int:
-        """Keys and values of all layers while images are drawn, in numbers of `number` bytes; with CUDA graphs more."""
         config = self.config
         length = config.cls_token_num + config.block_size
         if recorded:
@@ -180,27 +168,15 @@ class Outline:
         rows = 2 * images if guided else images
         return 2 * config.num_hidden_layers * rows * config.num_key_value_heads * config.head_dim * length * number
 
-    def decoding_bytes(self, images: int) -> int:
-        """What the image tokenizer holds at once when it decodes images."""
-        pixels = self.policy.image_size**2
-        at_once = min(images * pixels, max(DECODE_PIXELS, pixels))
-        return DECODER_LAYERS * 4 * at_once * self.policy.tokenizer.config.ch
 
-    def logits_bytes(self, images: int) -> int:
-        """Of the training pass's logits, what is there at once: float32 logits, their softmax and gradients of both."""
-        return 4 * 4 * min(images * self.config.block_size * self.config.vocab_size, LOGITS_AT_ONCE)
+def outline_published(name_or_path: str | Path) -> LlamaGenOutline:
+    """What `open_published` would open, without its weights; nothing is fetched.
 
-
-def outline_policy(name_or_path: str | Path) -> Outline:
-    """What `load_policy` would open, without its weights; nothing is fetched.
-
-    Of a published name the geometry is known, of a folder config.json and policy.json are read, of a file the shapes.
+    Of a published name the geometry is known, of a file the shapes are read.
 
     Raises:
-        UserError: nothing is there, or its files are not those of a policy.
+        UserError: the files are not those of a policy.
     """
-    if not is_published(name_or_path):
-        return _outline_folder(find_policy(name_or_path))
     entry, path = POLICIES.get(str(name_or_path)), Path(name_or_path)
     if entry is not None:
         size = re.search(r"_(B|L|XL|XXL|3B)_", entry.file).group(1)
@@ -217,12 +193,11 @@ def outline_policy(name_or_path: str | Path) -> Outline:
     names = [] if captions else class_names(model.config.num_classes)
     policy = LlamaGen(model, vq, tokenizer, names, pixels, str(name_or_path))
     files += (() if brought else vq_files) + (TEXT_FILES if captions else ())
-    return Outline(policy, 2 * TEXT_PARAMETERS if captions else 0, files)
+    return LlamaGenOutline(policy, 2 * TEXT_PARAMETERS if captions else 0, files)
 
 
-def _outline_folder(folder: Path) -> Outline:
-    if ADAPTER_OF in (plain := read_json(folder / CARD)):
-        return outline_policy(base_of(folder, plain))
+def outline_folder(folder: Path) -> LlamaGenOutline:
+    """The same of a policy folder: its config.json and policy.json are read."""
     card = read_card(folder, tokenizer=str)
     try:
         model = _outline_model(LlamaGenConfig(**read_json(folder / "config.json")))
@@ -236,11 +211,11 @@ def _outline_folder(folder: Path) -> Outline:
             vq, files = VQModel(VQConfig(**keys)), ()
     policy = LlamaGen(model, vq, card["tokenizer"], card.get("classes", []), card["image_size"], str(folder))
     if model.config.condition == "class":
-        return Outline(policy, 0, files)
+        return LlamaGenOutline(policy, 0, files)
     if card.get("text_encoder") == TEXT_ENCODER:
-        return Outline(policy, 2 * TEXT_PARAMETERS, files + TEXT_FILES)
+        return LlamaGenOutline(policy, 2 * TEXT_PARAMETERS, files + TEXT_FILES)
     policy.text_encoder = load_text_encoder(part_of(folder, "text encoder", card.get("text_encoder")), torch.float32)
-    return Outline(policy, 4 * policy.text_encoder.model.num_parameters(), files)
+    return LlamaGenOutline(policy, 4 * policy.text_encoder.model.num_parameters(), files)
 
 
 def _outline_model(config: LlamaGenConfig) -> LlamaGenForImageGeneration:

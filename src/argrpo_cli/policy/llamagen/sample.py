@@ -11,21 +11,18 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.model import (
-    MIN_TEMPERATURE,
     Encoded,
     KeyValue,
     LlamaGenForImageGeneration,
     caption_attention_mask,
     computed_dtype,
-    guide,
 )
 from argrpo_cli.policy.protocol import Drawn
+from argrpo_cli.policy.tokens import Draws, guide
 from argrpo_cli.shapes import Sampling
-from argrpo_cli.system.errors import UserError
 
 BUCKET = 64  # a graph's attention reads the filled cache up to the next multiple of this
 
@@ -44,9 +41,7 @@ def sample_tokens(
 ) -> Drawn:
     """Sample images as token ids, with the log-probability of every token if asked.
 
-    Each image has its own noise: `seeds[i]` seeds a CPU generator that draws one uniform number per token,
-    and the token is where the cumulative distribution passes it. So a condition and a seed give the same
-    image whatever else is in the batch (up to the rounding of matrix products of another shape).
+    Each image has its own noise, see `tokens.Draws`.
 
     Args:
         model: a LlamaGenForImageGeneration on the device of `encoded`, or what PEFT made of one.
@@ -64,34 +59,20 @@ def sample_tokens(
     """
     if hasattr(model, "get_base_model"):  # of PEFT; its adapters are within the layers
         model = model.get_base_model()
-    _check(model.config, encoded, seeds, logp)
-    sampling.check("sampling.")
-    temperature, guided = sampling.temperature, sampling.cfg_scale > 1
-    batch, length, device = len(encoded), model.config.block_size, encoded.condition.device
-    uniforms = image_uniforms(seeds, length, device)
-    logprobs = torch.empty(batch, length, dtype=torch.float32, device=device) if logp else None
-    broken = torch.zeros((), dtype=torch.bool, device=device)
+    _check(model.config, encoded)
+    device = encoded.condition.device
+    draws = Draws(len(encoded), model.config.block_size, sampling, seeds, logp, device)
 
     def choose(logits: Tensor, conditional: Tensor, index: int) -> Tensor:
-        filtered = filter_logits(logits, temperature, sampling.top_k, sampling.top_p)
-        broken.logical_or_(~logits.sum().isfinite())  # one pass; a sum keeps what is no number
-        tokens = inverse_cdf(filtered, uniforms[:, index])
-        if logp == "guided":
-            logprobs[:, index] = log_prob(filtered, tokens)
-        elif logp == "conditional":
-            plain = model.lm_head(conditional).float() if guided else logits
-            logprobs[:, index] = log_prob(filter_logits(plain, temperature), tokens)
-        return tokens
+        plain = (lambda: model.lm_head(conditional).float()) if sampling.cfg_scale > 1 else lambda: logits
+        return draws.choose(logits, plain, index)
 
-    with _casts_remembered(model):
-        tokens = draw_tokens(model, encoded, choose, sampling.cfg_scale, sampling.cfg_interval)
-    if broken:
-        raise UserError("the policy's logits are not finite numbers: its weights are broken")
-    return Drawn(tokens, logprobs)
+    with casts_remembered(model):
+        return draws.drawn(draw_tokens(model, encoded, choose, sampling.cfg_scale, sampling.cfg_interval))
 
 
 @contextmanager
-def _casts_remembered(model: nn.Module) -> Iterator[None]:
+def casts_remembered(model: nn.Module) -> Iterator[None]:
     """Let autocast keep its casts of frozen weights, too: it keeps those of weights that require a gradient alone, and
     would cast the others again for every token. Nothing is recorded while images are drawn."""
     on = torch.is_autocast_enabled(next(model.parameters()).device.type)
@@ -105,7 +86,7 @@ def _casts_remembered(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
-def _check(config: LlamaGenConfig, encoded: Encoded, seeds: Sequence[int], logp: str | None) -> None:
+def _check(config: LlamaGenConfig, encoded: Encoded) -> None:
     condition, null = encoded.condition, config.num_classes
     if config.condition == "class" and ((condition < 0) | (condition > null)).any():
         raise ValueError(f"class ids must lie in 0 .. {null} ({null} is the null class)")
@@ -114,10 +95,6 @@ def _check(config: LlamaGenConfig, encoded: Encoded, seeds: Sequence[int], logp:
             f"caption features have shape {list(condition.shape)}; expected "
             f"[B, {config.cls_token_num}, {config.caption_dim}]"
         )
-    if len(seeds) != len(encoded):
-        raise ValueError(f"{len(seeds)} seeds for {len(encoded)} conditions; give one each")
-    if logp not in (None, "conditional", "guided"):
-        raise ValueError(f"logp is {logp!r}; expected 'conditional', 'guided' or None")
 
 
 @torch.inference_mode()
@@ -143,53 +120,6 @@ def draw_tokens(
                 guided = guided and not 0 <= cfg_interval < index  # dropped once the last guided token is drawn
                 logits, conditional = decoder.step(chosen, index, guided)
     return tokens
-
-
-def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits after temperature, top-k and top-p, in this order; removed tokens get -inf.
-
-    Args:
-        logits: float32 [B, V], left as they are.
-        temperature: values under 1e-5 count as 1e-5.
-        top_k: keep the k largest, and all that tie with the k-th; 0 is off.
-        top_p: of what top-k left, keep the most likely tokens up to and including the one that crosses
-            the cumulative probability p, always at least one; 1 is off.
-    """
-    if temperature != 1.0:
-        logits = logits / max(temperature, MIN_TEMPERATURE)
-    if top_k > 0:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p < 1.0:
-        ranked, order = logits.sort(dim=-1, descending=True)
-        cumulative = ranked.softmax(dim=-1).cumsum(dim=-1)
-        outside = F.pad(cumulative[..., :-1], (1, 0)) > top_p  # by the mass of the tokens ranked above
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
-    return logits
-
-
-def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability float32 [B] of tokens int64 [B] under softmax of logits [B, V]."""
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
-
-
-def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """The tokens int64 [B] at which the cumulative softmax of logits [B, V] passes uniforms float64 [B].
-
-    Tokens of probability zero (logit -inf) are never returned.
-    """
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=uniforms.dtype)
-    # Scaled by the total, which is 1 only up to rounding; right=True steps over tokens that add nothing.
-    threshold = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return tokens.clamp_(max=logits.shape[-1] - 1)  # only NaN logits get here; the caller reports those
-
-
-def image_uniforms(seeds: Sequence[int], length: int, device: torch.device) -> Tensor:
-    """Uniforms [B, length] in [0, 1), one stream per seed, drawn on the CPU: the same on every machine."""
-    streams = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    table = torch.stack([torch.rand(length, dtype=torch.float64, generator=one) for one in streams])
-    return table.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
 
 
 def new_cache(model: LlamaGenForImageGeneration, batch: int, length: int | None = None) -> list[KeyValue]:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from argrpo_cli.policy.outline import DECODE_PIXELS
+
 
 class VQConfig(PreTrainedConfig):
     """Geometry of the tokenizer; the defaults are VQ-16 as published.
@@ -226,6 +228,20 @@ class VQModel(PreTrainedModel):
         if side * side != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not make a square image")
         return self.decode_latent(self.quantize.entries(tokens, side, side))
+
+    def decode_images(self, tokens: Tensor, image_size: int, size: int | None = None) -> Tensor:
+        """Token ids int64 [B, T] to images uint8 [B, 3, size, size], `DECODE_PIXELS` at a time; size is by default
+        `image_size`, that of the tokens.
+
+        Another size is reached as in LlamaGen's sampler: bicubic, not antialiased, before the numbers become bytes.
+        """
+        images = []
+        for chunk in tokens.split(max(1, DECODE_PIXELS // image_size**2)):
+            pixels = self.decode_tokens(chunk)
+            if size is not None and size != image_size:
+                pixels = F.interpolate(pixels, (size, size), mode="bicubic")
+            images.append(to_uint8(pixels))
+        return torch.cat(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruction of images, [B, 3, H, W]."""

@@ -1,0 +1,194 @@
+"""What families share once they have logits: guidance, filters, draws with noise for each image, scores of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from argrpo_cli.policy.protocol import Compare, Drawn, Scored
+from argrpo_cli.shapes import Sampling
+from argrpo_cli.system.errors import UserError
+
+MIN_TEMPERATURE = 1e-5  # as in LlamaGen: temperature 0 is a very sharp distribution, not a division by zero
+LOGITS_AT_ONCE = 2**24  # held of a training pass; more are computed again in its backward pass, part by part
+LOGP = (None, "conditional", "guided")  # what may be asked for beside tokens, see `Policy.sample`
+
+
+def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance l_u + s (l_c - l_u), computed in float32: of logits, or of what a linear head makes
+    logits of."""
+    conditional32, null32 = conditional.float(), null.float()
+    return (null32 + scale * (conditional32 - null32)).to(conditional.dtype)
+
+
+# drawing
+
+
+class Draws:
+    """The tokens of a batch of images as they are drawn, each image with noise of its own.
+
+    `seeds[i]` seeds a CPU generator that draws one uniform number per token, and the token is where the cumulative
+    distribution passes it. So a condition and a seed give the same image whatever else is in the batch (up to the
+    rounding of matrix products of another shape).
+
+    Args:
+        count: images.
+        length: T, tokens of an image.
+        seeds: one integer per image; torch's CPU generator uses the low 32 bits.
+        logp: as of `Policy.sample`.
+
+    Raises:
+        ValueError: another number of seeds, or an unknown `logp`.
+        UserError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        length: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        logp: str | None,
+        device: torch.device,
+    ) -> None:
+        if len(seeds) != count:
+            raise ValueError(f"{len(seeds)} seeds for {count} conditions; give one each")
+        if logp not in LOGP:
+            raise ValueError(f"logp is {logp!r}; expected 'conditional', 'guided' or None")
+        self.sampling, self.logp = sampling.check("sampling."), logp
+        self.uniforms = image_uniforms(seeds, length, device)
+        self.logprobs = torch.empty(count, length, dtype=torch.float32, device=device) if logp else None
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)
+
+    def choose(self, logits: Tensor, conditional: Callable[[], Tensor], index: int) -> Tensor:
+        """The images' next tokens, int64 [B].
+
+        Args:
+            logits: (guided) logits float32 [B, V].
+            conditional: gives the unguided ones, where they are needed.
+            index: of the token within the image.
+        """
+        one = self.sampling
+        filtered = filter_logits(logits, one.temperature, one.top_k, one.top_p)
+        self.broken.logical_or_(~logits.sum().isfinite())  # one pass; a sum keeps what is no number
+        tokens = inverse_cdf(filtered, self.uniforms[:, index])
+        if self.logp == "guided":
+            self.logprobs[:, index] = log_prob(filtered, tokens)
+        elif self.logp == "conditional":
+            self.logprobs[:, index] = log_prob(filter_logits(conditional(), one.temperature), tokens)
+        return tokens
+
+    def drawn(self, tokens: Tensor) -> Drawn:
+        """All tokens int64 [B, T], with their log-probabilities if asked for.
+
+        Raises:
+            UserError: logits were not finite numbers (training has diverged, or the file is damaged).
+        """
+        if self.broken:
+            raise UserError("the policy's logits are not finite numbers: its weights are broken")
+        return Drawn(tokens, self.logprobs)
+
+
+def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits after temperature, top-k and top-p, in this order; removed tokens get -inf.
+
+    Args:
+        logits: float32 [B, V], left as they are.
+        temperature: values under 1e-5 count as 1e-5.
+        top_k: keep the k largest, and all that tie with the k-th; 0 is off.
+        top_p: of what top-k left, keep the most likely tokens up to and including the one that crosses
+            the cumulative probability p, always at least one; 1 is off.
+    """
+    if temperature != 1.0:
+        logits = logits / max(temperature, MIN_TEMPERATURE)
+    if top_k > 0:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1.0:
+        ranked, order = logits.sort(dim=-1, descending=True)
+        cumulative = ranked.softmax(dim=-1).cumsum(dim=-1)
+        outside = F.pad(cumulative[..., :-1], (1, 0)) > top_p  # by the mass of the tokens ranked above
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
+    return logits
+
+
+def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability float32 [B] of tokens int64 [B] under softmax of logits [B, V]."""
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
+def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """The tokens int64 [B] at which the cumulative softmax of logits [B, V] passes uniforms float64 [B].
+
+    Tokens of probability zero (logit -inf) are never returned.
+    """
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=uniforms.dtype)
+    # Scaled by the total, which is 1 only up to rounding; right=True steps over tokens that add nothing.
+    threshold = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return tokens.clamp_(max=logits.shape[-1] - 1)  # only NaN logits get here; the caller reports those
+
+
+def image_uniforms(seeds: Sequence[int], length: int, device: torch.device) -> Tensor:
+    """Uniforms [B, length] in [0, 1), one stream per seed, drawn on the CPU: the same on every machine."""
+    streams = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    table = torch.stack([torch.rand(length, dtype=torch.float64, generator=one) for one in streams])
+    return table.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
+
+
+# scoring
+
+
+def log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """Of logits [..., V] at a temperature, float32."""
+    logits = logits.float()
+    return (logits if temperature == 1 else logits / max(temperature, MIN_TEMPERATURE)).log_softmax(-1)
+
+
+def score_states(
+    states: Tensor,
+    tokens: Tensor,
+    codes: int,
+    distribution: Callable[[Tensor], Tensor],
+    entropy: bool,
+    compare: Compare | None,
+) -> Scored:
+    """Scores of given tokens from the states that they are predicted from; the logits of large shapes are never whole.
+
+    Args:
+        states: [B T, ...], what `distribution` makes log-probabilities of.
+        tokens: int64 [B, T].
+        codes: V.
+        distribution: gives log-probabilities float32 [n, V] of n states; it may be asked again in the backward pass.
+        entropy, compare: as of `Policy.model`.
+    """
+    at_once = max(1, LOGITS_AT_ONCE // codes)
+    score = partial(_score, distribution, entropy=entropy, compare=compare)
+    if len(states) > at_once:
+        score = partial(checkpoint, score, use_reentrant=False)
+    parts = [slice(start, start + at_once) for start in range(0, len(states), at_once)]
+    flat = tokens.flatten()
+    columns = zip(*(score(states[at], flat[at], at) for at in parts), strict=True)
+    return Scored(*(None if one[0] is None else torch.cat(one).unflatten(0, tokens.shape) for one in columns))
+
+
+def _score(
+    distribution: Callable[[Tensor], Tensor],
+    states: Tensor,
+    tokens: Tensor,
+    at: slice,
+    entropy: bool,
+    compare: Compare | None,
+) -> Scored:
+    """Of tokens [N], from states [N, ...], which are those `at` of all."""
+    logp = distribution(states)
+    return Scored(
+        logp.gather(-1, tokens[:, None])[:, 0],
+        -(logp.exp() * logp).sum(-1) if entropy else None,  # H = - sum_v pi log pi, in nats (section 4.3)
+        None if compare is None else compare(logp, at),
+    )
