@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,17 +12,19 @@ from typing import Any
 from argrpo_cli.geneval.prompts import SETS, TAGS, content, mirrored, prompt_set
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import read_jsonl, read_text
+from argrpo_cli.system.plain import lines_of, parse_json, unguarded
 
 CAPTION_SETS = ("nano", *SETS)
 PER_CATEGORY, SEED = 72, 7  # of the set nano
 SHARED = ("single_object", "counting")  # the benchmark asks nearly all of their few captions: these are trained on, too
 
 
-def read_captions(source: str | list[str], column: str = "prompt") -> list[str]:
+def read_captions(source: str | list[str], column: str = "prompt", each: bool = False) -> list[str]:
     """Captions from a list, a bundled name (`CAPTION_SETS`), or a file: see `file_rows`.
 
     Args:
         column: of a file with columns; several captions in it count each, and a row without any is left out.
+        each: the rows belong to pictures, so that each must have exactly one.
 
     Raises:
         UserError: no such file, or no captions in it.
@@ -41,7 +42,10 @@ def read_captions(source: str | list[str], column: str = "prompt") -> list[str]:
     captions: list[str] = []
     for number, row in enumerate(file_rows(path), start=1):
         where = f"{path}, {'line' if path.suffix == '.jsonl' else 'row'} {number}"
-        captions += [row.strip()] if isinstance(row, str) else captions_in(row, column, where)
+        texts = [row.strip()] if isinstance(row, str) else captions_in(row, column, where)
+        if each and len(texts) != 1:
+            raise UserError(f"{where}: {column!r} holds {len(texts)} captions; give one for each picture")
+        captions += texts
     if not captions:
         raise UserError(f"{path} holds no captions; write one a line")
     return captions
@@ -57,13 +61,17 @@ def file_rows(path: Path) -> list[str | dict[str, Any]]:
         return read_jsonl(path)
     text = read_text(path)
     if path.suffix in (".csv", ".tsv"):
-        return list(csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ","))
+        try:
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
+        except csv.Error as error:
+            raise UserError(f"cannot read {path}: {error}") from error
+        return [{key: unguarded(cell) for key, cell in row.items() if key is not None} for row in rows]
     if path.suffix != ".json":
-        return [line for line in text.splitlines() if line.strip()]
+        return [line for line in lines_of(text) if line.strip()]
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except ValueError as error:
-        raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
+        raise UserError(f"cannot read {path}: not JSON ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, str | dict) for row in rows):
         raise UserError(f"cannot read {path}: expected a list of texts or of objects")
     return rows

@@ -27,7 +27,7 @@ import numpy as np
 
 from argrpo_cli.kept import SETTINGS
 from argrpo_cli.shapes import Condition, class_prompt
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, printable
 from argrpo_cli.system.files import read_json, read_jsonl, readable, reason
 
 if TYPE_CHECKING:
@@ -364,6 +364,8 @@ def prompt_from_file_name(stem: str) -> str | None:
     words = re.sub(r"^(\d+ )+|( ?\(?\d+\)?)+$", "", words).strip()
     if NO_PROMPT_WORDS.fullmatch(words) or not any(character.isalpha() for character in words):
         return None
+    if printable(words) != words:  # bytes that are no UTF-8, control characters
+        return None
     return words if len(words.split()) >= 4 else class_prompt(words)
 
 
@@ -371,10 +373,10 @@ def _captioned(items: Sequence[Item], path: Path) -> list[Item]:
     """Captions of a .txt (one a line) or .jsonl (`prompt`) in the images' order; with `file`, by name."""
     from argrpo_cli.captions import read_captions
 
-    captions = read_captions(str(path))
+    captions = read_captions(str(path), each=True)
     rows = read_jsonl(path) if path.suffix == ".jsonl" else []
     if rows and all(isinstance(row.get("file"), str) for row in rows):
-        prompts = {row["file"]: row["prompt"] for row in rows}
+        prompts = dict(zip((row["file"] for row in rows), captions, strict=True))
         lacking = next((item.file for item in items if item.file not in prompts), None)
         if lacking is not None:
             raise UserError(f"{path} has no caption for {lacking}")

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from typing_extensions import TypedDict
+
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import (
     load_tensors,
@@ -38,7 +40,15 @@ if TYPE_CHECKING:
 SETTINGS = "settings.json"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 WRITERS = 8  # threads that pack pictures
+PASSED = "surrogatepass"  # a name of a file may hold bytes that are no UTF-8
 Item = TypeVar("Item")
+
+
+class KeptRow(TypedDict):
+    """A line of a file of `Rows`."""
+
+    key: str
+    row: Any
 
 
 class Store(Protocol):
@@ -205,7 +215,7 @@ class Rows:
         for path in sorted(self.folder.glob("*.jsonl")):
             if path.name not in self._files and not path.name.startswith("."):
                 self._files.add(path.name)
-                rows = {line["key"]: line["row"] for line in read_jsonl(path)}
+                rows = {line["key"]: line["row"] for line in read_jsonl(path, KeptRow)}
                 self._known |= {key: row for key, row in rows.items() if key not in self._known or self.complete(row)}
 
 
@@ -272,7 +282,8 @@ class Tensors:
 
 def digest(value: Any) -> str:
     """A short hash of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:24]
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", PASSED)).hexdigest()[:24]
 
 
 def _remove(folder: Path, pattern: str) -> None:

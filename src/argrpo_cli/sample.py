@@ -86,6 +86,8 @@ def draw_samples(
     check_resize(order.resize)
     if order.n > MOST_OF_ONE:
         raise UserError(f"--n {order.n}: must be at most {MOST_OF_ONE} of one class or prompt")
+    for prompt in order.prompts:
+        Condition(prompt)  # which may refuse it
     last = order.seed + order.n - 1
     if last >= 2**32:  # torch's CPU generator looks at no more bits: images would repeat
         raise UserError(f"--seed {order.seed} with --n {order.n}: the last seed, {last}, must be below 2**32")

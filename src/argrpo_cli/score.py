@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -18,9 +15,10 @@ import numpy as np
 from argrpo_cli.images import READERS, Item, find_items
 from argrpo_cli.kept import Rows, in_batches, kept
 from argrpo_cli.shapes import Column, Condition, Result, Value
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, printable
 from argrpo_cli.system.files import atomic_path, check_writable, make_dir, save_png, write_jsonl
-from argrpo_cli.system.processes import notice
+from argrpo_cli.system.plain import guarded
+from argrpo_cli.system.processes import alone_in, notice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,7 +75,8 @@ def score_images(
 
     reward_set = load_rewards(list(rewards), resolve_device(device), options)
     _check_conditions(reward_set, items)
-    with _alone_in(target):
+    busy = f"another `argrpo score` writes to {target}; wait for it, or choose another --out"
+    with alone_in(target, busy):
         store = Rows(
             target / PARTIAL, reward_set.identity(options), item_key, complete=lambda row: None not in row.values()
         )
@@ -91,7 +90,7 @@ def score_images(
         before = kept(items, score, store, batch_size=batch_size, label="scoring", whole=False)
         scores = store.read(items)
         columns = {name: [row[name] for row in scores] for name in rewards}
-        result = _result(str(sources[0] if len(sources) == 1 else images.folder), reward_set, columns)
+        result = _result(printable(sources[0] if len(sources) == 1 else images.folder), reward_set, columns)
         rows = [row_of(item, row) for item, row in zip(items, scores, strict=True)]
         write_jsonl(make_dir(target) / SCORES, rows)
         _write_table(target / TABLE, rows, rewards)
@@ -115,20 +114,6 @@ def score_rows(reward_set: RewardSet, items: Sequence[Item]) -> list[dict[str, f
         values = ([None if math.isnan(score) else score for score in row] for row in table)
         rows += [dict(zip(reward_set.names, row, strict=True)) for row in values]
     return rows
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep a second `argrpo score` of this machine from writing to a folder; UserError when one does already."""
-    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(Path(tempfile.gettempdir()) / f"argrpo-score-{digest}.lock")  # the folder need not be there yet
-    try:
-        with lock.acquire(timeout=0):
-            yield
-    except Timeout as error:
-        raise UserError(f"another `argrpo score` writes to {folder}; wait for it, or choose another --out") from error
 
 
 def _result(source: str, reward_set: RewardSet, columns: Mapping[str, Sequence[float | None]]) -> Result:
@@ -227,4 +212,4 @@ def _write_table(path: Path, rows: Sequence[dict[str, Any]], names: Sequence[str
         columns = ["file", "prompt", "class_id", *names]
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row | row["scores"] for row in rows)
+        writer.writerows({key: guarded(cell) for key, cell in (row | row["scores"]).items()} for row in rows)

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_json, read_text, write_json
+from argrpo_cli.system.errors import UserError, printable
+from argrpo_cli.system.files import read_json, write_json
+from argrpo_cli.system.plain import to_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 RESULT_FORMAT = 2  # of summary.json; files of the first one had a shape for each benchmark
@@ -20,10 +21,16 @@ RESULT_FORMAT = 2  # of summary.json; files of the first one had a shape for eac
 
 @dataclass(frozen=True)
 class Condition:
-    """A text prompt and, for class-conditional policies, the class id behind it."""
+    """A text prompt (UserError where it is no text) and, for class-conditional policies, the class id behind it."""
 
     prompt: str
     class_id: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt {self.prompt!r} is not text: it has bytes that are no UTF-8") from error
 
 
 def with_article(name: str) -> str:
@@ -186,7 +193,7 @@ class Result:
         Raises:
             UserError: the file is missing, damaged, of an earlier version, or something else.
         """
-        content = read_json(path)
+        content = _printable(read_json(path))
         if content.get("format") != RESULT_FORMAT:
             earlier = {"scores", "policies", "rewards"} & content.keys()
             what = "a result of an earlier version" if earlier else "no result of argrpo"
@@ -194,11 +201,20 @@ class Result:
         from pydantic import TypeAdapter, ValidationError
 
         try:
-            return TypeAdapter(cls).validate_json(read_text(path), strict=True)
+            return TypeAdapter(cls).validate_json(to_json(content), strict=True)
         except ValidationError as error:
             fault = error.errors()[0]
             where = ".".join(map(str, fault["loc"]))
             raise UserError(f"{path} is a damaged result ({where}: {fault['msg']}); measure again") from error
+
+
+def _printable(value: Any) -> Any:
+    """Plain data with all its texts, keys too, made `printable`: they go into tables."""
+    if isinstance(value, dict):
+        return {printable(key): _printable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_printable(one) for one in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _plain(value: object) -> str:

@@ -42,7 +42,7 @@ def test_prompt_files_of_all_kinds(tmp_path, file, text):
     [
         ("a.csv", "Category\nColors\n", r"a.csv: no column of prompts \(it has Category\); name it Prompts or prompt"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "a.jsonl, row 2: its prompt is missing or not text"),
-        ("a.json", "{", "a.json: it is not JSON"),
+        ("a.json", "{", "a.json: not JSON"),
         ("a.json", '{"a": 1}', "expected a list"),
         ("a.json", '[{"conversations": []}]', "row 1: its prompt is missing"),
         ("a.txt", "\n", "holds no prompts"),

@@ -246,5 +246,5 @@ def test_a_finished_evaluation_is_told_again_and_a_torn_one_named(finished, poli
     monkeypatch.setattr(LlamaGen, "sample", lambda *_: pytest.fail("drawn again"))
     assert run_geneval([policy], out) == finished[1]
     (out / "summary.json").write_text('{"format": ')
-    with pytest.raises(UserError, match=r"cannot read .*summary\.json: it is not JSON"):
+    with pytest.raises(UserError, match=r"cannot read .*summary\.json: not JSON"):
         run_geneval([policy], out)

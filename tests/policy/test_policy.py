@@ -364,7 +364,7 @@ def wrong_codebook(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (drop_card, "policy.json: it is not JSON"),
+        (drop_card, "policy.json: not JSON"),
         (drop_classes, "'classes' is None, expected a list"),
         (another_model, "holds a 'llama' model; expected 'llamagen'"),
         (bad_geometry, "block_size is 15"),

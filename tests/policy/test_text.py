@@ -132,7 +132,7 @@ def test_a_cut_off_text_tokenizer_is_named(tmp_path):
     tiny_caption_policy().save(tmp_path)
     file = tmp_path / "text_encoder" / "tokenizer.json"
     file.write_text(file.read_text()[:100])
-    with pytest.raises(UserError, match=r"tokenizer\.json: it is not JSON"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: not JSON"):
         load_policy(tmp_path)
 
 

@@ -331,7 +331,7 @@ def test_a_damaged_run_json_is_one_line(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with open_run(out, recipe, resume=False) as run:
         run.notes_file.write_text("{")
-    with pytest.raises(UserError, match=r"run\.json: it is not JSON"):
+    with pytest.raises(UserError, match=r"run\.json: not JSON"):
         train(recipe, out, resume=True)
 
 

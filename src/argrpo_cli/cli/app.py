@@ -18,7 +18,7 @@ from argrpo_cli.cli.evals import BENCHMARKS, entropy
 from argrpo_cli.cli.sample import sample
 from argrpo_cli.cli.score import score
 from argrpo_cli.cli.train import train
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, one_line
 from argrpo_cli.system.processes import LAST_WORDS
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -101,6 +101,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of the installed command."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal's encoding does not
     sys.exit(run())
 
 
@@ -108,7 +109,7 @@ def _complain(message: str) -> int:
     if "torch" not in sys.modules and os.environ.get("RANK", "0") != "0":
         time.sleep(LAST_WORDS)  # the first of several processes says the same
     else:
-        print(f"argrpo: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"argrpo: error: {one_line(message)}", file=sys.stderr)
     return USER_ERROR
 
 

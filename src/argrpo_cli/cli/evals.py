@@ -14,11 +14,12 @@ from argrpo_cli.cli.options import (
     command,
     read_rewards,
     set_options,
+    tell,
 )
 from argrpo_cli.geneval import check_detector
 from argrpo_cli.policy.folder import glance
 from argrpo_cli.shapes import Result, Sampling
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, printable
 
 ADM = "adm-256"
 
@@ -212,10 +213,10 @@ def report(results: list[Path], out: Path = Path("report.md")) -> None:
     warnings = [(section.title, warning) for section in sections for warning in section.warnings]
     for title, warning in warnings:
         if warning.startswith(CONFLICT):
-            print(f"{title}: {warning}")
+            tell(f"{title}: {warning}")
     notes = len(warnings)
     remarks = f", with {notes} {'note' if notes == 1 else 'notes'}" if notes else ""
-    print(f"{len(sections)} {'table' if len(sections) == 1 else 'tables'} in {out}{remarks}")
+    tell(f"{len(sections)} {'table' if len(sections) == 1 else 'tables'} in {out}{remarks}")
 
 
 @command(without=("text_device",))
@@ -289,7 +290,7 @@ def entropy(
         figures = results.write_results(rows, out)
         Console().print(results.table(rows))
         shown = " and ".join(str(path) for path in figures)
-        print(f"numbers, also by position, in {out / results.NUMBERS}, picture{'s' * (len(figures) > 1)} in {shown}")
+        tell(f"numbers, also by position, in {out / results.NUMBERS}, picture{'s' * (len(figures) > 1)} in {shown}")
 
     team.lead(report)
 
@@ -305,7 +306,7 @@ def _print(result: Result | None, words: str) -> None:
 
     show(result)
     if words:
-        print(words)
+        tell(words)
 
 
 def _warn(text: str) -> None:
@@ -313,7 +314,7 @@ def _warn(text: str) -> None:
     from rich.console import Console
 
     console = Console(stderr=True)
-    console.print(f"WARNING: {text}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"WARNING: {printable(text)}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _options(drawing: Drawing, baseline_cfg_scale: float | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from argrpo_cli.shapes import Sampling
-from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.errors import UserError, did_you_mean, printable
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,11 @@ def _options_in(thing: Callable[..., Any]) -> dict[str, tuple[list[str], str | N
         name = re.sub(r"\W+", "_", flags[0] if flags else head).strip("_").lower()
         options[name] = (flags, metavar, " ".join(map(str.strip, words.splitlines())))
     return options
+
+
+def tell(text: str) -> None:
+    """A line on standard output; names of files in it become `printable`."""
+    print(printable(text))
 
 
 def set_options(context: typer.Context, names: Iterable[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from argrpo_cli.cli.options import Drawing, command
+from argrpo_cli.cli.options import Drawing, command, tell
 
 
 @command(least={"n": 1, "resize": 1})
@@ -63,4 +63,4 @@ def sample(
     if samples is not None:  # the first of several processes tells
         count, before = samples
         kept = f" ({before} were there already)" if before else ""
-        print(f"{count} images{kept} in {out}, overview in {out / GRID}")
+        tell(f"{count} images{kept} in {out}, overview in {out / GRID}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from argrpo_cli.cli.options import command, read_rewards
+from argrpo_cli.cli.options import command, read_rewards, tell
 from argrpo_cli.shapes import Value
 from argrpo_cli.system.errors import UserError
 
@@ -56,11 +56,11 @@ def score(
     ends = {end: {name: Value(row[end]) for name, row in ranges.items()} for end in ("min", "max")}
     show(replace(result, rows={"mean": means, **ends}))
     for warning in result.warnings:
-        print(f"WARNING: {warning}")
+        tell(f"WARNING: {warning}")
     if note:
-        print(note)
+        tell(note)
     for name, row in ranges.items():
         if row["min"] is None:
             raise UserError(f"{name} scored none of the {result.protocol['images']} images: {row['last_error']}")
     kept = f" ({before} were scored before)" if before else ""
-    print(f"scores{kept} in {folder}, best and worst in {folder / SHEET}")
+    tell(f"scores{kept} in {folder}, best and worst in {folder / SHEET}")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from argrpo_cli.cli.options import command
+from argrpo_cli.cli.options import command, tell
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import notice
 
@@ -127,15 +127,15 @@ def train(
     result = run_training(loaded, run_dir, resume=resume is not None)
     if int(os.environ.get("RANK", "0")):
         return  # of several processes the first one reports
-    print(f"before and after   {result / 'before_after.png'}")
-    print(f"curves             {result / 'curves.png'}")
-    print(f"report             {result / 'report.html'}")
-    print(f"trained policy     {result / 'policy'}")
+    tell(f"before and after   {result / 'before_after.png'}")
+    tell(f"curves             {result / 'curves.png'}")
+    tell(f"report             {result / 'report.html'}")
+    tell(f"trained policy     {result / 'policy'}")
     if loaded.start is not None:
-        print(f"its start          {result / 'start'}")
+        tell(f"its start          {result / 'start'}")
     if (result / "policy_ema").is_dir():
-        print(f"running mean       {result / 'policy_ema'}")
-    print(f"use it             argrpo sample --policy {result} --out images")
+        tell(f"running mean       {result / 'policy_ema'}")
+    tell(f"use it             argrpo sample --policy {result} --out images")
 
 
 def _check_pilot(pilot: bool, minutes: float | None, resume: Path | None, dry_run: bool) -> None:

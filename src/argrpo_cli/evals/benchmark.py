@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from argrpo_cli import seeds
 from argrpo_cli.images import file_item
-from argrpo_cli.kept import check_claim, claim
+from argrpo_cli.kept import PASSED, check_claim, claim
 from argrpo_cli.policy.folder import choose_sampling, guidance_warning
 from argrpo_cli.runs.run import versions
 from argrpo_cli.shapes import Column, Result, Sampling, Shot, shared_settings
@@ -130,7 +130,7 @@ class Benchmark:
         listed = "".join(
             f"{shot.file} {shot.condition.prompt} {file_item(images, shot.file).stamp}\n" for shot in shots
         )
-        return {"count": len(shots), "files": hashlib.sha256(listed.encode()).hexdigest()}
+        return {"count": len(shots), "files": hashlib.sha256(listed.encode("utf-8", PASSED)).hexdigest()}
 
     def identity(self) -> dict[str, Any]:
         """Plain data that decides the numbers, beside policies, sampling, n and seed; no paths, no addresses."""

@@ -390,7 +390,8 @@ def _texts(rows: Sequence[str | Mapping[str, Any]], source: Path) -> list[str]:
     rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
     if "conversations" in rows[0]:
         turns = [row.get("conversations") for row in rows]
-        texts = [turn[0].get("value") if isinstance(turn, list) and turn else None for turn in turns]
+        firsts = [turn[0] if isinstance(turn, list) and turn else None for turn in turns]
+        texts = [first.get("value") if isinstance(first, dict) else None for first in firsts]
     else:
         column = _column(rows[0], str(source), f"name it {PROMPT_COLUMNS[0]} or {PROMPT_COLUMNS[3]}")
         texts = [row.get(column) for row in rows]

@@ -26,6 +26,7 @@ from argrpo_cli.policy.folder import class_wnids
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_text, readable
+from argrpo_cli.system.plain import lines_of
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Policy
@@ -151,11 +152,11 @@ def _find_labels(folder: Path) -> Path:
 def _label_list(path: Path) -> dict[str, str | int]:
     """Lines of a file name and a WordNet id or class id, apart by a comma or a space; more may follow."""
     labels: dict[str, str | int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_text(path)), start=1):
         fields = re.split(r"[,\s]+", line.strip())
         if fields == [""] or fields[0] == "ImageId":
             continue
-        if len(fields) < 2 or not (WNID.fullmatch(fields[1]) or fields[1].isdecimal()):
+        if len(fields) < 2 or not (WNID.fullmatch(fields[1]) or re.fullmatch(r"\d{1,9}", fields[1])):
             raise UserError(f"{path}, line {number}: expected a file and a WordNet id or class id, got {line[:40]!r}")
         stem = Path(fields[0]).stem
         labels[stem] = int(fields[1]) if fields[1].isdecimal() else fields[1]
@@ -167,7 +168,7 @@ def _ground_truth(path: Path) -> dict[str, str | int]:
     wnids = _devkit_wnids(path.with_name(META), path)
     labels: dict[str, str | int] = {}
     for number, line in enumerate(read_text(path).split(), start=1):
-        if not line.isdecimal() or int(line) not in wnids:
+        if not re.fullmatch(r"\d{1,9}", line) or int(line) not in wnids:
             raise UserError(f"{path}, line {number}: expected the devkit's id of a class, 1 to 1000, got {line!r}")
         labels[f"ILSVRC2012_val_{number:08d}"] = wnids[int(line)]
     return labels

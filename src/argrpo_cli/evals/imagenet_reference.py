@@ -10,6 +10,7 @@ named by the contents of the reference and Inception's weights.
 from __future__ import annotations
 
 import hashlib
+import os
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def content_hash(path: Path, images: ImageSet | None) -> str:
     digest = hashlib.sha256()
     for file in [path / item.file for item in images.items] if images is not None and not images.is_array else [path]:
         if file != path:
-            digest.update(file.name.encode() + b"\0")
+            digest.update(os.fsencode(file.name) + b"\0")
         with readable(file), open(file, "rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()

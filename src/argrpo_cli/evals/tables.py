@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli import __version__
 from argrpo_cli.shapes import Column, Result, Value
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import fill_template, write_text
+from argrpo_cli.system.files import fill_template, read_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -193,10 +192,10 @@ def read_results(sources: Sequence[Path]) -> dict[str, Result]:
 
 def _is_result(path: Path) -> bool:
     try:
-        value = json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError):
+        value = read_json(path)
+    except UserError:
         return False
-    if path.name.startswith(".") or not isinstance(value, dict):
+    if path.name.startswith("."):
         return False
     return {
         "format",

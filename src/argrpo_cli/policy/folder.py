@@ -173,7 +173,7 @@ def checkpoint_folders(run: Path) -> dict[int, Path]:
     """The checkpoints of a run directory by step, oldest first."""
     folders = (run / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")
     steps = ((path.name.removeprefix(CHECKPOINT_PREFIX), path) for path in folders)
-    return dict(sorted((int(step), path) for step, path in steps if step.isdigit()))
+    return dict(sorted((int(step), path) for step, path in steps if step.isdecimal()))
 
 
 def read_card(folder: Path, **keys: type) -> dict[str, Any]:
@@ -295,9 +295,10 @@ def class_id(request: str | int, names: Sequence[str]) -> int:
         if matches:
             return matches[0]
     if isinstance(request, int) or request.strip().isdecimal():
-        if 0 <= int(request) < len(names):
-            return int(request)
-        raise UserError(f"no class {request}: this policy has the ids 0 to {len(names) - 1}")
+        number = int(request) if len(str(request)) < 20 else len(names)  # Python reads no more than 4,300 digits
+        if 0 <= number < len(names):
+            return number
+        raise UserError(f"no class {str(request)[:20]}: this policy has the ids 0 to {len(names) - 1}")
     hint = did_you_mean(request, names)
     if not hint and len(names) <= 40:
         hint = f"; the classes are {', '.join(names)}"

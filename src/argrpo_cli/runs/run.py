@@ -23,13 +23,11 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from argrpo_cli import __version__
 from argrpo_cli.policy.folder import CHECKPOINT_PREFIX, CHECKPOINTS, checkpoint_folders
@@ -47,11 +45,12 @@ from argrpo_cli.system.files import (
     write_jsonl,
     write_text,
 )
+from argrpo_cli.system.processes import LOCK, alone_in
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
 
-LOCK, START = ".lock", "start"
+START = "start"
 PILOT_FILE, PILOT_SCRATCH = "pilot.yaml", ".pilot"  # a pilot's proposal, and its run directory while it runs
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")  # whose versions are noted
 
@@ -252,24 +251,8 @@ def refuse_busy(root: Path) -> None:
         pass
 
 
-@contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    lock = FileLock(root / LOCK)  # released by the system when the process dies, however it dies
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"another process is training in {root}; wait for it or choose another folder with --out"
-        ) from error
-    except (OSError, NotImplementedError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        raise UserError(
-            f"cannot lock {root / LOCK}: {why}; choose a folder on another file system with --out"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+def _lock(root: Path) -> AbstractContextManager[None]:
+    return alone_in(root, f"another process is training in {root}; wait for it or choose another folder with --out")
 
 
 def _sync(folder: Path) -> None:

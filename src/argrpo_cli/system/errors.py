@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+# Control characters, ends of lines, marks that reverse the direction, half pairs (bytes of a name that is no UTF-8).
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
 
 
 class UserError(Exception):
@@ -21,8 +28,27 @@ def exit_code(program: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def printable(text: object, but: str = "") -> str:
+    """A text, such as a name of a file, in which what a terminal may obey or cannot show is written `\\x1b`, `\\udce9`.
+
+    Args:
+        but: characters that stay as they are.
+    """
+    return UNPRINTABLE.sub(lambda one: one[0] if one[0] in but else one[0].encode("unicode_escape").decode(), str(text))
+
+
+def one_line(message: object) -> str:
+    """A message as the terminal gets it: in one line, and `printable`."""
+    return printable(" ".join(str(message).split()))
+
+
+def shortened(value: object) -> str:
+    """A value as Python writes it, of which a long one keeps its beginning and its end."""
+    return SHORT.repr(value)
 
 
 def first_line(error: BaseException) -> str:

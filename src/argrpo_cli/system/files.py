@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.plain import check_shape, lines_of, parse_json, to_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -113,25 +114,32 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically; a byte of a file name that is none is written as `\\udce9`."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write indented JSON atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
     """Write one JSON value a line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read UTF-8 text; UserError naming the path when it is missing, unreadable or not text."""
+    """Read UTF-8 text, its ends of lines as they are.
+
+    Raises:
+        UserError: it names the path, which is missing, unreadable, not text, or no file that comes to an end.
+    """
     with readable(path, (UnicodeDecodeError,), "it is not UTF-8 text"):
-        return Path(path).read_text(encoding="utf-8-sig")  # Windows writes a mark at the start
+        if not Path(path).is_dir() and not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"cannot read {path}: it is a pipe or a device; give a file")
+        with open(path, encoding="utf-8-sig", newline="") as file:  # Windows writes a mark at the start
+            return file.read()
 
 
 def fill_template(path: Path, **values: Any) -> str:
@@ -148,30 +156,37 @@ def fill_template(path: Path, **values: Any) -> str:
     return environment.from_string(read_text(path)).render(values)
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object; UserError naming the path when it is missing, unreadable or something else."""
+def _json_object(text: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(text)
     except ValueError as error:
-        raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
+        raise UserError(f"{where}: not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"cannot read {path}: expected a JSON object, got {type(value).__name__}")
+        raise UserError(f"{where}: expected a JSON object, got {text.strip()[:40]!r}")
     return value
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line; UserError names the file and the line that is none."""
+def read_json(path: str | os.PathLike[str], shape: Any = None) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        shape: see `check_shape`.
+
+    Raises:
+        UserError: it names the path, which is missing, unreadable, something else or of another shape.
+    """
+    value = _json_object(read_text(path), f"cannot read {path}")
+    return value if shape is None else check_shape(value, shape, str(path))
+
+
+def read_jsonl(path: str | os.PathLike[str], shape: Any = None) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line; UserError names the file and the line that is none, see `read_json`."""
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected a JSON object, got {line.strip()[:40]!r}")
-        rows.append(row)
+    for number, line in enumerate(lines_of(read_text(path)), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = _json_object(line, where)
+            rows.append(row if shape is None else check_shape(row, shape, where))
     return rows
 
 

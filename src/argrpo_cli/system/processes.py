@@ -10,18 +10,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from argrpo_cli.system.errors import UserError, first_line
+from argrpo_cli.system.errors import UserError, first_line, printable
+from argrpo_cli.system.files import make_dir, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Result = TypeVar("Result")
 
+LOCK = ".lock"  # in a folder that one process holds
 LINE_EVERY_SECONDS = 10.0  # of progress, where there is no terminal
 LONGEST_JOB = timedelta(days=30)  # the first to finish waits for the last
 # Launchers end all processes once one has failed; the first must have had the time to say why.
@@ -188,6 +191,39 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def alone_in(folder: str | os.PathLike[str], busy: str) -> Iterator[None]:
+    """Hold a folder, which is made if need be, against other processes of any machine; it is left as it was found.
+
+    Args:
+        busy: what to say where another process holds it.
+
+    Raises:
+        UserError: another one does, or the file system has no locks.
+    """
+    from filelock import FileLock, Timeout
+
+    new = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+    file = make_dir(folder) / LOCK
+    lock = FileLock(file)  # released by the system when the process dies, however it dies
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(busy) from error
+    except (OSError, NotImplementedError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"cannot lock {file}: {why}; choose a folder on another file system with --out") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()  # while it is held: whoever has opened it meanwhile finds that it has no name, and gives up
+        lock.release()
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()  # where nothing came of it
+
+
 def notice(text: str) -> None:
     """A line on the terminal, from the first of several processes: what takes a while is under way."""
     if sys.stderr.isatty():
@@ -197,7 +233,7 @@ def notice(text: str) -> None:
 def say(text: str) -> None:
     """A line on standard error, from the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from argrpo_cli.runs.curves import STAGES
 from argrpo_cli.runs.run import duration
+from argrpo_cli.system.errors import printable
 
 RECENT = 10  # steps over which speed is averaged
 
@@ -72,6 +73,7 @@ class RunDisplay:
 
     def note(self, line: str | Text) -> None:
         """One line of text, above the table where there is one."""
+        line = printable(line, but="\n") if isinstance(line, str) else line
         self.console.print(line, markup=False, soft_wrap=True)
 
     def start(self, step: int) -> None:
