@@ -10,11 +10,9 @@ read image by image, never as a whole.
 
 from __future__ import annotations
 
+import math
 import re
-import threading
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from argrpo_cli.kept import SETTINGS
 from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import UserError, printable
 from argrpo_cli.system.files import read_json, read_jsonl, readable, reason
+from argrpo_cli.system.npz import Npz
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +40,7 @@ SAMPLE = "sample"  # the "command" in settings.json of a folder that `argrpo sam
 EARLIER_SETTINGS = "sampling.json"  # of such a folder before there was settings.json
 ARRAY = "arr_0"  # of an .npz
 EXPECTED = f"expected {ARRAY}, uint8 images [N, H, W, 3]"
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError)  # what an .npz raises that is cut
+MOST_IMAGES = 5_000_000  # of an .npz: what is kept of each takes some 400 bytes
 READERS = 8  # threads that unpack pictures
 NO_PROMPT_WORDS = re.compile("|dsc|generated|images?|img|output|photo|picture|sample|untitled", re.IGNORECASE)
 
@@ -278,43 +277,34 @@ class _Array:
     """
 
     def __init__(self, path: Path):
-        self.path, self._lock = path, threading.Lock()
-        with readable(path, DAMAGED, "it is neither a folder nor an .npz file, or a damaged one"):
-            self._archive = zipfile.ZipFile(path)
-            names = self._archive.namelist()
-            keys = [name.removesuffix(".npy") for name in names]
-            for key in [ARRAY] if ARRAY in keys else [key for key in keys if f"{key}.npy" in names]:
-                stream, shape, in_columns, dtype = self._open(key)
-                if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3:
-                    break
-                if key == ARRAY:
-                    raise UserError(f"{path}: {key} is {dtype} {list(shape)}; {EXPECTED}")
-            else:
-                raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; {EXPECTED}")
-        if in_columns:
+        self._file = Npz(path)
+        for key in [ARRAY] if ARRAY in self._file.keys else self._file.keys:
+            header = self._file.header(key)
+            shape = header.shape
+            if header.dtype == np.uint8 and len(shape) == 4 and shape[3] == 3:
+                break
+            if key == ARRAY:
+                raise UserError(f"{path}: {key} is {header.dtype} {list(shape)}; {EXPECTED}")
+        else:
+            raise UserError(f"{path} holds {self._file.content}; {EXPECTED}")
+        if header.in_columns:
             raise UserError(f"{path}: {key} is in Fortran order; save numpy.ascontiguousarray of it")
         if 0 in shape:
             raise UserError(f"{path}: {key} holds no images")
-        self.shape, self._stream, self._start = shape, stream, stream.tell()
-
-    def _open(self, key: str) -> tuple[zipfile.ZipExtFile, tuple[int, ...], bool, np.dtype]:
-        """The array from its first number on; its shape, whether in Fortran order, and its type."""
-        stream = self._archive.open(f"{key}.npy")
-        first = np.lib.format.read_magic(stream) == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-        return stream, *read(stream)
+        if shape[0] > MOST_IMAGES:
+            raise UserError(f"{path}: {key} holds {shape[0]:,} images; at most {MOST_IMAGES:,} are read of one file")
+        self.shape, self._key, self._start = shape, key, header.start
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def read(self, index: int) -> np.ndarray:
         """Image `index` as uint8 [3, H, W]."""
-        size = int(np.prod(self.shape[1:]))
-        with readable(self.path, DAMAGED, "it is damaged or cut short"), self._lock:
-            if self._stream.tell() != self._start + index * size:  # zipfile checks no sum after a jump
-                self._stream.seek(self._start + index * size)
-            pixels = np.frombuffer(self._stream.read(size), np.uint8).reshape(self.shape[1:])
-        return pixels.transpose(2, 0, 1).copy()
+        size = math.prod(self.shape[1:])
+        content = self._file.bytes(self._key, self._start + index * size, size)
+        if len(content) < size:
+            raise UserError(f"{self._file.path}, image {index} (counted from 0): the file is cut short")
+        return np.frombuffer(content, np.uint8).reshape(self.shape[1:]).transpose(2, 0, 1).copy()
 
 
 def read_metadata(folder: Path, whole: bool = True) -> dict[str, dict[str, Any]]:

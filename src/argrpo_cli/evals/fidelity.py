@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.evals.statistics import Measure, jackknife
-from argrpo_cli.images import ARRAY, DAMAGED
+from argrpo_cli.images import ARRAY
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import atomic_path, readable
+from argrpo_cli.system.files import atomic_path
+from argrpo_cli.system.npz import Npz
 
 INCEPTION_SCORE, FID, SFID, PRECISION, RECALL = "inception_score", "fid", "sfid", "precision", "recall"  # columns
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # in a file: of the pool features and, _s, of the spatial ones
+WIDEST = 4096  # features in such a file; Inception has 2048
 NEIGHBOURS = 3
 SPLIT_SIZE = 5000
 BLOCK = 2048  # rows at a time: tiles of distances and what they are made of take some 300 MB at D = 2048
@@ -307,18 +309,22 @@ def load_statistics(path: Path) -> tuple[Gaussian, Gaussian] | None:
     Raises:
         UserError: the file cannot be read, or has neither, or statistics that do not fit together or are not finite.
     """
-    faults = (*DAMAGED, TypeError)  # the last of a single array, or one of text
-    with readable(path, faults, "it is no folder and no .npz file of numbers, or damaged"), np.load(path) as held:
-        if not set(STATISTICS) <= set(held.files):
-            if ARRAY in held.files:
-                return None
-            expected = f"expected {ARRAY} (images), or {', '.join(STATISTICS)}, or both"
-            raise UserError(f"{path} holds {', '.join(held.files) or 'nothing'}; {expected}")
-        mu, sigma, mu_s, sigma_s = (torch.from_numpy(held[key]) for key in STATISTICS)
+    file = Npz(path)
+    if not set(STATISTICS) <= set(file.keys):
+        if ARRAY in file.keys:
+            return None
+        expected = f"expected {ARRAY} (images), or {', '.join(STATISTICS)}, or both"
+        raise UserError(f"{path} holds {file.content}; {expected}")
+    for key in STATISTICS:
+        header = file.header(key)
+        if header.dtype.kind not in "fiu" or max(header.shape, default=0) > WIDEST:
+            what = f"{header.dtype} {list(header.shape)}"
+            raise UserError(f"{path}: {key} is {what}; expected numbers, at most {WIDEST} a side")
+    mu, sigma, mu_s, sigma_s = (torch.from_numpy(file.read(key).astype(np.float64)) for key in STATISTICS)
     for name, mean, covariance in (("mu, sigma", mu, sigma), ("mu_s, sigma_s", mu_s, sigma_s)):
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             shapes = f"{list(mean.shape)}, {list(covariance.shape)}"
             raise UserError(f"{path}: {name} have the shapes {shapes}; expected [D], [D, D]")
-        if not (mean.isfinite().all() and covariance.isfinite().all()):
+        if not (mean.float().isfinite().all() and covariance.isfinite().all()):
             raise UserError(f"{path}: {name} are not finite")
     return Gaussian(mu.float(), sigma.double()), Gaussian(mu_s.float(), sigma_s.double())

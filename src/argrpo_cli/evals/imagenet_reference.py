@@ -29,6 +29,7 @@ from argrpo_cli.networks.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
 from argrpo_cli.shapes import Shot
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import atomic_path, load_tensors, readable, save_tensors, user_cache
+from argrpo_cli.system.npz import Npz
 from argrpo_cli.system.processes import Team, progress
 
 ADM_NAME = "adm-256"
@@ -143,7 +144,7 @@ def open_reference(given: str) -> ReferenceFile:
     for one, width, names in zip(stored or (), (POOL_WIDTH, SPATIAL_WIDTH), ("mu", "mu_s"), strict=False):
         if len(one.mean) != width:
             raise UserError(f"{path}: {names} has {len(one.mean)} numbers; Inception's features have {width}")
-    images = open_images(path) if stored is None or ARRAY in np.load(path) else None
+    images = open_images(path) if stored is None or ARRAY in Npz(path).keys else None
     if images is not None and images.count <= NEIGHBOURS:
         raise UserError(f"{path} holds {images.count} images; a reference needs at least {NEIGHBOURS + 1}")
     return ReferenceFile(given, images, stored, content_hash(path, images))
