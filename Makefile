@@ -1,6 +1,7 @@
 # make demo    set everything up and watch GRPO improve the nano policy (about twelve minutes on two cores)
 # make test    set everything up and run the tests
 # make install only the set-up: .venv with the package (editable) and the development tools
+# make fuzz    thousands of damaged pictures, recipes, policies, runs and files (some minutes): `make test` has a share
 # make lint    ruff
 # make bench   speed of sampling (with and without the cache, and against the published algorithm), rewards, updates,
 #              Inception and precision/recall (against torch-fidelity)
@@ -20,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench nano paper-nano
+.PHONY: install demo test fuzz lint bench nano paper-nano
 
 install: $(STAMP)
 
@@ -52,6 +53,9 @@ demo: install
 # they have prepared.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m fuzz -n $(WORKERS) tests/fuzz
 
 lint: install
 	$(BIN)/ruff check .
