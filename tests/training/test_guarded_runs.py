@@ -16,11 +16,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from argrpo_cli.cli.train import CHANGEABLE
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.recipe import Recipe, load_recipe
-from argrpo_cli.runs.run import RunDirectory
+from argrpo_cli.runs.run import CHANGEABLE, RunDirectory
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write
 from argrpo_cli.training import job as job_module

@@ -14,12 +14,6 @@ from argrpo_cli.system.processes import notice
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
 
-# What may change when a run is continued: how long, what is watched, what is kept. Anything else is another run.
-CHANGEABLE = (
-    "grpo.steps", "grpo.time_limit_minutes", "distil.steps", "distil.time_limit_minutes", "guards.", "logging.",
-)  # fmt: skip
-
-
 PILOT_MINUTES = 5.0
 
 
@@ -55,7 +49,7 @@ def train(
             config`.  [default: ddp]
     """
     from argrpo_cli.recipe import dump_recipe, load_recipe
-    from argrpo_cli.runs.run import clear_for_pilot, refuse_used
+    from argrpo_cli.runs.run import clear_for_pilot, refuse_edited, refuse_used
 
     set_ = set_ or []
     _check_pilot(pilot, minutes, resume, dry_run)
@@ -67,16 +61,8 @@ def train(
                 f"cannot resume {resume}: it is no run directory (it has no recipe.yaml); "
                 f"start with: argrpo train RECIPE --out {resume}"
             )
-        for text in set_:
-            if not text.startswith(CHANGEABLE):
-                keys = ", ".join(key + "*" if key.endswith(".") else key for key in CHANGEABLE)
-                raise UserError(f"--set {text}: a resumed run keeps its recipe; only {keys} can change")
         loaded, run_dir = load_recipe(resume / "recipe.yaml", set_), resume
-        steps = f"{loaded.method}.steps"
-        if loaded.optim.schedule != "constant" and any(text.startswith(steps) for text in set_):
-            raise UserError(
-                f"--set {steps}: the {loaded.optim.schedule} learning-rate schedule of this run depends on it"
-            )
+        refuse_edited(resume, loaded)
     elif recipe is None:
         raise UserError("train needs a recipe, for instance `argrpo train nano/c2i`, or --resume RUN_DIR")
     else:

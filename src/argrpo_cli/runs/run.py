@@ -1,7 +1,7 @@
 """The run directory: where everything of a training run lies, who may write to it, and how a run is taken up again.
 
 recipe.yaml          the resolved recipe
-run.json             where training started from, and whether it is finished
+run.json             that recipe once more, where training started from, and whether it is finished
 metrics.jsonl        one line per update
 grids/               the same conditions and seeds every few updates
 before_after.png, curves.png, report.html
@@ -22,16 +22,19 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import ValidationError
 
 from argrpo_cli import __version__
 from argrpo_cli.policy.folder import CHECKPOINT_PREFIX, CHECKPOINTS, checkpoint_folders
-from argrpo_cli.recipe import dump_recipe
+from argrpo_cli.recipe import Layer, dump_recipe, explain, load_recipe, shown
+from argrpo_cli.recipe.schema import Recipe
 from argrpo_cli.runs.disk import TEMPORARY, is_full, recover, remove_folder, sync_folder
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import (
@@ -47,11 +50,12 @@ from argrpo_cli.system.files import (
 )
 from argrpo_cli.system.processes import LOCK, alone_in
 
-if TYPE_CHECKING:
-    from argrpo_cli.recipe import Recipe
-
 START = "start"
 PILOT_FILE, PILOT_SCRATCH = "pilot.yaml", ".pilot"  # a pilot's proposal, and its run directory while it runs
+# What may change when a run is continued: how long, what is watched, what is kept. Anything else is another run.
+CHANGEABLE = (
+    "grpo.steps", "grpo.time_limit_minutes", "distil.steps", "distil.time_limit_minutes", "guards.", "logging.",
+)  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")  # whose versions are noted
 
 
@@ -166,6 +170,8 @@ class RunDirectory:
     def note(self, **changes: Any) -> None:
         """Remember more.
 
+        `recipe` is the one that the run was started with, in what may not change, and was last continued with in the
+        rest;
         `base_policy` is the folder that training started from, the reference model of the whole run, resumed or not;
         `trained` are the names of the parameters that training may change, in the optimiser's order, or with adapters
         those of the policy that they are put on;
@@ -197,7 +203,7 @@ def open_run(root: str | os.PathLike[str], recipe: Recipe, resume: bool) -> Iter
         for folder in (run.root, run.checkpoints_dir, run.root / "grids"):
             recover(folder)
         write_text(run.recipe_file, dump_recipe(recipe))
-        _sync(run.root)
+        run.note(recipe=recipe.model_dump(mode="json"))
         _sync(run.root.absolute().parent)
         yield run
 
@@ -243,6 +249,47 @@ def refuse_unused(root: Path) -> None:
             f"{root} is not a run directory (it has no recipe.yaml), so there is nothing to resume; "
             f"start with: argrpo train RECIPE --out {root}"
         )
+
+
+def refuse_edited(root: Path, recipe: Recipe) -> None:
+    """UserError when the run in `root` is to be continued with another recipe than it was started with.
+
+    It may differ in what is `CHANGEABLE`, but not in steps that a learning-rate schedule depends on. Of a run of an
+    earlier version, which noted no recipe, recipe.yaml is taken to be as it was.
+    """
+    run = RunDirectory(root)
+    noted = run.notes().get("recipe")
+    try:
+        before = load_recipe(run.recipe_file) if noted is None else Recipe.model_validate(noted)
+    except ValidationError as error:
+        raise UserError(explain(error, [Layer(str(run.notes_file), {})])) from error
+    schedule = recipe.optim.schedule
+    free = [key for key in CHANGEABLE if schedule == "constant" or not key.endswith(".steps")]
+    other = [
+        f"{key} was {shown(old)} and is {shown(new)}"
+        for key, old, new in _differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        if not any(f"{key}.".startswith(one.rstrip(".") + ".") for one in free)
+    ]
+    if other:
+        keys = ", ".join(key + "*" if key.endswith(".") else key for key in free)
+        why = "" if schedule == "constant" else f", and no steps, by which its {schedule} learning-rate schedule goes"
+        raise UserError(
+            f"{root}: {', '.join(other)}: a resumed run keeps its recipe; in recipe.yaml and by --set only {keys} can "
+            f"change{why}"
+        )
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key and both values of whatever differs in nested plain data; None for what one of them has not."""
+    inside: Iterable[Any] = ()
+    if isinstance(before, dict) and isinstance(now, dict):
+        inside = ((name, before.get(name), now.get(name)) for name in before | now)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        inside = zip(range(len(now)), before, now, strict=True)
+    elif before != now:
+        yield key, before, now
+    for name, old, new in inside:
+        yield from _differences(old, new, f"{key}.{name}".removeprefix("."))
 
 
 def refuse_busy(root: Path) -> None:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.open import choose_trainable
 from argrpo_cli.rewards import check_reward, reward_weights
-from argrpo_cli.runs.run import START, Interrupted, RunDirectory, open_run, refuse_busy, refuse_unused, refuse_used
+from argrpo_cli.runs.run import (
+    START,
+    Interrupted,
+    RunDirectory,
+    open_run,
+    refuse_busy,
+    refuse_edited,
+    refuse_unused,
+    refuse_used,
+)
 from argrpo_cli.runs.trackers import check_trackers
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import Team, join_team
@@ -51,7 +60,7 @@ def run_training(
     directory, which all must see, and reports.
 
     Args:
-        recipe: what to do; a resumed run is given its own (`recipe.yaml` in the run directory).
+        recipe: what to do; a resumed run is given its own (`recipe.yaml` in the run directory), see `refuse_edited`.
         out: the run directory (`run.py` says what it holds). New or empty, unless `resume`.
         resume: continue from the newest whole checkpoint in `out`, or from the start where there is none. On a CPU
             the result is bit for bit that of a run that was never interrupted.
@@ -74,7 +83,7 @@ def run_training(
         team = join_team(recipe.policy.device, PATIENCE)
         recipe = settle_dtype(recipe, team.device)  # what the run directory has: resumed elsewhere it stays as it was
         held.enter_context(team.ending_together())
-        team.together(lambda: _refuse(out, resume, team))
+        team.together(lambda: _refuse(out, recipe, resume, team))
         first, finished, begun = recipe.start, *team.from_lead(lambda: state(out / START))
         if first is not None and not finished:
             loaded = team.together(lambda: _load(first, out / START, begun, rewards, team, then=recipe))
@@ -96,12 +105,13 @@ def _work(job: Job, resume: bool, work: Callable[[Job, bool], None]) -> None:
         work(job, resume)
 
 
-def _refuse(out: Path, resume: bool, team: Team) -> None:
+def _refuse(out: Path, recipe: Recipe, resume: bool, team: Team) -> None:
     """UserError for a folder in which this run cannot begin, or go on, before anything is loaded."""
     if not resume:
         refuse_used(out)
     else:
         refuse_unused(out)
+        refuse_edited(out, recipe)
         if team.first:
             refuse_busy(out)
 
