@@ -16,6 +16,7 @@ from argrpo_cli.rewards.judge.questions import (
     LIMIT,
     QUALITY,
     WEIRD,
+    Question,
     UnusableReply,
     read_final_score,
     read_score,
@@ -158,23 +159,65 @@ def test_garbage_takes_no_time_and_raises_nothing_else():
         assert time.process_time() - start < 1.0, text[:20]
 
 
+FINAL = {
+    "4": 4,
+    "4.": 4,
+    " 4.5\n": 4.5,
+    "4/5": 4,
+    "4 / 5.": 4,
+    "4 out of 5": 4,
+    "4 points": 4,
+    "**2**.": 2,
+    "**2.**": 2,
+    "`3`": 3,
+    '"3"': 3,
+    "\n\n**4**\r\nIt fits.": 4,
+    "4\nBecause of 2 cats.": 4,
+    "1e0": 1,
+    "+4": 4,
+}
+NO_FINAL = [
+    *("0", "6", "nan", "inf", "-4", "four", "1e-1", "3 or 4", "3 to 4", "3-4", "3–4", "3, 4", "3 4", "3,5", "3/4"),
+    *("4½", "4 1/2", "1 000", "1\u00a0000", "1,000", "80%", "4 %", "4+", "~4", ">3", "4...", "4?", "3.5.1", "0x3"),
+    *("", "\n", "[1 to 5]", "4 or so", "4 and a half", "4 (or 5)", "½", "²", "four 4", "4th", "4 of 5 cats", "5 4/5"),
+    *("8/10", "4 out of ten"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), FINAL.items())
+def test_final_score(text, expected):
+    assert read_final_score(f"The 3 cats are there.\nFinal Score: {text}") == expected
+
+
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
-        ("The cat is there.\nFinal Score: 4.5", 4.5),
         ("**Final Score:** 3", 3),
-        ("final score: **2**.", 2),
-        ("Final Score: 4/5", 4),
+        ("**Final Score**: 3", 3),
+        ("FINAL SCORE：**2**.", 2),
         ("Final Score: 3. No. Final Score: 4", 4),
     ],
 )
-def test_final_score(reply, expected):
+def test_final_score_in_other_dress(reply, expected):
     assert read_final_score(reply) == expected
 
 
-@pytest.mark.parametrize(
-    "reply", ["", "4", "Final Score: 0", "Final Score: 6", "Final Score: nan", "Final Score: 3-4", "Final Score: 80%"]
-)
-def test_no_final_score(reply):
+@pytest.mark.parametrize("text", NO_FINAL)
+def test_no_final_score(text):
+    with pytest.raises(UnusableReply):
+        read_final_score(f"Final Score: {text}")
+
+
+@pytest.mark.parametrize("reply", ["", "4", "Score: 4", "Final Score 4", "Final Score: 4. Final Score: none"])
+def test_no_final_score_where_none_is_said(reply):
     with pytest.raises(UnusableReply):
         read_final_score(reply)
+
+
+@pytest.mark.parametrize("text", [*FINAL, *NO_FINAL])
+def test_both_readers_refuse_the_same(text):
+    """What no JSON reply may have under "score" is no final score either, bold type and ends of lines apart."""
+    if "\n" in text or set(text) & set('*`"[]'):
+        return
+    inside = score(f'{{"score": "{text}"}}', Question("", "", low=1.0, high=5.0))
+    assert inside == FINAL.get(text) or text.endswith("."), text

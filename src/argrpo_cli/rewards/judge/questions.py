@@ -134,11 +134,9 @@ DEPTH = 16  # of nested objects and arrays
 
 _NUMBER = r"[+-]?(?:\d{1,12}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,3})?"
 _SCORE = re.compile(rf"({_NUMBER})(?:\s{{0,9}}+(?:/|out of)\s{{0,9}}+(\d{{1,6}})|\s{{0,9}}+points?)?")
-_FINAL_SCORE = re.compile(
-    r"final score[\s*_]{0,9}+[:：][\s*_]{0,9}+([+-]?\d{1,12}+(?:\.\d{0,40}+)?)"
-    r"(?:\s{0,9}+(?:/|out of)\s{0,9}+(\d{1,6}))?(?!\s{0,9}+(?:[-–+/%,]|to)\s{0,9}+\d|\s{0,9}+%)",
-    re.IGNORECASE,
-)
+# The rest of the line, or the next one: all of it must be the score.
+_FINAL_SCORE = re.compile(r"final score[\s*_]{0,9}+[:：]\s{0,9}+([^\n]{0,60}+)(?:\n|\Z)", re.IGNORECASE)
+_MARKS = " \t\r*_`\"'“”"  # around a score in bold or in quotes
 
 _SPACE = re.compile(r"(?:\s++|//[^\n]*+)*+")
 _QUOTED_KEY = r'(?:"(?:[^"\\\n]|\\.){1,100}+"|“[^”\n]{1,100}+”|\'[^\'\n]{1,100}+\')\s{0,50}+[:：]'
@@ -172,20 +170,20 @@ def read_score(reply: str, question: Question) -> float:
     value = scores[0]
     if isinstance(value, bool) and question.whole:
         return float(value)
-    match = _SCORE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
+    if not isinstance(value, str):
         raise UnusableReply("the score in the reply is not a number")
-    return _in_range(match, question.low, question.high, question.whole)
+    return _number(value, question.low, question.high, question.whole)
 
 
 def read_final_score(reply: str) -> float:
-    """The number, 1 to 5, after the last "Final Score:" of a reply; UnusableReply where there is none."""
+    """The number, 1 to 5, after the last "Final Score:" of a reply: what `read_score` takes, also in bold, and with a
+    full stop. UnusableReply where there is none."""
     _check_length(reply)
     *_, place = [None, *re.finditer("final score", reply, re.IGNORECASE)]
     match = _FINAL_SCORE.match(reply, place.start()) if place else None
     if match is None:
         raise UnusableReply("the reply has no number after 'Final Score:'")
-    return _in_range(match, 1.0, 5.0)
+    return _number(match[1].strip(_MARKS).removesuffix(".").rstrip(_MARKS), 1.0, 5.0)
 
 
 def _check_length(reply: str) -> None:
@@ -195,8 +193,11 @@ def _check_length(reply: str) -> None:
         raise UnusableReply("the reply is empty")
 
 
-def _in_range(match: re.Match[str], low: float, high: float, whole: bool = False) -> float:
-    """The number in a match where it answers the question; UnusableReply otherwise."""
+def _number(text: str, low: float, high: float, whole: bool = False) -> float:
+    """The number that a text is, where it answers the question; UnusableReply otherwise."""
+    match = _SCORE.fullmatch(text.strip())
+    if match is None:
+        raise UnusableReply("the score in the reply is not a number")
     score, out_of = float(match[1]), match[2]
     if out_of is not None and float(out_of) != high:
         raise UnusableReply(f"the score is given out of {out_of}, not out of {high:g}")
