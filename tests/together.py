@@ -35,7 +35,7 @@ def together(arguments: Sequence[str], folder: Path) -> Ended:
     return forked(partial(run, arguments), folder)
 
 
-def forked(action: Callable[[], int], folder: Path, processes: int = 2, timeout: float = 300) -> Ended:
+def forked(action: Callable[[], int], folder: Path, processes: int = 2, timeout: float = 1800) -> Ended:
     """As `start`, and wait for their end."""
     jobs = start(action, folder, processes)
     for job in jobs:

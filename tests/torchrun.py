@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def torchrun(program: Sequence[str], processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def torchrun(program: Sequence[str], processes: int = 2, timeout: float = 1800) -> subprocess.CompletedProcess[str]:
     """Start `program` (`-m NAME ...`, or a path and its arguments) and wait for its end; what it printed is text."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -54,14 +54,12 @@ def test_help_in_a_fresh_process_imports_no_heavy_library():
         f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 def test_python_dash_m_is_the_command():
-    result = subprocess.run(
-        [sys.executable, "-m", "argrpo_cli", "train", "nowhere"], capture_output=True, text=True, timeout=60
-    )
+    result = subprocess.run([sys.executable, "-m", "argrpo_cli", "train", "nowhere"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("argrpo: error: no recipe 'nowhere'") and result.stderr.count("\n") == 1

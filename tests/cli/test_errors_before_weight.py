@@ -82,7 +82,6 @@ def test_a_mistake_is_told_without_torch(tmp_path):
         text=True,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(argrpo_cli.__file__).parents[1])},
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     for (arguments, message), line in zip(MISTAKES, done.stdout.splitlines(), strict=True):

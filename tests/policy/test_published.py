@@ -302,8 +302,9 @@ def test_a_name_is_fetched_once_into_the_cache_of_the_hub(tmp_path):
     )
     endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    environment |= dict.fromkeys(("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"), "600")  # on a busy machine
     try:
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     finally:
         server.shutdown()
     assert done.returncode == 0, done.stderr

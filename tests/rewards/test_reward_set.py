@@ -139,7 +139,7 @@ def test_a_reward_of_ones_own_cannot_change_what_the_others_see():
 
 def test_remote_rewards_wait_while_the_others_compute():
     """Each of the three goes on only when the others have begun: one after the other they would never end."""
-    barrier = threading.Barrier(3, timeout=10)
+    barrier = threading.Barrier(3, timeout=600)
 
     class Meets(Values):
         def score(self, images, conditions):

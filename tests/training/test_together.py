@@ -209,12 +209,11 @@ def test_processes_option_starts_them_and_hands_a_signal_on(tmp_path: Path) -> N
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={name: value for name, value in ENVIRONMENT.items() if name != "ACCELERATE_USE_CPU"},
     )  # fmt: skip
-    deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 2:
-        assert time.monotonic() < deadline and job.poll() is None
+        assert job.poll() is None
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
-    shown, complaints = job.communicate(timeout=120)
+    shown, complaints = job.communicate()
     assert job.returncode == 143
     step = len(metrics(tmp_path / "run"))
     assert shown.splitlines()[0].endswith("(2 groups of 4) by 2 processes in run")

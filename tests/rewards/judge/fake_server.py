@@ -10,7 +10,6 @@ import base64
 import io
 import json
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,7 +36,7 @@ class FakeServer(ThreadingHTTPServer):
         self.models_fault = ""
         self.script: dict[int, list[str]] = {}
         self.whole: dict[int, dict[str, Any]] = {}  # responses to send as they are
-        self.delay: Callable[[int], float] = lambda grey: 0.0
+        self.before: Callable[[int], object] = lambda grey: None  # what an answer waits for
         self.attempts: Counter[int] = Counter()
         self.bodies: dict[int, list[dict[str, Any]]] = defaultdict(list)
         self.keys: list[str | None] = []
@@ -101,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
             server.visited.append(self.path)
             server.now += 1
             server.most = max(server.most, server.now)
-        time.sleep(server.delay(grey))
+        server.before(grey)
         with server.lock:
             server.now -= 1
         if grey in server.whole:
@@ -116,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         good = json.dumps(completion('{"score": 2}')).encode()
         match name:
             case "slow":
-                self.server.closing.wait(5)
+                self.server.closing.wait()
             case "drip" | "drip headers":
                 if name == "drip":
                     self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")

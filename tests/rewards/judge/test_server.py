@@ -10,7 +10,6 @@ import math
 import re
 import signal
 import threading
-import time
 from concurrent.futures import CancelledError
 from functools import partial
 
@@ -26,7 +25,7 @@ from argrpo_cli.system.errors import UserError
 from tests.rewards.judge.fake_server import MODEL, FakeServer
 
 KEY = "sk-Very.Secret/0123456789"
-QUICK = {"backend": "server", "backoff": 0.001, "timeout": 5.0}
+QUICK = {"backend": "server", "backoff": 0.001, "timeout": 300.0}  # no test waits so long
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +53,8 @@ def score_one(judge) -> float:
 
 
 def test_scores_in_the_order_of_the_images_whatever_the_order_of_the_replies(server):
-    server.delay = lambda grey: 0.1 * (grey < 8)
+    last = threading.Event()
+    server.before = lambda grey: last.wait() if grey < 8 else last.set() if grey == 23 else None
     judge = JudgeQuality(url=server.url, **QUICK)
     scores = judge.score(grey(*range(24)), prompts(24))
     assert scores.tolist() == [value % 6 for value in range(24)] and scores.dtype == torch.float32
@@ -66,12 +66,11 @@ def test_scores_in_the_order_of_the_images_whatever_the_order_of_the_replies(ser
 
 
 def test_requests_at_the_same_time_are_as_many_as_allowed(server):
-    server.delay = lambda grey: 0.05
-    JudgeFake(url=server.url, concurrency=3, attempts=1, **QUICK).score(grey(*range(12)), prompts(12))
-    assert server.most == 3
-    server.most = 0
-    JudgeFake(url=server.url, attempts=1, **QUICK).score(grey(*range(12)), prompts(12))
-    assert server.most > 6
+    for allowed, count in ((3, 12), (16, 12)):
+        together = threading.Barrier(min(allowed, count))  # none is answered before so many are there
+        server.before, server.most = lambda grey, together=together: together.wait(), 0
+        JudgeFake(url=server.url, concurrency=allowed, attempts=1, **QUICK).score(grey(*range(count)), prompts(count))
+        assert server.most == min(allowed, count)
 
 
 def test_the_request(server):
@@ -117,10 +116,15 @@ FAULTS = {
 @pytest.mark.parametrize(("fault", "why"), FAULTS.items())
 def test_a_fault_is_tried_again_and_then_named(server, fault, why):
     server.script = {7: [fault], 8: [fault, fault]}
-    judge = JudgeQuality(url=server.url, attempts=2, **{**QUICK, "timeout": 0.3})
-    scores = judge.score(grey(6, 7, 8, 9), prompts(4)).tolist()
-    assert scores[:2] == [0, 1] and math.isnan(scores[2]) and scores[3] == 3
-    assert server.attempts == {6: 1, 7: 2, 8: 2, 9: 1} and judge.failures == 1
+    judge = JudgeQuality(url=server.url, attempts=2, **QUICK)
+    if (
+        slow := "0.3 s" in why
+    ):  # a good answer may take longer than that, so only the bad ones are waited for so briefly
+        judge.timeout = 0.3
+    else:
+        assert judge.score(grey(6, 7, 9), prompts(3)).tolist() == [0, 1, 3]
+    assert judge.score(grey(8), prompts(1)).isnan().all()
+    assert server.attempts == ({8: 2} if slow else {6: 1, 7: 2, 8: 2, 9: 1}) and judge.failures == 1
     assert re.search(why, judge.last_error), judge.last_error
     assert judge.last_error.endswith("(attempt 2 of 2)") and "\n" not in judge.last_error
     assert "Secret" not in judge.last_error
@@ -148,11 +152,12 @@ def test_json_under_another_content_type_is_json(server):
     assert server.attempts[7] == 1
 
 
-def test_a_server_that_asks_for_patience_gets_it(server):
+def test_a_server_that_asks_for_patience_gets_it(server, monkeypatch):
     server.script = {7: ["429"]}
-    start = time.monotonic()
-    assert score_one(JudgeQuality(url=server.url, **QUICK)) == 1
-    assert 1.0 <= time.monotonic() - start < 3.0
+    judge, asleep, sleep = JudgeQuality(url=server.url, **QUICK), [], asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: asleep.append(seconds) or sleep(0))
+    assert score_one(judge) == 1
+    assert [seconds for seconds in asleep if seconds >= 0.5] == [1.0]
 
 
 def test_pauses_grow_and_are_bounded():
@@ -237,7 +242,8 @@ def test_a_key_that_no_header_can_carry_is_not_repeated(server, monkeypatch):
 
 def test_the_key_is_in_nothing_that_is_kept_or_printed(server, capfd, caplog):
     server.script = {value: [name] * 3 for value, name in enumerate([*FAULTS, *FINAL], start=1) if "drip" not in name}
-    judge = JudgeQuality(url=server.url, **{**QUICK, "timeout": 0.2, "attempts": 1})
+    judge = JudgeQuality(url=server.url, attempts=1, **QUICK)
+    judge.timeout = 0.2
     judge.score(grey(*range(1, 26)), prompts(25))
     seen = repr(judge) + repr(vars(judge)) + judge.url + judge.last_error
     seen += caplog.text + "".join(capfd.readouterr())
@@ -305,11 +311,9 @@ def test_breaking_off_does_not_wait_for_the_server(server, how):
             server.closing.wait(0.01)
         kick()
 
-    start = time.monotonic()
     threading.Thread(target=when_it_waits, daemon=True).start()
-    with pytest.raises(error):
+    with pytest.raises(error):  # the server never answers
         judge.score(grey(*range(8)), prompts(8))
-    assert time.monotonic() - start < 2.0
 
 
 def test_it_can_be_asked_where_an_event_loop_runs(server):
