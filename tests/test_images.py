@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
+import threading
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from argrpo_cli.images import open_images, read_image
+from argrpo_cli.images import Item, open_images, read_ahead, read_metadata
 from argrpo_cli.kept import in_batches
+from argrpo_cli.pictures import LARGE
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.npz import HEAD
-
-
-def test_odd_kinds_of_pictures_are_what_a_viewer_shows(tmp_path):
-    wide = Image.new("RGB", (8, 4), (200, 0, 0))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned a quarter
-    wide.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").shape == (3, 8, 4)
-
-    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
-    red = read_image(tmp_path / "print.jpg").mean((1, 2))
-    assert red[0] > 200 and red[1] < 60 and red[2] < 60
-
-    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    assert np.unique(read_image(tmp_path / "deep.png")).tolist() == [round(40_000 / 257)]
-    Image.fromarray(np.full((4, 4), 65_535, np.uint16)).save(tmp_path / "white.png")
-    assert np.unique(read_image(tmp_path / "white.png")).tolist() == [255]
-
-    frames = [Image.new("RGB", (4, 4), (shade,) * 3) for shade in (10, 250)]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert read_image(tmp_path / "moving.gif").max() <= 12, "the first frame"
-
-    Image.new("LA", (4, 4), (0, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png").min() == 255
-
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)  # 7 images, 6 high and 5 wide
 
@@ -97,6 +76,60 @@ def test_grey_and_transparent_pictures_become_rgb_as_everywhere_else(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "b.png")
     images = read(tmp_path)
     assert (images[0] == 90).all() and (images[1] == 255).all()
+
+
+def test_sub_folders_count_and_what_is_skipped_is_remarked(tmp_path):
+    files = ("2.png", "10.png", "b/1.jpg", "b/3/10.WEBP", "b/3/9.avif", ".hidden/4.png")
+    others = ("notes.txt", "b/film.mpg", "b/grid.png", "model.h5", "c.heicx")
+    for file in (*files, *others, "b/.5.png", "scores.jsonl"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "b" / "up").symlink_to(tmp_path)
+    found = open_images(tmp_path)
+    assert [item.file for item in found.items] == ["2.png", "10.png", "b/1.jpg", "b/3/9.avif", "b/3/10.WEBP"]
+    (remark,) = found.remarks
+    assert "b/film.mpg, b/grid.png, c.heicx and 2 more (5 files)" in remark
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.npz", "metadata.jsonl"])
+def test_a_pipe_a_socket_and_a_device_are_never_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    opened = {"x.png": lambda: read(tmp_path), "x.npz": lambda: read(tmp_path / name)}
+    opened = opened.get(name, lambda: read_metadata(tmp_path))
+    with pytest.raises(UserError, match="is a pipe, not a file"):
+        opened()
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is a device, not a file"):
+        opened()
+
+
+def test_a_large_picture_is_read_alone_and_when_its_turn_comes(tmp_path):
+    events, lock = [], threading.Lock()
+
+    def image(name: str, pixels: int) -> Item:
+        def read(most=None):
+            with lock:
+                if most is not None and pixels > most:
+                    return None
+                events.append((name, most is None))
+                return np.full((3, 1, 1), pixels % 7, np.uint8)
+
+        return Item(name, name, read)
+
+    items = [image("small", 4), image("large", LARGE + 1), image("last", LARGE), image("second large", LARGE + 1)]
+    arrays = read_ahead(items)
+    assert next(arrays).max() == 4 and ("large", True) not in events
+    next(arrays)
+    assert ("large", True) in events and ("second large", True) not in events
+    assert len(list(arrays)) == 2 and [name for name, alone in events if alone] == ["large", "second large"]
+
+
+def test_a_set_of_large_pictures_is_looked_at_in_small_batches(folder):
+    images = open_images(folder)
+    assert images.at_once(64) == 64
+    large = replace(images.items[0], read=lambda: np.broadcast_to(np.uint8(0), (3, 2**12, 2**13)))
+    assert replace(images, items=[large]).at_once(64) == 2
 
 
 def test_mixed_sizes_are_named(folder):

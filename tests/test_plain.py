@@ -82,7 +82,7 @@ def test_lines_end_at_a_line_feed_alone(tmp_path) -> None:
 def test_a_pipe_is_no_file_to_wait_for(tmp_path) -> None:
     os.mkfifo(tmp_path / "run.json")
     for read in (read_json, read_jsonl, read_text):
-        with pytest.raises(UserError, match=r"run\.json: it is a pipe or a device; give a file"):
+        with pytest.raises(UserError, match=r"run\.json: it is a pipe, not a file"):
             read(tmp_path / "run.json")
 
 

@@ -41,7 +41,7 @@ def read_captions(source: str | list[str], column: str = "prompt", each: bool = 
         raise UserError(f"no captions {source!r}: not a file, and the bundled ones are {', '.join(CAPTION_SETS)}{hint}")
     captions: list[str] = []
     for number, row in enumerate(file_rows(path), start=1):
-        where = f"{path}, {'line' if path.suffix == '.jsonl' else 'row'} {number}"
+        where = f"{path}, {'line' if path.suffix.lower() == '.jsonl' else 'row'} {number}"
         texts = [row.strip()] if isinstance(row, str) else captions_in(row, column, where)
         if each and len(texts) != 1:
             raise UserError(f"{where}: {column!r} holds {len(texts)} captions; give one for each picture")
@@ -57,16 +57,17 @@ def file_rows(path: Path) -> list[str | dict[str, Any]]:
     Raises:
         UserError: a file that cannot be read, or that its name does not tell the kind of.
     """
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         return read_jsonl(path)
     text = read_text(path)
-    if path.suffix in (".csv", ".tsv"):
+    if suffix in (".csv", ".tsv"):
         try:
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ","))
         except csv.Error as error:
             raise UserError(f"cannot read {path}: {error}") from error
         return [{key: unguarded(cell) for key, cell in row.items() if key is not None} for row in rows]
-    if path.suffix != ".json":
+    if suffix != ".json":
         return [line for line in lines_of(text) if line.strip()]
     try:
         rows = parse_json(text)

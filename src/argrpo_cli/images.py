@@ -4,45 +4,59 @@
     images.read(images.items[:64])           # uint8 [64, 3, H, W]
     find_items([Path("images/")])            # the same with prompts, for what looks at them
 
-Pictures of every kind become RGB: grey, transparent (laid on white), 16 bits, turned by EXIF. An .npz of any length is
-read image by image, never as a whole.
+`pictures.py` says what a picture is, and how one becomes RGB. Of a folder those in its sub-folders count too, in the
+order in which people count: 2.png before 10.png. An .npz of any length is read image by image, never as a whole.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from argrpo_cli.kept import SETTINGS
+from argrpo_cli.kept import SETTINGS, in_batches
+from argrpo_cli.pictures import LARGE, read_image, suffixes
 from argrpo_cli.shapes import Condition, class_prompt
-from argrpo_cli.system.errors import UserError, printable
-from argrpo_cli.system.files import read_json, read_jsonl, readable, reason
+from argrpo_cli.system.errors import BadPicture, UserError, printable
+from argrpo_cli.system.files import read_json, read_jsonl, readable
 from argrpo_cli.system.npz import Npz
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OVERVIEWS = ("grid.png", "best_worst.png")  # of the other pictures, not some of them
 METADATA = "metadata.jsonl"  # what each picture shows; `argrpo sample` writes it last
 SAMPLE = "sample"  # the "command" in settings.json of a folder that `argrpo sample` draws
 EARLIER_SETTINGS = "sampling.json"  # of such a folder before there was settings.json
+SCORES, TABLE, SUMMARY = "scores.jsonl", "scores.csv", "summary.json"  # that `argrpo score` writes
+PARTIAL = "scores.partial"  # of such a job that has not ended, or has no score for some images
+OWN = (METADATA, SETTINGS, EARLIER_SETTINGS, SCORES, TABLE, SUMMARY)  # beside pictures, and no news to anyone
 ARRAY = "arr_0"  # of an .npz
 EXPECTED = f"expected {ARRAY}, uint8 images [N, H, W, 3]"
 MOST_IMAGES = 5_000_000  # of an .npz: what is kept of each takes some 400 bytes
 READERS = 8  # threads that unpack pictures
-NO_PROMPT_WORDS = re.compile("|dsc|generated|images?|img|output|photo|picture|sample|untitled", re.IGNORECASE)
+MOST_BYTES = 2**28  # of pictures at a time, however many
+NAMED = 3  # files that a remark names; of the others it says how many
+NO_PROMPT_WORDS = re.compile(
+    "|batch|class|data|dsc|folder|frame|generated|images?|img|output|part|photo|pictures?|sample|set|split|test|train|"
+    "untitled|val",
+    re.IGNORECASE,
+)
+WNID = re.compile(r"n\d{8}(?!\d)")  # ImageNet's name of a class
+
+
+class Read(Protocol):
+    """Gives an image as uint8 [3, H, W], or None where it has more than `most` pixels; BadPicture, see `pictures`."""
+
+    def __call__(self, most: int | None = None) -> np.ndarray | None: ...
 
 
 @dataclass(frozen=True)
@@ -52,14 +66,14 @@ class Item:
     Attributes:
         file: its name, within its folder; in an .npz its number.
         stamp: changes when the image does.
-        read: gives it as uint8 [3, H, W]; UserError when it cannot be read.
+        read: gives it; BadPicture when it cannot be read.
         condition: what it shows, None when nothing says so.
         extra: what its metadata says beside that.
     """
 
     file: str
     stamp: str
-    read: Callable[[], np.ndarray]
+    read: Read
     condition: Condition | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -71,11 +85,13 @@ class ImageSet:
     Attributes:
         path: the folder, or the .npz file.
         note: where it is known from what they show: a remark on guessed prompts, a file of labels; or "".
+        remarks: what a user should know before the work: files that are left out, captions that go by order.
     """
 
     path: Path
     items: Sequence[Item]
     note: str = ""
+    remarks: Sequence[str] = ()
 
     @property
     def count(self) -> int:
@@ -110,14 +126,38 @@ class ImageSet:
         """
         import torch
 
-        with ThreadPoolExecutor(1 if self.is_array else READERS) as readers:
-            arrays = list(readers.map(lambda item: item.read(), items))
-        for item, array in zip(items, arrays, strict=True):
+        batch = np.empty((len(items), 3, *self.size), np.uint8)
+        for place, array in enumerate(read_ahead(items)):
+            if isinstance(array, BadPicture):
+                raise array
             if array.shape[1:] != self.size:
                 first = f"{self.name(0)} is {self.size[1]}x{self.size[0]}"
-                other = f"{self.path / item.file} {array.shape[2]}x{array.shape[1]}"
+                other = f"{self.path / items[place].file} {array.shape[2]}x{array.shape[1]}"
                 raise UserError(f"the images of a set must have one size: {first}, {other}")
-        return torch.from_numpy(np.stack(arrays))
+            batch[place] = array
+        return torch.from_numpy(batch)
+
+    def at_once(self, batch_size: int) -> int:
+        """So many images of a batch as memory should hold, one at least."""
+        return max(1, min(batch_size, MOST_BYTES // (3 * self.size[0] * self.size[1])))
+
+
+def read_ahead(items: Sequence[Item]) -> Iterator[np.ndarray | BadPicture]:
+    """Images in order, uint8 [3, H, W], or what is wrong with one. Threads read a few ahead; one of more than `LARGE`
+    pixels is read alone, when its turn comes, so that memory holds `READERS` times as many and one such picture."""
+
+    def attempt(item: Item, most: int | None = LARGE) -> np.ndarray | BadPicture | None:
+        try:
+            return item.read(most)
+        except BadPicture as error:
+            return error
+
+    with ThreadPoolExecutor(READERS) as readers:
+        for part in in_batches(items, READERS):
+            one_by_one = len({item.stamp for item in part}) < len(part)  # of one file, which is read in order
+            images = map(attempt, part) if one_by_one else readers.map(attempt, part)
+            for item, image in zip(part, images, strict=True):
+                yield attempt(item, None) if image is None else image
 
 
 def open_images(path: str | Path) -> ImageSet:
@@ -129,7 +169,8 @@ def open_images(path: str | Path) -> ImageSet:
     """
     path = Path(path)
     if path.is_dir():
-        return ImageSet(path, [file_item(path, name) for name in image_files(path)])
+        files, remarks = image_files(path)
+        return ImageSet(path, [file_item(path, file) for file in files], remarks=remarks)
     if not path.exists():
         raise UserError(f"no folder or .npz file {path}")
     array, status = _Array(path), path.stat()
@@ -157,7 +198,7 @@ def find_items(
         if not str(value).strip():
             raise UserError(f"{option} is empty; say what the images should show")
     first = sources[0]
-    if len(sources) == 1 and (first.is_dir() or first.suffix == ".npz"):
+    if len(sources) == 1 and (first.is_dir() or is_npz(first)):
         if (first / METADATA).is_file():
             if statements:
                 raise UserError(
@@ -166,51 +207,104 @@ def find_items(
             rows = read_metadata(first)
             if not rows:
                 raise UserError(f"{first / METADATA} lists no images")
-            return ImageSet(first, [_item_of_metadata(first, file, row) for file, row in rows.items()])
+            others = [file for file in listed(first)[0] if file not in rows]
+            remarks = (f"left out, as {first / METADATA} does not list them: {some_names(others)}",) if others else ()
+            items = [_item_of_metadata(first, file, row) for file, row in rows.items()]
+            return ImageSet(first, items, remarks=remarks)
         if not first.exists():
             raise UserError(f"there is no file {first}")
         if first.is_dir() and not statements:
             recorded_sampling(first)  # refuses an unfinished one
-        images = open_images(first)
+        images, folders = open_images(first), True
     else:
         for path in sources:
-            if path.is_dir() or path.suffix == ".npz":
+            if path.is_dir() or is_npz(path):
                 raise UserError(f"{path} is not an image file; give one folder, one .npz, or image files")
-            if not path.is_file():
+            if not path.exists():
                 what = "no folder" if len(sources) == 1 and not path.suffix else "there is no image"
                 raise UserError(f"{what} {path}")
         items = [replace(file_item(path.parent, path.name), file=str(path)) for path in sources]
-        images = ImageSet(first.parent, items)
+        images, folders = ImageSet(first.parent, items), False
     if captions is not None:
-        return replace(images, items=_captioned(images.items, captions))
+        return _captioned(images, captions)
     if not statements:
-        return _named(images)
+        return _named(images, folders)
     condition = Condition(prompt if class_name is None else class_prompt(class_name))
     return replace(images, items=[replace(item, condition=condition) for item in images.items])
 
 
-def image_files(folder: Path) -> list[str]:
-    """Names of the pictures in a folder, sorted, without overviews and hidden files; UserError when there are none."""
-    names = [path.name for path in folder_entries(folder) if path.suffix.lower() in SUFFIXES]
-    names = [name for name in names if name not in OVERVIEWS]
-    if not names:
-        raise UserError(f"no images in {folder} (looked for {', '.join(SUFFIXES)})")
-    return names
+def is_npz(path: Path) -> bool:
+    """Whether a path is that of an .npz, by its name."""
+    return path.suffix.lower() == ".npz"
 
 
-def folder_entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted, without hidden files; UserError when it cannot be listed."""
+def image_files(folder: Path) -> tuple[list[str], Sequence[str]]:
+    """The pictures of a folder and its sub-folders as `sub/2.png`, in natural order; a remark on the other files.
+
+    Raises:
+        UserError: there are none, or a folder that cannot be listed.
+    """
+    pictures, others = listed(folder)
+    if not pictures:
+        raise UserError(f"no images in {folder} (looked for {len(suffixes())} kinds of files, such as .png and .jpg)")
+    return pictures, (f"skipped in {folder}, as no pictures of the set: {some_names(others)}",) if others else ()
+
+
+def listed(folder: Path) -> tuple[list[str], list[str]]:
+    """The pictures of a folder and its sub-folders, and the other files but those that commands write beside pictures;
+    both without hidden ones, in natural order. UserError for a folder that cannot be listed."""
+    check_folder(folder)
+    pictures: list[str] = []
+    others: list[str] = []
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    with readable(f"the folder {folder}"):
+        for place, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
+            inner = Path(place).relative_to(folder)
+            if any(os.path.samefile(place, folder / above) for above in inner.parents):  # a link upwards
+                subfolders.clear()
+                continue
+            subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != PARTIAL]
+            for name in files:
+                if not name.startswith(".") and name not in OWN:
+                    kind = pictures if is_picture(name) else others
+                    kind.append((inner / name).as_posix())
+    return sorted(pictures, key=natural), sorted(others, key=natural)
+
+
+def check_folder(folder: Path) -> None:
+    """UserError for what is no folder."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
-    with readable(f"the folder {folder}"):
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is taken for a picture, by its name."""
+    return Path(name).suffix.lower() in suffixes() and name not in OVERVIEWS
+
+
+def natural(file: str) -> list[list[Any]]:
+    """A key that sorts paths as people count: 2.png before 10.png."""
+    parts = [re.split(r"(\d+)", part) for part in file.split("/")]
+    return [[int(one) if place % 2 else one for place, one in enumerate(part)] for part in parts] + [[file]]
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more ({len(names)} files)" if more > 0 else "")
 
 
 def file_item(folder: Path, name: str, condition: Condition | None = None, **extra: Any) -> Item:
-    """The image `name` in a folder; UserError when it is not there."""
-    with readable(f"the image {folder / name}"):
+    """The image `name` in a folder; one that is not there, or no file, says so when it is read."""
+    try:
         status = (folder / name).stat()
-    return Item(name, f"{status.st_size} {status.st_mtime_ns}", partial(read_image, folder / name), condition, extra)
+        stamp = f"{status.st_size} {status.st_mtime_ns}"
+    except OSError:
+        stamp = ""
+    return Item(name, stamp, partial(read_image, folder / name), condition, extra)
 
 
 def recorded_sampling(folder: Path) -> dict[str, Any] | None:
@@ -228,46 +322,6 @@ def recorded_sampling(folder: Path) -> dict[str, Any] | None:
     if not (folder / METADATA).is_file():
         raise UserError(f"{folder} is unfinished; give the same `argrpo sample` command again to complete it")
     return settings
-
-
-def read_image(path: Path) -> np.ndarray:
-    """An image file as uint8 [3, H, W], RGB: upright, transparency laid on white, 16 bits scaled to 8, the first frame.
-
-    Raises:
-        UserError: it cannot be read, or unpacks to more than twice as many pixels as Pillow takes for harmless.
-    """
-    from PIL import Image, ImageOps
-
-    with opened_image(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            coloured = image.convert("RGBA")
-            white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, coloured)
-        pixels = np.asarray(image.convert("RGB"))
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-@contextmanager
-def opened_image(path: Path) -> Iterator[Image.Image]:
-    """An image file, opened by Pillow; what goes wrong while it is looked at is a UserError as in `read_image`."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of odd files that Pillow reads all the same
-            yield image
-    except FileNotFoundError as error:
-        raise UserError(f"there is no image {path}") from error
-    except Image.DecompressionBombError as error:
-        most = 2 * Image.MAX_IMAGE_PIXELS
-        raise UserError(f"cannot read the image {path}: it unpacks to more than {most:,} pixels") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        # Pillow's UnidentifiedImageError and truncated files are OSErrors without a number.
-        why = reason(error) if getattr(error, "errno", None) else "it is not an image, or a damaged one"
-        raise UserError(f"cannot read the image {path}: {why}") from error
 
 
 class _Array:
@@ -298,9 +352,11 @@ class _Array:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def read(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 [3, H, W]."""
+    def read(self, index: int, most: int | None = None) -> np.ndarray | None:
+        """Image `index`, see `Read`."""
         size = math.prod(self.shape[1:])
+        if most is not None and size > 3 * most:
+            return None
         content = self._file.bytes(self._key, self._start + index * size, size)
         if len(content) < size:
             raise UserError(f"{self._file.path}, image {index} (counted from 0): the file is cut short")
@@ -326,6 +382,8 @@ def read_metadata(folder: Path, whole: bool = True) -> dict[str, dict[str, Any]]
                 raise UserError(f"{path}, {file}: {key} = {row[key]!r}: must be {what}")
         if whole and not (folder / file).is_file():
             raise UserError(f"{path} lists {file}, which is not there")
+        if file in rows:
+            raise UserError(f"{path} lists {file} twice")
         rows[file] = row
     return rows
 
@@ -336,13 +394,30 @@ def _item_of_metadata(folder: Path, file: str, row: Mapping[str, Any]) -> Item:
     return file_item(folder, file, condition, **extra)
 
 
-def _named(images: ImageSet) -> ImageSet:
-    """The images with what their names say of them."""
-    texts = [prompt_from_file_name(Path(item.file).stem) for item in images.items]
-    conditions = [None if text is None else Condition(text) for text in texts]
-    items = [replace(item, condition=one) for item, one in zip(images.items, conditions, strict=True)]
-    note = next((f"{Path(item.file).name}: {item.condition.prompt!r}" for item in items if item.condition), "")
-    return replace(images, items=items, note=note and f"prompts were read from the file names ({note})")
+def _named(images: ImageSet, folders: bool) -> ImageSet:
+    """The images with what their names say of them, and those of their folders within the set's, if those count."""
+    paths = [Path(item.file if folders else Path(item.file).name) for item in images.items]
+    items = [replace(item, condition=named_condition(path)) for item, path in zip(images.items, paths, strict=True)]
+    first = next((item for item in items if item.condition), None)
+    if first is None:
+        return replace(images, items=items)
+    names = "names of folders and files" if any(len(path.parts) > 1 for path in paths) else "file names"
+    example = f"{Path(first.file).name if names == 'file names' else first.file}: {first.condition.prompt!r}"
+    return replace(images, items=items, note=f"prompts were read from the {names} ({example})")
+
+
+def named_condition(path: Path) -> Condition | None:
+    """What a picture shows by its class folder, `golden_retriever/1.png` or `n02099601/1.png`, or else by its name."""
+    for part in (*path.parts[:-1], path.stem):
+        if wnid := WNID.match(part):
+            from argrpo_cli.policy.folder import class_names, class_wnids
+
+            if wnid[0] in class_wnids():
+                class_id = class_wnids().index(wnid[0])
+                return Condition(class_prompt(class_names(len(class_wnids()))[class_id]), class_id)
+        elif text := prompt_from_file_name(part):
+            return Condition(text)
+    return None
 
 
 def prompt_from_file_name(stem: str) -> str | None:
@@ -359,18 +434,38 @@ def prompt_from_file_name(stem: str) -> str | None:
     return words if len(words.split()) >= 4 else class_prompt(words)
 
 
-def _captioned(items: Sequence[Item], path: Path) -> list[Item]:
-    """Captions of a .txt (one a line) or .jsonl (`prompt`) in the images' order; with `file`, by name."""
-    from argrpo_cli.captions import read_captions
+def _captioned(images: ImageSet, path: Path) -> ImageSet:
+    """The images with captions of a file, by the `file` of its rows; of one without, such as a .txt, in their order,
+    with a remark.
 
-    captions = read_captions(str(path), each=True)
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else []
-    if rows and all(isinstance(row.get("file"), str) for row in rows):
-        prompts = dict(zip((row["file"] for row in rows), captions, strict=True))
-        lacking = next((item.file for item in items if item.file not in prompts), None)
-        if lacking is not None:
-            raise UserError(f"{path} has no caption for {lacking}")
-        captions = [prompts[item.file] for item in items]
-    if len(captions) != len(items):
-        raise UserError(f"{path} has {len(captions)} captions for {len(items)} images; give one for each, in order")
-    return [replace(item, condition=Condition(caption)) for item, caption in zip(items, captions, strict=True)]
+    Raises:
+        UserError: no captions, some rows that name a file and some that do not, two captions for one image, none for
+            one of them, or another number of them.
+    """
+    from argrpo_cli.captions import CAPTION_SETS, file_rows, read_captions
+
+    items, remarks = images.items, list(images.remarks)
+    texts = read_captions(str(path), each=True)
+    rows = [] if str(path) in CAPTION_SETS else file_rows(path.expanduser())
+    files = [row.get("file") if isinstance(row, dict) else None for row in rows]
+    captions: dict[str, str] = {}
+    for number, (file, text) in enumerate(zip(files, texts, strict=True), start=1) if any(files) else ():
+        if not isinstance(file, str):
+            raise UserError(f"{path}, row {number}: 'file' = {file!r}; name the file in every row, or in none of them")
+        if captions.setdefault(file, text) != text:
+            raise UserError(f"{path}, row {number}: a second caption for {file}")
+    if captions:
+        lacking = [item.file for item in items if item.file not in captions]
+        if lacking:
+            raise UserError(f"{path} has no caption for {some_names(lacking)}")
+        texts = [captions[item.file] for item in items]
+        if others := captions.keys() - {item.file for item in items}:
+            remarks.append(f"captions of {path} for no image of the set: {some_names(sorted(others, key=natural))}")
+    elif len(texts) != len(items):
+        raise UserError(f"{path} has {len(texts)} captions for {len(items)} images; give one for each, in order")
+    else:
+        pairs = [f"{item.file}: {text!r}" for item, text in zip(items, texts, strict=True)]
+        shown = pairs if len(pairs) <= NAMED else [*pairs[:NAMED], "...", pairs[-1]]
+        remarks.append(f"captions of {path} go to the images in this order: {', '.join(shown)}")
+    items = [replace(item, condition=Condition(text)) for item, text in zip(items, texts, strict=True)]
+    return replace(images, items=items, remarks=remarks)

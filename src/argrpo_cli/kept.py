@@ -22,6 +22,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import (
     load_tensors,
     make_dir,
+    open_regular,
     read_json,
     read_jsonl,
     readable,
@@ -157,12 +158,12 @@ def is_whole_png(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            image.verify()
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            Image.open(file, formats=("PNG",)).verify()
+        with open_regular(path) as file:
             file.seek(-len(PNG_END), 2)
             return file.read() == PNG_END
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # whatever Pillow raises for a damaged one
         return False
 
 

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from argrpo_cli.images import EARLIER_SETTINGS, METADATA, SAMPLE, read_image
+from argrpo_cli.images import EARLIER_SETTINGS, METADATA, SAMPLE
 from argrpo_cli.kept import SETTINGS, check_claim, claim
+from argrpo_cli.pictures import read_image
 from argrpo_cli.policy.folder import choose_sampling, glance
 from argrpo_cli.shapes import Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError

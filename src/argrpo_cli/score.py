@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from argrpo_cli.images import READERS, Item, find_items
-from argrpo_cli.kept import Rows, in_batches, kept
+from argrpo_cli.images import MOST_BYTES, PARTIAL, SCORES, SUMMARY, TABLE, Item, find_items, read_ahead
+from argrpo_cli.kept import Rows, kept
 from argrpo_cli.shapes import Column, Condition, Result, Value
-from argrpo_cli.system.errors import UserError, printable
+from argrpo_cli.system.errors import BadPicture, UserError, printable
 from argrpo_cli.system.files import atomic_path, check_writable, make_dir, save_png, write_jsonl
 from argrpo_cli.system.plain import guarded
-from argrpo_cli.system.processes import alone_in, notice
+from argrpo_cli.system.processes import alone_in, notice, say
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from argrpo_cli.rewards import RewardSet
 
-SCORES, TABLE, SUMMARY, SHEET = "scores.jsonl", "scores.csv", "summary.json", "best_worst.png"
-PARTIAL = "scores.partial"  # of a job that has not ended, or has no score for some images
+SHEET = "best_worst.png"
 SHEET_COLUMNS, THUMBNAIL = 8, 128
-MOST_BYTES = 2**28  # of images at a time, however many
+UNREADABLE = "unreadable"  # in the protocol: images that could not be read, and why
 
 
 def score_images(
@@ -42,23 +41,26 @@ def score_images(
     out: Path | None = None,
     batch_size: int = 64,
     device: str = "auto",
+    strict: bool = False,
 ) -> tuple[Result, Path, int, str]:
     """Score images; scores.jsonl, scores.csv, summary.json and best_worst.png go to `out`.
 
     Scores are raw, in each reward's own unit. Scores of an interrupted call with the same rewards and images are kept,
-    and images that lack one are asked again.
+    and images that lack one are asked again. An image that cannot be read has no scores, and is in the
+    protocol under `UNREADABLE`.
 
     Args:
         sources: a folder, an .npz, or image files; see `images.find_items`.
         prompt, class_name, captions: what the images should show, where nothing beside them says it.
         options: name of a reward to options of its own.
         out: by default the folder of the images, or one beside the .npz.
+        strict: an image that cannot be read is an error.
 
     Returns:
         The result as written, the folder it is in, how many images had been scored before, and a remark (or "").
 
     Raises:
-        UserError: no images, an unreadable one, an unknown reward, or a reward that looks at the prompt where there is
+        UserError: no images that can be read, an unknown reward, or a reward that looks at the prompt where there is
             none. What was scored until then is kept for the same call.
     """
     if not rewards:
@@ -75,22 +77,35 @@ def score_images(
 
     reward_set = load_rewards(list(rewards), resolve_device(device), options)
     _check_conditions(reward_set, items)
+    for remark in images.remarks:
+        say(remark)
+    unreadable: dict[str, str] = {}
+
+    def refuse(item: Item, error: BadPicture) -> None:
+        if strict or len(items) == 1:
+            raise error
+        unreadable[item.file] = str(error)
+
     busy = f"another `argrpo score` writes to {target}; wait for it, or choose another --out"
     with alone_in(target, busy):
         store = Rows(
             target / PARTIAL, reward_set.identity(options), item_key, complete=lambda row: None not in row.values()
         )
 
-        def score(batch: Sequence[Item]) -> list[dict[str, float | None]]:
+        def score(batch: Sequence[Item]) -> list[dict[str, float | None] | None]:
             # An image is asked again for all its scores; one that is missing this time is not lost for that.
             earlier = [row or {} for row in store.read(batch)]
-            rows = zip(score_rows(reward_set, batch), earlier, strict=True)
-            return [{name: old.get(name) if x is None else x for name, x in row.items()} for row, old in rows]
+            rows = zip(score_rows(reward_set, batch, refuse), earlier, strict=True)
+            merged = [{name: old.get(name) if x is None else x for name, x in row.items()} for row, old in rows]
+            return [row if any(x is not None for x in row.values()) else None for row in merged]
 
         before = kept(items, score, store, batch_size=batch_size, label="scoring", whole=False)
-        scores = store.read(items)
+        if len(unreadable) == len(items):
+            raise UserError("; ".join(unreadable.values()))
+        scores = [row or dict.fromkeys(rewards) for row in store.read(items)]
         columns = {name: [row[name] for row in scores] for name in rewards}
-        result = _result(printable(sources[0] if len(sources) == 1 else images.folder), reward_set, columns)
+        source = printable(sources[0] if len(sources) == 1 else images.folder)
+        result = _result(source, reward_set, columns, unreadable)
         rows = [row_of(item, row) for item, row in zip(items, scores, strict=True)]
         write_jsonl(make_dir(target) / SCORES, rows)
         _write_table(target / TABLE, rows, rewards)
@@ -102,23 +117,43 @@ def score_images(
     return result, target, before, images.note if uses_prompt else ""
 
 
-def score_rows(reward_set: RewardSet, items: Sequence[Item]) -> list[dict[str, float | None]]:
-    """{reward: raw score, or None where it has none} of each image; they are read here, and may differ in size."""
+def _raise(item: Item, error: BadPicture) -> None:
+    raise error
+
+
+def score_rows(
+    reward_set: RewardSet, items: Sequence[Item], refuse: Callable[[Item, BadPicture], None] = _raise
+) -> list[dict[str, float | None]]:
+    """{reward: raw score, or None where it has none} of each image; they are read here, and may differ in size.
+
+    Args:
+        refuse: is told of an image that cannot be read, or that a reward cannot look at; it has no scores.
+    """
     import torch
 
-    rows: list[dict[str, float | None]] = []
-    for run, pixels in _runs(items):
-        conditions = [item.condition or Condition("") for item in run]
-        scores = reward_set.score(torch.from_numpy(pixels), conditions, batch_size=len(run))
+    rows: list[dict[str, float | None]] = [dict.fromkeys(reward_set.names) for _ in items]
+    for places, pixels in _runs(items, refuse):
+        conditions = [items[place].condition or Condition("") for place in places]
+        try:
+            scores = reward_set.score(torch.from_numpy(pixels), conditions, batch_size=len(places))
+        except BadPicture as error:  # of its size, which all of them have
+            for place in places:
+                refuse(items[place], BadPicture(f"{items[place].file}: {error}"))
+            continue
         table = zip(*(scores[name].tolist() for name in reward_set.names), strict=True)
-        values = ([None if math.isnan(score) else score for score in row] for row in table)
-        rows += [dict(zip(reward_set.names, row, strict=True)) for row in values]
+        for place, row in zip(places, table, strict=True):
+            values = (None if math.isnan(score) else score for score in row)
+            rows[place] = dict(zip(reward_set.names, values, strict=True))
     return rows
 
 
-def _result(source: str, reward_set: RewardSet, columns: Mapping[str, Sequence[float | None]]) -> Result:
+def _result(
+    source: str, reward_set: RewardSet, columns: Mapping[str, Sequence[float | None]], unreadable: Mapping[str, str]
+) -> Result:
     """What summary.json holds: each reward's mean, and its range and what is missing of it in the protocol."""
     values, rewards, warnings = {}, {}, []
+    if unreadable:
+        warnings.append(f"{len(unreadable)} images cannot be read and have no scores")
     for name, column in columns.items():
         scores = [score for score in column if score is not None]
         count = len(scores)
@@ -127,16 +162,18 @@ def _result(source: str, reward_set: RewardSet, columns: Mapping[str, Sequence[f
         rewards[name] = {"family": reward_set.family[name]}
         rewards[name] |= {"min": min(scores, default=None), "max": max(scores, default=None)}
         if missing := len(column) - count:
-            why = reward_set.last_error.get(name, "it said no more")
+            why = reward_set.last_error.get(name) or next(reversed(unreadable.values()), "it said no more")
             rewards[name] |= {"missing": missing, "last_error": why}
-            warnings.append(f"{name} has no score for {missing} images (the latest: {why})")
+            if missing > len(unreadable):
+                warnings.append(f"{name} has no score for {missing} images (the latest: {why})")
     return Result(
         benchmark="score",
         columns={
             name: Column(name, better="higher", digits=4, group=family) for name, family in reward_set.family.items()
         },
         rows={source: values},
-        protocol={"images": len(next(iter(columns.values()))), "rewards": rewards},
+        protocol={"images": len(next(iter(columns.values()))), "rewards": rewards}
+        | ({UNREADABLE: dict(unreadable)} if unreadable else {}),
         warnings=warnings,
     )
 
@@ -152,7 +189,10 @@ def best_and_worst(items: Sequence[Item], columns: Mapping[str, Sequence[float |
         for word, chosen in (("best", order[:count]), ("worst", order[::-1][:count])):
             span = f"{scores[chosen[0]]:.4g} to {scores[chosen[-1]]:.4g}" if chosen else "no scores"
             rows.append((f"{name}, {word}: {span}", chosen))
-    small = {index: _thumbnail(items[index].read()) for index in sorted({i for _, chosen in rows for i in chosen})}
+    small = {}
+    for index in sorted({i for _, chosen in rows for i in chosen}):
+        with suppress(BadPicture):  # gone since it was scored
+            small[index] = _thumbnail(items[index].read())
     blank = np.full((3, THUMBNAIL, THUMBNAIL), 255, np.uint8)
     padded = [index for _, chosen in rows for index in [*chosen, *[-1] * (count - len(chosen))]]
     tiles = [small.get(index, blank) for index in padded]
@@ -179,21 +219,25 @@ def _check_conditions(reward_set: RewardSet, items: Sequence[Item]) -> None:
     reward_set.check([item.condition for item in items if item.condition is not None])
 
 
-def _runs(items: Sequence[Item]) -> Iterator[tuple[list[Item], np.ndarray]]:
-    """Runs of images of one size, of at most `MOST_BYTES`, as uint8 [B, 3, H, W]."""
-    run: list[Item] = []
-    pixels: list[np.ndarray] = []
-    with ThreadPoolExecutor(READERS) as pool:
-        for part in in_batches(items, READERS):
-            one_by_one = len({item.stamp for item in part}) < len(part)  # of one file, which is read in order
-            images = [item.read() for item in part] if one_by_one else pool.map(lambda item: item.read(), part)
-            for item, image in zip(part, images, strict=True):
-                if run and (image.shape != pixels[0].shape or (len(run) + 1) * image.size > MOST_BYTES):
-                    yield run, np.stack(pixels)
-                    run, pixels = [], []
-                run.append(item)
-                pixels.append(image)
-    yield run, np.stack(pixels)
+def _runs(items: Sequence[Item], refuse: Callable[[Item, BadPicture], None]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Runs of images of one size, of at most `MOST_BYTES`: their places among the items, and uint8 [B, 3, H, W]."""
+    places: list[int] = []
+    run: list[np.ndarray] = []
+    for place, image in enumerate(read_ahead(items)):
+        if isinstance(image, BadPicture):
+            refuse(items[place], image)
+            continue
+        if run and (image.shape != run[0].shape or (len(run) + 1) * image.size > MOST_BYTES):
+            yield places, _stacked(run)
+            places, run = [], []
+        places.append(place)
+        run.append(image)
+    if run:
+        yield places, _stacked(run)
+
+
+def _stacked(run: list[np.ndarray]) -> np.ndarray:
+    return run[0][None] if len(run) == 1 else np.stack(run)  # a large one not twice
 
 
 def item_key(item: Item) -> list[Any]:

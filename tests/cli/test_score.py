@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from argrpo_cli.rewards import REWARDS, check_reward, load_rewards
 from argrpo_cli.rewards.custom import find_function
 from argrpo_cli.shapes import Result, Value
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import read_jsonl, write_jsonl
+from argrpo_cli.system.files import make_dir, read_jsonl, write_jsonl
 
 
 class Rewards:
@@ -168,21 +169,6 @@ def _no_scores(folder):
     return not (folder / "scores.jsonl").exists() and not (folder / "summary.json").exists()
 
 
-def test_an_unreadable_image_is_named(folder, fails):
-    (folder / "dog-1.png").write_bytes(b"not a picture")
-    assert "dog-1.png: it is not an image, or a damaged one" in fails("score", folder, "--rewards", "bright")
-    assert _no_scores(folder)
-
-
-def test_a_cut_off_image_is_named(folder, fails):
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "dog-1.png")
-    whole = (folder / "dog-1.png").read_bytes()
-    (folder / "dog-1.png").write_bytes(whole[: len(whole) // 2])
-    assert "dog-1.png" in fails("score", folder, "--rewards", "bright")
-    assert _no_scores(folder)
-
-
 def test_an_empty_folder_and_a_file_are_named(tmp_path, fails):
     assert f"no images in {tmp_path}" in fails("score", tmp_path, "--rewards", "bright")
     (tmp_path / "file").write_text("")
@@ -245,19 +231,9 @@ def test_an_empty_prompt_and_an_unfinished_folder_are_refused(folder, fails, tmp
 def test_a_refused_folder_leaves_no_other_behind(folder, fails, tmp_path):
     (folder / "text.png").write_text("not a picture")
     (folder / "metadata.jsonl").unlink(missing_ok=True)
-    arguments = ("--rewards", "bright", "--class", "dog", "--out", tmp_path / "out")
+    arguments = ("--rewards", "bright", "--class", "dog", "--out", tmp_path / "out", "--strict")
     assert "cannot read the image" in fails("score", folder, *arguments)
     assert not (tmp_path / "out").exists()
-
-
-# --- kinds of pictures ---
-
-
-def test_a_picture_that_unpacks_to_far_too_much_is_named(folder, fails, monkeypatch):
-    _save(folder / "dog-1.png", 20, size=64)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    line = fails("score", folder, "--rewards", "bright")
-    assert "dog-1.png: it unpacks to more than 2,000 pixels" in line
 
 
 # --- sources ---
@@ -418,15 +394,15 @@ def test_a_reward_of_realism_that_reads_the_prompt_needs_one():
 
 def test_scores_of_older_code_of_ones_own_are_not_kept(folder, fails, monkeypatch, tmp_path):
     monkeypatch.setattr("argrpo_cli.rewards.load_rewards", load_rewards)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     source = (
         "def reward(images, conditions):\n    global n\n    n += 1\n    return [7.0 / (n < 3)] * len(images)\nn = 0\n"
     )
-    (tmp_path / "mine_to_mend.py").write_text(source)
+    monkeypatch.chdir(make_dir(tmp_path / ".code"))
+    Path("mine_to_mend.py").write_text(source)
     arguments = ("score", folder, "--rewards", "mine_to_mend:reward", "--batch-size", "1", "--class", "dog")
     assert "mine_to_mend:reward failed: ZeroDivisionError" in fails(*arguments)
-    (tmp_path / "mine_to_mend.py").write_text("def reward(images, conditions):\n    return [1.0] * len(images)\n")
+    Path("mine_to_mend.py").write_text("def reward(images, conditions):\n    return [1.0] * len(images)\n")
     sys.modules.pop("mine_to_mend")
     find_function.cache_clear()
     assert run([str(one) for one in arguments]) == 0

@@ -272,6 +272,8 @@ def entropy(
         raise UserError(f"--policy names {next(name for name in names if names.count(name) > 1)} twice")
     subjects = [results.Subject(one, one) for one in names] if run is None else results.subjects_of_run(run)
     pictures = None if data is None else some_of(open_labelled(data), n)
+    for remark in pictures.remarks if pictures else ():
+        _warn(remark)
     question = results.Question(prompts, n, drawing.seed, pictures)
     results.claim(out, question)
     check_policies([one.path for one in subjects])

@@ -21,10 +21,12 @@ def score(
     out: Path | None = None,
     batch_size: int = 64,
     device: str = "auto",
+    strict: bool = False,
 ) -> None:
     """Score images: a table, scores.jsonl, scores.csv, summary.json and a sheet of the best and worst.
 
-    Prompts come from the folder's metadata.jsonl, else from --prompt, --class or --prompts, else from the file names.
+    Sub-folders count. Prompts come from the folder's metadata.jsonl, else from --prompt, --class or --prompts, else
+    from the names of class folders or of the files.
     The same command after an interruption keeps the scores that are there.
 
     Options:
@@ -35,9 +37,11 @@ def score(
         --prompts FILE: A caption for each image: .txt (one a line), .jsonl, .csv, ...
         --set REWARD.KEY=VALUE: An option of a reward, such as hpsv2.version=2.0; repeatable.
         --out: Where to write the scores.  [default: beside the images]
+        --strict: Stop at the first image that cannot be read. Otherwise the others are scored, and the exit code is 2.
     """
     from argrpo_cli.evals.tables import show
-    from argrpo_cli.score import SHEET, score_images
+    from argrpo_cli.score import SHEET, UNREADABLE, score_images
+    from argrpo_cli.system.processes import say
 
     names, options = read_rewards(rewards, set_)
     result, folder, before, note = score_images(
@@ -50,6 +54,7 @@ def score(
         out=out,
         batch_size=batch_size,
         device=device,
+        strict=strict,
     )
     ranges = result.protocol["rewards"]
     (means,) = result.rows.values()
@@ -64,3 +69,7 @@ def score(
             raise UserError(f"{name} scored none of the {result.protocol['images']} images: {row['last_error']}")
     kept = f" ({before} were scored before)" if before else ""
     tell(f"scores{kept} in {folder}, best and worst in {folder / SHEET}")
+    if bad := result.protocol.get(UNREADABLE):
+        for why in bad.values():
+            say(why)
+        raise UserError(f"{len(bad)} of {result.protocol['images']} images could not be read and have no scores")

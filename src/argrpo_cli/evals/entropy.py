@@ -10,8 +10,8 @@ size uses the same, and a changed picture is encoded anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,15 @@ from argrpo_cli.draw import draw_batch, score_tokens
 from argrpo_cli.evals.entropy_results import MODES, NORMAL_95, Question, Subject
 from argrpo_cli.evals.imagenet_folder import conditions_of
 from argrpo_cli.evals.statistics import Measure, mean_of
-from argrpo_cli.images import READERS, ImageSet, Item, file_item, opened_image
+from argrpo_cli.images import ImageSet, Item, file_item, read_ahead
 from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.networks.weights import fingerprint
+from argrpo_cli.pictures import read_image
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import choose_sampling
 from argrpo_cli.runs.run import versions
 from argrpo_cli.shapes import Condition, Sampling, Shot
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import BadPicture, UserError
 from argrpo_cli.system.files import user_cache
 from argrpo_cli.system.processes import Team, say
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 CHUNK = 256  # images that are kept together
 ENCODE_PIXELS = 2**20  # encoded at a time, as many as `Policy.decode` decodes
-PREPROCESSING = "centre crop"  # part of what tokens are known by: another preprocessing needs another name
+PREPROCESSING = "centre crop, on white"  # part of what tokens are known by: another preprocessing needs another name
 CODES = "codes"
 Tally = dict[str, Tensor]  # see `tally`
 
@@ -274,8 +275,10 @@ def tokenise(images: ImageSet, policy: Policy, cache: Path, team: Team) -> Tenso
     at_once = max(1, ENCODE_PIXELS // size**2)
 
     def read(batch: Sequence[Item]) -> Tensor:
-        with ThreadPoolExecutor(READERS) as readers:
-            pixels = list(readers.map(lambda item: read_cropped(images.path / item.file, size), batch))
+        cropped = [replace(item, read=partial(read_cropped, images.path / item.file, size)) for item in batch]
+        pixels = list(read_ahead(cropped))
+        if bad := next((one for one in pixels if isinstance(one, BadPicture)), None):
+            raise bad
         if any(file_item(images.path, item.file).stamp != item.stamp for item in batch):
             raise UserError(f"pictures in {images.path} changed while they were read; give the command again")
         return torch.from_numpy(np.stack(pixels))
@@ -291,19 +294,26 @@ def tokenise(images: ImageSet, policy: Policy, cache: Path, team: Team) -> Tenso
     return store
 
 
-def read_cropped(path: Path, size: int) -> np.ndarray:
+def read_cropped(path: Path, size: int, most: int | None = None) -> np.ndarray | None:
     """A picture as LlamaGen's tokenizer was evaluated on it, uint8 [3, size, size].
 
-    RGB as Pillow converts it, then `centre_crop`. LlamaGen's `extract_codes_c2i.py` and `val_ddp.py` read through
-    torchvision's ImageFolder: a turn noted in EXIF is not made, so that the few pictures that have one stay as trained
-    on. Its policies are trained on ten crops of a picture 1.1 times as large; a validation set has one: the middle.
+    RGB as everywhere, then `centre_crop`. LlamaGen's `extract_codes_c2i.py` and `val_ddp.py` read through torchvision's
+    ImageFolder: a turn noted in EXIF is not made, so that the few pictures that have one stay as trained on. Its
+    policies are trained on ten crops of a picture 1.1 times as large; a validation set has one: the middle.
+
+    Args:
+        most: see `read_image`.
 
     Raises:
-        UserError: it cannot be read.
+        BadPicture: it cannot be read.
     """
-    with opened_image(path) as image:
-        cropped = np.asarray(centre_crop(image.convert("RGB"), size))
-    return np.ascontiguousarray(cropped.transpose(2, 0, 1))
+    from PIL import Image
+
+    pixels = read_image(path, most, upright=False)
+    if pixels is None:
+        return None
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return np.ascontiguousarray(np.asarray(centre_crop(image, size)).transpose(2, 0, 1))
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -42,8 +42,8 @@ from argrpo_cli.geneval import DETECTORS, MASK2FORMER, NANO, check_detector
 from argrpo_cli.geneval.observers import Observer, load_observer
 from argrpo_cli.geneval.prompts import NANO_OBJECTS, Prompt, official_jsonl, official_prompts, prompt_set
 from argrpo_cli.geneval.rules import ClassifyColor, Detection, Detections, judge_image
-from argrpo_cli.images import read_image
 from argrpo_cli.kept import Rows, kept
+from argrpo_cli.pictures import read_image
 from argrpo_cli.shapes import Column, Condition, Result, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import save_png, write_jsonl

@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from argrpo_cli.geneval.prompts import Prompt, official_prompts, parse_prompt
 from argrpo_cli.geneval.rules import Thresholds
-from argrpo_cli.images import folder_entries, read_image
+from argrpo_cli.images import check_folder
+from argrpo_cli.pictures import read_image
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, readable, write_text
 
@@ -47,7 +48,7 @@ def read_pictures(folder: Path) -> list[tuple[str, Prompt]]:
     Raises:
         UserError: no such folder or layout, a prompt that GenEval has not, pictures that are missing.
     """
-    folder_entries(folder)  # refuses what is none
+    check_folder(folder)
     with readable(f"the folder {folder}"):
         there = {path: _numbered(path / SAMPLES, ".png") for path in _numbered(folder)}
     count = max((len(samples) for samples in there.values()), default=0)

@@ -216,8 +216,8 @@ class ImageNet(Benchmark):
         }
 
     def warnings(self, subjects: Sequence[Subject]) -> list[str]:
-        """Where the evaluation departs from the published protocol; each once."""
-        texts: list[str] = []
+        """What is left out of the sets, and where the evaluation departs from the published protocol; each once."""
+        texts = [text for images in (self.images, self.file.images) if images for text in images.remarks]
         for one in subjects:
             classes = len(one.card.names) if one.card else None
             sampling = asdict(one.sampling) if one.sampling else one.identity.get("sampling", {})
@@ -254,6 +254,7 @@ class ImageNet(Benchmark):
 
     def _features(self, subject: Subject, batch_size: int) -> Features:
         items = self.images.items if self.images else subject.shots
+        batch_size = self.images.at_once(batch_size) if self.images else batch_size
         features = Features(subject.folder / "features", items, self.inception, batch_size)
         self.features[subject.name] = features
         return features

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from argrpo_cli.images import METADATA, SUFFIXES, ImageSet, file_item, folder_entries, image_files, read_metadata
+from argrpo_cli.images import METADATA, WNID, ImageSet, file_item, image_files, read_metadata
 from argrpo_cli.policy.folder import class_wnids
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
@@ -36,27 +36,24 @@ GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"  # of 
 LABEL_FILES = (SOLUTION, WNIDS, IDS, GROUND_TRUTH)
 LEVELS_UP = 4  # Kaggle has the pictures in ILSVRC/Data/CLS-LOC/val and the labels beside ILSVRC
 DEVKIT = "*devkit*/data"
-WNID = re.compile(r"n\d{8}")
 
 
 def open_labelled(folder: str | Path) -> ImageSet:
-    """The pictures of a folder in one of the three layouts, sorted by path. Each has its `label` in `extra`: a WordNet
-    id, a class name, or a class id (a number, also as text); `note` is the file that they are from, or "class folders".
+    """The pictures of a folder in one of the three layouts, in natural order. Each has its `label` in `extra`: a
+    WordNet id, a class name, or a class id (a number, also as text); `note` is the file that they are from, or "class
+    folders".
 
     Raises:
         UserError: no such folder, no pictures, no labels, or a picture without one.
     """
     folder = Path(folder)
-    entries = folder_entries(folder)
-    subfolders = [path for path in entries if path.is_dir()]
-    if any(path.suffix.lower() in SUFFIXES for path in entries):
-        return _flat(folder, image_files(folder))
-    if not subfolders:
-        raise UserError(f"{folder} holds neither pictures nor class folders")
+    files, remarks = image_files(folder)
+    if not all("/" in file for file in files):
+        return _flat(folder, files, remarks)
     if (folder / "val").is_dir():
         raise UserError(f"{folder} holds no pictures, but a folder val; give --data {folder / 'val'}")
-    files = [(path.name, f"{path.name}/{name}") for path in subfolders for name in image_files(path)]
-    return ImageSet(folder, [file_item(folder, file, label=label) for label, file in files], "class folders")
+    items = [file_item(folder, file, label=file.split("/")[0]) for file in files]
+    return ImageSet(folder, items, "class folders", remarks)
 
 
 def some_of(images: ImageSet, count: int | None) -> ImageSet:
@@ -121,7 +118,7 @@ def balanced_order(labels: Sequence[str | int]) -> list[int]:
     return order
 
 
-def _flat(folder: Path, files: Sequence[str]) -> ImageSet:
+def _flat(folder: Path, files: Sequence[str], remarks: Sequence[str]) -> ImageSet:
     if (folder / METADATA).is_file():
         source, rows = folder / METADATA, read_metadata(folder, whole=False)
         labels = [rows.get(name, {}).get("class_id") for name in files]
@@ -132,7 +129,7 @@ def _flat(folder: Path, files: Sequence[str]) -> ImageSet:
     if None in labels:
         raise UserError(f"{source} has no label for {files[labels.index(None)]}")
     items = [file_item(folder, file, label=label) for file, label in zip(files, labels, strict=True)]
-    return ImageSet(folder, items, str(source))
+    return ImageSet(folder, items, str(source), remarks)
 
 
 def _find_labels(folder: Path) -> Path:

@@ -28,7 +28,7 @@ from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.networks.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
 from argrpo_cli.shapes import Shot
 from argrpo_cli.system.errors import UserError, first_line
-from argrpo_cli.system.files import atomic_path, load_tensors, readable, save_tensors, user_cache
+from argrpo_cli.system.files import atomic_path, load_tensors, open_regular, readable, save_tensors, user_cache
 from argrpo_cli.system.npz import Npz
 from argrpo_cli.system.processes import Team, progress
 
@@ -156,7 +156,7 @@ def content_hash(path: Path, images: ImageSet | None) -> str:
     for file in [path / item.file for item in images.items] if images is not None and not images.is_array else [path]:
         if file != path:
             digest.update(os.fsencode(file.name) + b"\0")
-        with readable(file), open(file, "rb") as content:
+        with readable(file), open_regular(file) as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 
@@ -184,7 +184,7 @@ def prepare_reference(
         return team.lead(read)
     features = None
     if file.images is not None:
-        features = Features(folder, file.images.items, inception, batch_size)
+        features = Features(folder, file.images.items, inception, file.images.at_once(batch_size))
         features.extract(file.images.read, "Inception on the reference", team, ahead=True)
 
     def finish() -> Reference:

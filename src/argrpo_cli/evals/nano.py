@@ -187,6 +187,9 @@ class Nano(Benchmark):
         label = f"sampling {subject.name}"
         kept(subject.shots, draw, _store(subject), batch_size=batch_size, label=label, team=team)
 
+    def warnings(self, subjects: Sequence[Subject]) -> list[str]:
+        return list(self.images.remarks) if self.images else []
+
     def measure(self, subject: Subject, batch_size: int, team: Team) -> Measures:
         """In the first process; what is slow is drawing."""
         self.batch_size = batch_size

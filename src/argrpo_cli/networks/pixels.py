@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import BadPicture
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 NANO_SIZE = 64  # pixels, of the nano networks
+LARGE = 2**28  # bytes of a batch from which one channel is looked at after the other
 MOST_OBLONG = 50  # its long side over its short one: the whole picture is scaled before its centre is taken
 
 
@@ -36,7 +37,8 @@ class Preprocess:
         """uint8 [B, 3, H, W] to normalised float32 [B, 3, size, size] on their device; UserError for oblong ones."""
         height, width = images.shape[-2:]
         if max(height, width) > MOST_OBLONG * min(height, width):
-            raise UserError(f"an image of {width} x {height} pixels is too oblong for CLIP; crop it to {MOST_OBLONG}:1")
+            size = f"{width} x {height} pixels"
+            raise BadPicture(f"an image of {size} is too oblong for CLIP; crop it to {MOST_OBLONG}:1")
         if self.resize_mode == "squash":
             resized = resize(images, self.size, self.size, self.interpolation)
         else:
@@ -58,6 +60,8 @@ def resize(images: Tensor, height: int, width: int, interpolation: str = "bicubi
     Returns:
         int32 [B, C, height, width] in [0, 255].
     """
+    if _is_large(images):
+        return _by_channel(images, lambda one: resize(one, height, width, interpolation))
     x = images.int()
     if width != x.shape[-1]:
         x = _resample(x.transpose(-1, -2).contiguous(), width, interpolation).transpose(-1, -2).contiguous()
@@ -107,6 +111,16 @@ FRACTION_BITS = 22
 FILTERS = {"bicubic": (_cubic, 2.0), "bilinear": (_triangle, 1.0)}  # and how far they reach
 
 
+def _is_large(images: Tensor) -> bool:
+    return images.numel() > LARGE and len(images.flatten(0, 1)) > 1
+
+
+def _by_channel(images: Tensor, made: Callable[[Tensor], Tensor]) -> Tensor:
+    """`made` of uint8 [B, C, H, W], channel by channel: of a large picture, whose numbers would not fit memory."""
+    channels = [made(one[None, None]) for one in images.flatten(0, 1)]
+    return torch.cat(channels, 1).unflatten(1, images.shape[:2]).flatten(0, 1)
+
+
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std for each channel of [B, 3, H, W]."""
     shape = (3, 1, 1)
@@ -126,11 +140,14 @@ def letterbox(images: Tensor, size: int = 224) -> Tensor:
     Returns:
         float32 [B, 3, size, size].
     """
-    x = images.float() / 255
-    longest = max(x.shape[-2:])
-    if longest != size:
-        shape = [max(1, round(side * size / longest)) for side in x.shape[-2:]]
-        x = F.interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False)
+    longest = max(images.shape[-2:])
+    shape = [max(1, round(side * size / longest)) for side in images.shape[-2:]]
+
+    def resized(images: Tensor) -> Tensor:
+        x = images.float() / 255
+        return x if longest == size else F.interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False)
+
+    x = _by_channel(images, resized) if _is_large(images) else resized(images)
     down, right = (size - side for side in x.shape[-2:])
     x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
     return normalize(x, CLIP_MEAN, CLIP_STD)
@@ -141,6 +158,8 @@ def to_unit(images: Tensor) -> Tensor:
 
     Pictures of another size are resized (means of areas), without regard to their proportions.
     """
+    if _is_large(images):
+        return _by_channel(images, to_unit)
     images = images.float()
     if images.shape[-2:] != (NANO_SIZE, NANO_SIZE):
         images = F.interpolate(images, (NANO_SIZE, NANO_SIZE), mode="area")

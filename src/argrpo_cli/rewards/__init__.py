@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli import __version__
 from argrpo_cli.rewards.base import FAMILIES, Reward
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.errors import UserError, did_you_mean, first_line, out_of_memory
+from argrpo_cli.system.errors import BadPicture, UserError, did_you_mean, first_line, out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -177,7 +177,7 @@ class RewardSet:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
             why = why if name in why else f"reward {name} failed: {why}"
             if name not in self.tolerated:
-                raise UserError(why) from error
+                raise (BadPicture if isinstance(error, BadPicture) else UserError)(why) from error
             self._why[name] = why
             return torch.full((len(images),), math.nan)
 

@@ -22,6 +22,10 @@ class UserError(Exception):
     """
 
 
+class BadPicture(UserError):
+    """One picture that cannot be read or looked at; it says nothing of the others."""
+
+
 @contextmanager
 def exit_code(program: str) -> Iterator[None]:
     """Within this context of a program beside `argrpo` a UserError is a line on standard error and exit code 2."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.plain import check_shape, lines_of, parse_json, to_json
@@ -38,6 +40,17 @@ def writable(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file opened for reading, links followed. OSError for what is none: a pipe without a writer would keep the
+    reader waiting for ever, a device such as /dev/zero would never end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open refuses a folder
+        kind = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
+        raise OSError(errno.EINVAL, f"it is a {kind}, not a file", str(path))
+    at_once = getattr(os, "O_NONBLOCK", 0)  # should it have become a pipe since
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once))
 
 
 @contextmanager
@@ -135,11 +148,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises:
         UserError: it names the path, which is missing, unreadable, not text, or no file that comes to an end.
     """
-    with readable(path, (UnicodeDecodeError,), "it is not UTF-8 text"):
-        if not Path(path).is_dir() and not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"cannot read {path}: it is a pipe or a device; give a file")
-        with open(path, encoding="utf-8-sig", newline="") as file:  # Windows writes a mark at the start
-            return file.read()
+    with readable(path, (UnicodeDecodeError,), "it is not UTF-8 text"), open_regular(path) as file:
+        return TextIOWrapper(file, encoding="utf-8-sig", newline="").read()  # Windows writes a mark at the start
 
 
 def fill_template(path: Path, **values: Any) -> str:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import readable
+from argrpo_cli.system.files import open_regular, readable
 
 HEAD = 10_240  # bytes from the start of a member that its header must lie in
 INFLATION = 1_032  # bytes that deflate makes of one at most
@@ -65,9 +65,7 @@ class Npz:
         self._stream: zipfile.ZipExtFile | None = None
         self._key = ""
         with self._damage("it is neither a folder nor an .npz file, or a damaged one"):
-            if path.exists() and not path.is_file():
-                raise ValueError("a pipe or a device has no end to begin with")
-            self._archive, self._bytes = zipfile.ZipFile(path), os.path.getsize(path)
+            self._archive, self._bytes = zipfile.ZipFile(open_regular(path)), os.path.getsize(path)
         self.names = self._archive.namelist()
         self.keys = [name.removesuffix(".npy") for name in self.names if name.endswith(".npy")]
 

@@ -1,0 +1,174 @@
+"""`argrpo score` of folders as people have them: torn pictures, pipes, sub-folders, captions in files."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from argrpo_cli.cli.app import run
+from argrpo_cli.images import find_items
+from argrpo_cli.shapes import Condition, Result
+from argrpo_cli.system.errors import BadPicture, UserError
+from argrpo_cli.system.files import read_jsonl, write_jsonl
+from tests.cli.test_score import Rewards
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Replace the rewards by brightness, and the length of the prompt; the brightness of all that was looked at."""
+    seen: list[int] = []
+
+    class Noted(Rewards):
+        def score(self, images, conditions, batch_size=64):
+            if max(images.shape[2:]) > 50 * min(images.shape[2:]):
+                raise BadPicture("too oblong")
+            seen.extend(int(one) for one in images.float().mean(dim=(1, 2, 3)))
+            return super().score(images, conditions, batch_size)
+
+    monkeypatch.setattr("argrpo_cli.rewards.load_rewards", lambda names, device="cpu", options=None: Noted(names, 0))
+    monkeypatch.setattr("argrpo_cli.cli.options.check_rewards", lambda names, options: None)
+    return seen
+
+
+def picture(path, value: int, size: tuple[int, int] = (4, 4)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value,) * 3).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four good pictures among six bad ones."""
+    for index, value in ((1, 10), (2, 20), (10, 30), (11, 40)):
+        picture(tmp_path / f"{index}.png", value)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    noise.save(tmp_path / "3 torn.png")
+    (tmp_path / "3 torn.png").write_bytes((tmp_path / "3 torn.png").read_bytes()[:4000])
+    (tmp_path / "4 text.png").write_text("not a picture")
+    os.mkfifo(tmp_path / "5 pipe.png")
+    (tmp_path / "6 zero.png").symlink_to("/dev/zero")
+    (tmp_path / "7 gone.png").symlink_to("nowhere")
+    picture(tmp_path / "8 long.png", 5, (1, 60))
+    return tmp_path
+
+
+BAD = ("3 torn.png", "4 text.png", "5 pipe.png", "6 zero.png", "7 gone.png", "8 long.png")
+NAMES = ["1.png", "2.png", *BAD, "10.png", "11.png"]
+
+
+def test_good_pictures_are_scored_among_bad_ones_and_not_again(folder, seen, capsys):
+    arguments = ["score", str(folder), "--rewards", "bright", "--batch-size", "3"]
+    for call in range(2):
+        assert run(arguments) == 2
+        out, err = capsys.readouterr()
+        assert [err.count(name) for name in BAD] == [1] * 6 and "30.0000" not in err
+        assert "6 of 10 images could not be read and have no scores" in err.splitlines()[-1]
+        assert "WARNING: 6 images cannot be read" in out and ("(4 were scored before)" in out) == bool(call)
+        rows = read_jsonl(folder / "scores.jsonl")
+        assert [row["file"] for row in rows] == NAMES
+        assert [row["scores"]["bright"] for row in rows] == [10, 20, *[None] * 6, 30, 40]
+        result = Result.load(folder / "summary.json")
+        assert list(result.protocol["unreadable"]) == list(BAD)
+        assert (result.rows[str(folder)]["bright"].value, result.rows[str(folder)]["bright"].count) == (25, 4)
+        assert seen == [10, 20, 30, 40], "the second call looks at none of them again"
+    for name in BAD:
+        (folder / name).unlink()
+    picture(folder / "3 torn.png", 50)
+    assert run(arguments) == 0
+    assert seen == [10, 20, 30, 40, 50], "the one that was mended"
+    assert not (folder / "scores.partial").exists()
+
+
+def test_strict_stops_at_the_first_bad_picture(folder, seen, capsys):
+    arguments = ["score", str(folder), "--rewards", "bright", "--batch-size", "2"]
+    assert run([*arguments, "--strict"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "3 torn.png" in error and "4 text.png" not in error
+    assert not (folder / "scores.jsonl").exists() and seen == [10, 20]
+    assert run(arguments) == 2 and seen == [10, 20, 30, 40]
+
+
+def test_where_nothing_can_be_read_nothing_is_written(folder, seen, fails):
+    assert "5 pipe.png: it is a pipe" in fails("score", folder / "5 pipe.png", "--rewards", "bright")
+    assert run(["score", *(str(folder / name) for name in BAD[:3]), "--rewards", "bright"]) == 2
+    assert {path.name for path in folder.iterdir()} == set(NAMES)
+
+
+# --- what they show ---
+
+
+def test_class_folders_say_what_pictures_show(tmp_path):
+    for file in ("n02099601/n02099601_10.JPEG", "golden_retriever/2.png", "val/orange/IMG_3.png", "part 2/cat_4.png"):
+        picture(tmp_path / "a" / file, 1)
+    picture(tmp_path / "a" / "007" / "000123.png", 1)
+    images = find_items([tmp_path / "a"])
+    conditions = {item.file: item.condition for item in images.items}
+    assert conditions["n02099601/n02099601_10.JPEG"] == Condition("a photo of a golden retriever", 207)
+    assert conditions["golden_retriever/2.png"] == Condition("a photo of a golden retriever")
+    assert conditions["val/orange/IMG_3.png"] == Condition("a photo of an orange")
+    assert conditions["part 2/cat_4.png"] == Condition("a photo of a cat")
+    assert conditions["007/000123.png"] is None
+    assert "names of folders and files (golden_retriever/2.png: 'a photo of a golden retriever')" in images.note
+
+
+def test_captions_one_a_line_go_in_natural_order_and_that_is_said(tmp_path, seen, capsys):
+    for index in range(12):
+        picture(tmp_path / "a" / f"{index}.png", index)
+    captions = tmp_path / "captions.txt"
+    captions.write_text("".join(f"{index} {'x ' * index}\n" for index in range(12)))
+    assert run(["score", str(tmp_path / "a"), "--rewards", "words,bright", "--prompts", str(captions)]) == 0
+    rows = read_jsonl(tmp_path / "a" / "scores.jsonl")
+    assert [row["scores"] for row in rows] == [{"words": index + 1, "bright": index} for index in range(12)]
+    said = capsys.readouterr().err
+    assert "captions.txt go to the images in this order: 0.png: '0', 1.png: '1 x', 2.png: '2 x x', ..., 11.png" in said
+
+
+@pytest.fixture
+def pair(tmp_path):
+    for name in "ab":
+        picture(tmp_path / "p" / f"{name}.png", 1)
+    return tmp_path / "p"
+
+
+@pytest.mark.parametrize("name", ["OCR.JSONL", "ocr.jsonl", "ocr.Json", "ocr.CSV"])
+def test_captions_of_rows_go_by_file_whatever_the_letters_of_the_ending(name, pair, tmp_path):
+    rows = [{"file": "b.png", "prompt": "of b"}, {"file": "a.png", "prompt": "of a"}, {"file": "c.png", "prompt": "c"}]
+    if name == "ocr.Json":
+        (tmp_path / name).write_text(json.dumps(rows))
+    elif name == "ocr.CSV":
+        (tmp_path / name).write_text("file,prompt\nb.png,of b\na.png,of a\nc.png,c\n")
+    else:
+        write_jsonl(tmp_path / name, rows)
+    images = find_items([pair], captions=tmp_path / name)
+    assert [(item.file, item.condition.prompt) for item in images.items] == [("a.png", "of a"), ("b.png", "of b")]
+    assert any("for no image of the set: c.png" in remark for remark in images.remarks)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"file": "b.png", "prompt": "x"}, {"prompt": "y"}], "row 2: 'file' = None; name the file in every row"),
+        ([{"prompt": "y"}, {"file": "b.png", "prompt": "x"}], "row 2: 'file' = 'b.png'; name the file in every row"),
+        ([{"file": 1, "prompt": "x"}, {"file": 2, "prompt": "y"}], "row 1: 'file' = 1"),
+        ([{"file": "a.png", "prompt": "x"}, {"file": "a.png", "prompt": "y"}], "row 2: a second caption for a.png"),
+        ([{"file": "a.png", "prompt": "x"}, {"file": "c.png", "prompt": "y"}], "no caption for b.png"),
+        ([{"prompt": ["x", "y"]}, {"prompt": []}], "line 1: 'prompt' holds 2 captions; give one for each picture"),
+    ],
+)
+def test_captions_that_cannot_be_paired_are_refused(rows, message, pair, tmp_path):
+    write_jsonl(tmp_path / "captions.jsonl", rows)
+    with pytest.raises(UserError, match=message):
+        find_items([pair], captions=tmp_path / "captions.jsonl")
+
+
+def test_pictures_that_metadata_does_not_list_are_named_and_one_listed_twice_is_refused(pair):
+    picture(pair / "sub" / "c.png", 1)
+    write_jsonl(pair / "metadata.jsonl", [{"file": "a.png", "prompt": "x"}])
+    (remark,) = find_items([pair]).remarks
+    assert "does not list them: b.png, sub/c.png" in remark
+    write_jsonl(pair / "metadata.jsonl", [{"file": "a.png", "prompt": "x"}, {"file": "a.png", "prompt": "y"}])
+    with pytest.raises(UserError, match=r"lists a\.png twice"):
+        find_items([pair])
