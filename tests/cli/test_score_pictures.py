@@ -151,7 +151,7 @@ def test_captions_of_rows_go_by_file_whatever_the_letters_of_the_ending(name, pa
     ("rows", "message"),
     [
         ([{"file": "b.png", "prompt": "x"}, {"prompt": "y"}], "row 2: 'file' = None; name the file in every row"),
-        ([{"prompt": "y"}, {"file": "b.png", "prompt": "x"}], "row 2: 'file' = 'b.png'; name the file in every row"),
+        ([{"prompt": "y"}, {"file": "b.png", "prompt": "x"}], "row 1: 'file' = None; name the file in every row"),
         ([{"file": 1, "prompt": "x"}, {"file": 2, "prompt": "y"}], "row 1: 'file' = 1"),
         ([{"file": "a.png", "prompt": "x"}, {"file": "a.png", "prompt": "y"}], "row 2: a second caption for a.png"),
         ([{"file": "a.png", "prompt": "x"}, {"file": "c.png", "prompt": "y"}], "no caption for b.png"),

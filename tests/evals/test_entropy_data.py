@@ -365,7 +365,7 @@ def test_the_command_as_typed(policies, tmp_path, monkeypatch, capsys):
     [
         (["--data", "nowhere"], "no folder nowhere"),
         (["--data", "file.txt"], "file.txt is a file, not a folder"),
-        (["--data", "empty"], "empty holds neither pictures nor class folders"),
+        (["--data", "empty"], "no images in empty"),
         (["--data", "above"], "above holds no pictures, but a folder val; give --data above/val"),
         (
             ["--data", "unlabelled"],
