@@ -21,6 +21,7 @@ from argrpo_cli.policy.llamagen.checkpoints import to_published
 from argrpo_cli.policy.llamagen.config import SIZES, published_config
 from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
+from argrpo_cli.policy.open import outline_policy
 from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
 from tests.training.tiny import sample
@@ -57,6 +58,8 @@ def test_every_size_has_the_published_keys_shapes_and_counts(name):
 
 def test_every_published_name_says_size_condition_and_pixels():
     for name, entry in published.POLICIES.items():
+        if entry.family != "llamagen" or not entry.file:  # a whole repository has a name of its own
+            continue
         kind, size, pixels, *aligned = name.split("-")
         file = Path(entry.file).name
         assert file.lower().startswith(f"{kind}_{size}_")
@@ -136,6 +139,46 @@ def test_every_wrapping_opens(tiny, wrapping):
     torch.save(content, path)
     state = to_published(load_policy(path).model)
     assert all(torch.equal(state[key], value) for key, value in weights.items())
+
+
+def mirrored(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As transformers' Llama calls it: jadohu/LlamaGen-T2I's layout."""
+    words = {
+        "tok_embeddings": "embed_tokens", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }  # fmt: skip
+    result = {}
+    for key, value in state.items():
+        for own, theirs in words.items():
+            key = key.replace(own, theirs)
+        if "wqkv" in key:
+            for name, rows in zip("qkv", value.chunk(3), strict=True):
+                result["model." + key.replace("attention.wqkv", f"self_attn.{name}_proj")] = rows.clone()
+        else:
+            result["lm_head.weight" if key == "output.weight" else f"model.{key}"] = value
+    return result
+
+
+def test_a_folder_in_the_layout_of_transformers_llama_opens_and_what_does_not_fit_is_named(tiny):
+    folder, weights = tiny / "mirror", weights_of(tiny / "c2i_tiny_256.pt")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "block_size": 256}))
+    (tiny / "vq_ds16_c2i.pt").rename(folder / "vq_ds16_c2i.pt")
+    state = mirrored(weights)
+    save_file(state, folder / "model.safetensors")
+    policy = load_policy(folder)
+    own = to_published(policy.model)
+    assert policy.image_size == 256 and own.keys() == weights.keys()
+    assert all(torch.equal(own[key], value) for key, value in weights.items())
+    assert outline_policy(folder).policy.model.num_parameters() == policy.model.num_parameters()
+    save_file(state | {"model.layers.0.self_attn.q_norm.weight": torch.ones(2)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"unexpected layers\.0\.self_attn\.q_norm\.weight"):
+        load_policy(folder)
+    del state["model.layers.1.self_attn.k_proj.weight"]
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"transformers' layout: it has no model\.layers\.1\.self_attn\.k_proj\.weight"):
+        load_policy(folder)
 
 
 @pytest.fixture

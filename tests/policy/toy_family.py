@@ -142,7 +142,7 @@ class Toy:
         return f"greys-{CODES}"
 
     def parts(self) -> dict[str, list[str]]:
-        return {"trainable": ["table"], "lora": []}
+        return {"trainable": ["table"], "lora": [], "adapted": []}
 
     def fingerprint(self) -> str:
         return fingerprint([self.model])

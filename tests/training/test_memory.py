@@ -17,6 +17,7 @@ from argrpo_cli.recipe import Recipe
 from argrpo_cli.recipe.sections import LoraSection
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.training.memory import estimate, pass_bytes, total, trained_parameters
+from tests.training.tiny import tiny_caption_policy
 
 IMAGES = 4
 
@@ -98,10 +99,12 @@ def test_the_cache_is_as_large_as_the_sampler_makes_it(condition: str) -> None:
 
 def test_adapters_are_counted_as_peft_makes_them() -> None:
     peft = pytest.importorskip("peft")
-    model, lora = LlamaGenForImageGeneration(small()), LoraSection(rank=3)
-    expected = trained_parameters(model, lora)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=3, target_modules=lora.targets), model)
-    assert expected == sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
+    lora, targets = LoraSection(rank=3), ["wqkv", "wo", "w1", "w2", "w3"]
+    policy = tiny_caption_policy()  # whose fc1 and fc2, before the layers, have none
+    expected = trained_parameters(policy, lora)
+    assert expected == trained_parameters(policy, LoraSection(rank=3, targets=targets))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=3, target_modules=targets), policy.model)
+    assert expected == sum(value.numel() for name, value in policy.model.named_parameters() if "lora_" in name)
 
 
 def parts_of(checkpoint: str = "c2i-l-384", **sections: Any) -> dict[str, int]:

@@ -25,8 +25,11 @@ MANIFEST = "checksums.json"  # of a checkpoint, see runs/checkpoints.py
 CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step_"  # of a run directory: checkpoints/step_000020
 BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
 BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
+MODEL_TYPES = {"janus": "janus", "multi_modality": "janus"}  # of config.json, to the family that opens the folder
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt")
 C2I_REPO, T2I_REPO, TEXT_ENCODER = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i", "google/flan-t5-xl"
+JANUS_OWNER, JANUS_SIZES = "deepseek-community", ("1B", "7B")  # the weights of deepseek-ai in transformers' format
+JANUS_CFG_SCALE = 5.0  # of its authors' script
 CCA_REPO, CCA_FOLDER = "ChenDRAG/CCA_LlamaGen", "CCA_LlamaGen_Guidance_Free"
 TOKENIZERS = {  # name to repository and file
     "vq-ds16-c2i": (C2I_REPO, "vq_ds16_c2i.pt"),
@@ -41,12 +44,13 @@ class PublishedPolicy:
     """Where a policy lies on the hub, and what its file does not say."""
 
     repo: str
-    file: str
+    file: str  # empty where it is the whole repository
     image_size: int
-    tokenizer: str
+    tokenizer: str  # empty where it is part of the model
     sampling: Mapping[str, Any] = field(default_factory=dict)  # see `own_sampling`
     reads: str = "classes"  # of ImageNet, or "captions"
     family: str = "llamagen"
+    revision: str | None = None  # of a whole repository: a commit, branch or tag; None is the newest
 
 
 POLICIES = {
@@ -56,12 +60,26 @@ POLICIES = {
     },
     "t2i-xl-256": PublishedPolicy(T2I_REPO, "t2i_XL_stage1_256.pt", 256, "vq-ds16-t2i", reads="captions"),
     "t2i-xl-512": PublishedPolicy(T2I_REPO, "t2i_XL_stage2_512.pt", 512, "vq-ds16-t2i", reads="captions"),
+    # As GCPO trained it (arXiv 2509.22485), in the layout of transformers' Llama.
+    "t2i-xl-256-gcpo": PublishedPolicy("zghhui/LlamaGen-T2I-GCPO", "", 256, "vq-ds16-t2i", reads="captions"),
     # LlamaGen after an epoch of condition contrastive alignment (arXiv 2410.09347), to be drawn from without guidance.
     **{
         f"c2i-{size.lower()}-384-cca": PublishedPolicy(
             CCA_REPO, f"{CCA_FOLDER}/c2i_{size}_384_CCA_0005000.pt", 384, "vq-ds16-c2i", {"cfg_scale": 1.0}
         )
         for size in ("B", "L", "XL", "XXL", "3B")
+    },
+    **{
+        f"janus-pro-{size.lower()}": PublishedPolicy(
+            f"{JANUS_OWNER}/Janus-Pro-{size}",
+            "",
+            384,
+            "",
+            {"cfg_scale": JANUS_CFG_SCALE},
+            reads="captions",
+            family="janus",
+        )
+        for size in JANUS_SIZES
     },
 }
 
@@ -88,11 +106,12 @@ def glance(name_or_path: str | Path) -> Glance | None:
     Raises:
         UserError: nothing there, or no policy folder.
     """
-    if str(name_or_path) in POLICIES:
-        entry = POLICIES[str(name_or_path)]
+    if entry := published_entry(name_or_path):
         names = class_names(1000) if entry.reads == "classes" else ()
         return Glance(str(name_or_path), entry.reads, names, entry.sampling)
     if is_published(name_or_path):
+        if published_family(name_or_path) == "janus":
+            return Glance(str(name_or_path), "captions", sampling=janus_sampling(Path(name_or_path)))
         return None
     folder = find_policy(name_or_path)
     card = read_json(folder / CARD)
@@ -101,7 +120,7 @@ def glance(name_or_path: str | Path) -> Glance | None:
         seen = glance(base_of(folder, card))
         return replace(seen, sampling=own) if seen is not None and own else seen
     card = read_card(folder)
-    return Glance(str(name_or_path), "captions" if "text_encoder" in card else "classes", card.get("classes", ()), own)
+    return Glance(str(name_or_path), "captions" if _reads_captions(card) else "classes", card.get("classes", ()), own)
 
 
 def find_policy(name_or_path: str | Path) -> Path:
@@ -136,18 +155,36 @@ def find_policy(name_or_path: str | Path) -> Path:
 def is_published(name_or_path: str | Path) -> bool:
     """Whether this is a published name, a file of weights or an AR-GRPO folder, and not a policy folder or a run."""
     path = Path(name_or_path)
-    if str(name_or_path) in POLICIES or (path.suffix in WEIGHT_FILES and path.is_file()):
+    if published_entry(name_or_path) or (path.suffix in WEIGHT_FILES and path.is_file()):
         return True
     return (path / "config.json").is_file() and not (path / CARD).is_file() and bool(weight_files(path))
 
 
+def published_entry(name: str | Path) -> PublishedPolicy | None:
+    """What `POLICIES` has under a name; where that is a whole repository `name@revision` is one of its revisions."""
+    name, at, revision = str(name).partition("@")
+    entry = POLICIES.get(name)
+    if not at or entry is None:
+        return entry
+    return replace(entry, revision=revision) if revision and not entry.file else None
+
+
 def published_family(name_or_path: str | Path) -> str:
-    """The family of what `is_published`, by its name or that of its file; LlamaGen's where neither is known."""
-    name = Path(name_or_path).name  # a file that was downloaded by hand has its published name
-    entry = POLICIES.get(str(name_or_path)) or next(
-        (one for one in POLICIES.values() if Path(one.file).name == name), None
+    """The family of what `is_published`: by its name or that of its file, or as config.json says; else LlamaGen's."""
+    path = Path(name_or_path)  # a file that was downloaded by hand has its published name
+    entry = published_entry(name_or_path) or next(
+        (one for one in POLICIES.values() if one.file and Path(one.file).name == path.name), None
     )
+    if entry is None and path.is_dir():
+        return MODEL_TYPES.get(read_json(path / "config.json").get("model_type"), "llamagen")
     return "llamagen" if entry is None else entry.family
+
+
+def janus_sampling(folder: Path) -> dict[str, Any]:
+    """How a folder of a Janus of transformers is sampled: as its generation_config.json says, else as published."""
+    file = folder / "generation_config.json"
+    scale = read_json(file).get("guidance_scale") if file.is_file() else None
+    return {"cfg_scale": float(scale or JANUS_CFG_SCALE)}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -183,11 +220,16 @@ def read_card(folder: Path, **keys: type) -> dict[str, Any]:
         keys: what a family needs in it, with its type, beside what all do.
     """
     card = read_json(folder / CARD)
-    keys |= {"text_encoder": str} if "text_encoder" in card else {"classes": list}
+    keys |= {"text_encoder": str} if "text_encoder" in card else {} if _reads_captions(card) else {"classes": list}
     for key, kind in {**keys, "image_size": int}.items():
         if not isinstance(card.get(key), kind):
             raise UserError(f"{folder / CARD}: {key!r} is {card.get(key)!r}, expected a {kind.__name__}")
     return card | {"sampling": own_sampling(folder, card)}
+
+
+def _reads_captions(card: Mapping[str, Any]) -> bool:
+    """Through a text encoder beside the model, or by itself, as its policy.json says."""
+    return "text_encoder" in card or card.get("reads") == "captions"
 
 
 def own_sampling(folder: Path, card: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,9 +284,9 @@ def choose_sampling(
 
 
 def guidance_warning(policy: str, own: Mapping[str, Any], cfg_scale: float) -> str:
-    """What to say where a policy is guided by more than it says itself; else ""."""
+    """What to say where a policy is guided that says itself it is to be sampled without; else ""."""
     meant = own.get("cfg_scale", cfg_scale)
-    if cfg_scale <= meant:
+    if cfg_scale <= meant or meant > 1:
         return ""
     return (
         f"guidance {cfg_scale:g}, and {policy} is meant to be sampled at {meant:g}: guidance is in its weights "

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 # Family, as policy.json has it (none is llamagen), to the module and the class that opens its folders by `load`.
 FAMILIES = {
     "llamagen": ("argrpo_cli.policy.llamagen.policy", "LlamaGen"),
+    "janus": ("argrpo_cli.policy.janus.policy", "Janus"),
 }
 # Family to the module that opens what others publish of it, by `open_published(name_or_path, device, dtype,
 # text_device)`, and outlines it by `outline_published(name_or_path)`, and a policy folder by `outline_folder(folder)`.
 PUBLISHED = {
     "llamagen": "argrpo_cli.policy.llamagen.published",
+    "janus": "argrpo_cli.policy.janus.published",
 }
 
 
@@ -48,9 +50,10 @@ def load_policy(
     """Open a policy.
 
     Args:
-        name_or_path: a bundled name ("nano-c2i"), a published one ("c2i-l-384"), a policy folder, a checkpoint folder
-            of a run (adapters are merged into their base), a run directory (its newest checkpoint, or its final policy
-            where there are none), a published checkpoint file, or an AR-GRPO folder.
+        name_or_path: a bundled name ("nano-c2i"), a published one ("c2i-l-384", "janus-pro-1b@REVISION"), a policy
+            folder, a checkpoint folder of a run (adapters are merged into their base), a run directory (its newest
+            checkpoint, or its final policy where there are none), a published checkpoint file, an AR-GRPO folder, or a
+            folder of a Janus as transformers has it.
         device: a torch device, or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16", for the model; the tokenizer stays in float32.
         text_device: of the text encoder; "same", "offload" or the name of a device, see `TextEncoder.place`.
@@ -119,12 +122,25 @@ def choose_trainable(policy: Policy, trainable: str | Sequence[str]) -> None:
         parameter.requires_grad_(name in names and any(part in name for part in parts))
 
 
-def check_targets(policy: Policy, targets: Sequence[str]) -> None:
-    """UserError when one of the `policy.lora.targets` is no linear layer that an adapter can be put on."""
-    known = policy.parts()["lora"]
-    for target in targets:
-        if target not in known:
-            raise UserError(f"policy.lora.targets: no linear layer {target!r}; there are {', '.join(known)}")
+def adapted_layers(policy: Policy, targets: Sequence[str] | None) -> list[str]:
+    """Full names of the linear layers that adapters are put on: those that are trained and called like one of the
+    `policy.lora.targets`, which where they are null are the family's own choice.
+
+    Raises:
+        UserError: a target that no such layer is called.
+    """
+    from torch import nn
+
+    parts = policy.parts()
+    for target in targets or ():
+        if target not in parts["lora"]:
+            raise UserError(f"policy.lora.targets: no linear layer {target!r}; there are {', '.join(parts['lora'])}")
+    chosen, trained = parts["adapted"] if targets is None else targets, set(parts["trainable"])
+    return [
+        name
+        for name, module in policy.model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in chosen and f"{name}.weight" in trained
+    ]
 
 
 def require_peft() -> None:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from argrpo_cli.policy.tokens import LOGITS_AT_ONCE
 
@@ -33,6 +35,16 @@ class Outline:
     policy: Policy
     text_bytes: int
     files: tuple[HubFile, ...]
+
+    @property
+    def config(self) -> Any:
+        """The geometry of the model."""
+        return self.policy.model.config
+
+    @property
+    def layers(self) -> int:
+        """Layers that gradient checkpointing computes again, one at a time."""
+        return sum(isinstance(module, GradientCheckpointingLayer) for module in self.policy.model.modules())
 
     @property
     def reads(self) -> bool:

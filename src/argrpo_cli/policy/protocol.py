@@ -136,7 +136,8 @@ class Policy(Protocol):
         ...
 
     def parts(self) -> dict[str, list[str]]:
-        """What `policy.trainable` ("trainable") and LoRA ("lora") may name."""
+        """What `policy.trainable` ("trainable", parameters) and LoRA ("lora", last parts of the names of layers) may
+        name, and the layers that adapters are put on where LoRA names none ("adapted")."""
         ...
 
     def fingerprint(self) -> str:

@@ -40,7 +40,8 @@ class LoraSection(Section):
 
     rank: Count = 16
     alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
-    targets: Annotated[list[Name], Field(min_length=1)] = ["wqkv", "wo", "w1", "w2", "w3"]  # linear layers, by name
+    # Linear layers, by name; null: those of the transformer itself, all of them.
+    targets: Annotated[list[Name], Field(min_length=1)] | None = None
 
 
 class PolicySection(Section):

@@ -7,8 +7,9 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -258,6 +259,44 @@ def is_cached(one: HubFile) -> bool:
         return isinstance(try_to_load_from_cache(one.repo, one.file), str)
     except HFValidationError as error:
         raise UserError(f"{one.repo!r} is no name of a hub repository, such as owner/name") from error
+
+
+def fetch_folder(repo: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """A hub repository's files of these patterns, in Hugging Face's cache; fetched where they are not all there.
+
+    Args:
+        revision: a commit, branch or tag; None is the newest.
+
+    Raises:
+        UserError: no network, no such repository or revision, no room.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    get = partial(huggingface_hub.snapshot_download, repo, revision=revision, allow_patterns=list(patterns))
+    try:
+        try:
+            folder = Path(get(local_files_only=True))
+            if _is_whole(folder):
+                return folder
+        except LocalEntryNotFoundError:
+            pass
+        print(f"fetching {repo}", file=sys.stderr, flush=True)
+        return Path(get(local_files_only=False))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        why = "the hub is not reached, and it is not in the cache"
+        if not isinstance(error, LocalEntryNotFoundError):
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        at = "" if revision is None else f" --revision {revision}"
+        mend = f"fetch it elsewhere with `hf download {repo}{at} --local-dir FOLDER` and give FOLDER instead"
+        raise UserError(f"cannot fetch {repo}: {why}; {mend}") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a model's folder has its weights in full: an interrupted download leaves some behind."""
+    index = folder / "model.safetensors.index.json"
+    files = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    return all((folder / name).is_file() for name in ("config.json", *files))
 
 
 def fetch(repo: str, file: str) -> Path:

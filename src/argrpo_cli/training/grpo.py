@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from argrpo_cli.networks.weights import quiet_transformers
-from argrpo_cli.policy.open import check_targets, require_peft
+from argrpo_cli.policy.open import adapted_layers, require_peft
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
@@ -284,11 +284,10 @@ def lora_config(lora: LoraSection, policy: Policy) -> LoraConfig:
     require_peft()
     from peft import LoraConfig
 
-    check_targets(policy, lora.targets)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=list(lora.targets),
+        target_modules=adapted_layers(policy, lora.targets),
     )  # and no task_type: that of texts would give our arguments names of its own
 
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from argrpo_cli.policy.open import adapted_layers
 from argrpo_cli.training.launch import drawn_at_once
 
 if TYPE_CHECKING:
+    from argrpo_cli.policy import Policy
     from argrpo_cli.policy.outline import Outline
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.recipe.sections import LoraSection
@@ -64,8 +65,7 @@ def pass_bytes(outline: Outline, images: int, sampling: Sampling, *, autocast: b
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         inputs = _kept_bytes(outline, images, sampling, autocast)
         model.gradient_checkpointing_disable()
-    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
-    return inputs + (full - inputs) // layers
+    return inputs + (full - inputs) // outline.layers
 
 
 def _kept_bytes(outline: Outline, images: int, sampling: Sampling, autocast: bool) -> int:
@@ -91,19 +91,15 @@ def _kept_bytes(outline: Outline, images: int, sampling: Sampling, autocast: boo
         return sum(one.untyped_storage().nbytes() for key, one in kept.items() if key not in own)
 
 
-def trained_parameters(model: nn.Module, lora: LoraSection | None) -> int:
+def trained_parameters(policy: Policy, lora: LoraSection | None) -> int:
     """How many parameters the optimiser holds; `policy.trainable` has been applied to the model.
 
-    Of adapters rank x (inputs + outputs) for every linear layer that is named.
+    Of adapters rank x (inputs + outputs) for every linear layer that has one.
     """
     if lora is None:
-        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return sum(
-        lora.rank * (module.in_features + module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and any(name == target or name.endswith(f".{target}") for target in lora.targets)
-    )
+        return sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
+    layers = [policy.model.get_submodule(name) for name in adapted_layers(policy, lora.targets)]
+    return sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def estimate(
@@ -119,7 +115,7 @@ def estimate(
     optim, model, distil = recipe.optim, outline.policy.model, recipe.method == "distil"
     autocast, adapted = recipe.policy.dtype == "bfloat16", recipe.policy.lora is not None
     parameters = [parameter.numel() for parameter in model.parameters()]
-    weights, trained = sum(parameters), trained_parameters(model, recipe.policy.lora)
+    weights, trained = sum(parameters), trained_parameters(outline.policy, recipe.policy.lora)
     steered = distil or recipe.sampling.cfg_scale > 1
     reference = distil or (recipe.grpo.beta and not adapted)
     guided = not distil and recipe.grpo.logprob == "guided"

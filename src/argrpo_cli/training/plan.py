@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from argrpo_cli.policy.open import check_targets, choose_trainable, outline_policy
+from argrpo_cli.policy.open import adapted_layers, choose_trainable, outline_policy
 from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, reward_weights
 from argrpo_cli.rewards.base import Needs
 from argrpo_cli.system.files import HubFile, is_cached
@@ -65,7 +65,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     outline = outline_policy(policy.checkpoint)
     choose_trainable(outline.policy, policy.trainable)
     if policy.lora is not None:
-        check_targets(outline.policy, policy.lora.targets)
+        adapted_layers(outline.policy, policy.lora.targets)
     options = {term.name: term.options for term in recipe.rewards.terms} if recipe.scored else {}
     needs = {name: check_options(name, chosen).needs(chosen, device) for name, chosen in options.items()}
     packages = {module: pip for one in needs.values() for module, pip in one.packages.items()}
@@ -82,7 +82,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         processes=processes,
         device=device,
     )
-    model, trained = outline.policy.model.num_parameters(), trained_parameters(outline.policy.model, policy.lora)
+    model, trained = outline.policy.model.num_parameters(), trained_parameters(outline.policy, policy.lora)
     size = f"{trained / 1e6:.1f} M"
     what = "all of them" if trained == model else f"{size} of adapters" if policy.lora is not None else size
     images = -(-optim.steps // optim.updates_per_batch) * optim.batch_size

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from argrpo_cli.nano.make import judges, policies, rewards
+from argrpo_cli.nano.make import janus, judges, policies, rewards
 from argrpo_cli.nano.make.fit import Lesson, Setting, learn
 from argrpo_cli.system.errors import UserError, exit_code
 from argrpo_cli.system.files import WEIGHTS, make_dir
@@ -30,6 +30,7 @@ LESSONS: dict[str, Callable[[Setting], Lesson]] = {
     "nano-critic": rewards.critic,
     "nano-judge": judges.judge,
     "nano-t2i": policies.t2i,
+    "nano-janus": janus.janus,
     "nano-quality-t2i": partial(rewards.quality, task="captions"),
     "nano-critic-t2i": partial(rewards.critic, task="captions"),
     "nano-detector": judges.detector,
@@ -37,7 +38,12 @@ LESSONS: dict[str, Callable[[Setting], Lesson]] = {
 HELD_OUT = "nano-val"
 ORDER = (*LESSONS, HELD_OUT)
 # What a folder has once it is whole, where that is not the weights.
-LAST_FILE = {HELD_OUT: "tokens.safetensors", "nano-c2i": "policy.json", "nano-t2i": "policy.json"}
+LAST_FILE = {
+    HELD_OUT: "tokens.safetensors",
+    "nano-c2i": "policy.json",
+    "nano-t2i": "policy.json",
+    "nano-janus": "policy.json",
+}
 
 
 def build(

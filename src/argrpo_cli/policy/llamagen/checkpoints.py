@@ -32,6 +32,24 @@ RENAMES = {
 }
 RENAMES_BACK = {ours: published for published, ours in RENAMES.items()}
 
+# The layout of transformers' Llama, in which LlamaGen is passed on as well (jadohu/LlamaGen-T2I and what others trained
+# from it, such as GCPO) -> published name. Queries, keys and values are three matrices there; they keep LlamaGen's
+# rotary embedding of neighbouring pairs, so nothing is permuted.
+LLAMA_RENAMES = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
+LLAMA_LAYER = {
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+LLAMA_QKV = tuple(f"self_attn.{one}_proj" for one in "qkv")
+
 # A training checkpoint holds the weights under one of these; a consolidated one is the state dict itself. Where a
 # running mean of the weights lies beside them, the published samplers take the weights.
 WRAPPERS = ("model", "module", "state_dict", "ema")
@@ -124,13 +142,13 @@ def open_tokenizer(name_or_file: str | Path, beside: Path | None = None) -> tupl
 
     Args:
         name_or_file: a name of `TOKENIZERS`, or a file.
-        beside: a checkpoint; a tokenizer that lies beside it under its published file name is taken as a file: a policy
-            saved with it brings it along and needs no network.
+        beside: a checkpoint; a tokenizer that lies beside it, or in its folder, under its published file name is taken
+            as a file: a policy saved with it brings it along and needs no network.
     """
     if str(name_or_file) not in TOKENIZERS:
         return None, tokenizer_from(read_checkpoint(name_or_file), str(name_or_file))
     repo, file = TOKENIZERS[str(name_or_file)]
-    near = beside.with_name(file) if beside is not None else None
+    near = None if beside is None else beside / file if beside.is_dir() else beside.with_name(file)
     if near is not None and near.is_file():
         path, name = near, None
     else:
@@ -179,8 +197,32 @@ def _multipliers(state: Mapping[str, Tensor], half: str, channels: int) -> list[
     return widths if half == "encoder" else widths[::-1]
 
 
-def read_argrpo(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state dicts of policy and tokenizer in an AR-GRPO folder.
+def from_llama_layout(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """A state dict in the layout of transformers' Llama under the published names; what has none keeps its own.
+
+    Raises:
+        UserError: a layer without queries, keys or values.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        prefix, layers, rest = key.partition("model.layers.")
+        number, _, name = rest.partition(".")
+        part, _, end = name.rpartition(".")
+        if prefix or not layers:
+            renamed[LLAMA_RENAMES.get(key) or key.removeprefix("model.")] = value
+        elif part == LLAMA_QKV[0]:
+            names = [f"{layers}{number}.{one}.{end}" for one in LLAMA_QKV]
+            if missing := [one for one in names if one not in state]:
+                raise UserError(f"{source} is no LlamaGen in transformers' layout: it has no {missing[0]}")
+            renamed[f"layers.{number}.attention.wqkv.{end}"] = torch.cat([state[one] for one in names])
+        elif part not in LLAMA_QKV:
+            renamed[f"layers.{number}.{LLAMA_LAYER.get(part, part)}.{end}"] = value
+    return renamed
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """The state dict of a policy, under its published names, in an AR-GRPO folder or one in the layout of transformers'
+    Llama; and of the tokenizer, which an AR-GRPO folder holds.
 
     Raises:
         UserError: files missing or damaged, or other weights in them.
@@ -188,9 +230,14 @@ def read_argrpo(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     whole: dict[str, Tensor] = {}
     for file in weight_files(folder):
         whole |= read_checkpoint(file)
+    if "model.embed_tokens.weight" in whole and any(key.startswith("model.cls_embedding.") for key in whole):
+        return from_llama_layout(whole, str(folder)), None
     parts = []
     for prefix in (ARGRPO_POLICY, ARGRPO_TOKENIZER):
         parts.append({key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)})
         if not parts[-1]:
-            raise UserError(f"{folder} is no policy folder, and no whole AR-GRPO folder: no weights under {prefix}")
+            raise UserError(
+                f"{folder} is no policy folder, and no whole AR-GRPO folder: no weights under {prefix}; nor is it a "
+                "LlamaGen in transformers' layout, which has model.embed_tokens and model.cls_embedding"
+            )
     return parts[0], parts[1]

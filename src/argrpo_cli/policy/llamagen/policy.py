@@ -178,11 +178,14 @@ class LlamaGen:
         return self.tokenizer.decode_images(tokens, self.image_size, size)
 
     def parts(self) -> dict[str, list[str]]:
-        """Names of all parameters, and last parts of the names of the linear layers but the LM head."""
-        linear = (name for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
+        """Names of all parameters, and last parts of the names of the linear layers but the LM head; adapters are by
+        default put on those of the transformer, not on what reads a caption."""
+        linear = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        last = {name: name.rpartition(".")[2] for name in linear if name != "lm_head"}
         return {
             "trainable": [name for name, _ in self.model.named_parameters()],
-            "lora": list(dict.fromkeys(name.rpartition(".")[2] for name in linear if name != "lm_head")),
+            "lora": list(dict.fromkeys(last.values())),
+            "adapted": list(dict.fromkeys(part for name, part in last.items() if ".layers." in name)),
         }
 
     def tokenizer_fingerprint(self) -> str:

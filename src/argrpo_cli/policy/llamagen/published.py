@@ -1,8 +1,9 @@
 """LlamaGen and AR-GRPO as they are published: names on the hub, files of every wrapping, our policy folders.
 
-A published policy is opened by a name of `POLICIES` (fetched into Hugging Face's cache), as a `.pt` file, or as an
-AR-GRPO folder, whose weights hold the policy under `gpt_model.` and the tokenizer under `vq_model.`. The geometry is
-read off the shapes; the image size stands in the name (`c2i_L_384.pt`).
+A published policy is opened by a name of `POLICIES` (fetched into Hugging Face's cache), as a `.pt` file, as an
+AR-GRPO folder, whose weights hold the policy under `gpt_model.` and the tokenizer under `vq_model.`, or as a folder in
+the layout of transformers' Llama (jadohu/LlamaGen-T2I). The geometry is read off the shapes; the image size stands in
+the name (`c2i_L_384.pt`), of the last kind of folder in `block_size` of its config.json.
 
     python -m argrpo_cli.policy.llamagen.published c2i_L_384.pt OUT [--tokenizer vq_ds16_c2i.pt] [--image-size 384]
     python -m argrpo_cli.policy.llamagen.published OUT back.pt --back
@@ -13,6 +14,7 @@ The first makes a policy folder of it, the second the published layout again, bi
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +31,15 @@ from argrpo_cli.policy.folder import (
     find_policy,
     is_published,
     part_of,
+    published_entry,
     read_card,
 )
 from argrpo_cli.policy.llamagen.checkpoints import (
     config_of,
     from_published,
     open_tokenizer,
-    read_argrpo,
     read_checkpoint,
+    read_folder,
     to_published,
     tokenizer_from,
 )
@@ -48,9 +51,10 @@ from argrpo_cli.policy.llamagen.text import load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.policy.outline import Outline
 from argrpo_cli.system.errors import UserError, exit_code
-from argrpo_cli.system.files import HubFile, atomic_path, fetch, read_json
+from argrpo_cli.system.files import HubFile, atomic_path, fetch, fetch_folder, read_json
 
 IMAGE_SIZES = (256, 384, 512)
+FILES = ("*.json", "*.safetensors", "*.bin")  # of a repository that is fetched whole
 TEXT_PARAMETERS = 1_223_527_424  # of the encoder of FLAN-T5 XL
 TEXT_FILES = (  # the library takes the whole model and uses its encoder
     HubFile(TEXT_ENCODER, "model-00001-of-00002.safetensors", 9_450_000_000),
@@ -79,11 +83,14 @@ def open_published(
     Raises:
         UserError: not there, not fetched, or keys and shapes that fit no published size.
     """
-    entry = POLICIES.get(str(source))
-    path = fetch(entry.repo, entry.file) if entry else Path(source)
+    entry = published_entry(source)
+    if entry is None:
+        path = Path(source)
+    else:
+        path = fetch(entry.repo, entry.file) if entry.file else fetch_folder(entry.repo, FILES, entry.revision)
     # A file that was downloaded by hand has its published name, too.
     known = next((one for one in POLICIES.values() if Path(one.file).name == path.name), None)
-    state, vq_state = read_argrpo(path) if path.is_dir() else (read_checkpoint(path), None)
+    state, vq_state = read_folder(path) if path.is_dir() else (read_checkpoint(path), None)
     pixels = image_size if image_size is not None else (entry.image_size if entry else image_size_in(path))
     if pixels < 1:
         raise UserError(f"--image-size {pixels}: must be 1 or more")
@@ -119,10 +126,13 @@ def open_published(
 
 
 def image_size_in(path: Path) -> int:
-    """The image size in a name such as c2i_L_384.pt or ar-grpo-l-256."""
+    """The image size in a name such as c2i_L_384.pt or ar-grpo-l-256, or in a folder's config.json."""
     for number in reversed(re.findall(r"\d+", path.stem if path.is_file() else path.name)):
         if int(number) in IMAGE_SIZES:
             return int(number)
+    tokens = read_json(path / "config.json").get("block_size") if path.is_dir() else None
+    if isinstance(tokens, int) and 16 * math.isqrt(tokens) in IMAGE_SIZES:
+        return 16 * math.isqrt(tokens)
     raise UserError(
         f"{path}: the name does not say whether it draws {', '.join(map(str, IMAGE_SIZES))} pixels; rename it, or make "
         f"a policy folder of it with `python -m argrpo_cli.policy.llamagen.published {path} OUT --image-size 256`"
@@ -142,11 +152,6 @@ def export(folder: str | Path, file: Path) -> None:
 @dataclass(frozen=True)
 class LlamaGenOutline(Outline):
     """A text encoder that lies in a folder or is bundled is there in full, the published one is not."""
-
-    @property
-    def config(self) -> LlamaGenConfig:
-        """The geometry of the model."""
-        return self.policy.model.config
 
     @property
     def reads(self) -> bool:
@@ -177,16 +182,19 @@ def outline_published(name_or_path: str | Path) -> LlamaGenOutline:
     Raises:
         UserError: the files are not those of a policy.
     """
-    entry, path = POLICIES.get(str(name_or_path)), Path(name_or_path)
+    entry, path = published_entry(name_or_path), Path(name_or_path)
     if entry is not None:
-        size = re.search(r"_(B|L|XL|XXL|3B)_", entry.file).group(1)
+        size = re.search(r"_(B|L|XL|XXL|3B)_", entry.file)
+        size = "XL" if size is None else size.group(1)  # captions are drawn by that one alone
         tokenizer, pixels, brought = entry.tokenizer, entry.image_size, False
         model = _outline_model(published_config(size, pixels, condition="caption" if "t2i" in tokenizer else "class"))
-        files = (HubFile(entry.repo, entry.file, 4 * model.num_parameters()),)
+        files = (HubFile(entry.repo, entry.file or "model.safetensors", 4 * model.num_parameters()),)
     else:  # an AR-GRPO folder brings its tokenizer along, and beside a file it may lie
-        state, pixels, files = read_argrpo(path)[0] if path.is_dir() else read_checkpoint(path), image_size_in(path), ()
+        state, vq_state = read_folder(path) if path.is_dir() else (read_checkpoint(path), None)
+        pixels, files = image_size_in(path), ()
         tokenizer = "vq-ds16-t2i" if "cls_embedding.uncond_embedding" in state else "vq-ds16-c2i"
-        brought = path.is_dir() or path.with_name(TOKENIZERS[tokenizer][1]).is_file()
+        beside = path / TOKENIZERS[tokenizer][1] if path.is_dir() else path.with_name(TOKENIZERS[tokenizer][1])
+        brought = vq_state is not None or beside.is_file()
         model = _outline_model(config_of(state, (pixels // 16) ** 2, str(path)))
     captions = model.config.condition == "caption"
     vq, vq_files = _outline_tokenizer(tokenizer)

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from argrpo_cli.networks.weights import load_pretrained, quiet_transformers, save_model
 from argrpo_cli.policy.llamagen.model import left_pad
-from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.policy.words import check_words, known_words
+from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, writable
 from argrpo_cli.system.processes import resolve_device
 
@@ -47,9 +48,7 @@ class TextEncoder:
         self.cleans, self.right_padded = cleans, right_padded
         self.device, self.offloaded = model.device, False
         self._features = lru_cache(maxsize=KEPT)(self._read)
-        whole_words = type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
-        special = set(tokenizer.all_special_tokens)
-        self.words = sorted(set(tokenizer.get_vocab()) - special) if whole_words else None
+        self.words = known_words(tokenizer)
 
     @property
     def width(self) -> int:
@@ -64,16 +63,8 @@ class TextEncoder:
         Raises:
             UserError: the first such prompt, in one line.
         """
-        vocabulary = set(self.words or ())
-        for prompt in prompts:
-            if not prompt.strip():
-                raise UserError("an empty prompt: say what to draw")
-            if self.words is None:
-                continue
-            for word in re.findall(r"\w+|[^\w\s]+", prompt.lower()):
-                if word not in vocabulary:
-                    hint = did_you_mean(word, self.words) or f"; the words are {', '.join(self.words)}"
-                    raise UserError(f"the policy does not know the word {word!r} in the prompt {prompt!r}{hint}")
+        check_words(prompts, self.words)
+        for prompt in prompts if self.words is not None else ():
             tokens = len(self.tokenizer(prompt).input_ids)
             if tokens > length:
                 raise UserError(f"the prompt {prompt!r} has {tokens} tokens and the policy reads {length}: shorten it")
