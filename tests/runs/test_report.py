@@ -239,7 +239,9 @@ def test_numbers_show_two_digits_of_their_error() -> None:
 def test_a_report_that_cannot_be_written_is_one_line(run: RunDirectory, recipe: Recipe) -> None:
     (run.root / "report.html").mkdir()
     said: list[str] = []
-    refresh_report(run, recipe, said.append, training=True)
+    run.tell = said.append
+    refresh_report(run, recipe, training=True)
+    refresh_report(run, recipe, training=True)
     assert len(said) == 1
     assert "report.html" in said[0]
 

@@ -10,7 +10,7 @@ import base64
 import io
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,13 @@ from argrpo_cli.runs import curves
 from argrpo_cli.runs.curves import COLOURS, NO_STAGE, STAGES, Panel, Record, Roles
 from argrpo_cli.runs.learning import conclusions, last
 from argrpo_cli.runs.run import duration, now
-from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import cannot_write, fill_template, read_text, write_text
+from argrpo_cli.system.files import fill_template, read_text, write_text
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.runs.run import RunDirectory
 
-REPORT = "report.html"
+REPORT, CURVES = "report.html", "curves.png"
 MOST_GRIDS = 12  # of a run, evenly spread over its steps; the first and the last are among them
 MOST_PIXELS = 1100  # width of a picture in the page
 PNG_BYTES = 200_000  # a larger picture goes in as JPEG
@@ -71,18 +70,16 @@ def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -
     return path
 
 
-def refresh_report(
-    run: RunDirectory, recipe: Recipe, note: Callable[[str], None], *, training: bool = False, pictures: bool = False
-) -> None:
+def refresh_report(run: RunDirectory, recipe: Recipe, *, training: bool = False, pictures: bool = False) -> None:
     """Write the page, and curves.png if asked; if that fails it is said, and no more: a run has better things to do."""
-    try:
-        write_report(run, recipe, training=training)
-        if pictures:
-            roles = reward_roles(recipe, run.notes())
-            curves.draw_curves(run.metrics(), run.root / "curves.png", recipe.name, roles)
-    except (UserError, OSError) as error:
-        why = cannot_write(run.root / REPORT, error) if isinstance(error, OSError) else error
-        note(f"warning: {why}; the run itself is not touched by that")
+
+    def draw() -> None:
+        roles = reward_roles(recipe, run.notes())
+        curves.draw_curves(run.metrics(), run.root / CURVES, recipe.name, roles)
+
+    run.spare(REPORT, lambda: write_report(run, recipe, training=training))
+    if pictures:
+        run.spare(CURVES, draw)
 
 
 def reward_roles(recipe: Recipe, notes: Mapping[str, Any]) -> Roles:

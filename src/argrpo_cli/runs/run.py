@@ -36,7 +36,7 @@ from argrpo_cli.policy.folder import CHECKPOINT_PREFIX, CHECKPOINTS, checkpoint_
 from argrpo_cli.recipe import Layer, dump_recipe, explain, load_recipe, shown
 from argrpo_cli.recipe.schema import Recipe
 from argrpo_cli.runs.disk import TEMPORARY, is_full, recover, remove_folder, sync_folder
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import (
     cannot_write,
     make_dir,
@@ -78,7 +78,7 @@ class RunDirectory:
         self.checkpoints_dir = root / CHECKPOINTS
         self.partial_dir = self.checkpoints_dir / ".partial"  # of checkpoints that are being written; nobody reads it
         self._unwritten: list[bytes] = []  # lines of metrics.jsonl that found no room on the disk
-        self._spared = False  # something that a run can do without could not be written
+        self._spared: set[str] = set()  # what could not be made, of what a run can do without
 
     def grid_file(self, step: int) -> Path:
         return self.root / "grids" / f"step_{step:06d}.png"
@@ -136,14 +136,18 @@ class RunDirectory:
                 raise
         self._unwritten.clear()
 
-    def spare(self, write: Callable[[], None]) -> None:
-        """Write what a run can do without, a picture for instance; a failure is told of, the first time."""
+    def spare(self, what: str, make: Callable[[], object]) -> None:
+        """Make what a run can do without, a picture for instance; a failure, whatever it is, is told of the first time.
+
+        Nothing that a run needs (rewards, checkpoints, metrics.jsonl) may be made within.
+        """
         try:
-            write()
-        except (UserError, OSError) as error:
-            if not self._spared:
-                self.tell(f"{error}; the run goes on without it, and without others of its kind")
-            self._spared = True
+            make()
+        except Exception as error:
+            if what not in self._spared:
+                kind = "" if isinstance(error, UserError | OSError) else f"{type(error).__name__}: "
+                self.tell(f"warning: {what}: {kind}{first_line(error)}; the run goes on without it")
+            self._spared.add(what)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a half-written last one is left out."""

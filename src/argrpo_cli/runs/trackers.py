@@ -103,8 +103,10 @@ class Trackers:
                 tracker = self._tracker(name)
                 tracker.start()
                 self._open[name] = tracker
-        if "wandb" in self._open and self._open["wandb"].tracker.url:  # none offline
-            self.note(f"wandb: {self._open['wandb'].tracker.url}")
+        if "wandb" in self._open:
+            with self._leaving("wandb"):
+                if url := self._open["wandb"].tracker.url:  # none offline
+                    self.note(f"wandb: {url}")
 
     def _tracker(self, name: str) -> GeneralTracker:
         from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker

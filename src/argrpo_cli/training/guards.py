@@ -367,7 +367,7 @@ class GuardCallback(TrainerCallback):
 
     def _write(self) -> None:
         """All of them each time, so what a full disk did not take is there with the next."""
-        self.run.spare(lambda: self.run.note(warnings=self._warnings))
+        self.run.spare("warnings in run.json", lambda: self.run.note(warnings=self._warnings))
 
 
 def _is_finite(tensors: list[Tensor]) -> bool:

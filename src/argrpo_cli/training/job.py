@@ -155,12 +155,11 @@ class Job:
         finally:
             if team.first:
                 shutil.rmtree(run.partial_dir, ignore_errors=True)
-                refresh_report(run, recipe, self.display.note, pictures=True)  # however it ended
+                refresh_report(run, recipe, pictures=True)  # however it ended
         ending = "the time limit" if stop.out_of_time else "the last step"
         self.display.note(f"finished at {ending}: {trainer.state.global_step} updates in {duration(metrics.seconds)}")
         if team.first:
-            for sentence in conclusions(run.metrics(), recipe.optim.batch_size, run.notes()):
-                self.display.note(sentence)
+            run.spare("conclusions", self._conclude)
 
     def rehearse(self, still: TrainerCallback) -> MetricsCallback:
         """Updates as in training until the time is up, whose gradients a callback takes away; nothing is saved.
@@ -229,18 +228,19 @@ class Job:
         team.lead(lambda: run.note(finished=finished))
         if self.transfer_shots:
             with self.ema.in_place_of(trainer.model) if averaged else nullcontext(), whole_model(trainer):
-                team.lead(self._compare_samplings)
+                # The policy is written: a reward that cannot be asked any more costs no more than this.
+                team.lead(lambda: run.spare("start and result compared", self._compare_samplings))
+
+    def _conclude(self) -> None:
+        for sentence in conclusions(self.run.metrics(), self.recipe.optim.batch_size, self.run.notes()):
+            self.display.note(sentence)
 
     def _compare_samplings(self) -> None:
         """What is left of the gain when start and result are sampled otherwise, into run.json."""
         spread = spread_at_start(self.run.metrics())
         if self.start is None or not spread:
             return
-        try:
-            rows = transfer(self.start, self.transfer_shots, self.recipe.sampling, self.rewards, self.weights, spread)
-        except UserError as error:  # a reward that cannot be asked any more
-            self.display.note(f"warning: start and result are not compared: {error}")
-            return
+        rows = transfer(self.start, self.transfer_shots, self.recipe.sampling, self.rewards, self.weights, spread)
         self.run.note(transfer=rows)
 
     def _where_to_start(self, resume: bool) -> tuple[Path | None, int, float]:
@@ -270,14 +270,20 @@ class Job:
             + (f", continuing after step {start}" if start else "")
         )
 
-    def _compare(self, before: Tensor, step: int) -> None:
+    def _compare(self, before: Tensor | None, step: int) -> None:
         """The last grid, and before_after.png; with a start of the same pictures its base stands before the two."""
         gallery, recipe, start, base = self.gallery, self.recipe, self.recipe.start, None
         after = gallery.save(self.run, step)
+        if before is None or after is None:
+            return
         if start is not None and (start.seed, start.conditions) == (recipe.seed, recipe.conditions):
             base = RunDirectory(self.root / START).grid_file(0)
-        picture = before_after(before, after, gallery.labels, gallery.columns, scale=gallery.scale, base=base)
-        self.run.spare(lambda: save_png(self.run.root / "before_after.png", picture))
+
+        def draw() -> None:
+            picture = before_after(before, after, gallery.labels, gallery.columns, scale=gallery.scale, base=base)
+            save_png(self.run.root / "before_after.png", picture)
+
+        self.run.spare("before_after.png", draw)
 
     def _nothing_left(self, start: int) -> bool:
         """Whether the run came to its end before, and the recipe allows neither more steps nor more time since."""
@@ -308,8 +314,8 @@ class Job:
         grpo = recipe.method == "grpo"
         names = list(self.weights) if grpo else None
         metrics = MetricsCallback(run, self.display, stopwatch, names, optim.batch_size, seconds_before, team)
-        stop = StopCallback(self.request, metrics, optim.updates_per_batch, self.time_limit, lambda: scorer.blank, team)
-        saved = partial(refresh_report, run, recipe, self.display.note, training=True)
+        stop = StopCallback(self.request, metrics, optim.updates_per_batch, self.time_limit, team)
+        saved = partial(refresh_report, run, recipe, training=True)
         checkpoints = CheckpointCallback(recipe, run, self.disk, metrics, self._complete_checkpoint, saved, team)
         grids = GridCallback(self.gallery, run, logging.grid_every, team)
         guard = GuardCallback(recipe, self.weights if grpo else {}, run, self.display, self.request, metrics, team)

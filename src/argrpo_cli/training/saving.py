@@ -28,8 +28,6 @@ from argrpo_cli.system.grids import image_grid
 from argrpo_cli.system.processes import ALONE, Team
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from argrpo_cli.policy import Policy
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.runs.disk import Disk
@@ -214,22 +212,21 @@ class Gallery:
         self.tokens: Tensor | None = None
         self._drawn: tuple[int, Tensor] | None = None
 
-    @torch.inference_mode()
-    def save(self, run: RunDirectory, step: int) -> Tensor:
+    def save(self, run: RunDirectory, step: int) -> Tensor | None:
         """Draw, write the grid of `step`, and return the images, uint8 [N, 3, H, W] on the CPU.
 
-        The latest grid is not drawn twice.
+        The latest grid is not drawn twice. None where the images cannot be drawn, which is said.
         """
         if self._drawn is None or self._drawn[0] != step:
-            self.tokens, images = draw_batch(self.policy, self.shots, self.sampling)
-            images = images.cpu()
-            grid = image_grid(images, self.columns, labels=self.labels, scale=self.scale)
-            run.spare(lambda: self._keep(run.grid_file(step), grid, step))
-            self._drawn = step, images
-        return self._drawn[1]
+            self._drawn = None
+            run.spare("grids", lambda: self._make(run.grid_file(step), step))
+        return None if self._drawn is None else self._drawn[1]
 
-    def _keep(self, file: Path, grid: Image.Image, step: int) -> None:
-        save_png(file, grid)
+    @torch.inference_mode()
+    def _make(self, file: Path, step: int) -> None:
+        self.tokens, images = draw_batch(self.policy, self.shots, self.sampling)
+        self._drawn = step, images.cpu()
+        save_png(file, image_grid(self._drawn[1], self.columns, labels=self.labels, scale=self.scale))
         self.watch(file, step)
 
 
@@ -238,7 +235,7 @@ class GridCallback(TrainerCallback):
 
     Attributes:
         whole: gathers the parameters of a sharded model while the first process draws; see `gathering.whole_model`.
-        watch: called in the first process after each, with the parameters still whole.
+        watch: called in the first process after each that was drawn, with the parameters still whole.
     """
 
     def __init__(self, gallery: Gallery, run: RunDirectory, every: int, team: Team = ALONE) -> None:
@@ -253,5 +250,5 @@ class GridCallback(TrainerCallback):
                 self.team.lead(lambda: self._save(state.global_step))
 
     def _save(self, step: int) -> None:
-        self.gallery.save(self.run, step)
-        self.watch()
+        if self.gallery.save(self.run, step) is not None:
+            self.run.spare("what is measured with a grid", self.watch)
