@@ -60,7 +60,11 @@ def new_trainer(policy: Policy, tmp_path: Path) -> Callable[..., ImageGRPOTraine
         policy.decode = paint
         conditions = policy.conditions(range(CLASSES))
         scorer = BatchScorer(
-            rewards, reward_weights(recipe.rewards, rewards.family), recipe.grpo.group_size, Stopwatch()
+            rewards,
+            reward_weights(recipe.rewards, rewards.family),
+            recipe.grpo.group_size,
+            Stopwatch(),
+            aggregation=recipe.grpo.aggregation,
         )
         selection = Selection(recipe, conditions) if recipe.selects or recipe.scales_globally else None
         rollout = Rollout(recipe, conditions, policy, scorer=scorer, selection=selection)

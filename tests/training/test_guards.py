@@ -14,6 +14,7 @@ from tests.training.guarded import guarded
 from tests.training.tiny import tiny_recipe
 
 WEIGHTS = {"bright": 1.0, "red": 0.0}
+GUARD = "constant_reward"
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
@@ -136,7 +137,25 @@ def test_batches_without_any_spread_have_no_gradient() -> None:
     flat = [record(step, groups_without_spread=1.0) for step in range(1, 11)]
     (found,) = findings(flat)
     assert found.step == 10 and "no policy gradient" in found.text
-    assert not findings([*flat[:9], record(10, groups_without_spread=0.9)])
+    (found,) = findings([*flat[:9], record(10, groups_without_spread=0.9)], constant_reward={"action": "stop"})
+    assert found.action == "warn" and "99% of the groups had no spread" in found.text
+
+
+def test_most_groups_without_spread_are_said() -> None:
+    def sparse(share: float) -> list[int]:
+        shares = [None, *[share] * 10]  # of the first batch no two scores are known
+        return steps(findings([record(step, groups_without_spread=one) for step, one in enumerate(shares, 1)]), GUARD)
+
+    assert (sparse(0.6), sparse(0.5)) == ([11], [])
+
+
+@pytest.mark.parametrize(("key", "what"), [("advantage_std", "every advantage"), ("grad_norm", "the gradient")])
+def test_advantages_or_a_gradient_of_exactly_0_are_said_soon(key: str, what: str) -> None:
+    values = [0.1, 0.0, 0.0, None, 0.0, 0.0, 1e-30, 0.0, 0.0]  # one that was not measured says nothing
+    records = [record(step, **{key: value}) for step, value in enumerate(values, 1)]
+    (found,) = findings(records, constant_reward={"action": "stop"})
+    assert (found.step, found.action) == (5, "warn") and f"{what} was exactly 0 in the last 3 updates" in found.text
+    assert not findings(records, constant_reward={"action": "ignore"})
 
 
 # --- held-out rewards

@@ -121,7 +121,7 @@ def test_metrics_say_what_happened(finished: Path) -> None:
         "step", "reward", "within_group_std", "rewards", "kl", "entropy", "entropy_weight", "clip_low", "clip_high",
         "ratio", "ratio_deviation_mean", "ratio_deviation", "loss", "grad_norm", "learning_rate", "images_left_out",
         "groups_without_spread", "groups_replaced", "images_extra", "advantage_std", "gradient_signal",
-        "gradient_noise", "noise_scale", "noise_scale_least", *TIMES,
+        "updates_left_out", "gradient_noise", "noise_scale", "noise_scale_least", *TIMES,
     }  # fmt: skip
     assert first["advantage_std"] == pytest.approx(math.sqrt(6 / 7), rel=0.03)  # of 2 groups of 4, each of deviation 1
     assert first["gradient_signal"] is None  # one micro-batch in one process

@@ -33,7 +33,7 @@ SCALARS = {"reward/total": "reward"} | {
     for group, keys in {
         "reward": ("within_group_std", *_GROUPS, "images_left_out", "advantage_std", "gain"),
         "policy": (*_DIVERGENCE, "kl", "kl_start", "kl_base", "kl_efficiency", "entropy", "entropy_weight", *_RATIO),
-        "optim": ("loss", "grad_norm", "learning_rate", "noise_scale", "noise_scale_least"),
+        "optim": ("loss", "grad_norm", "learning_rate", "noise_scale", "noise_scale_least", "updates_left_out"),
     }.items()
     for key in keys
 }

@@ -30,6 +30,7 @@ MEASURES = (  # of a record, below its rewards: what the table calls it, its key
     ("ratio to the sampler", "ratio", ".6f"),
     ("gradient norm", "grad_norm", ".4f"),
     ("noise scale (images)", "noise_scale", ".0f"),
+    ("updates that changed nothing", "updates_left_out", ".0f"),
 )
 
 
@@ -115,6 +116,8 @@ class RunDisplay:
 
     def _line(self, record: dict[str, Any]) -> str:
         ends = f"  {number(record['images_per_second'], '.1f')} images/s  left {self._left()}"
+        if record.get("updates_left_out"):
+            ends = f"  changed nothing {record['updates_left_out']:.0f} times{ends}"
         if "rewards" not in record:
             return (
                 f"step {record['step']}/{self.steps}  divergence {number(record['divergence'])}"

@@ -106,14 +106,34 @@ class ImageGRPOTrainer(GRPOTrainer):
 
     Args:
         sampling: the distribution that is trained: guided, or with cfg_scale 1 the conditional one.
+        scorer: whose `functions` are TRL's reward functions.
         selection: with `scale_rewards: global`, whose running deviation advantages are divided by.
     """
 
-    def __init__(self, *args: Any, sampling: Sampling, selection: Selection | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.selection = selection
+    def __init__(
+        self, *args: Any, sampling: Sampling, scorer: BatchScorer, selection: Selection | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, reward_funcs=scorer.functions(), **kwargs)
+        self.scorer, self.selection = scorer, selection
         self.sampling, self.ratio_meter = sampling, RatioMeter()
         self.encoded: Encoded | None = None
+
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        """TRL's rewards [B, rewards], in float64 as the scorer has them, and so are means and deviations made of them:
+        0.1 seven times, added up in float32, is not seven times 0.1."""
+        super()._calculate_rewards(*args)
+        device = self.accelerator.device
+        return self.scorer.table.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has none
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's batch; its advantages are exactly 0 in a group that has nothing to compare, where float64 leaves 1e-13
+        of 0.1 and AdamW makes a whole step of it."""
+        batch = super()._generate_and_score_completions(inputs)
+        level = ~(self.scorer.spread > 0).repeat_interleave(self.num_generations)
+        first = self.accelerator.process_index * len(batch["advantages"])
+        own = level[first : first + len(batch["advantages"])].to(batch["advantages"].device)
+        batch["advantages"] = batch["advantages"].masked_fill(own, 0).float()
+        return batch
 
     def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
         """TRL's micro-batches, with the images of a group side by side again: it shuffles them, which no update needs.
@@ -326,7 +346,7 @@ def build_trainer(
         model,
         selection=rollout.selection if grpo.scale_rewards == "global" else None,
         sampling=sampling if grpo.logprob == "guided" else replace(sampling, cfg_scale=1.0),
-        reward_funcs=scorer.functions(),
+        scorer=scorer,
         args=grpo_config(
             recipe,
             output_dir,

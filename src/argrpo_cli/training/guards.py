@@ -5,7 +5,7 @@ is done about it: a warning that run.json remembers, a stop, a gradient that is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import median
@@ -48,6 +48,9 @@ COLLAPSED = 0.01  # of the spread that the reward had when the run began
 # optimised one is expected to rise, so it needs to be only this many standard errors above nothing.
 RISING_ERRORS = 2.0
 LOOKS = 4  # per window of `batches`: each look is a chance to be wrong
+
+STILL = 3  # updates in a row without any advantage, or without gradient
+SPARSE = 0.5  # share of groups without spread, on average, above which most of the images are drawn for nothing
 
 SKIPPED_IN_A_ROW = 10  # updates left out before a run that skips them stops all the same
 REARM = 10  # batches without trouble before the same warning is given again
@@ -92,15 +95,18 @@ class Guards:
         self._records.append(record)
         section, constant, held_out = self.section, self.section.constant_reward, self.section.held_out
         growth: Action = "ignore" if section.kl.action == "ignore" else "warn"  # too uncertain a sign to stop for
+        told: Action = "ignore" if section.constant_reward.action == "ignore" else "warn"
         looks = [  # guard, what it does, how it looks, and batches without trouble before it warns of the same again
             ("ratio", section.ratio.action, self._ratio, REARM),
             ("kl", section.kl.action, self._kl_beyond, REARM),
             ("kl", growth, self._kl_growth, REARM),
             ("images_left_out", "warn", self._images_left_out, math.inf),
+            ("constant_reward", told, self._nothing_learnt, constant.batches),
         ]
         if record.get("reward") is not None:
             self._batches.append(record)
             looks.append(("constant_reward", constant.action, self._constant_rewards, constant.batches))
+            looks.append(("constant_reward", told, self._sparse_groups, constant.batches))
             if len(self._batches) % max(1, held_out.batches // LOOKS) == 0:
                 looks.append(("held_out", held_out.action, self._falling_rewards, held_out.batches))
         findings, now = [], len(self._batches)
@@ -200,6 +206,32 @@ class Guards:
                 )
                 yield name, text
 
+    def _nothing_learnt(self) -> Iterator[Sighting]:
+        """Advantages, or the whole gradient, that were exactly 0 in the last `STILL` updates that were measured."""
+        for key, what in (("advantage_std", "every advantage"), ("grad_norm", "the gradient")):
+            measured = (one[key] for one in reversed(self._records) if one.get(key) is not None)
+            if self._records[-1].get(key) == 0 and list(islice(measured, STILL)) == [0] * STILL:
+                text = (
+                    f"{what} was exactly 0 in the last {STILL} updates, so nothing was learnt from their images: in no "
+                    "group did two of them have different scores; look at the grids, and at `argrpo score` on some "
+                    "images (guards.constant_reward)"
+                )
+                yield "", text
+                return
+
+    def _sparse_groups(self) -> Iterator[Sighting]:
+        """More groups without spread than with, on average over the last `guards.constant_reward.batches`."""
+        count = self.section.constant_reward.batches
+        shares = [one.get("groups_without_spread") for one in self._batches[-count:]]
+        known = [share for share in shares if share is not None]
+        if len(known) == count and SPARSE < sum(known) / count < 1:
+            text = (
+                f"in the last {count} batches {sum(known) / count:.0%} of the groups had no spread: all their images "
+                "scored alike and teach nothing; take harder or easier conditions, larger groups, a reward of finer "
+                "steps, or grpo.dynamic_sampling in a new run (guards.constant_reward)"
+            )
+            yield "groups", text
+
     def _falling_rewards(self) -> Iterator[Sighting]:
         """Held-out rewards that fall while the optimised one rises, by straight lines through the batches' means.
 
@@ -286,11 +318,15 @@ def check_weights(model: nn.Module, checkpoint: str) -> None:
 class GuardCallback(TrainerCallback):
     """Stands after MetricsCallback, whose record it reads, and before the checkpoint is written.
 
-    The weights that are saved are always finite numbers: an update with a gradient that is none changes neither them
-    nor the optimiser, and weights that are none are not saved.
+    The weights that are saved are always finite numbers: an update with a gradient that is none is left out, and
+    weights that are none are not saved. Left out is also an update without gradient (exactly 0: neither advantages nor
+    a KL term or bonus have one), and one of a batch in which nothing could be compared because scores are missing. What
+    is left out changes neither weights nor moments nor running mean; it counts as an update, so the learning rate goes
+    on by its schedule. All processes decide alike: gradients and scores are those of the whole batch in each.
 
     Attributes:
         weights: what each raw reward counts.
+        blank: whether in the latest batch nothing could be compared.
     """
 
     recipe: Recipe
@@ -300,6 +336,7 @@ class GuardCallback(TrainerCallback):
     request: StopRequest
     metrics: MetricsCallback
     team: Team = ALONE
+    blank: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         self.guards = Guards(self.recipe, self.weights)
@@ -324,13 +361,16 @@ class GuardCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Gradients are clipped by now, by a norm that is not a number if one of them is not.
         parameters = [one for one in kwargs["model"].parameters() if one.grad is not None]
-        self._left_out = bool(parameters) and not _is_finite([one.grad for one in parameters])
+        norm = _norm([one.grad for one in parameters]) if parameters else 1.0  # an engine that has made its step
+        self._left_out = not math.isfinite(norm)
+        if parameters and (self._left_out or norm == 0 or self.blank()):
+            self.metrics.left_out += 1
+            for parameter in parameters:
+                parameter.grad = None  # not a zero, which momentum and weight decay would still act on
         if not self._left_out:
             self._in_a_row = 0
             return
         self._in_a_row += 1
-        for parameter in parameters:
-            parameter.grad = None  # not a zero, which momentum and weight decay would still act on
         choice, method = self.recipe.guards.not_a_number, self.recipe.method
         finding = bad_gradient(state.global_step + 1, choice, self._in_a_row, method)
         self._act(finding, state.is_world_process_zero)
@@ -351,7 +391,7 @@ class GuardCallback(TrainerCallback):
         batch_done = step % self.recipe.optim.updates_per_batch == 0
         if self.request.failure is not None and args.world_size == 1 and batch_done:
             control.should_training_stop = control.should_save = True
-        if control.should_save and not _is_finite([one.detach() for one in kwargs["model"].parameters()]):
+        if control.should_save and not math.isfinite(_norm([one.detach() for one in kwargs["model"].parameters()])):
             self.team.fail(f"the weights after step {step} are not finite numbers and are not saved: {restart}")
 
     def _act(self, finding: Finding, first: bool) -> None:
@@ -370,9 +410,9 @@ class GuardCallback(TrainerCallback):
         self.run.spare("warnings in run.json", lambda: self.run.note(warnings=self._warnings))
 
 
-def _is_finite(tensors: list[Tensor]) -> bool:
-    """Whether all are made of finite numbers; where they are sharded, of all processes together."""
+def _norm(tensors: list[Tensor]) -> float:
+    """Of all numbers in them; where they are sharded, of all processes together."""
     from torch.distributed.tensor import DTensor
 
     norm = torch.nn.utils.get_total_norm(tensors)
-    return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -157,7 +157,9 @@ class Job:
                 shutil.rmtree(run.partial_dir, ignore_errors=True)
                 refresh_report(run, recipe, pictures=True)  # however it ended
         ending = "the time limit" if stop.out_of_time else "the last step"
-        self.display.note(f"finished at {ending}: {trainer.state.global_step} updates in {duration(metrics.seconds)}")
+        left_out = f", {metrics.left_out} of which changed nothing" if metrics.left_out else ""
+        took = f"{trainer.state.global_step} updates in {duration(metrics.seconds)}"
+        self.display.note(f"finished at {ending}: {took}{left_out}")
         if team.first:
             run.spare("conclusions", self._conclude)
 
@@ -306,8 +308,9 @@ class Job:
         recipe, run, policy, team = self.recipe, self.run, self.policy, self.team
         optim, logging = recipe.optim, recipe.logging
         stopwatch = Stopwatch()
+        limit, fail = recipe.rewards.max_missing, self.request.fail
         scorer = BatchScorer(
-            self.rewards, self.weights, optim.group_size, stopwatch, recipe.rewards.max_missing, self.request.fail, team
+            self.rewards, self.weights, optim.group_size, stopwatch, limit, fail, team, recipe.grpo.aggregation
         )
         self.selection = Selection(recipe, self.conditions) if recipe.selects or recipe.scales_globally else None
         rollout = Rollout(recipe, self.conditions, policy, stopwatch, team, scorer, self.selection)
@@ -318,7 +321,8 @@ class Job:
         saved = partial(refresh_report, run, recipe, training=True)
         checkpoints = CheckpointCallback(recipe, run, self.disk, metrics, self._complete_checkpoint, saved, team)
         grids = GridCallback(self.gallery, run, logging.grid_every, team)
-        guard = GuardCallback(recipe, self.weights if grpo else {}, run, self.display, self.request, metrics, team)
+        counts, blank = self.weights if grpo else {}, lambda: grpo and scorer.blank
+        guard = GuardCallback(recipe, counts, run, self.display, self.request, metrics, team, blank)
         share, micro = images_per_process(recipe, team.count)
         meter = GradientMeter(micro, share, optim.group_size, optim.batch_size)
         metrics.gradient_meter, metrics.updates_per_batch = meter, optim.updates_per_batch

@@ -48,6 +48,7 @@ class MetricsCallback(TrainerCallback):
         measured: of the policy against its start, for the next record: `Start.kl`, and `drift`.
         watch: shown every record, in the first process.
         record: of the latest update; callbacks after this one read it.
+        left_out: updates so far that have changed nothing, see `GuardCallback`.
         team: the processes of the run. The record is that of the whole batch, and the first process writes it; times
             are the first one's.
     """
@@ -67,6 +68,7 @@ class MetricsCallback(TrainerCallback):
     measured: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)  # of all updates
+    left_out: int = 0
     _noise_scale: NoiseScale = field(default_factory=NoiseScale)
     _last_step_end = _step_start = _step_seconds = 0.0
 
@@ -75,6 +77,7 @@ class MetricsCallback(TrainerCallback):
         if state.global_step:  # a resumed run; sums go on from what was written, which is rounded in every run
             for record in self.run.metrics():
                 self._count(record)
+                self.left_out = record.get("updates_left_out", 0)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._step_start = time.monotonic()
@@ -114,6 +117,7 @@ class MetricsCallback(TrainerCallback):
             "gradient_signal": signal,
             "gradient_noise": noise,
             "learning_rate": logs.get("learning_rate"),
+            "updates_left_out": self.left_out,
             # A step that reuses the images of the one before draws none.
             "images_per_second": self.images / self._step_seconds if seconds["rollout"] else None,
             **{
@@ -253,7 +257,6 @@ class StopCallback(TrainerCallback):
         updates_per_batch: a checkpoint between two updates of one batch could not be resumed exactly, so training goes
             on to the end of the batch.
         time_limit: seconds of training, or None.
-        blank: whether no image of the batch has a score. Such a batch changes nothing, neither weights nor optimiser.
         team: the processes that must stop after the same step, whichever of them is asked to.
     """
 
@@ -261,17 +264,11 @@ class StopCallback(TrainerCallback):
     metrics: MetricsCallback
     updates_per_batch: int
     time_limit: float | None
-    blank: Callable[[], bool] = lambda: False
     team: Team = ALONE
     out_of_time: bool = False
 
     def __post_init__(self) -> None:
         self._last_seconds = self.metrics.seconds
-
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.blank():
-            for parameter in kwargs["model"].parameters():
-                parameter.grad = None  # not a zero, which momentum and weight decay would still act on
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         seconds = self.metrics.seconds

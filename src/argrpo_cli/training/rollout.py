@@ -23,7 +23,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.gathering import whole_model
 from argrpo_cli.training.launch import drawn_at_once
-from argrpo_cli.training.scorer import EXTRA, NO_SPREAD, REPLACED
+from argrpo_cli.training.scorer import EXTRA, REPLACED
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -158,7 +158,7 @@ class Rollout:
         self.selection.observe(self.team.gather(torch.tensor(chosen))[::size].tolist(), spreads)
         replaced: set[int] = set()
         drawn = number = 0
-        while flat := (spreads < NO_SPREAD).nonzero().flatten().tolist()[:left]:
+        while flat := (spreads == 0).nonzero().flatten().tolist()[:left]:
             number += 1
             fresh = dict(zip(flat, self.selection.draw(len(flat), step, number), strict=True))
             own = [index for index, slot in enumerate(slots) if slot // size in fresh]

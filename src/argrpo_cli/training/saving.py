@@ -109,6 +109,8 @@ class CheckpointCallback(TrainerCallback):
 class EmaCallback(TrainerCallback):
     """After each update, mean <- decay mean + (1 - decay) weights, in float32, for the weights that are trained.
 
+    An update that is left out (`GuardCallback`, which comes before) leaves the mean as it is, too.
+
     The mean starts at the base policy: with n updates it still holds a share decay^n of it.
 
     Args:
@@ -131,7 +133,12 @@ class EmaCallback(TrainerCallback):
             self.team.fail(f"{self.checkpoint} has no {MEAN}: the run was started without ema_decay")
         _copy(load_file(file), self.mean)
 
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._left_out = all(weight.grad is None for weight in trained_weights(kwargs["model"]).values())
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._left_out:
+            return
         weights = trained_weights(kwargs["model"])
         with torch.no_grad():
             self._average(list(self.mean.values()), [weights[name].float() for name in self.mean], state.global_step)

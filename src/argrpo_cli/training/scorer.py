@@ -26,7 +26,7 @@ LEFT_OUT = "images_left_out"
 WITHOUT_SPREAD = "groups_without_spread"
 REPLACED, EXTRA = "groups_replaced", "images_extra"
 
-NO_SPREAD = 1e-6  # of a group's total reward: what rounding leaves of equal scores
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # of a score, in parts of it: after a product and a sum of four terms
 WINDOW = 4  # batches over which missing scores are counted: a server that restarts is no reason to stop
 
 
@@ -39,12 +39,30 @@ def group_std(rewards: Tensor) -> Tensor:
     """Sample standard deviation of each group of rewards [groups, G], leaving missing ones (NaN) out.
 
     Returns:
-        [groups]; NaN where fewer than two rewards are known.
+        [groups]; NaN where fewer than two rewards are known, and exactly 0 where all that are known are equal.
     """
     known = ~rewards.isnan()
-    deviation = torch.where(known, rewards - rewards.nanmean(-1, keepdim=True), 0)
+    above = rewards - rewards.nan_to_num(torch.inf).amin(-1, keepdim=True)  # 0 if all are equal, unlike their mean's
+    deviation = torch.where(known, above - above.nanmean(-1, keepdim=True), 0)
     freedom = known.sum(-1) - 1
     return torch.where(freedom > 0, deviation.square().sum(-1) / freedom, torch.nan).sqrt()
+
+
+def settled(scores: Tensor, size: Tensor | None = None) -> Tensor:
+    """Scores [..., G] of groups; where those of a group differ by rounding alone, all are the lowest of them.
+
+    Equal rewards must have advantages of exactly 0, since AdamW makes a whole step of a remainder however small. Which
+    differences are remainders, no fixed number can say: rewards of 1e-9 and 2e-9 differ, 1e8 and 1e8 + 8 hardly do. But
+    scores are float32, computed with relative errors, so differences up to `ROUNDING` of their size mean nothing.
+
+    Args:
+        scores: NaN for a missing one, which stays so.
+        size: [...], of what the scores were computed from; that of the largest by default.
+    """
+    low, high = scores.nan_to_num(torch.inf).amin(-1), scores.nan_to_num(-torch.inf).amax(-1)
+    size = torch.maximum(low.abs(), high.abs()) if size is None else size
+    level = (high - low <= ROUNDING * size)[..., None] & ~scores.isnan()
+    return torch.where(level, low[..., None], scores)
 
 
 @dataclass
@@ -57,7 +75,9 @@ class BatchScorer:
         fail: told once it is more, or a reward cannot be asked at all. The images without scores are left out.
         team: the processes that score the batch together, each its own images. What is measured and decided here is
             that of the whole batch, the same in all of them; a group may lie on several.
-        blank: no image of the latest batch has a score, so that there is nothing to learn from it.
+        aggregation: of several rewards, `grpo.aggregation`.
+        table: scores of the latest batch, float64 [B, rewards], `settled`; NaN for an image that is left out.
+        spread: by how much the images of each of its groups differ, [groups], as `spreads` gives it.
     """
 
     rewards: RewardSet
@@ -67,7 +87,9 @@ class BatchScorer:
     max_missing: float = 1.0
     fail: Callable[[str], None] = lambda why: None
     team: Team = ALONE
-    blank: bool = field(default=False, init=False)
+    aggregation: str = "sum_then_normalize"
+    table: Tensor = field(init=False, repr=False)
+    spread: Tensor = field(init=False, repr=False)
     _images: list[Tensor] | None = field(default=None, init=False, repr=False)
     _measured: tuple[list[Tensor], Tensor, dict[str, float]] | None = field(default=None, init=False, repr=False)
     _scores: dict[str, list[float | None]] = field(default_factory=dict, init=False, repr=False)
@@ -103,22 +125,17 @@ class BatchScorer:
         self._watch(table.isnan().double().mean(dim=0))
         # TRL sums the rewards of a sample with nansum, which would count a missing one as 0. A sample that lacks any
         # reward that counts gets None for all: TRL then leaves it out of its group and sets its advantage to 0.
-        total = self._total(table)
-        missing = total.isnan()
-        table[missing] = torch.nan
-        self.blank = bool(missing.all())
-        spreads = group_std(total.view(-1, self.group_size))
-        known = ~spreads.isnan()
-        if known.any():
-            log_metric(WITHIN_GROUP_STD, spreads[known].mean().item())
-            log_metric(WITHOUT_SPREAD, (spreads[known] < NO_SPREAD).double().mean().item())
-        for name, column in zip(self.weights, table.T, strict=True):
-            spread = group_std(column.reshape(-1, self.group_size)).nanmean().item()
+        scores, total, self.spread = self._groups(table)
+        self.table = scores.transpose(1, 2).flatten(0, 1)
+        if not self.blank:
+            log_metric(WITHIN_GROUP_STD, group_std(total).nanmean().item())
+            log_metric(WITHOUT_SPREAD, (self.spread[~self.spread.isnan()] == 0).double().mean().item())
+        for name, spread in zip(self.weights, group_std(scores).nanmean(0).tolist(), strict=True):
             if not math.isnan(spread):
                 log_metric(spread_of(name), spread)
-        log_metric(LEFT_OUT, float(missing.sum()))
+        log_metric(LEFT_OUT, float(total.isnan().sum()))
         first = self.team.index * len(own)
-        columns = zip(self.weights, table[first : first + len(own)].T.tolist(), strict=True)
+        columns = zip(self.weights, self.table[first : first + len(own)].T.tolist(), strict=True)
         return {name: [None if math.isnan(score) else score for score in column] for name, column in columns}
 
     def measure(self, images: list[Tensor], conditions: list[Condition]) -> Tensor:
@@ -133,19 +150,38 @@ class BatchScorer:
         return own.masked_fill(~own.isfinite(), torch.nan)
 
     def spreads(self, own: Tensor) -> Tensor:
-        """Standard deviation of the total reward in each group of the whole batch [groups], from what `measure` gave
-        for this process's part of it; NaN where fewer than two are known. All processes must call it."""
-        return group_std(self._total(self.team.gather(own)).view(-1, self.group_size))
+        """How much the images of each group of the whole batch differ [groups], from what `measure` gave for this
+        process's part of it: standard deviation of the total reward; where each reward is normalised before their sum,
+        the weighted sum of their deviations. NaN where fewer than two images are known, 0 where there is nothing to
+        compare. All processes must call it."""
+        return self._groups(self.team.gather(own))[2]
+
+    @property
+    def blank(self) -> bool:
+        """Whether no two images of any group of the latest batch have scores: nothing is known that could be learnt."""
+        return bool(self.spread.isnan().all())
 
     def remember(self, images: list[Tensor], own: Tensor, counts: dict[str, float]) -> None:
         """Take these as the scores of the images when TRL asks for them, and log `counts` then."""
         self._measured = images, own, counts
 
-    def _total(self, table: Tensor) -> Tensor:
-        """Total reward [N] of rows of raw scores [N, rewards]; NaN where one that counts is missing."""
+    def _groups(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [groups, rewards, G], total reward [groups, G] and spread [groups] of raw scores [B, rewards].
+
+        Both are `settled`, a total by the size of those rewards that differ in the group: beside a constant of 1e8 one
+        of 0 and 1 counts. NaN for images that lack a reward that counts.
+        """
         weights = torch.tensor(list(self.weights.values()), dtype=table.dtype)
-        missing = table[:, weights != 0].isnan().any(dim=1)
-        return (table.nan_to_num() * weights).sum(dim=1).masked_fill(missing, torch.nan)
+        missing = table[:, weights != 0].isnan().any(dim=1, keepdim=True)
+        table = table.masked_fill(missing, torch.nan)
+        scores = settled(table.view(-1, self.group_size, len(weights)).transpose(1, 2))
+        spread = group_std(scores)
+        size = torch.where(spread > 0, scores.nan_to_num().abs().amax(-1), 0) @ weights.abs()
+        total = (weights[:, None] * scores.nan_to_num()).sum(dim=1)
+        total = settled(total.masked_fill(missing.view_as(total), torch.nan), size)
+        if self.aggregation == "sum_then_normalize":
+            return scores, total, group_std(total)
+        return scores, total, spread[:, weights != 0] @ weights[weights != 0].abs()
 
     def _watch(self, missing: Tensor) -> None:
         """Fail when too many scores were missing; `missing` [rewards] is their share in the latest batch."""
