@@ -150,15 +150,15 @@ def test_a_held_out_reward_against_the_optimised_one_is_said_and_an_independent_
     def random(images: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(noise.standard_normal(len(images)))
 
+    def rising(images: torch.Tensor) -> torch.Tensor:  # whatever the policy learns
+        return brightness(images) + rewards.calls / 500
+
     noise = np.random.default_rng(0)
-    recipe = guarded(
-        tiny_recipe(
-            policy_folder, rewards=["bright", "dark", "random"], steps=60, learning_rate=1e-2, batch_size=16,
-            weights={"dark": 0.0, "random": 0.0}, beta=0.01,
-        ),
-        held_out={"batches": 20}, kl={"action": "ignore"},
-    )  # fmt: skip
-    rewards = FakeRewards(bright=brightness, dark=lambda images: -brightness(images), random=random)
+    recipe = tiny_recipe(
+        policy_folder, rewards=["bright", "dark", "random"], steps=40, weights={"dark": 0.0, "random": 0.0}, beta=0.0
+    )
+    recipe = guarded(recipe, held_out={"batches": 20})
+    rewards = FakeRewards(bright=rising, dark=lambda images: -rising(images), random=random)
     train(recipe, tmp_path / "run", rewards=rewards)
     (kept,) = warnings(tmp_path / "run")
     assert kept["guard"] == "held_out" and "held-out dark fell" in kept["text"]

@@ -205,7 +205,7 @@ def test_a_run_that_died_before_its_recipe_was_written_can_be_started_again(reci
         train(recipe, out)
     (out / ".tmp-notes").unlink()
     with open_run(out, recipe, resume=False):
-        assert sorted(path.name for path in out.iterdir()) == [".lock", "recipe.yaml"]
+        assert sorted(path.name for path in out.iterdir()) == [".lock", "recipe.yaml", "run.json"]
 
 
 # One process at a time

@@ -8,6 +8,7 @@ before a run is taken up from it.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import zipfile
@@ -22,7 +23,7 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import BUNDLED_POLICIES, MANIFEST, POLICIES, checkpoint_folders, mark_adapter
 from argrpo_cli.runs.disk import PARTIAL, replace_folder, set_aside
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import cannot_write, read_json, reason, writable, write_json
+from argrpo_cli.system.files import cannot_write, read_json, read_text, reason, writable, write_json
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -218,8 +219,8 @@ def _is_readable(path: Path) -> bool:
 
 def _wrong_step(folder: Path, step: int) -> str | None:
     try:
-        said = read_json(folder / STATE).get("global_step")
-    except UserError:
+        said = json.loads(read_text(folder / STATE)).get("global_step")  # the trainer's own, where a norm may be NaN
+    except (UserError, ValueError, AttributeError, RecursionError):
         return f"{STATE} is unreadable"
     return None if said == step else f"{STATE} is of step {said}"
 
