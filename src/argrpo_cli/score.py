@@ -140,6 +140,8 @@ def score_rows(
             for place in places:
                 refuse(items[place], BadPicture(f"{items[place].file}: {error}"))
             continue
+        finally:
+            del pixels  # before the next are read
         table = zip(*(scores[name].tolist() for name in reward_set.names), strict=True)
         for place, row in zip(places, table, strict=True):
             values = (None if math.isnan(score) else score for score in row)
@@ -203,9 +205,8 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
     """The image within a white square, uint8 [3, THUMBNAIL, THUMBNAIL]."""
     from PIL import Image, ImageOps
 
-    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    square = ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC, (255, 255, 255))
-    return np.asarray(square).transpose(2, 0, 1)
+    square, bicubic = (THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC
+    return np.stack([ImageOps.pad(Image.fromarray(channel), square, bicubic, 255) for channel in pixels])
 
 
 def _check_conditions(reward_set: RewardSet, items: Sequence[Item]) -> None:
@@ -223,21 +224,25 @@ def _runs(items: Sequence[Item], refuse: Callable[[Item, BadPicture], None]) -> 
     """Runs of images of one size, of at most `MOST_BYTES`: their places among the items, and uint8 [B, 3, H, W]."""
     places: list[int] = []
     run: list[np.ndarray] = []
-    for place, image in enumerate(read_ahead(items)):
+    place = -1  # not `enumerate`, which would hold the last image while the next one is read
+    for image in read_ahead(items):
+        place += 1
         if isinstance(image, BadPicture):
             refuse(items[place], image)
             continue
-        if run and (image.shape != run[0].shape or (len(run) + 1) * image.size > MOST_BYTES):
-            yield places, _stacked(run)
+        if run and image.shape != run[0].shape:
+            yield places, np.stack(run)
             places, run = [], []
         places.append(place)
         run.append(image)
+        full, image = (len(run) + 1) * image.size > MOST_BYTES, None
+        if full:  # a large image is gone before the next one is read
+            pixels = run[0][None] if len(run) == 1 else np.stack(run)
+            run = []
+            yield places, pixels
+            places, pixels = [], None
     if run:
-        yield places, _stacked(run)
-
-
-def _stacked(run: list[np.ndarray]) -> np.ndarray:
-    return run[0][None] if len(run) == 1 else np.stack(run)  # a large one not twice
+        yield places, np.stack(run)
 
 
 def item_key(item: Item) -> list[Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.images import find_items
+from argrpo_cli.images import Item, find_items
+from argrpo_cli.score import score_rows
 from argrpo_cli.shapes import Condition, Result
 from argrpo_cli.system.errors import BadPicture, UserError
 from argrpo_cli.system.files import read_jsonl, write_jsonl
@@ -95,6 +98,26 @@ def test_where_nothing_can_be_read_nothing_is_written(folder, seen, fails):
     assert "5 pipe.png: it is a pipe" in fails("score", folder / "5 pipe.png", "--rewards", "bright")
     assert run(["score", *(str(folder / name) for name in BAD[:3]), "--rewards", "bright"]) == 2
     assert {path.name for path in folder.iterdir()} == set(NAMES)
+
+
+def test_of_large_pictures_one_is_in_memory(monkeypatch):
+    monkeypatch.setattr("argrpo_cli.images.LARGE", 15)
+    monkeypatch.setattr("argrpo_cli.score.MOST_BYTES", 48)
+    alive: list[weakref.ref] = []
+    held: list[int] = []
+
+    def image(name: str, most: int | None = None) -> np.ndarray | None:
+        if most is not None and most < 16:
+            return None
+        held.append(sum(one() is not None for one in alive))
+        pixels = np.zeros((3, 4, 4), np.uint8)
+        alive.append(weakref.ref(pixels))
+        return pixels
+
+    items = [Item(name, name, partial(image, name)) for name in "abcd"]
+    rewards = Rewards(["bright"], "cpu")
+    assert len(score_rows(rewards, items)) == 4
+    assert held == [0, 0, 0, 0] and rewards.batches == [(1, 3, 4, 4)] * 4
 
 
 # --- what they show ---

@@ -127,6 +127,13 @@ def test_pictures_are_the_grids(run: RunDirectory, recipe: Recipe) -> None:
     assert content == run.grid_file(50).read_bytes()
 
 
+def test_a_damaged_grid_is_left_out(run: RunDirectory, recipe: Recipe) -> None:
+    content = run.grid_file(50).read_bytes()
+    run.grid_file(50).write_bytes(content[:-30])
+    run.grid_file(50).with_name("step_of_mine.png").write_bytes(content)
+    assert [one["data-step"] for one in page_of(run, recipe).all("img") if "data-step" in one] == ["0", "100"]
+
+
 def test_large_pictures_are_made_smaller_and_many_grids_fewer(tmp_path: Path, recipe: Recipe) -> None:
     run = make_run(tmp_path / "run", recipe, [record(1)], list(range(0, 300, 10)))
     Image.effect_noise((3000, 300), 80).save(run.grid_file(290))

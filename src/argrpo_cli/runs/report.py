@@ -11,14 +11,17 @@ import io
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from argrpo_cli.pictures import opened_image
 from argrpo_cli.rewards import REWARDS, check_reward
 from argrpo_cli.runs import curves
 from argrpo_cli.runs.curves import COLOURS, NO_STAGE, STAGES, Panel, Record, Roles
 from argrpo_cli.runs.learning import conclusions, last
 from argrpo_cli.runs.run import duration, now
+from argrpo_cli.system.errors import BadPicture
 from argrpo_cli.system.files import fill_template, read_text, write_text
 
 if TYPE_CHECKING:
@@ -54,7 +57,7 @@ def write_report(run: RunDirectory, recipe: Recipe, *, training: bool = False) -
         transfer=[_transfer_row(row) for row in notes.get("transfer") or []],
         drift=[(part, f"{100 * moved:.2g} %") for part, moved in (last(records, "drift") or {}).items()],
         warnings=notes.get("warnings") or [],
-        grids=[(step, _data_uri(path)) for step, path in _grids(run.root / "grids")],
+        grids=list(_grids(run.root / "grids")),
         panels=[(number, panel, plots[number][0]) for number, panel in enumerate(shown)],
         numbers=[numbers for _, numbers in plots],
         colours=COLOURS,
@@ -121,20 +124,24 @@ def _facts(recipe: Recipe, records: Sequence[Record], notes: Mapping[str, Any]) 
     return {name: fact for name, fact in facts.items() if fact}
 
 
-def _grids(folder: Path) -> list[tuple[int, Path]]:
-    """Step and file of the grids that are shown."""
-    grids = sorted((int(path.stem.rpartition("_")[2]), path) for path in folder.glob("step_*.png"))
-    if len(grids) <= MOST_GRIDS:
-        return grids
-    return [grids[round(index * (len(grids) - 1) / (MOST_GRIDS - 1))] for index in range(MOST_GRIDS)]
+def _grids(folder: Path) -> Iterator[tuple[int, str]]:
+    """Step and content of the grids that are shown, without damaged ones."""
+    numbers = {path: path.stem.rpartition("_")[2] for path in folder.glob("step_*.png")}
+    grids = sorted((int(number), path) for path, number in numbers.items() if number.isdecimal())
+    if len(grids) > MOST_GRIDS:
+        grids = [grids[round(index * (len(grids) - 1) / (MOST_GRIDS - 1))] for index in range(MOST_GRIDS)]
+    for step, path in grids:
+        with suppress(BadPicture):
+            yield step, _data_uri(path)
 
 
 def _data_uri(path: Path) -> str:
     """A picture inside the page: as it is when small, else no wider than the page needs and as JPEG."""
     from PIL import Image
 
-    content, kind = path.read_bytes(), "png"
-    with Image.open(io.BytesIO(content)) as image:
+    with opened_image(path) as image:
+        image.load()
+        content, kind = path.read_bytes(), "png"
         if len(content) > PNG_BYTES or image.width > MOST_PIXELS:
             small = image.convert("RGB")
             if small.width > MOST_PIXELS:
