@@ -29,7 +29,7 @@ from tests.training import together_worker
 from tests.training.tiny import FakeRewards, save_tiny_policy, tiny_caption_policy, tiny_recipe
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-TWO = ("plain", "straddling", "captions", "stopped", "resumed", "failing", "refused", "broken")
+TWO = ("plain", "straddling", "level", "captions", "stopped", "resumed", "failing", "refused", "broken")
 
 
 def start(folder: Path, *cases: str, config: str | None = None) -> list[dict[str, str]]:
@@ -117,6 +117,16 @@ def test_two_processes_train_as_one_does(one: Path, two: tuple[Path, Any], case:
     assert any(record["images_extra"] for record in uneven), "and some had to be drawn again"
 
 
+def assert_nothing_changed(out: Path, base: Path) -> None:
+    before = load_file(base / "model.safetensors")
+    assert all(torch.equal(before[name], weight) for name, weight in weights(out).items())
+    assert [record["updates_left_out"] for record in metrics(out)] == [1, 2]
+
+
+def test_rewards_that_tell_nothing_apart_change_nothing(two: tuple[Path, Any]) -> None:
+    assert_nothing_changed(two[0] / "level", two[0] / "policy")
+
+
 def assert_same_training_of_captions(single: Path, shared: Path, base: Path) -> None:
     """Of the run, of the distillation before it, and of the scale that was chosen for that."""
     assert_same_training(single, shared, single / "start" / "policy")
@@ -176,10 +186,11 @@ def test_a_fault_of_one_process_is_told_by_the_first_alone(two: tuple[Path, Any]
 
 def test_sharded_parameters_train_as_whole_ones_do(one: Path, tmp_path: Path) -> None:
     """FSDP2 by the configuration that the package ships; one run is stopped and resumed."""
-    ends = start(tmp_path, "captions", "stopped", "resumed", config="fsdp2")
+    ends = start(tmp_path, "captions", "level", "stopped", "resumed", config="fsdp2")
     assert [end["stopped"] for end in ends] == ["Interrupted 143"] * 2
     assert_same_training_of_captions(one / "run_of_captions", tmp_path / "run_of_captions", tmp_path / "captions")
     assert_same_training(one / "plain", tmp_path / "stopped", tmp_path / "policy")
+    assert_nothing_changed(tmp_path / "level", tmp_path / "policy")
     checkpoint = tmp_path / "stopped" / "checkpoints" / "step_000004"
     assert (checkpoint / "pytorch_model_fsdp.bin").exists(), "the model was sharded"
     for name in ("grids/step_000002.png", "before_after.png"):

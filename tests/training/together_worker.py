@@ -18,11 +18,12 @@ from argrpo_cli.policy import tokens as shared
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.training import run_training, train
+from argrpo_cli.training import job, run_training
 from tests.training.tiny import CODES, FakeRewards, brightness, redness, tiny_recipe
 
 # A group in each micro-batch, and in each of two processes: what one process sees of the gradient, two see together.
 COARSE = 60  # steps of a reward, so few that groups without spread occur
+LEVELS = {"bright": 0.1, "red": 0.9}
 PLAIN = {"batch_size": 16, "group_size": 8, "micro_batch_size": 8, "steps": 5, "save_every": 2, "grid_every": 2}
 
 
@@ -49,6 +50,13 @@ def straddling(folder: Path, out: Path) -> None:
     run_training(recipe, out, rewards=FakeRewards(bright=some_missing, red=redness))
 
 
+def level(folder: Path, out: Path) -> None:
+    """A reward that tells nothing apart, for a group on two processes."""
+    recipe = tiny_recipe(folder / "policy", batch_size=8, group_size=8, micro_batch_size=2, steps=2, beta=0.0)
+    both = {name: lambda images, value=value: torch.full((len(images),), value) for name, value in LEVELS.items()}
+    run_training(recipe, out, rewards=FakeRewards(**both))
+
+
 def captions(folder: Path, out: Path) -> None:
     """Captions that each process has for itself, guided log-probabilities, logits that are computed again, and a
     distillation before."""
@@ -57,7 +65,7 @@ def captions(folder: Path, out: Path) -> None:
     recipe = tiny_recipe(folder / "captions", conditions=asked, logprob="guided", micro_batch_size=2, steps=3)
     keys = {"batch_size": 8, "micro_batch_size": 2, "steps": 3, "learning_rate": 1e-3, "cfg_scale": [2.0, 5.0]}
     recipe = Recipe.model_validate({**recipe.model_dump(), "start": {"distil": {**keys, "beta": 0.5, "lmbda": 0.2}}})
-    train.SCALE_IMAGES = 8
+    job.SCALE_IMAGES = 8
     out = folder / "run_of_captions"
     run_training(recipe, out, rewards=FakeRewards())
     shared.LOGITS_AT_ONCE = whole
@@ -107,7 +115,7 @@ def broken(folder: Path, out: Path) -> None:
 
 
 CASES: dict[str, Callable[[Path, Path], None]] = {
-    one.__name__: one for one in (plain, straddling, captions, stopped, resumed, failing, refused, broken)
+    one.__name__: one for one in (plain, straddling, level, captions, stopped, resumed, failing, refused, broken)
 }
 
 
@@ -128,7 +136,7 @@ def accelerate_shards_on_cpus() -> None:
 
 def main(folder: Path, cases: Sequence[str], environment: Mapping[str, str]) -> int:
     os.environ |= environment
-    train.refresh_report = lambda *args, **keys: None  # which takes its time
+    job.refresh_report = lambda *args, **keys: None  # which takes its time
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         accelerate_shards_on_cpus()
     ends = {}
