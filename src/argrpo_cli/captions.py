@@ -11,7 +11,7 @@ from typing import Any
 
 from argrpo_cli.geneval.prompts import SETS, TAGS, content, mirrored, prompt_set
 from argrpo_cli.system.errors import UserError, did_you_mean
-from argrpo_cli.system.files import read_jsonl, read_text
+from argrpo_cli.system.files import expanded, read_jsonl, read_text
 from argrpo_cli.system.plain import lines_of, parse_json, unguarded
 
 CAPTION_SETS = ("nano", *SETS)
@@ -35,7 +35,7 @@ def read_captions(source: str | list[str], column: str = "prompt", each: bool = 
         return list(nano_captions())
     if source in SETS:
         return [prompt.text for prompt in prompt_set(source)]
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_file():
         hint = did_you_mean(source, CAPTION_SETS)
         raise UserError(f"no captions {source!r}: not a file, and the bundled ones are {', '.join(CAPTION_SETS)}{hint}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from argrpo_cli.recipe import load_recipe
@@ -108,3 +110,33 @@ def test_a_whole_number_is_a_float_too():
 def test_several_faults_are_counted():
     with pytest.raises(UserError, match=r"\(and 2 more\)$"):
         load_recipe("c2i_b256", ["grpo.a=1", "grpo.b=1", "grpo.c=1"])
+
+
+def test_keys_that_look_like_types_or_locations_are_named():
+    for key in ("str", "int", "a[b", "list[str]", "x(y)", "constrained-str"):
+        with pytest.raises(UserError, match=rf"unknown key '{re.escape(key)}'; the keys are name"):
+            load_recipe("c2i_b256", [f"{key}=1"])
+        with pytest.raises(UserError, match=rf"conditions\.weights\.{re.escape(key)} = -1: must be greater"):
+            load_recipe("c2i_b256", [f"conditions.weights.{key}=-1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("beta=0", "grpo.beta"),
+        ("steps=3", "grpo.steps"),
+        ("device=cpu", "policy.device"),
+        ("grpo.seed=3", "seed"),
+        ("grpo.weight=3", "rewards.terms.0.weight"),
+        ("start.temperature=3", "start.sampling.temperature"),
+        ("policy.lmbda=0", "distil.lmbda"),
+    ],
+)
+def test_a_key_of_another_section_is_found(override, key):
+    with pytest.raises(UserError, match=rf"did you mean '{key}'\?$"):
+        load_recipe("c2i_b256", [override])
+
+
+def test_the_sections_of_the_method_come_first():
+    with pytest.raises(UserError, match=r"did you mean 'distil\.beta'\?$"):
+        load_recipe("c2i_b256", ["method=distil", "beta=0"])

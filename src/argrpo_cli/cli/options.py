@@ -163,7 +163,7 @@ def read_rewards(
     Raises:
         UserError: another form, a reward that is not among the names; and what `check_rewards` refuses.
     """
-    from argrpo_cli.recipe import parse_yaml
+    from argrpo_cli.recipe.text import parse_yaml
 
     names = [name.strip() for name in text.split(",") if name.strip()]
     options: dict[str, dict[str, Any]] = {}

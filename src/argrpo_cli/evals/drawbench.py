@@ -29,7 +29,7 @@ from argrpo_cli.sample import file_name
 from argrpo_cli.score import item_key, row_of, score_rows
 from argrpo_cli.shapes import Column, Result
 from argrpo_cli.system.errors import UserError, first_line
-from argrpo_cli.system.files import read_jsonl, write_jsonl
+from argrpo_cli.system.files import expanded, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from argrpo_cli.evals.statistics import Measure
@@ -365,7 +365,7 @@ def read_prompts(source: str, limit: int | None = None) -> PromptList:
     Raises:
         UserError: no such file or set, no prompts in it, the hub is not reached.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source in CAPTION_SETS:
         texts = read_captions(source)
     elif path.is_file():

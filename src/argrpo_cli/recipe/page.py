@@ -8,30 +8,34 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel
 
-from argrpo_cli.recipe.schema import Recipe
+from argrpo_cli.recipe.schema import Recipe, sections
 from argrpo_cli.recipe.sections import Section, section_of
 
 BOUNDS = {Ge: "from {}", Gt: "above {}", Le: "at most {}", Lt: "below {}"}
 KINDS = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", Any: "anything", Recipe: "recipe"}
 PAGE = """# The keys of a recipe
 
-`python -m argrpo_cli.recipe.page` writes this page from the schema, `src/argrpo_cli/recipe/schema.py`. A recipe is a
-YAML file of any of these keys; `extends: NAME` takes those of another recipe first, and `--set
-grpo.beta=0` changes one on the command line. [training.md](training.md) says what they are for.
+`python -m argrpo_cli.recipe.page` writes this page from the schema, `src/argrpo_cli/recipe/`. A recipe is a YAML file
+of any of these keys; `extends: NAME` takes those of another recipe first, and `--set grpo.beta=0` changes one on the
+command line. Mappings merge, lists replace; `rewards: {add: [{name: hpsv2}]}`, or `--set rewards.add=hpsv2`, adds to
+`rewards.terms`, or changes the term of that name, and leaves the others as they are. [training.md](training.md) says
+what the keys are for.
+
+`--steps`, `--lr`, `--seed` and `--device` stand for `grpo.steps`, `grpo.learning_rate` (of `distil` in a recipe of that
+method), `seed` and `policy.device`.
 """
 
 
 def page() -> str:
     """All keys of a recipe as Markdown: a table for each section, with types, ranges and defaults."""
     parts = [PAGE]
-    for name, model in _sections(Recipe, ""):
+    for name, model in sections(Recipe):
         parts.append(f"\n## {f'`{name}`' if name else 'The run'}\n\n{inspect.getdoc(model)}\n")
         parts.append("\n| key | value | default | |\n| --- | --- | --- | --- |\n")
         notes = _comments(model)
@@ -41,15 +45,6 @@ def page() -> str:
                 cells = (f"`{key}`", _value(field.annotation, field.metadata), default, notes.get(key, ""))
                 parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
     return "".join(parts)
-
-
-def _sections(model: type[BaseModel], name: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Dotted names and models of the sections, each before those inside it; `[]` after a list of them."""
-    yield name, model
-    for key, field in model.model_fields.items():
-        if (inner := section_of(field.annotation)) and inner is not Recipe:
-            several = "[]" if get_origin(field.annotation) is list else ""
-            yield from _sections(inner, f"{name}.{key}".lstrip(".") + several)
 
 
 def _value(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -68,7 +63,7 @@ def _value(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if arguments:
         return ", or ".join(_value(one) for one in arguments)
     bounds = [
-        words.format(f"{getattr(one, kind.__name__.lower()):g}")
+        words.format(f"{bound:g}" if isinstance(bound := getattr(one, kind.__name__.lower()), float) else bound)
         for one in metadata
         for kind, words in BOUNDS.items()
         if isinstance(one, kind)
@@ -76,7 +71,7 @@ def _value(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return " ".join([KINDS[annotation], *bounds])
 
 
-def _comments(model: type[BaseModel]) -> dict[str, str]:
+def _comments(model: type[Section]) -> dict[str, str]:
     """What the source says of each key: the comment lines before it and the comment behind it."""
     notes: dict[str, str] = {}
     before: list[str] = []

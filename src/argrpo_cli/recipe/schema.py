@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import Field, field_serializer, model_validator
 
@@ -18,8 +19,11 @@ from argrpo_cli.recipe.sections import (
     RewardSection,
     SamplingSection,
     Section,
+    section_of,
 )
+from argrpo_cli.rewards import published_factor
 from argrpo_cli.shapes import Sampling
+from argrpo_cli.system.files import expanded
 
 # Keys that say which run this is: `extends` does not hand them on, nor has `start` them from the recipe around it.
 OWN_KEYS = ("name", "description", "out", "published")
@@ -30,7 +34,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of the run; that of the file
     description: str = ""
-    seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn, in which order
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of what is drawn, in which order
     out: str | None = None  # run directory; null is runs/<name>
     method: Literal["grpo", "distil"] = "grpo"  # of training; the section of that name has its settings
     # A run before this one, in the folder start of its run directory, from whose policy this one goes on: the name or
@@ -74,7 +78,7 @@ class Recipe(Section):
     @property
     def run_dir(self) -> Path:
         """Where the run is written unless the caller says otherwise."""
-        return Path(self.out) if self.out else Path("runs") / self.name
+        return expanded(self.out) if self.out else Path("runs") / self.name
 
     @field_serializer("sampling")
     def _sampling_keys(self, sampling: Sampling) -> dict[str, Any]:
@@ -84,6 +88,16 @@ class Recipe(Section):
     @classmethod
     def _start_is_as_this_recipe(cls, keys: Any) -> Any:
         return with_whole_start(keys)
+
+    @model_validator(mode="after")
+    def _factors_are_said(self) -> Recipe:
+        """Those that are published are in the recipe from here on, so that a run keeps them."""
+        terms = [
+            term if term.factor is not None else term.model_copy(update={"factor": published_factor(term.name)})
+            for term in self.rewards.terms
+        ]
+        self.rewards = self.rewards.model_copy(update={"terms": terms})
+        return self
 
     @model_validator(mode="after")
     def _start_and_run_fit(self) -> Recipe:
@@ -148,3 +162,12 @@ def with_whole_start(keys: Any) -> Any:
     around = {key: value for key, value in keys.items() if key not in (*OWN_KEYS, "start")}
     own = {"name": f"{keys.get('name')}-start", "method": "distil"}
     return keys | {"start": merge(around | own, keys["start"])}
+
+
+def sections(model: type[Section], name: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Dotted names and models of the sections, each before those inside it; `[]` after a list of them."""
+    yield name, model
+    for key, field in model.model_fields.items():
+        if (inner := section_of(field.annotation)) and inner is not Recipe:
+            several = "[]" if get_origin(field.annotation) is list else ""
+            yield from sections(inner, f"{name}.{key}".lstrip(".") + several)

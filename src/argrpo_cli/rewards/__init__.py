@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli import __version__
 from argrpo_cli.rewards.base import FAMILIES, Reward
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.errors import BadPicture, UserError, did_you_mean, first_line, out_of_memory
+from argrpo_cli.system.errors import BadPicture, UserError, did_you_mean, first_line, out_of_memory, refuse_secrets
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,8 +79,14 @@ def check_reward(name: str) -> type[Reward]:
     raise UserError(f"reward {name!r} is unknown; there are {', '.join(REWARDS)}, {how}{did_you_mean(name, REWARDS)}")
 
 
+def published_factor(name: str) -> float:
+    """What brings a reward's raw score to the scale of the others where nobody says so; 1 for one of one's own."""
+    return check_reward(name).factor if name in REWARDS else 1.0
+
+
 def check_options(name: str, options: Mapping[str, Any]) -> type[Reward]:
     """The class of a reward, which takes these options; UserError for an unknown reward or option, or another type."""
+    refuse_secrets(options, f"reward {name}")
     reward = check_reward(name)
     reward.check_options(options)
     return reward
@@ -300,8 +306,6 @@ def _networks(value: object, seen: set[int]) -> list[nn.Module]:
 def reward_weights(section: RewardSection, family: Mapping[str, str]) -> dict[str, float]:
     """What each raw score is multiplied by before the sum of equation 10: lambda_family * weight * factor.
 
-    The factor is the term's own, else the published one of its reward; 1 for one of one's own.
-
     Args:
         section: `rewards` of a recipe, whose order is kept.
         family: name of a reward to "conditional", "quality" or "realism".
@@ -311,8 +315,7 @@ def reward_weights(section: RewardSection, family: Mapping[str, str]) -> dict[st
     """
     weights = {}
     for term in section.terms:
-        published = check_reward(term.name).factor if term.name in REWARDS else 1.0
-        factor = published if term.factor is None else term.factor
+        factor = published_factor(term.name) if term.factor is None else term.factor
         weights[term.name] = getattr(section, f"lambda_{family[term.name]}") * term.weight * factor
     if not any(weights.values()):
         raise UserError(

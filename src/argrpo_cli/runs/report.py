@@ -92,7 +92,7 @@ def reward_roles(recipe: Recipe, notes: Mapping[str, Any]) -> Roles:
     return {
         term.name: {
             "family": check_reward(term.name).family if term.name in REWARDS else None,
-            "weight": term.weight if term.factor is None else term.weight * term.factor,
+            "weight": term.weight * term.factor,
         }
         for term in recipe.rewards.terms
     }

@@ -8,6 +8,17 @@ import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+SECRET_KEY = r"(?:api_?key|(?:access|auth|hf)_token|passw(?:or)?d|secret)"
+USER = r"(?<=//)[^\s/@'\"]+(?=@)"  # and password, of a URL
+SECRETS = {  # and what stands in their place
+    USER: "***",
+    r"(?<=://)([^\s?'\"]*\?)[^\s'\"]+": r"\1***",  # the query of a URL
+    rf"(?i)({SECRET_KEY}['\"]?[=:] ?['\"]?)[^\s'\",}}]+": r"\1***",
+}
+ENVIRONMENT = "have it read from the environment, as a judge does its key (ARGRPO_JUDGE_API_KEY)"
+LONG_WORD = 300  # characters; a longer one is no path
 
 # Control characters, ends of lines, marks that reverse the direction, half pairs (bytes of a name that is no UTF-8).
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -18,8 +29,35 @@ SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
 class UserError(Exception):
     """Bad input or a bad machine state, told in one line: the thing, its value and the mend.
 
-    The command line prints it as `argrpo: error: …` and exits with code 2.
+    The command line prints it as `argrpo: error: …` and exits with code 2. Whatever it quotes, it has no secrets in it,
+    and no words without end.
     """
+
+    def __init__(self, message: str):
+        super().__init__(re.sub(rf"\S{{{LONG_WORD},}}", lambda word: word[0][:60] + "...", without_secrets(message)))
+
+
+def without_secrets(text: str) -> str:
+    """A text with *** in the place of passwords and keys, as far as they can be told."""
+    for pattern, mask in SECRETS.items():
+        text = re.sub(pattern, mask, text)
+    return text
+
+
+def refuse_secrets(value: Any, where: str) -> None:
+    """UserError where there is a secret among options, which are printed and kept: a URL with a user, or a key."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if re.fullmatch(rf"(?i)(?:\w+_)?{SECRET_KEY}", str(key)) and isinstance(inner, str) and inner:
+                raise UserError(f"{where}: {key} is a secret, and options are printed and kept; {ENVIRONMENT}")
+            refuse_secrets(inner, where)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            refuse_secrets(inner, where)
+    elif isinstance(value, str) and re.search(USER, value):
+        raise UserError(
+            f"{where}: the url has a user or password in it, and options are printed and kept; {ENVIRONMENT}"
+        )
 
 
 class BadPicture(UserError):

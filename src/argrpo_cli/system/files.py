@@ -29,6 +29,14 @@ def reason(error: OSError) -> str:
     return (error.strerror or str(error) or type(error).__name__).lower()
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with the home folder in the place of ~ or ~name; UserError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no user, or no home folder, for the ~ in it") from error
+
+
 def cannot_write(path: str | os.PathLike[str], error: OSError) -> UserError:
     """The error to raise when `path` could not be written."""
     return UserError(f"cannot write {path}: {reason(error)}")

@@ -257,7 +257,7 @@ def grpo_config(
         output_dir, device, processes: as in `trainer_settings`, which also says what it raises.
     """
     grpo = recipe.grpo
-    high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
+    high = grpo.epsilon_high or grpo.epsilon  # losses without clipping have none, and TRL looks at neither then
     return GRPOConfig(
         **trainer_settings(recipe, output_dir, device, processes),
         # Generation: group_size images per condition, one rollout for updates_per_batch updates.

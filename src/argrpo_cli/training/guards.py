@@ -31,11 +31,6 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Sighting = tuple[str, str]  # what was seen, and the line about it
 
-# Mean |ratio - 1| that rounding does not explain. Measured on the nano policy: 2e-6 in float32, 0.03 under bfloat16
-# autocast; a temperature that is off by a tenth gives 0.1 there (0.06 on a policy of random weights), a guidance scale
-# of 1.5 for 2 gives 0.3, tokens shifted by one 20.
-RATIO_LIMIT = {"float32": 0.01, "bfloat16": 0.1}
-
 # A single token that the policy has made very unlikely can lift the KL estimate of one update by itself, since it grows
 # as pi_ref / pi_theta; a policy that has left its base stays there.
 KL_UPDATES = 2
@@ -126,7 +121,7 @@ class Guards:
         deviation = record.get("ratio_deviation_mean")
         if deviation is None or (record["step"] - 1) % self.recipe.optim.updates_per_batch:
             return
-        limit = self.section.ratio.limit or RATIO_LIMIT[self.recipe.policy.dtype]
+        limit = getattr(self.section.ratio.limit, self.recipe.policy.dtype)
         if deviation > limit:
             text = (
                 f"mean |ratio - 1| to the sampler is {deviation:.2g} on an on-policy update (limit {limit:g}): the "

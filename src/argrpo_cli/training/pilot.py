@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from argrpo_cli.recipe import load_recipe
+from argrpo_cli.recipe.text import write_yaml
 from argrpo_cli.runs.curves import STAGES, Record
 from argrpo_cli.runs.learning import ERRORS, SATURATED, estimate
 from argrpo_cli.runs.run import PILOT_FILE, PILOT_SCRATCH, START, Interrupted, RunDirectory, duration
@@ -359,7 +359,8 @@ def write_proposal(
     Returns:
         Its path. It is written atomically, in the place of an earlier pilot's.
     """
-    tree: dict[str, Any] = _differences(load_recipe(parent).model_dump(mode="json"), given.model_dump(mode="json"))
+    base = load_recipe(parent, tell=lambda line: None)  # which the start of the pilot has told
+    tree: dict[str, Any] = _differences(base.model_dump(mode="json"), given.model_dump(mode="json"))
     for key in ("name", "description", "out", "published"):
         tree.pop(key, None)
     tree = {"extends": str(parent.resolve()), "name": f"{given.name}-pilot", **tree}
@@ -370,7 +371,7 @@ def write_proposal(
         f"Proposed by a pilot of {found.updates} updates, {found.images} images, of which no weight was changed.",
         *reasons,
     ]
-    text = "".join(f"# {line}\n" for line in head) + "\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text = "".join(f"# {line}\n" for line in head) + "\n" + write_yaml(tree)
     write_text(folder / PILOT_FILE, text)
     return folder / PILOT_FILE
 

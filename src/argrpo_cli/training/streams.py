@@ -11,12 +11,12 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.captions import captions_in, normalized
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line
+from argrpo_cli.system.files import expanded
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -65,7 +65,7 @@ def open_captions(section: DatasetSection) -> Dataset | IterableDataset:
 def _load(section: DatasetSection) -> Dataset | IterableDataset:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
-    path = Path(section.name).expanduser()
+    path = expanded(section.name)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # written by save_to_disk
         data = load_from_disk(str(path))
         if isinstance(data, DatasetDict):
