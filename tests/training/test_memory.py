@@ -16,7 +16,7 @@ from argrpo_cli.policy.open import outline_policy
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.recipe.sections import LoraSection
 from argrpo_cli.shapes import Sampling
-from argrpo_cli.training.memory import estimate, pass_bytes, total, trained_parameters
+from argrpo_cli.training.memory import estimate, pass_bytes, total, trained_parameters, what_fits
 from tests.training.tiny import tiny_caption_policy
 
 IMAGES = 4
@@ -147,3 +147,28 @@ def test_the_phases_follow_each_other() -> None:
     away = parts_of("t2i-xl-256", policy={"checkpoint": "t2i-xl-256", "text_device": "offload"}, **captions)
     assert resident["text encoder"] == away["text encoder"] == 2 * 1_223_527_424
     assert resident["total"] - away["total"] == resident["text encoder"]  # it is gone when the cache is largest
+
+
+def test_what_would_fit_is_found_by_the_same_sums() -> None:
+    outline = outline_policy("nano-c2i")
+    keys = {"batch_size": 48, "micro_batch_size": 48}
+    recipe = Recipe.model_validate({"name": "x", "policy": {"checkpoint": "nano-c2i"}, "grpo": keys})
+
+    def bytes_with(micro: int, **grpo: Any) -> int:
+        changed = recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update=grpo)})
+        return total(estimate(changed, outline, [], share=48, micro=micro, processes=1, device="cuda"))
+
+    def fits(room: int) -> dict[tuple[str, ...], int]:
+        return dict(what_fits(recipe, outline, [], room, processes=1, device="cuda"))
+
+    room = bytes_with(24)
+    ways = fits(room)
+    assert ways["grpo.micro_batch_size: 24",] == room  # the largest part that fits
+    assert ways["grpo.gradient_checkpointing: true",] == bytes_with(48, gradient_checkpointing=True) < room
+    assert ways["--processes 2",] <= room
+    assert all(size <= room for size in ways.values())
+    ((words, size),) = fits(1).items()  # nothing helps
+    both = ("grpo.gradient_checkpointing: true", "policy.lora.rank: 16")
+    assert words == (*both, "grpo.micro_batch_size: 1") and size > 1
+    ((words, same),) = fits(size).items()  # and this much does
+    assert same == size and words[:2] == both

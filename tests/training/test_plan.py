@@ -39,7 +39,8 @@ def test_a_plan_says_all_of_a_run_in_words() -> None:
         "64 images: 8 groups of 8",
         "4 devices: 16 images (2 groups) each, 16 at a time in the training pass",
         "100 updates, 6400 images in all",
-        "hpsv2-quantized  conditional  weight 1        ViT-H-14 of xswu/HPSv2, in steps",
+        "hpsv2            conditional  factor 5      weight 1       ViT-H-14 of xswu/HPSv2\n",  # as the recipe has them
+        "hpsv2-quantized  conditional  factor 1      weight 1       ViT-H-14 of xswu/HPSv2, in steps",
         "to fetch      FoundationVision/LlamaGen: c2i_B_256.pt",
         "to fetch      xswu/HPSv2: HPS_v2.1_compressed.pt",
     ):
@@ -81,8 +82,34 @@ def test_a_machine_s_gpu_is_held_against_the_estimate(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    assert "GPU has 24.00 GB, which is less: lower grpo.micro_batch_size" in shown(planned("t2i_xl256"))
-    assert "GPU has 24.00 GB\n" in shown(planned("nano/paper/c2i"))
+    text = shown(planned("nano/paper/c2i"))
+    assert "GPU has 24.00 GB\n" in text and "lacking" not in text
+    Properties.total_memory = 10**8
+    text = shown(planned("nano/paper/c2i"))
+    assert "this machine's GPU has 100.0 MB, which is not enough" in text
+    assert "lacking     memory: this machine's GPU has 100.0 MB\n" in text and "cannot start here yet" in text
+
+
+def test_a_machine_without_a_gpu_says_so_and_what_its_memory_would_suffice_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("argrpo_cli.training.plan.room_here", lambda device: {"cpu": 2 * 10**9}[device])
+    text = shown(planned("nano/c2i"))
+    assert "this machine has no GPU; on its CPU the run takes " in text and "of 2.00 GB\n" in text
+    assert "lacking" not in text and "cannot start" not in text
+    monkeypatch.setattr("argrpo_cli.training.plan.room_here", lambda device: 10**8)
+    text = shown(planned("nano/c2i", "policy.device=cpu"))
+    assert "this machine on its CPU" not in text and "this machine has" not in text
+    assert "on this machine's CPU the run takes " in text and "of 100.0 MB, which is not enough" in text
+    assert "lacking  memory: " in text and "this run cannot start here yet; see lacking" in text
+
+
+def test_devices_that_are_not_here_are_lacking_and_those_that_are_none_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = shown(planned("nano/c2i", "policy.device=cuda:7"))
+    assert "lacking  policy.device: device 'cuda:7' is not available; this machine has cpu\n" in text
+    for key in ("device", "text_device"):
+        with pytest.raises(UserError, match=rf"policy\.{key}: device 'cuad' is not available"):
+            planned("nano/c2i", f"policy.{key}=cuad")
 
 
 def test_missing_packages_are_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

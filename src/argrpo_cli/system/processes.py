@@ -164,6 +164,16 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def is_device(name: str) -> bool:
+    """Whether a machine may have such a device, this one or another."""
+    import torch
+
+    try:
+        return torch.device(name).type != "meta"
+    except RuntimeError:
+        return False
+
+
 def join_team(device: str = "auto", patience: timedelta = LONGEST_JOB) -> Team:
     """The team of this process; a device without a number becomes this process's own.
 

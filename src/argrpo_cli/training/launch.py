@@ -106,6 +106,23 @@ def config_file(name: str) -> Path:
     return path
 
 
+def check_launch(processes: int | None, device: str, config: str | None) -> None:
+    """Whether a machine could run so many processes on the recipe's device, by such a configuration.
+
+    Raises:
+        UserError: none could.
+    """
+    if config is not None and processes in (None, 1):
+        raise UserError(f"--accelerate-config {config}: for several processes; say how many with --processes")
+    if processes in (None, 1):
+        return
+    config_file(config or "ddp")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--processes {processes}: a launcher has started this process already; leave the option out")
+    if ":" in device:
+        raise UserError(f"policy.device {device}: one GPU, and --processes {processes} takes one each; use auto")
+
+
 def check_processes(processes: int, device: str, config: str) -> bool:
     """Whether this machine can run so many processes on the recipe's device; True for the CPU.
 
@@ -116,12 +133,6 @@ def check_processes(processes: int, device: str, config: str) -> bool:
 
     from argrpo_cli.system.processes import resolve_device
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"--processes {processes}: a launcher has started this process already; leave the option out")
-    if processes < 2:
-        raise UserError(f"--processes {processes}: several are 2 or more; leave the option out for one")
-    if ":" in device:
-        raise UserError(f"policy.device {device}: one GPU, and --processes {processes} takes one each; use auto")
     if config.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"--accelerate-config {config} needs DeepSpeed: pip install deepspeed")
     if resolve_device(device) == "cpu":

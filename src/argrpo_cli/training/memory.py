@@ -8,22 +8,25 @@ that way, too, takes half a minute for the largest policies. Fragments that the 
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from argrpo_cli.policy.open import adapted_layers
-from argrpo_cli.training.launch import drawn_at_once
+from argrpo_cli.recipe.sections import LoraSection
+from argrpo_cli.training.launch import drawn_at_once, images_per_process
 
 if TYPE_CHECKING:
     from argrpo_cli.policy import Policy
     from argrpo_cli.policy.outline import Outline
     from argrpo_cli.recipe import Recipe
-    from argrpo_cli.recipe.sections import LoraSection
     from argrpo_cli.rewards.base import Needs
     from argrpo_cli.shapes import Sampling
 
@@ -103,7 +106,15 @@ def trained_parameters(policy: Policy, lora: LoraSection | None) -> int:
 
 
 def estimate(
-    recipe: Recipe, outline: Outline, needs: Sequence[Needs], *, share: int, micro: int, processes: int, device: str
+    recipe: Recipe,
+    outline: Outline,
+    needs: Sequence[Needs],
+    *,
+    share: int,
+    micro: int,
+    processes: int,
+    device: str,
+    measure: Callable[..., int] | None = None,
 ) -> list[Part]:
     """The parts of the estimate for one device.
 
@@ -111,6 +122,7 @@ def estimate(
         needs: of the reward networks that are loaded, each network once.
         share, micro: images that the device draws in an update, and trains on at a time.
         device: "cpu" or "cuda".
+        measure: says what autograd keeps, in the place of `pass_bytes`.
     """
     optim, model, distil = recipe.optim, outline.policy.model, recipe.method == "distil"
     autocast, adapted = recipe.policy.dtype == "bfloat16", recipe.policy.lora is not None
@@ -120,7 +132,8 @@ def estimate(
     reference = distil or (recipe.grpo.beta and not adapted)
     guided = not distil and recipe.grpo.logprob == "guided"
     sampling = recipe.sampling if guided else replace(recipe.sampling, cfg_scale=1.0)
-    kept = pass_bytes(outline, micro, sampling, autocast=autocast, checkpointing=optim.gradient_checkpointing)
+    measure = measure or pass_bytes
+    kept = measure(outline, micro, sampling, autocast=autocast, checkpointing=optim.gradient_checkpointing)
     images, number = min(share, drawn_at_once(outline.policy.card.tokens)), 2 if autocast else 4
     cache = outline.drawing_bytes(images, guided=steered, recorded=device != "cpu", number=number)
     again = 4 * max(parameters) if micro < share else 0  # a further micro-batch's gradient, before it is added
@@ -147,3 +160,85 @@ def estimate(
         Part("logits, a part of them, and their gradients", (1 + distil) * outline.logits_bytes(micro), "update"),
     ]
     return [part for part in parts if part.bytes]
+
+
+class Fit(NamedTuple):
+    """Changes of a recipe, as one would write them, and the bytes that it then takes."""
+
+    changes: tuple[str, ...]
+    bytes: int
+
+
+def room_here(device: str) -> int:
+    """Bytes of memory of this machine's GPU, or of the machine as far as this process may use it."""
+    if device != "cpu":
+        return torch.cuda.get_device_properties(0).total_memory
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        with suppress(OSError, ValueError):
+            sizes.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+    return min(sizes)
+
+
+def what_fits(
+    recipe: Recipe, outline: Outline, needs: Sequence[Needs], room: int, *, processes: int, device: str
+) -> list[Fit]:
+    """What makes a run fit into `room` bytes of a GPU, or of the machine, by the same sums.
+
+    Returns:
+        Every single change that suffices, in its mildest form, or else the first that do together. Where nothing does,
+        all of them, which take more than there is room for.
+    """
+    passes: dict[Any, tuple[int, int]] = {}
+
+    def measure(outline: Outline, images: int, sampling: Sampling, **how: bool) -> int:
+        """What a pass keeps is so much, and so much for each image."""
+        key = sampling, *how.values()
+        if key not in passes:
+            passes[key] = tuple(pass_bytes(outline, number, sampling, **how) for number in (1, 2))
+        one, two = passes[key]
+        return one + (two - one) * (images - 1)
+
+    def fit(changed: Recipe, changes: Sequence[str], number: int = processes) -> Fit:
+        share, micro = images_per_process(changed, number)
+        parts = estimate(
+            changed, outline, needs, share=share, micro=micro, processes=number, device=device, measure=measure
+        )
+        return Fit(tuple(changes), total(parts) * (number if device == "cpu" else 1))
+
+    def smaller_parts(changed: Recipe, changes: Sequence[str] = ()) -> list[Fit]:
+        share, micro = images_per_process(changed, processes)
+        sizes = [size for size in range(micro - 1, 0, -1) if share % size == 0 and changed.optim.batch_size % size == 0]
+        key = f"{changed.method}.micro_batch_size"
+        return [fit(_with(changed, key, size), [*changes, f"{key}: {size}"]) for size in sizes]
+
+    checkpointing, lora = f"{recipe.method}.gradient_checkpointing", LoraSection()
+    others: list[tuple[str, str, Any]] = []
+    if not recipe.optim.gradient_checkpointing:
+        others.append((f"{checkpointing}: true", checkpointing, True))
+    if outline.text_bytes and recipe.policy.text_device == "same":
+        others.append(("policy.text_device: offload", "policy.text_device", "offload"))
+    adaptable = set(lora.targets) <= set(outline.policy.parts()["lora"]) and recipe.policy.trainable == "all"
+    if recipe.policy.lora is None and adaptable:
+        others.append((f"policy.lora.rank: {lora.rank}", "policy.lora", lora))
+    sizes = range(processes + 1, 65) if device != "cpu" else ()
+    batch, micro = recipe.optim.batch_size, recipe.optim.micro_batch_size or recipe.optim.batch_size
+    more = [n for n in sizes if batch % (n * recipe.optim.group_size) == 0 and batch // n % min(micro, batch // n) == 0]
+
+    ways = [smaller_parts(recipe), *([fit(_with(recipe, key, value), [words])] for words, key, value in others)]
+    ways.append([fit(recipe, [f"--processes {number}"], number) for number in more])
+    if fitting := [next(way for way in one if way.bytes <= room) for one in ways if any(w.bytes <= room for w in one)]:
+        return fitting
+    changes: list[str] = []
+    for words, key, value in others:
+        changes, recipe = [*changes, words], _with(recipe, key, value)
+        together = [fit(recipe, changes), *smaller_parts(recipe, changes)]
+        if fitting := [way for way in together if way.bytes <= room]:
+            return fitting[:1]
+    return [fit(recipe, changes), *smaller_parts(recipe, changes)][-1:]
+
+
+def _with(recipe: Recipe, dotted: str, value: Any) -> Recipe:
+    """The recipe with another value under a key of a section."""
+    section, _, key = dotted.partition(".")
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={key: value})})

@@ -14,10 +14,12 @@ import torch
 from argrpo_cli.policy.open import adapted_layers, choose_trainable, outline_policy
 from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, reward_weights
 from argrpo_cli.rewards.base import Needs
-from argrpo_cli.system.files import HubFile, is_cached
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import HubFile, expanded, is_cached
+from argrpo_cli.system.processes import is_device, resolve_device
 from argrpo_cli.training.conditions import check_source, run_captions, run_conditions
-from argrpo_cli.training.launch import images_per_process, settle_dtype
-from argrpo_cli.training.memory import PHASES, Part, estimate, total, trained_parameters
+from argrpo_cli.training.launch import check_processes, images_per_process, settle_dtype
+from argrpo_cli.training.memory import PHASES, Part, estimate, room_here, total, trained_parameters, what_fits
 from argrpo_cli.training.streams import open_captions
 
 if TYPE_CHECKING:
@@ -50,16 +52,19 @@ class Plan:
     sections: dict[str, list[str]]
 
 
-def plan(recipe: Recipe, processes: int = 1) -> Plan:
+def plan(recipe: Recipe, processes: int = 1, config: str = "ddp") -> Plan:
     """Check all of a recipe that can be checked on the spot, and add up what it takes.
+
+    Args:
+        processes, config: as `--processes` and `--accelerate-config` say.
 
     Raises:
         UserError: the recipe cannot be trained as it is: an unknown name, an option that is none, parts of the policy
-            that do not exist, images that cannot be shared by so many processes. What a machine merely lacks (files,
-            packages, captions) is no error; the plan lists it.
+            that do not exist, images that cannot be shared by so many processes. What a machine merely lacks (memory,
+            devices, files, packages, captions) is no error; the plan lists it.
     """
     device = "cpu" if recipe.policy.device == "cpu" else "cuda"
-    recipe = settle_dtype(recipe, device)
+    given, recipe = recipe, settle_dtype(recipe, device)
     optim, policy = recipe.optim, recipe.policy
     share, micro = images_per_process(recipe, processes)
     outline = outline_policy(policy.checkpoint)
@@ -73,21 +78,16 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     absent = list(dict.fromkeys(pip for module, pip in packages.items() if find_spec(module) is None))
     draws, missing = _draws(recipe, outline)
     supply = [f"reward {name}: {one.missing}" for name, one in needs.items() if one.missing] + missing
-    memory = estimate(
-        recipe,
-        outline,
-        list({one.network: one for one in needs.values() if not one.server}.values()),
-        share=share,
-        micro=micro,
-        processes=processes,
-        device=device,
-    )
+    networks = list({one.network: one for one in needs.values() if not one.server}.values())
+    memory = estimate(recipe, outline, networks, share=share, micro=micro, processes=processes, device=device)
+    lacks, here = _this_machine(given, outline, networks, total(memory), processes)
+    lacks += _devices(recipe, processes, config)
     model, trained = outline.policy.model.num_parameters(), trained_parameters(outline.policy, policy.lora)
     size = f"{trained / 1e6:.1f} M"
     what = "all of them" if trained == model else f"{size} of adapters" if policy.lora is not None else size
     images = -(-optim.steps // optim.updates_per_batch) * optim.batch_size
     limit = "" if optim.time_limit_minutes is None else f", or what {optim.time_limit_minutes:g} minutes allow"
-    lacking = [label for label, lines in (("missing", absent), ("to supply", supply)) if lines]
+    lacking = [label for label, said in (("missing", absent), ("to supply", supply), ("lacking", lacks)) if said]
     sections = {
         "plan": [recipe.name + (f": {recipe.description}" if recipe.description else "")],
         "repeats": _published(recipe),
@@ -100,10 +100,11 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         "update": _update(optim, processes, share, micro),
         "run": [f"{optim.steps} updates, {images} images in all{limit}"],
         "rewards": _rewards(recipe, needs) if recipe.scored else [],
-        "memory": _memory(memory, needs, device, recipe.method),
+        "memory": [*_memory(memory, needs), *here],
         "files": _files([*outline.files, *(file for one in needs.values() for file in one.files)]),
         "missing": [f"pip install {' '.join(absent)}"] if absent else [],
         "to supply": supply,
+        "lacking": lacks,
         "so": [f"this run cannot start here yet; see {' and '.join(lacking)}"] if lacking else [],
     }
     return Plan(draws, memory, absent, supply, {label: lines for label, lines in sections.items() if lines})
@@ -120,11 +121,11 @@ def _draws(recipe: Recipe, outline: Outline) -> tuple[str, list[str]]:
     data = section.dataset
     if data is not None:
         how = "as a stream" if data.streaming else "downloaded first"
-        if Path(data.name).expanduser().exists():
+        if expanded(data.name).exists():
             open_captions(data)
         return f"captions in the column {data.column!r} of the data set {data.name} ({data.split}), {how}", []
     named = section.captions
-    if isinstance(named, str) and Path(named).suffix in CAPTION_FILES and not Path(named).expanduser().is_file():
+    if isinstance(named, str) and Path(named).suffix in CAPTION_FILES and not expanded(named).is_file():
         say = f"{named} is missing: a file of captions, or name a data set (conditions.dataset)"
         return f"captions of {named}", [say]
     captions = run_captions(section)
@@ -190,16 +191,18 @@ def _update(optim: GrpoSection | DistilSection, processes: int, share: int, micr
 def _rewards(recipe: Recipe, needs: Mapping[str, Needs]) -> list[str]:
     family = {term.name: check_reward(term.name).family for term in recipe.rewards.terms}
     width, lines = max(map(len, family)), []
-    for name, weight in reward_weights(recipe.rewards, family).items():
+    weights = reward_weights(recipe.rewards, family)
+    for term in recipe.rewards.terms:
+        name, scale = term.name, getattr(recipe.rewards, f"lambda_{family[term.name]}")
         source = needs[name].network or "bundled"
         if name not in REWARDS:
             source = "your own"
-        counts = f"weight {weight:<7.4g}" if weight else "measured only "
-        lines.append(f"{name:{width}}  {family[name]:11}  {counts}  {source}")
+        counts = f"factor {term.factor:<6.4g} weight {term.weight:<6.4g}" + f" lambda {scale:g}" * (scale != 1)
+        lines.append(f"{name:{width}}  {family[name]:11}  {counts if weights[name] else 'measured only':27}  {source}")
     return lines
 
 
-def _memory(memory: Sequence[Part], needs: Mapping[str, Needs], device: str, method: str) -> list[str]:
+def _memory(memory: Sequence[Part], needs: Mapping[str, Needs]) -> list[str]:
     lines = [f"{_gigabytes(total(memory))} on each device at the worst moment, an estimate:"]
     for phase, when in PHASES.items():
         parts = [part for part in memory if part.phase == phase]
@@ -209,13 +212,55 @@ def _memory(memory: Sequence[Part], needs: Mapping[str, Needs], device: str, met
     unknown = [name for name, one in needs.items() if one.weights is None]
     if unknown:
         lines.append(f"  not counted: the networks of {', '.join(unknown)}")
-    if device != "cpu" and torch.cuda.is_available():
-        size = torch.cuda.get_device_properties(0).total_memory
-        there = f"this machine's GPU has {_gigabytes(size).strip()}"
-        if total(memory) > size:
-            there += f", which is less: lower {method}.micro_batch_size, or set {method}.gradient_checkpointing or "
-            there += "policy.lora"
-        lines.append(there)
+    return lines
+
+
+def _this_machine(
+    recipe: Recipe, outline: Outline, networks: Sequence[Needs], size: int, processes: int
+) -> tuple[list[str], list[str]]:
+    """What this machine lacks of the memory that a run takes, and what it has and would suffice, each in lines.
+
+    Args:
+        size: bytes of the estimate for one GPU.
+    """
+    device = "cuda" if torch.cuda.is_available() and recipe.policy.device != "cpu" else "cpu"
+    recipe, room = settle_dtype(recipe, device), room_here(device)
+    kept = {"processes": processes, "device": device}
+    if device == "cpu":
+        share, micro = images_per_process(recipe, processes)
+        size = processes * total(estimate(recipe, outline, networks, share=share, micro=micro, **kept))
+        cpu = "this machine's" if recipe.policy.device == "cpu" else "its"
+        has = f"on {cpu} CPU the run takes {_gigabytes(size).strip()} of {_gigabytes(room).strip()}"
+        has = has if recipe.policy.device == "cpu" else f"this machine has no GPU; {has}"
+    else:
+        has = f"this machine's GPU has {_gigabytes(room).strip()}"
+    if size <= room:
+        return [], [has]
+    fits = what_fits(recipe, outline, networks, room, **kept)
+    lines = [f"  {' and '.join(one.changes)}: {_gigabytes(one.bytes).strip()}" for one in fits]
+    if fits[0].bytes > room:
+        mend = "a smaller policy, or GPUs that share its weights: --processes N --accelerate-config fsdp2"
+        return [f"memory: {has}"], [f"{has}, which is not enough, nor with", *lines, f"so take {mend}"]
+    return [f"memory: {has}"], [f"{has}, which is not enough; it would be with", *lines]
+
+
+def _devices(recipe: Recipe, processes: int, config: str) -> list[str]:
+    """Devices that this machine lacks; UserError for one that no machine has."""
+    lines = []
+    for key in ("device", "text_device"):
+        name = getattr(recipe.policy, key)
+        if name not in ("auto", "same", "offload"):
+            try:
+                resolve_device(name)
+            except UserError as error:
+                if not is_device(name):
+                    raise UserError(f"policy.{key}: {error}") from error
+                lines.append(f"policy.{key}: {error}")
+    if processes > 1 and not lines:
+        try:
+            check_processes(processes, recipe.policy.device, config)
+        except UserError as error:
+            lines.append(str(error))
     return lines
 
 
