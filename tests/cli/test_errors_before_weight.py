@@ -62,6 +62,43 @@ MISTAKES = [  # a command line, and what the error names
     (["entropy", "--data", "gone"], "no folder gone"),
     (["entropy", "--out", "used"], "used is not empty"),
 ]
+JUDGE = "rewards.terms=[{name: judge-quality, options: {%s}}]"
+REFUSED = [  # of `train nano/c2i`, by the start and by --dry-run alike
+    (["--set", "seed=4294967296"], "seed = 4294967296: must be less than 4294967296"),
+    (["--set", 'out="a\\0b"'], "text with a null byte"),
+    (["--set", r'out="\ud800"'], "half a character"),
+    (["--set", "out=used"], "used is not empty and not a run"),
+    (["--set", "out=" + "x" * 300], "file name too long"),
+    (["--set", "out=used/thesis.tex/run"], "thesis.tex"),
+    (["--set", "out=~nosuchuser/x"], "there is no user"),
+    (["--set", "conditions.captions=~nosuchuser/x"], "draws classes"),
+    (["--set", JUDGE % "url: 'http://host/v1'"], "backend is 'local' and url given"),
+    (["--set", JUDGE % "backend: server, url: 'http://me:hunter2@host/v1'"], "the url has a user"),
+    (["--set", JUDGE % "backend: server, url: 'http://host/v1?key=hunter2'"], "the url has a user, parameters"),
+    (["--set", JUDGE % "backend: server, url: 'http://me:hunter2@host', reading: guess"], "the url has a user"),
+    (["--set", JUDGE % "url: ['http://me:hunter2@host']"], "the url has a user"),
+    (["--set", JUDGE % "api_key: hunter2"], "api_key is a secret"),
+    (["--set", JUDGE % "url: 'http://me:hunter2@host'" + "]"], "not valid YAML"),
+    (["--set", "rewards.add={name: 'a:b', options: {x: {openai_api_key: hunter2}}}"], "openai_api_key is a secret"),
+    (["--set", "rewards.terms.0.options.password=hunter2"], "password is a secret"),
+    (["--set", "policy.checkpoint=https://me:hunter2@hub/c2i"], "the url has a user"),
+    (["--set", "conditions.dataset={name: 'https://hunter2@hub/captions.parquet'}"], "the url has a user"),
+    (["--set", JUDGE % "reading: logit"], "reading 'logit' is for the 0/1 questions"),
+    (["--set", JUDGE % "attempts: 0"], "attempts is 0"),
+    (["--set", "beta=0"], "unknown key 'beta'; the keys are"),
+    (["--set", "beta=0"], "did you mean 'grpo.beta'?"),
+    (["--set", "policy.cfg_scale=1"], "did you mean 'sampling.cfg_scale'?"),
+    (["--steps", "0"], "--steps 0: "),
+    (["--steps", "3", "--set", "grpo.steps=4"], "--steps 3 and --set grpo.steps=4 say two things"),
+    (["--lr", "nan"], "grpo.learning_rate = nan: must be"),
+    (["--seed", "-1"], "--seed -1: "),
+    (["--accelerate-config", "ddp"], "for several processes; say how many with --processes"),
+    (["--processes", "2", "--accelerate-config", "dpp"], "did you mean 'ddp'"),
+    (["--processes", "2", "--device", "cuda:0"], "policy.device cuda:0: one GPU"),
+    (["--set", "description=" + "many words " * 500, "--set", "grpo.beta=x"], "grpo.beta = 'x': must be a number"),
+    (["--set", "grpo." + "x" * 5000 + "=1"], "unknown key"),
+]
+MISTAKES += [(["train", "nano/c2i", *how, *options], text) for options, text in REFUSED for how in ([], ["--dry-run"])]
 EACH = """
 import contextlib, io, json, sys
 from argrpo_cli.cli.app import run
@@ -87,5 +124,6 @@ def test_a_mistake_is_told_without_torch(tmp_path):
     for (arguments, message), line in zip(MISTAKES, done.stdout.splitlines(), strict=True):
         code, has_torch, told = json.loads(line)
         assert code == 2 and message in told and told.count("\n") == 1, (arguments, told)
+        assert "hunter2" not in told and len(told) < 1500, told
         assert not has_torch, f"{arguments} loads torch before it says: {told}"
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["used", "used/thesis.tex"]

@@ -86,8 +86,8 @@ def test_a_machine_s_gpu_is_held_against_the_estimate(monkeypatch: pytest.Monkey
     assert "GPU has 24.00 GB\n" in text and "lacking" not in text
     Properties.total_memory = 10**8
     text = shown(planned("nano/paper/c2i"))
-    assert "this machine's GPU has 100.0 MB, which is not enough" in text
-    assert "lacking     memory: this machine's GPU has 100.0 MB\n" in text and "cannot start here yet" in text
+    assert "this machine's GPU has 0.10 GB, which is not enough" in text
+    assert "lacking  memory: this machine's GPU has 0.10 GB\n" in text and "cannot start here yet" in text
 
 
 def test_a_machine_without_a_gpu_says_so_and_what_its_memory_would_suffice_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_a_machine_without_a_gpu_says_so_and_what_its_memory_would_suffice_for(m
     monkeypatch.setattr("argrpo_cli.training.plan.room_here", lambda device: 10**8)
     text = shown(planned("nano/c2i", "policy.device=cpu"))
     assert "this machine on its CPU" not in text and "this machine has" not in text
-    assert "on this machine's CPU the run takes " in text and "of 100.0 MB, which is not enough" in text
+    assert "on this machine's CPU the run takes " in text and "of 0.10 GB, which is not enough" in text
     assert "lacking  memory: " in text and "this run cannot start here yet; see lacking" in text
 
 

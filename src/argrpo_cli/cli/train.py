@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 PILOT_MINUTES = 5.0
 
 
-@command(least={"processes": 1})
+@command(least={"processes": 1, "steps": 1})
 def train(
     recipe: str | None = None,
     set_: list[str] | None = None,
+    steps: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    device: str | None = None,
     out: Path | None = None,
     resume: Path | None = None,
     dry_run: bool = False,
@@ -36,6 +40,10 @@ def train(
     Options:
         [RECIPE]: A recipe file, or a bundled recipe such as nano/c2i.
         --set KEY=VALUE: Override a recipe key, e.g. grpo.beta=0; repeatable.
+        --steps NUMBER: Updates; as --set grpo.steps=NUMBER, or distil.steps in a recipe of that method.
+        --lr: Learning rate of the same section.
+        --seed: Of what is drawn, in which order; as --set seed=.
+        --device: auto, cpu, cuda, cuda:1, mps; as --set policy.device=.
         --out: Run directory.  [default: runs/<recipe name>]
         --resume RUN_DIR: Continue an interrupted run.
         --dry-run: Check, print the plan (stderr) and the resolved recipe (stdout), then stop. Only a wrong recipe is an
@@ -50,8 +58,12 @@ def train(
     """
     from argrpo_cli.recipe import dump_recipe, load_recipe
     from argrpo_cli.runs.run import clear_for_pilot, refuse_edited, refuse_used
+    from argrpo_cli.system.files import check_writable
+    from argrpo_cli.training.launch import check_launch
 
     set_ = set_ or []
+    options = {"steps": steps, "lr": lr, "seed": seed, "device": device}
+    options = {name: value for name, value in options.items() if value is not None}
     _check_pilot(pilot, minutes, resume, dry_run)
     if resume is not None:
         if recipe is not None or out is not None:
@@ -61,12 +73,12 @@ def train(
                 f"cannot resume {resume}: it is no run directory (it has no recipe.yaml); "
                 f"start with: argrpo train RECIPE --out {resume}"
             )
-        loaded, run_dir = load_recipe(resume / "recipe.yaml", set_), resume
+        loaded, run_dir = load_recipe(resume / "recipe.yaml", set_, options), resume
         refuse_edited(resume, loaded)
     elif recipe is None:
         raise UserError("train needs a recipe, for instance `argrpo train nano/c2i`, or --resume RUN_DIR")
     else:
-        loaded = load_recipe(recipe, set_)
+        loaded = load_recipe(recipe, set_, options)
         run_dir = out if out is not None else loaded.run_dir
         _check_names(loaded)
         if pilot:
@@ -75,8 +87,10 @@ def train(
             run_dir = out if out is not None else run_dir.with_name(f"{run_dir.name}-pilot")
             if "RANK" not in os.environ:
                 clear_for_pilot(run_dir)
-        elif not dry_run:
+        else:
             refuse_used(run_dir)
+            check_writable(run_dir)
+    check_launch(processes, loaded.policy.device, accelerate_config)
     notice(f"loading {loaded.policy.checkpoint} ...")
     if dry_run:
         # The plan for people on standard error, the resolved recipe for a file on standard output.
@@ -85,17 +99,14 @@ def train(
         from argrpo_cli.training.plan import plan, show_plan
 
         for one in loaded.stages:
-            show_plan(plan(one, processes or 1), Console(file=sys.stderr, highlight=False))
+            show_plan(plan(one, processes or 1, accelerate_config or "ddp"), Console(file=sys.stderr, highlight=False))
         _tell_sampling(loaded)
         sys.stdout.write(dump_recipe(loaded))
         return
-    if accelerate_config is not None and processes in (None, 1):
-        raise UserError(
-            f"--accelerate-config {accelerate_config}: for several processes; say how many with --processes"
-        )
     if processes is not None and processes > 1:
         what = [str(recipe), "--out", str(run_dir)] if resume is None else ["--resume", str(resume)]
         again = ["train", *what, *(f"--set={text}" for text in set_)]
+        again += [f"--{name}={value}" for name, value in options.items()]
         again += ["--pilot", f"--minutes={minutes or PILOT_MINUTES}"] if pilot else []
         return _together(again, loaded, processes, accelerate_config or "ddp")
 
@@ -137,13 +148,13 @@ def _check_pilot(pilot: bool, minutes: float | None, resume: Path | None, dry_ru
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Refuse before torch is loaded a policy, rewards and classes that there are not."""
+    """Refuse before torch is loaded a policy, rewards, their options and classes that there are not."""
     from argrpo_cli.policy.folder import class_id, glance
-    from argrpo_cli.rewards import check_reward
+    from argrpo_cli.rewards import check_options
     from argrpo_cli.training.conditions import check_source
 
     for term in (term for one in recipe.stages if one.scored for term in one.rewards.terms):
-        check_reward(term.name)
+        check_options(term.name, term.options)
     section, seen = recipe.conditions, glance(recipe.policy.checkpoint)
     if seen is not None:
         check_source(section, seen.reads, recipe.policy.checkpoint)
@@ -166,9 +177,8 @@ def _tell_sampling(recipe: Recipe) -> None:
 
 def _together(arguments: list[str], recipe: Recipe, processes: int, config: str) -> None:
     """The command by several processes; what can be checked cheaply is checked once, before they start."""
-    from argrpo_cli.training.launch import check_processes, config_file, images_per_process, launch
+    from argrpo_cli.training.launch import check_processes, images_per_process, launch
 
-    config_file(config)
     cpu = check_processes(processes, recipe.policy.device, config)
     for one in recipe.stages:
         images_per_process(one, processes)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from argrpo_cli.recipe.schema import Recipe, merge, with_whole_start
 from argrpo_cli.recipe.text import parse_yaml
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, refuse_secrets
 
 # Options of `argrpo train` that stand for a key.
 OPTIONS = {"steps": "{method}.steps", "lr": "{method}.learning_rate", "seed": "seed", "device": "policy.device"}
@@ -44,8 +44,9 @@ class Layers:
         self.quiet, self.tell = quiet, tell
 
     def lay(self, layers: Iterable[Layer]) -> None:
-        """Lay further ones over these."""
+        """Lay further ones over these; UserError for one with a secret in it, since recipes are printed and kept."""
         for layer in layers:
+            refuse_secrets(layer.tree, layer.source)
             for start in ((), ("start",)):
                 self._tell_replaced(layer, (*start, "rewards", "terms"))
                 layer = self._with_added(layer, (*start, "rewards"))

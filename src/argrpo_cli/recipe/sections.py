@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from argrpo_cli import paper_numbers
 from argrpo_cli.shapes import Sampling
-from argrpo_cli.system.errors import UserError, refuse_secrets
+from argrpo_cli.system.errors import UserError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -127,11 +127,6 @@ class RewardTerm(Section):
     factor: float | None = None  # brings the raw score to the scale of the others; null is the published one, or 1
     weight: float = 1.0  # how much it counts within its family; 0 measures and logs it, for a watch on reward hacking
     options: dict[str, Any] = {}  # of the reward itself, such as {model: ViT-L-14-quickgelu} of clip
-
-    @model_validator(mode="after")
-    def _has_no_secrets(self) -> RewardTerm:
-        refuse_secrets(self.options, f"reward {self.name}")
-        return self
 
 
 class RewardSection(Section):

@@ -79,7 +79,9 @@ class _Reader(yaml.SafeLoader):
 
     def construct_other(self, node: yaml.Node) -> Any:
         tag = node.tag.replace(TAG, "!!")
-        raise ConstructorError(None, None, f"the tag {shortened(tag)} means nothing here; leave it out", node.start_mark)
+        raise ConstructorError(
+            None, None, f"the tag {shortened(tag)} means nothing here; leave it out", node.start_mark
+        )
 
 
 def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,10 @@ def published_factor(name: str) -> float:
 def check_options(name: str, options: Mapping[str, Any]) -> type[Reward]:
     """The class of a reward, which takes these options; UserError for an unknown reward or option, or another type."""
     refuse_secrets(options, f"reward {name}")
+    try:
+        json.dumps(options, default=str, allow_nan=False)
+    except ValueError as error:  # what is kept of a run or of scores is JSON
+        raise UserError(f"reward {name}: an option is inf or nan, and options are finite numbers") from error
     reward = check_reward(name)
     reward.check_options(options)
     return reward

@@ -33,10 +33,12 @@ from pydantic import ValidationError
 
 from argrpo_cli import __version__
 from argrpo_cli.policy.folder import CHECKPOINT_PREFIX, CHECKPOINTS, checkpoint_folders
-from argrpo_cli.recipe import Layer, dump_recipe, explain, load_recipe, shown
+from argrpo_cli.recipe import dump_recipe, load_recipe
+from argrpo_cli.recipe.explain import explain
+from argrpo_cli.recipe.layers import Layer
 from argrpo_cli.recipe.schema import Recipe
 from argrpo_cli.runs.disk import TEMPORARY, is_full, recover, remove_folder, sync_folder
-from argrpo_cli.system.errors import UserError, first_line
+from argrpo_cli.system.errors import UserError, first_line, shortened
 from argrpo_cli.system.files import (
     cannot_write,
     make_dir,
@@ -266,11 +268,11 @@ def refuse_edited(root: Path, recipe: Recipe) -> None:
     try:
         before = load_recipe(run.recipe_file) if noted is None else Recipe.model_validate(noted)
     except ValidationError as error:
-        raise UserError(explain(error, [Layer(str(run.notes_file), {})])) from error
+        raise UserError(explain(error, [Layer(str(run.notes_file), {})], noted)) from error
     schedule = recipe.optim.schedule
     free = [key for key in CHANGEABLE if schedule == "constant" or not key.endswith(".steps")]
     other = [
-        f"{key} was {shown(old)} and is {shown(new)}"
+        f"{key} was {shortened(old)} and is {shortened(new)}"
         for key, old, new in _differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
         if not any(f"{key}.".startswith(one.rstrip(".") + ".") for one in free)
     ]

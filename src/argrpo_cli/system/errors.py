@@ -45,19 +45,17 @@ def without_secrets(text: str) -> str:
 
 
 def refuse_secrets(value: Any, where: str) -> None:
-    """UserError where there is a secret among options, which are printed and kept: a URL with a user, or a key."""
+    """UserError where there is a secret in what will be printed and kept: a URL with a user, or a key."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if re.fullmatch(rf"(?i)(?:\w+_)?{SECRET_KEY}", str(key)) and isinstance(inner, str) and inner:
-                raise UserError(f"{where}: {key} is a secret, and options are printed and kept; {ENVIRONMENT}")
+                raise UserError(f"{where}: {key} is a secret, and this is printed and kept; {ENVIRONMENT}")
             refuse_secrets(inner, where)
     elif isinstance(value, list | tuple):
         for inner in value:
             refuse_secrets(inner, where)
     elif isinstance(value, str) and re.search(USER, value):
-        raise UserError(
-            f"{where}: the url has a user or password in it, and options are printed and kept; {ENVIRONMENT}"
-        )
+        raise UserError(f"{where}: the url has a user or password in it, and this is printed and kept; {ENVIRONMENT}")
 
 
 class BadPicture(UserError):

@@ -218,8 +218,7 @@ def what_fits(
         others.append((f"{checkpointing}: true", checkpointing, True))
     if outline.text_bytes and recipe.policy.text_device == "same":
         others.append(("policy.text_device: offload", "policy.text_device", "offload"))
-    adaptable = set(lora.targets) <= set(outline.policy.parts()["lora"]) and recipe.policy.trainable == "all"
-    if recipe.policy.lora is None and adaptable:
+    if recipe.policy.lora is None and recipe.policy.trainable == "all":
         others.append((f"policy.lora.rank: {lora.rank}", "policy.lora", lora))
     sizes = range(processes + 1, 65) if device != "cpu" else ()
     batch, micro = recipe.optim.batch_size, recipe.optim.micro_batch_size or recipe.optim.batch_size

@@ -78,9 +78,9 @@ def plan(recipe: Recipe, processes: int = 1, config: str = "ddp") -> Plan:
     absent = list(dict.fromkeys(pip for module, pip in packages.items() if find_spec(module) is None))
     draws, missing = _draws(recipe, outline)
     supply = [f"reward {name}: {one.missing}" for name, one in needs.items() if one.missing] + missing
-    networks = list({one.network: one for one in needs.values() if not one.server}.values())
+    networks = _networks(recipe, device)
     memory = estimate(recipe, outline, networks, share=share, micro=micro, processes=processes, device=device)
-    lacks, here = _this_machine(given, outline, networks, total(memory), processes)
+    lacks, here = _this_machine(given, outline, total(memory), processes)
     lacks += _devices(recipe, processes, config)
     model, trained = outline.policy.model.num_parameters(), trained_parameters(outline.policy, policy.lora)
     size = f"{trained / 1e6:.1f} M"
@@ -215,16 +215,21 @@ def _memory(memory: Sequence[Part], needs: Mapping[str, Needs]) -> list[str]:
     return lines
 
 
-def _this_machine(
-    recipe: Recipe, outline: Outline, networks: Sequence[Needs], size: int, processes: int
-) -> tuple[list[str], list[str]]:
+def _networks(recipe: Recipe, device: str) -> list[Needs]:
+    """What is loaded of rewards on a device, each network once."""
+    terms = recipe.rewards.terms if recipe.scored else []
+    needs = [check_reward(term.name).needs(term.options, device) for term in terms]
+    return list({one.network: one for one in needs if not one.server}.values())
+
+
+def _this_machine(recipe: Recipe, outline: Outline, size: int, processes: int) -> tuple[list[str], list[str]]:
     """What this machine lacks of the memory that a run takes, and what it has and would suffice, each in lines.
 
     Args:
         size: bytes of the estimate for one GPU.
     """
     device = "cuda" if torch.cuda.is_available() and recipe.policy.device != "cpu" else "cpu"
-    recipe, room = settle_dtype(recipe, device), room_here(device)
+    recipe, room, networks = settle_dtype(recipe, device), room_here(device), _networks(recipe, device)
     kept = {"processes": processes, "device": device}
     if device == "cpu":
         share, micro = images_per_process(recipe, processes)

@@ -79,16 +79,10 @@ class Judge(ServerReward):
         temperature: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0,
         **server: Any,
     ):
-        name = self.name
-        if reading == "logit" and not self.question.whole:
-            raise UserError(f"{name}: reading 'logit' is for the 0/1 questions; use 'generate'")
-        if reading == "logit" and backend == "server":
-            raise UserError(f"{name}: reading 'logit' needs the model in this process; use backend 'local'")
-        if (url is not None) != (backend == "server"):
-            have, mend = "given", "use backend 'server' with a url"
-            if url is None:
-                have, mend = "missing", "give its url, such as http://localhost:8000/v1"
-            raise UserError(f"{name}: backend is {backend!r} and url {have}; {mend}")
+        self.check_together(backend, url, reading)
+        if backend == "server" and url is None:
+            mend = "give its url, such as http://localhost:8000/v1"
+            raise UserError(f"{self.name}: backend is 'server' and url missing; {mend}")
         self.device, self.reading, self.attempts, self.temperature = device, reading, attempts, temperature
         self.remote = backend == "server"  # a scheduler may ask it while the device is at other work
         if self.remote:
@@ -97,6 +91,22 @@ class Judge(ServerReward):
             from argrpo_cli.rewards.judge.local import load_local
 
             self.local = load_local(model, device)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """As others, and UserError for options that contradict each other."""
+        super().check_options(options)
+        cls.check_together(**{key: options[key] for key in ("backend", "url", "reading") if key in options})
+
+    @classmethod
+    def check_together(cls, backend: str = "local", url: str | None = None, reading: str = "generate") -> None:
+        """UserError for options that contradict each other; a url that is missing may come."""
+        if reading == "logit" and not cls.question.whole:
+            raise UserError(f"{cls.name}: reading 'logit' is for the 0/1 questions; use 'generate'")
+        if reading == "logit" and backend == "server":
+            raise UserError(f"{cls.name}: reading 'logit' needs the model in this process; use backend 'local'")
+        if url is not None and backend != "server":
+            raise UserError(f"{cls.name}: backend is {backend!r} and url given; use backend 'server' with a url")
 
     @classmethod
     def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:

@@ -114,6 +114,13 @@ class ServerReward(Reward):
         self._run(self._check_server)
 
     @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """UserError for an option that it does not have, another type, or a url that is none."""
+        super().check_options(options)
+        if options.get("url") is not None:
+            read_url(options["url"])
+
+    @classmethod
     def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
         """Nothing here but the server's address."""
         url, model = options.get("url"), options.get("model") or cls.published
