@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.policy import load_policy
+from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.policy.llamagen import published
 from argrpo_cli.policy.llamagen.checkpoints import to_published
 from argrpo_cli.policy.llamagen.config import SIZES, published_config
@@ -57,7 +58,7 @@ def test_every_size_has_the_published_keys_shapes_and_counts(name):
 
 
 def test_every_published_name_says_size_condition_and_pixels():
-    for name, entry in published.POLICIES.items():
+    for name, entry in POLICIES.items():
         if entry.family != "llamagen" or not entry.file:  # a whole repository has a name of its own
             continue
         kind, size, pixels, *aligned = name.split("-")

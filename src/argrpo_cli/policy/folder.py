@@ -30,11 +30,14 @@ WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt")
 C2I_REPO, T2I_REPO, TEXT_ENCODER = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i", "google/flan-t5-xl"
 JANUS_OWNER, JANUS_SIZES = "deepseek-community", ("1B", "7B")  # the weights of deepseek-ai in transformers' format
 JANUS_CFG_SCALE = 5.0  # of its authors' script
+VAR_REPO, VAR_CCA = "FoundationVision/var", "ChenDRAG/CCA_VAR"
+VAR_SAMPLING = {"top_k": 900, "top_p": 0.96}  # as published for FID; guidance is then 2.5, the published cfg 1.5
 CCA_REPO, CCA_FOLDER = "ChenDRAG/CCA_LlamaGen", "CCA_LlamaGen_Guidance_Free"
 TOKENIZERS = {  # name to repository and file
     "vq-ds16-c2i": (C2I_REPO, "vq_ds16_c2i.pt"),
     "vq-ds8-c2i": (C2I_REPO, "vq_ds8_c2i.pt"),
     "vq-ds16-t2i": (T2I_REPO, "vq_ds16_t2i.pt"),
+    "vq-var": (VAR_REPO, "vae_ch160v4096z32.pth"),
 }
 NAMED_PARTS = (*BUNDLED_PARTS, *TOKENIZERS, TEXT_ENCODER)  # which are not copied into every checkpoint
 
@@ -80,6 +83,26 @@ POLICIES = {
             family="janus",
         )
         for size in JANUS_SIZES
+    },
+    **{
+        f"var-d{depth}": PublishedPolicy(
+            VAR_REPO, f"var_d{depth}.pth", 256, "vq-var", {"cfg_scale": 2.5, **VAR_SAMPLING}, family="var"
+        )
+        for depth in (16, 20, 24, 30)
+    },
+    "var-d36-512": PublishedPolicy(
+        VAR_REPO, "var_d36.pth", 512, "vq-var", {"cfg_scale": 2.5, **VAR_SAMPLING}, family="var"
+    ),
+    **{
+        f"var-d{depth}-cca": PublishedPolicy(
+            VAR_CCA,
+            f"CCA_VAR_Guidance_Free/VAR_d{depth}_CCA.pth",
+            256,
+            "vq-var",
+            {"cfg_scale": 1.0, **VAR_SAMPLING},
+            family="var",
+        )
+        for depth in (16, 20, 24, 30)
     },
 }
 
@@ -185,6 +208,11 @@ def janus_sampling(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     scale = read_json(file).get("guidance_scale") if file.is_file() else None
     return {"cfg_scale": float(scale or JANUS_CFG_SCALE)}
+
+
+def file_sampling(file: Path) -> dict[str, Any]:
+    """How the policy in a published file is meant to be sampled, by the file's name; {} where nothing is said."""
+    return next((dict(one.sampling) for one in POLICIES.values() if Path(one.file).name == file.name), {})
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.policy.folder import (
@@ -35,13 +36,16 @@ if TYPE_CHECKING:
 FAMILIES = {
     "llamagen": ("argrpo_cli.policy.llamagen.policy", "LlamaGen"),
     "janus": ("argrpo_cli.policy.janus.policy", "Janus"),
+    "var": ("argrpo_cli.policy.var.policy", "VAR"),
 }
 # Family to the module that opens what others publish of it, by `open_published(name_or_path, device, dtype,
 # text_device)`, and outlines it by `outline_published(name_or_path)`, and a policy folder by `outline_folder(folder)`.
 PUBLISHED = {
     "llamagen": "argrpo_cli.policy.llamagen.published",
     "janus": "argrpo_cli.policy.janus.published",
+    "var": "argrpo_cli.policy.var.published",
 }
+KEYS = {"var": "pos_1LC"}  # which only files of the family have
 
 
 def load_policy(
@@ -65,8 +69,7 @@ def load_policy(
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     device = resolve_device(device)
     if is_published(name_or_path):
-        module = import_module(PUBLISHED[published_family(name_or_path)])
-        return module.open_published(name_or_path, device, dtype, text_device)
+        return _published(name_or_path).open_published(name_or_path, device, dtype, text_device)
     folder = find_policy(name_or_path)
     card = read_json(folder / CARD)
     if ADAPTER_OF in card:
@@ -89,12 +92,23 @@ def outline_policy(name_or_path: str | Path) -> Outline:
         UserError: nothing is there, or its files are not those of a policy.
     """
     if is_published(name_or_path):
-        return import_module(PUBLISHED[published_family(name_or_path)]).outline_published(name_or_path)
+        return _published(name_or_path).outline_published(name_or_path)
     folder = find_policy(name_or_path)
     card = read_json(folder / CARD)
     if ADAPTER_OF in card:
         return outline_policy(base_of(folder, card))
     return import_module(PUBLISHED[_family(folder, card, PUBLISHED)]).outline_folder(folder)
+
+
+def _published(name_or_path: str | Path) -> ModuleType:
+    """The module of `PUBLISHED` for a name; for a file or folder by its name, or by the keys in it."""
+    family, path = published_family(name_or_path), Path(name_or_path)
+    if family == "llamagen" and path.is_file():
+        from argrpo_cli.policy.llamagen.checkpoints import read_checkpoint
+
+        keys = read_checkpoint(path)
+        family = next((one for one, key in KEYS.items() if key in keys), family)
+    return import_module(PUBLISHED[family])
 
 
 def _family(folder: Path, card: dict[str, Any], families: Mapping[str, Any]) -> str:

@@ -32,6 +32,8 @@ class Card:
         tokens: T, of an image.
         codes: V, that a token chooses from.
         base: the policy this one descends from.
+        scales: tokens that are drawn together, in their order: 1, 4, 9, ... of VAR, T in all; empty where each is
+            drawn by itself.
         words: for captions, all the words it can read, None where it can spell anything.
         sampling: how it is meant to be sampled, settings of `Sampling` but `dtype`; empty where nothing is said.
     """
@@ -45,6 +47,7 @@ class Card:
     codes: int
     base: str
     words: tuple[str, ...] | None = None
+    scales: tuple[int, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from argrpo_cli.policy.protocol import Compare, Drawn, Scored
+from argrpo_cli.policy.protocol import Card, Compare, Drawn, Scored
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 
@@ -19,11 +19,24 @@ LOGITS_AT_ONCE = 2**24  # held of a training pass; more are computed again in it
 LOGP = (None, "conditional", "guided")  # what may be asked for beside tokens, see `Policy.sample`
 
 
-def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance l_u + s (l_c - l_u), computed in float32: of logits, or of what a linear head makes
     logits of."""
     conditional32, null32 = conditional.float(), null.float()
     return (null32 + scale * (conditional32 - null32)).to(conditional.dtype)
+
+
+def scale_weights(card: Card, balance: float) -> Tensor:
+    """Weights float32 [T] of an image's tokens in a loss, their mean 1: n_k^-a each in a scale of n_k tokens, up to a
+    common factor. With a = `balance` = 0 all tokens count alike, with 1 all scales.
+
+    Raises:
+        UserError: a policy that draws token by token.
+    """
+    if not card.scales:
+        raise UserError(f"grpo.scale_balance {balance:g}: {card.name} draws token by token and has no scales; use 0")
+    weights = torch.cat([torch.full((count,), count**-balance) for count in card.scales])
+    return weights / weights.mean()
 
 
 # drawing
@@ -65,13 +78,13 @@ class Draws:
         self.logprobs = torch.empty(count, length, dtype=torch.float32, device=device) if logp else None
         self.broken = torch.zeros((), dtype=torch.bool, device=device)
 
-    def choose(self, logits: Tensor, conditional: Callable[[], Tensor], index: int) -> Tensor:
-        """The images' next tokens, int64 [B].
+    def choose(self, logits: Tensor, conditional: Callable[[], Tensor], index: int | slice) -> Tensor:
+        """The images' next tokens, int64 [B], or the next n of them, int64 [B, n].
 
         Args:
-            logits: (guided) logits float32 [B, V].
+            logits: (guided) logits float32 [B, V], or [B, n, V].
             conditional: gives the unguided ones, where they are needed.
-            index: of the token within the image.
+            index: of the token, or the tokens, within the image.
         """
         one = self.sampling
         filtered = filter_logits(logits, one.temperature, one.top_k, one.top_p)
@@ -98,7 +111,7 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     """Logits after temperature, top-k and top-p, in this order; removed tokens get -inf.
 
     Args:
-        logits: float32 [B, V], left as they are.
+        logits: float32 [..., V], left as they are.
         temperature: values under 1e-5 count as 1e-5.
         top_k: keep the k largest, and all that tie with the k-th; 0 is off.
         top_p: of what top-k left, keep the most likely tokens up to and including the one that crosses
@@ -118,19 +131,19 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 
 
 def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability float32 [B] of tokens int64 [B] under softmax of logits [B, V]."""
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    """Log-probability float32 [...] of tokens int64 [...] under softmax of logits [..., V]."""
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """The tokens int64 [B] at which the cumulative softmax of logits [B, V] passes uniforms float64 [B].
+    """The tokens int64 [...] at which the cumulative softmax of logits [..., V] passes uniforms float64 [...].
 
     Tokens of probability zero (logit -inf) are never returned.
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=uniforms.dtype)
     # Scaled by the total, which is 1 only up to rounding; right=True steps over tokens that add nothing.
-    threshold = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    threshold = uniforms[..., None] * cumulative[..., -1:]
+    tokens = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
     return tokens.clamp_(max=logits.shape[-1] - 1)  # only NaN logits get here; the caller reports those
 
 

@@ -208,6 +208,9 @@ class GrpoSection(OptimSection):
     updates_per_batch: Count = 1  # 1 is on-policy
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "grpo"  # as TRL has them
     importance: Literal["token", "sequence"] = "token"  # the ratio of each token, or of the whole image (GSPO)
+    # Of a policy that draws scale by scale (VAR): a token in a scale of n_k tokens counts n_k^-a in the loss and in the
+    # ratio of a whole image. 0: all tokens alike; 1: all scales alike (per-action normalisation, arXiv 2601.02256).
+    scale_balance: Probability = 0.0
     # What advantages r - mean(r of the group) are divided by: the deviation of r in the group, in the batch, or over
     # the updates so far: s^2 = sum_i d^(n - i) v_i / sum_i d^(n - i), v_i the mean square of r - mean(r) in batch i of
     # n, d = 0.9.

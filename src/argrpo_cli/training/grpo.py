@@ -21,6 +21,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from argrpo_cli.networks.weights import quiet_transformers
 from argrpo_cli.policy.open import adapted_layers, require_peft
+from argrpo_cli.policy.tokens import scale_weights
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
@@ -108,13 +109,20 @@ class ImageGRPOTrainer(GRPOTrainer):
         sampling: the distribution that is trained: guided, or with cfg_scale 1 the conditional one.
         scorer: whose `functions` are TRL's reward functions.
         selection: with `scale_rewards: global`, whose running deviation advantages are divided by.
+        token_weights: float32 [T] of mean 1; None counts all tokens of an image alike.
     """
 
     def __init__(
-        self, *args: Any, sampling: Sampling, scorer: BatchScorer, selection: Selection | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        sampling: Sampling,
+        scorer: BatchScorer,
+        selection: Selection | None = None,
+        token_weights: Tensor | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, reward_funcs=scorer.functions(), **kwargs)
-        self.scorer, self.selection = scorer, selection
+        self.scorer, self.selection, self.token_weights = scorer, selection, token_weights
         self.sampling, self.ratio_meter = sampling, RatioMeter()
         self.encoded: Encoded | None = None
 
@@ -189,7 +197,13 @@ class ImageGRPOTrainer(GRPOTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """TRL's loss of one micro-batch; its log-probabilities are compared with the sampler's on the way."""
+        """TRL's loss of one micro-batch; its log-probabilities are compared with the sampler's on the way.
+
+        Every loss of TRL's is a sum over tokens that a mask multiplies: weights go in as the second of its masks.
+        """
+        if self.token_weights is not None:
+            weights = self.token_weights.to(inputs["completion_mask"].device)
+            inputs = {**inputs, "tool_mask": weights.expand(inputs["completion_mask"].shape)}
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.ratio_meter.add(self.logp, inputs["sampling_per_token_logps"])
         return loss
@@ -346,6 +360,7 @@ def build_trainer(
         model,
         selection=rollout.selection if grpo.scale_rewards == "global" else None,
         sampling=sampling if grpo.logprob == "guided" else replace(sampling, cfg_scale=1.0),
+        token_weights=scale_weights(policy.card, grpo.scale_balance) if grpo.scale_balance else None,
         scorer=scorer,
         args=grpo_config(
             recipe,

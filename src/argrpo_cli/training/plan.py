@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from argrpo_cli.policy.open import adapted_layers, choose_trainable, outline_policy
+from argrpo_cli.policy.tokens import scale_weights
 from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, reward_weights
 from argrpo_cli.rewards.base import Needs
 from argrpo_cli.system.errors import UserError
@@ -69,6 +70,8 @@ def plan(recipe: Recipe, processes: int = 1, config: str = "ddp") -> Plan:
     share, micro = images_per_process(recipe, processes)
     outline = outline_policy(policy.checkpoint)
     choose_trainable(outline.policy, policy.trainable)
+    if recipe.method == "grpo" and recipe.grpo.scale_balance:
+        scale_weights(outline.policy.card, recipe.grpo.scale_balance)  # or a word on why there are none
     if policy.lora is not None:
         adapted_layers(outline.policy, policy.lora.targets)
     options = {term.name: term.options for term in recipe.rewards.terms} if recipe.scored else {}

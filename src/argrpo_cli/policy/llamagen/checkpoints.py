@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,16 +137,22 @@ def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGen
     )
 
 
-def open_tokenizer(name_or_file: str | Path, beside: Path | None = None) -> tuple[str | None, VQModel]:
+def open_tokenizer(
+    name_or_file: str | Path,
+    beside: Path | None = None,
+    build: Callable[[Mapping[str, Tensor], str], VQModel] | None = None,
+) -> tuple[str | None, VQModel]:
     """A published tokenizer, float32, and its name where it was opened by that.
 
     Args:
         name_or_file: a name of `TOKENIZERS`, or a file.
         beside: a checkpoint; a tokenizer that lies beside it, or in its folder, under its published file name is taken
             as a file: a policy saved with it brings it along and needs no network.
+        build: makes it of a state dict, and of words for where that is from; `tokenizer_from` unless given.
     """
+    build = build or tokenizer_from
     if str(name_or_file) not in TOKENIZERS:
-        return None, tokenizer_from(read_checkpoint(name_or_file), str(name_or_file))
+        return None, build(read_checkpoint(name_or_file), str(name_or_file))
     repo, file = TOKENIZERS[str(name_or_file)]
     near = None if beside is None else beside / file if beside.is_dir() else beside.with_name(file)
     if near is not None and near.is_file():
@@ -157,7 +163,7 @@ def open_tokenizer(name_or_file: str | Path, beside: Path | None = None) -> tupl
         except UserError as error:
             place = "into the cache" if beside is None else f"beside {beside}"
             raise UserError(str(error).replace("give the file instead", f"put it {place}")) from error
-    return name, tokenizer_from(read_checkpoint(path), str(path))
+    return name, build(read_checkpoint(path), str(path))
 
 
 def tokenizer_from(state: Mapping[str, Tensor], source: str = "the state dict") -> VQModel:

@@ -126,8 +126,10 @@ def computed_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None = None) -> Tensor:
     """Attention in the type of v, [B, heads, S, head_dim]; consecutive heads of q share a head of k and v.
+
+    The scores are multiplied by `scale`, None for 1 / sqrt(head_dim).
 
     Of a whole image on a CPU it is computed in float32: torch's backward pass of it takes eight times as long in
     bfloat16.
@@ -137,7 +139,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     q, k, wide = (one.to(dtype) for one in (q, k, v))
     with torch.autocast(kind, enabled=False):
         out = F.scaled_dot_product_attention(
-            q, k, wide, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, wide, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     return out.to(v.dtype)
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from argrpo_cli.networks.weights import load_pretrained
 from argrpo_cli.policy.folder import (
-    POLICIES,
     TEXT_ENCODER,
     TOKENIZERS,
     class_names,
+    file_sampling,
     find_policy,
     is_published,
     part_of,
@@ -88,8 +88,6 @@ def open_published(
         path = Path(source)
     else:
         path = fetch(entry.repo, entry.file) if entry.file else fetch_folder(entry.repo, FILES, entry.revision)
-    # A file that was downloaded by hand has its published name, too.
-    known = next((one for one in POLICIES.values() if Path(one.file).name == path.name), None)
     state, vq_state = read_folder(path) if path.is_dir() else (read_checkpoint(path), None)
     pixels = image_size if image_size is not None else (entry.image_size if entry else image_size_in(path))
     if pixels < 1:
@@ -120,7 +118,7 @@ def open_published(
         image_size=pixels,
         base=str(source),
         name=str(source),
-        sampling=dict(known.sampling) if known else {},
+        sampling=file_sampling(path),
         **text,
     )
 
