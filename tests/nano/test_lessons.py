@@ -72,7 +72,7 @@ def small(monkeypatch):
     monkeypatch.setattr(judges, "canonical_layout", lambda: layout)
 
 
-@pytest.mark.parametrize("name", build.LESSONS)
+@pytest.mark.parametrize("name", SMALL)  # those of nano-var are in test_var_lessons.py
 def test_a_lesson_learns_saves_what_opens_and_repeats(name, small, tmp_path):
     said, before, weights = [], {}, []
 

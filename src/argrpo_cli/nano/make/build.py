@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from argrpo_cli.nano.make import janus, judges, policies, rewards
+from argrpo_cli.nano.make import janus, judges, policies, rewards, var
 from argrpo_cli.nano.make.fit import Lesson, Setting, learn
 from argrpo_cli.system.errors import UserError, exit_code
 from argrpo_cli.system.files import WEIGHTS, make_dir
@@ -34,16 +34,15 @@ LESSONS: dict[str, Callable[[Setting], Lesson]] = {
     "nano-quality-t2i": partial(rewards.quality, task="captions"),
     "nano-critic-t2i": partial(rewards.critic, task="captions"),
     "nano-detector": judges.detector,
+    "nano-msvq": var.tokenizer,
+    "nano-var": var.policy,
 }
+TOKENIZERS = {"nano-var": "nano-msvq"}  # of a network, where that is not nano-vq
 HELD_OUT = "nano-val"
 ORDER = (*LESSONS, HELD_OUT)
 # What a folder has once it is whole, where that is not the weights.
-LAST_FILE = {
-    HELD_OUT: "tokens.safetensors",
-    "nano-c2i": "policy.json",
-    "nano-t2i": "policy.json",
-    "nano-janus": "policy.json",
-}
+POLICIES = ("nano-c2i", "nano-t2i", "nano-janus", "nano-var")
+LAST_FILE = {HELD_OUT: "tokens.safetensors"} | dict.fromkeys(POLICIES, "policy.json")
 
 
 def build(
@@ -65,7 +64,7 @@ def build(
     for name in ORDER:
         if built(out / name) or (only and name not in only):
             continue
-        below = weights or (out if built(out / "nano-vq") else WEIGHTS)
+        below = weights or (out if built(out / TOKENIZERS.get(name, "nano-vq")) else WEIGHTS)
         setting = Setting(name, seed, below, log, compiles=steps is None and shutil.which("g++") is not None)
         if name == HELD_OUT:
             judges.held_out(setting, out / name)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from argrpo_cli.kept import in_batches
 from argrpo_cli.nano.make.corrupt import Propose
@@ -149,18 +149,22 @@ SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2 as in T5
 
 @torch.inference_mode()
 def tokenised(
-    setting: Setting, make: Callable[[np.random.Generator, int], tuple[np.ndarray, Any]], offset: int, count: int
+    setting: Setting,
+    make: Callable[[np.random.Generator, int], tuple[np.ndarray, Any]],
+    offset: int,
+    count: int,
+    vq: VQModel | None = None,
 ) -> tuple[Tensor, list[Any]]:
-    """Tokens int16 [count, T] of fresh scenes, and what `make` returns with their images."""
-    rng, tokens, labels = setting.rng(offset), [], []
+    """Tokens int16 [count, T] of fresh scenes by `vq` (nano-vq), and what `make` returns with their images."""
+    rng, tokens, labels, vq = setting.rng(offset), [], [], vq or setting.vq
     for start in range(0, count, 250):
         images, some = make(rng, min(250, count - start))
-        tokens.append(setting.vq.encode(from_uint8(torch.from_numpy(images))).to(torch.int16))
+        tokens.append(vq.encode(from_uint8(torch.from_numpy(images))).to(torch.int16))
         labels += list(some)
     return torch.cat(tokens), labels
 
 
-def save_policy(model: LlamaGenForImageGeneration, folder: Path, name: str, **card: Any) -> None:
+def save_policy(model: PreTrainedModel, folder: Path, name: str, **card: Any) -> None:
     """Save the weights in float16 and what `load_policy` needs beside them."""
     save_half(model, folder)
     write_json(folder / "policy.json", {"tokenizer": "nano-vq", **card, "image_size": IMAGE_SIZE, "base": name})
