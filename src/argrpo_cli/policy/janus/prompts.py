@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from argrpo_cli.networks.weights import quiet_transformers
 from argrpo_cli.policy.words import check_words, known_words
@@ -35,8 +35,7 @@ class Prompts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad: int | None = None, source: str = "the tokenizer"):
         self.tokenizer, self.words = tokenizer, known_words(tokenizer)
-        self.starts = getattr(tokenizer, "boi_token", None) or IMAGE_STARTS
-        image = tokenizer.get_vocab().get(self.starts)
+        image = tokenizer.get_vocab().get(getattr(tokenizer, "boi_token", None) or IMAGE_STARTS)
         self.begin, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id if pad is None else pad
         for what, found in (("begins a sentence", self.begin), ("begins an image", image), ("is padding", self.pad)):
             if found is None:
@@ -56,7 +55,9 @@ class Prompts:
         read_json(folder / "tokenizer.json")  # whose faults the library tells in its own words
         try:
             with quiet_transformers():
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                # As its tokenizer.json says: the class that the published tokenizer_config.json names, Llama's, splits
+                # words as SentencePiece does, and these are pairs of bytes.
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load the text tokenizer of {folder}: {str(error).splitlines()[0]}") from error
         return cls(tokenizer, pad, str(folder))
@@ -69,8 +70,8 @@ class Prompts:
         else:
             turn = {"role": "user", "content": [{"type": "text", "text": text}]}
             text = self.tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-        ids = self.tokenizer(text + self.starts).input_ids
-        return ids if ids[0] == self.begin else [self.begin, *ids]
+        ids = self.tokenizer(text).input_ids
+        return [*([] if ids[:1] == [self.begin] else [self.begin]), *ids, self.image]
 
     def check(self, prompts: Sequence[str], length: int) -> None:
         """Refuse what cannot be read: empty prompts, unknown words, more than `length` tokens.
