@@ -337,7 +337,7 @@ def claim(
         return batch_size
     settings = read_json(path)
     size = settings.get("batch_size")
-    other = _differing(settings, identity) + ([] if isinstance(size, int) else ["batch_size"])
+    other = _differing(settings, identity) + ([] if type(size) is int and size >= 1 else ["batch_size"])
     if other:
         raise UserError(f"{out} holds {what} ({', '.join(other)}); {mend}")
     return size

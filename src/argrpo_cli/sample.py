@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli.images import EARLIER_SETTINGS, METADATA, SAMPLE
 from argrpo_cli.kept import SETTINGS, check_claim, claim
 from argrpo_cli.pictures import read_image
-from argrpo_cli.policy.folder import choose_sampling, glance
+from argrpo_cli.policy.folder import LARGEST, choose_sampling, glance
 from argrpo_cli.shapes import Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, make_dir, read_json, save_png, writable, write_json, write_jsonl
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 GRID, NPZ = "grid.png", "samples.npz"
 MOST_OF_ONE = 1_000_000  # images of one class or prompt: more is a slip of the finger
-LARGEST = 8192  # pixels a side
 OUR_IMAGE = re.compile(r"\d{3,}-[a-z0-9-]*-\d{5,}\.png")
 GRID_COLUMNS, GRID_ROWS = 8, 32  # a look at the samples, not all of them
 

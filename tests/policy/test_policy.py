@@ -365,7 +365,7 @@ def wrong_codebook(folder):
     ("spoil", "message"),
     [
         (drop_card, "policy.json: not JSON"),
-        (drop_classes, "'classes' is None, expected a list"),
+        (drop_classes, "policy.json is damaged: classes is None"),
         (another_model, "holds a 'llama' model; expected 'llamagen'"),
         (bad_geometry, "block_size is 15"),
         (wider_model, "w1.weight is [256, 32], config.json says [512, 32]"),

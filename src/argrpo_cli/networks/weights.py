@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,17 +23,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import cannot_write, fetch, open_to_all, read_json, save_tensors, write_json
+from argrpo_cli.system.plain import check_shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Model = TypeVar("Model", bound="PreTrainedModel")
+DEPTH = re.compile("layers|depth|res_blocks")  # in the keys of a configuration that say how often a part is repeated
+MOST_LAYERS = 1000  # where the weights are of a kind whose names cannot be read without them
 
 
 # files of weights
@@ -184,6 +190,83 @@ def load_network(kind: type[nn.Module], folder: str | Path, device: str = "cpu")
 # folders of transformers
 
 
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in a folder's .safetensors files, of which the headers alone are read.
+
+    Raises:
+        UserError: a file that cannot be read, or is not as long as its header says.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot load {folder}: {first_line(error)}; the file is damaged") from error
+    return shapes
+
+
+def read_config(kind: type[Model], folder: Path) -> PreTrainedConfig | None:
+    """The config.json of a model of this kind; None for a class of transformers' that chooses one.
+
+    What it says is checked before anything is built of it: our own configurations by the types and ranges of their
+    keys, and every number of layers by that of the tensors beside it.
+
+    Raises:
+        UserError: it is missing, damaged, of another kind of model, or says what cannot be.
+    """
+    path, own = folder / "config.json", getattr(kind, "config_class", None)
+    config = read_json(path)
+    expected = getattr(own, "model_type", None)
+    if expected is not None and config.get("model_type") != expected:
+        raise UserError(f"{folder} holds a {config.get('model_type')!r} model; expected {expected!r}")
+    most = len(weight_shapes(folder)) or MOST_LAYERS
+    for key, number in _numbers(config):
+        if DEPTH.search(key) and number > most:
+            raise UserError(f"{path}: {key} is {number}, and there are {most} tensors in the weights beside it")
+    if own is None:
+        return None
+    if own.__module__.startswith("argrpo_cli."):
+        keys = inspect.get_annotations(own, eval_str=True)
+        check_shape(config, TypedDict(own.__name__, keys, total=False), str(path))
+    try:
+        return own(**config)
+    except Exception as error:  # of what is no configuration transformers makes nearly anything
+        raise UserError(f"{path}: {first_line(error)}") from error
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """The whole numbers in plain data, each with the key that it stands under."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _numbers(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _numbers(part, key)
+    elif isinstance(value, int | float):
+        yield key, value
+
+
+def outline(kind: type[Model], folder: Path) -> Model:
+    """The model of a folder on the meta device: shapes and no numbers, as its config.json and its weights both say.
+
+    Raises:
+        UserError: see `read_config`; or the two do not agree.
+    """
+    config = read_config(kind, folder)
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model = kind(config)
+    except Exception as error:  # sides that are no numbers, negative, or too large to multiply
+        raise UserError(f"{folder / 'config.json'} describes no model: {first_line(error)}") from error
+    shapes = weight_shapes(folder)
+    for key, value in model.state_dict().items():
+        if key in shapes and shapes[key] != tuple(value.shape):
+            own, saved = list(value.shape), list(shapes[key])
+            raise UserError(f"cannot load {folder}: {key} is {saved}, config.json says {own}")
+    return model
+
+
 def load_pretrained(
     kind: type[Model], folder: Path, dtype: torch.dtype, optional: tuple[str, ...] = (), **more: Any
 ) -> Model:
@@ -197,10 +280,10 @@ def load_pretrained(
     Raises:
         UserError: files missing or damaged, another kind of model, keys or shapes that do not fit.
     """
-    config = read_json(folder / "config.json")
-    expected = getattr(getattr(kind, "config_class", None), "model_type", None)
-    if expected is not None and config.get("model_type") != expected:
-        raise UserError(f"{folder} holds a {config.get('model_type')!r} model; expected {expected!r}")
+    if hasattr(kind, "config_class"):
+        outline(kind, folder)  # what it refuses would cost memory, or never end
+    else:
+        read_config(kind, folder)
     try:
         with quiet_transformers():
             model, info = kind.from_pretrained(
@@ -211,10 +294,8 @@ def load_pretrained(
                 output_loading_info=True,
                 **more,
             )
-    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
-        why = first_line(error)
-        damaged = "; the file is damaged" if "deserializing" in why else ""
-        raise UserError(f"cannot load {folder}: {why}{damaged}") from error
+    except Exception as error:  # of damaged files it makes nearly anything
+        raise UserError(f"cannot load {folder}: {first_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys"):
         if keys := sorted(key for key in info[what] if not key.endswith(optional)):
             raise UserError(f"cannot load {folder}: {len(keys)} {what.replace('_', ' ')} such as {keys[0]}")

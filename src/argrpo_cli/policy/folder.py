@@ -12,7 +12,10 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Interval
+from typing_extensions import TypedDict
 
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError, did_you_mean
@@ -20,6 +23,7 @@ from argrpo_cli.system.files import WEIGHTS, read_json, read_text, write_json
 from argrpo_cli.system.processes import say
 
 CARD = "policy.json"
+LARGEST = 8192  # pixels a side of what a policy draws, or is scaled to
 ADAPTER_OF = "adapter_of"  # in the policy.json of a folder with adapters alone
 MANIFEST = "checksums.json"  # of a checkpoint, see runs/checkpoints.py
 CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step_"  # of a run directory: checkpoints/step_000020
@@ -40,6 +44,19 @@ TOKENIZERS = {  # name to repository and file
     "vq-var": (VAR_REPO, "vae_ch160v4096z32.pth"),
 }
 NAMED_PARTS = (*BUNDLED_PARTS, *TOKENIZERS, TEXT_ENCODER)  # which are not copied into every checkpoint
+
+
+class PolicyCard(TypedDict, total=False):
+    """A policy.json; `read_card` says what must be in it."""
+
+    family: str
+    tokenizer: str
+    text_encoder: str
+    right_padded: bool
+    classes: list[str]
+    image_size: Annotated[int, Interval(ge=1, le=LARGEST)]
+    base: str
+    adapter_of: str
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,7 @@ def glance(name_or_path: str | Path) -> Glance | None:
             return Glance(str(name_or_path), "captions", sampling=janus_sampling(Path(name_or_path)))
         return None
     folder = find_policy(name_or_path)
-    card = read_json(folder / CARD)
+    card = read_json(folder / CARD, PolicyCard)
     own = own_sampling(folder, card)
     if ADAPTER_OF in card:
         seen = glance(base_of(folder, card))
@@ -247,7 +264,7 @@ def read_card(folder: Path, **keys: type) -> dict[str, Any]:
     Args:
         keys: what a family needs in it, with its type, beside what all do.
     """
-    card = read_json(folder / CARD)
+    card = read_json(folder / CARD, PolicyCard)
     keys |= {"text_encoder": str} if "text_encoder" in card else {} if _reads_captions(card) else {"classes": list}
     for key, kind in {**keys, "image_size": int}.items():
         if not isinstance(card.get(key), kind):
@@ -336,8 +353,18 @@ def base_of(folder: Path, card: dict[str, object]) -> str:
     base = card[ADAPTER_OF]
     if not isinstance(base, str) or not base:
         raise UserError(f"{folder}: {ADAPTER_OF} of its policy.json is {base!r}; it must name a policy")
-    beside = folder / base
-    return str(beside) if beside.exists() else base
+    place = folder / base if (folder / base).exists() else Path(base)
+    inner, seen, below = place, {folder.resolve()}, base
+    while inner.exists() and not is_published(inner) and below:
+        inner = find_policy(inner)
+        if inner.resolve() in seen:
+            raise UserError(
+                f"{folder}: {ADAPTER_OF} of its policy.json is {base!r}, which leads back to where it began"
+            )
+        seen.add(inner.resolve())
+        below = read_json(inner / CARD, PolicyCard).get(ADAPTER_OF, "")
+        inner = inner / below
+    return str(place) if place.exists() else base
 
 
 def part_of(folder: Path, what: str, name: str | None) -> Path:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli.policy.folder import (
     ADAPTER_OF,
     CARD,
+    PolicyCard,
     base_of,
     find_policy,
     is_published,
@@ -71,7 +72,7 @@ def load_policy(
     if is_published(name_or_path):
         return _published(name_or_path).open_published(name_or_path, device, dtype, text_device)
     folder = find_policy(name_or_path)
-    card = read_json(folder / CARD)
+    card = read_json(folder / CARD, PolicyCard)
     if ADAPTER_OF in card:
         import torch
 
@@ -94,7 +95,7 @@ def outline_policy(name_or_path: str | Path) -> Outline:
     if is_published(name_or_path):
         return _published(name_or_path).outline_published(name_or_path)
     folder = find_policy(name_or_path)
-    card = read_json(folder / CARD)
+    card = read_json(folder / CARD, PolicyCard)
     if ADAPTER_OF in card:
         return outline_policy(base_of(folder, card))
     return import_module(PUBLISHED[_family(folder, card, PUBLISHED)]).outline_folder(folder)
@@ -173,13 +174,12 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """
     require_peft()
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
             with_adapters = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of damaged files PEFT makes nearly anything
         raise UserError(f"cannot load the adapters in {folder}: {first_line(error)}") from error
     model = with_adapters.merge_and_unload()
     model.config._name_or_path = ""  # no folder holds these weights

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Interval
 from transformers import PreTrainedConfig
 
+Count = Annotated[int, Ge(1)]
 CONDITIONS = ("class", "caption")
 
 # Published geometries: width, layers, heads. All use a vocabulary of 16384 codes.
@@ -40,22 +42,22 @@ class LlamaGenConfig(PreTrainedConfig):
     """
 
     model_type = "llamagen"
-    vocab_size: int = 16384
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    intermediate_size: int | None = None
-    block_size: int = 256
-    cls_token_num: int = 1
+    vocab_size: Count = 16384
+    hidden_size: Count = 768
+    num_hidden_layers: Count = 12
+    num_attention_heads: Count = 12
+    num_key_value_heads: Count | None = None
+    intermediate_size: Count | None = None
+    block_size: Count = 256
+    cls_token_num: Count = 1
     condition: str = "class"
-    num_classes: int = 1000
-    caption_dim: int = 2048
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    class_dropout_prob: float = 0.0
-    tie_word_embeddings: bool = False  # the embedding and the head are separate matrices
+    num_classes: Count = 1000
+    caption_dim: Count = 2048
+    rope_theta: Annotated[float, Interval(ge=1, le=1e9)] = 10000.0
+    rms_norm_eps: Annotated[float, Interval(gt=0, lt=0.1)] = 1e-5
+    initializer_range: Annotated[float, Ge(0)] = 0.02
+    class_dropout_prob: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    tie_word_embeddings: Literal[False] = False  # the embedding and the head are separate matrices
     auto_map: dict[str, str] = field(default_factory=dict)  # TRL reads it of any custom model
 
     def __post_init__(self, **others: Any) -> None:

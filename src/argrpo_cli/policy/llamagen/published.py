@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from argrpo_cli.networks.weights import load_pretrained
+from argrpo_cli.networks.weights import load_pretrained, outline
 from argrpo_cli.policy.folder import (
     TEXT_ENCODER,
     TOKENIZERS,
@@ -51,7 +51,7 @@ from argrpo_cli.policy.llamagen.text import load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.policy.outline import Outline
 from argrpo_cli.system.errors import UserError, exit_code
-from argrpo_cli.system.files import HubFile, atomic_path, fetch, fetch_folder, read_json
+from argrpo_cli.system.files import HubFile, atomic_path, fetch, fetch_folder
 
 IMAGE_SIZES = (256, 384, 512)
 FILES = ("*.json", "*.safetensors", "*.bin")  # of a repository that is fetched whole
@@ -205,16 +205,11 @@ def outline_published(name_or_path: str | Path) -> LlamaGenOutline:
 def outline_folder(folder: Path) -> LlamaGenOutline:
     """The same of a policy folder: its config.json and policy.json are read."""
     card = read_card(folder, tokenizer=str)
-    try:
-        model = _outline_model(LlamaGenConfig(**read_json(folder / "config.json")))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    model = outline(LlamaGenForImageGeneration, folder)
     if card["tokenizer"] in TOKENIZERS:
         vq, files = _outline_tokenizer(card["tokenizer"])
     else:
-        keys = read_json(part_of(folder, "image tokenizer", card["tokenizer"]) / "config.json")
-        with torch.device("meta"):
-            vq, files = VQModel(VQConfig(**keys)), ()
+        vq, files = outline(VQModel, part_of(folder, "image tokenizer", card["tokenizer"])), ()
     policy = LlamaGen(model, vq, card["tokenizer"], card.get("classes", []), card["image_size"], str(folder))
     if model.config.condition == "class":
         return LlamaGenOutline(policy, 0, files)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from argrpo_cli.networks.weights import load_pretrained, quiet_transformers, save_model
 from argrpo_cli.policy.llamagen.model import left_pad
 from argrpo_cli.policy.words import check_words, known_words
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import read_json, writable
 from argrpo_cli.system.processes import resolve_device
 
@@ -147,8 +147,8 @@ def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextE
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the text tokenizer of {folder}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of damaged files the library makes nearly anything
+        raise UserError(f"cannot load the text tokenizer of {folder}: {first_line(error)}") from error
     return TextEncoder(model, tokenizer)
 
 

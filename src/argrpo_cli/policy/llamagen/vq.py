@@ -8,13 +8,18 @@ them after the last, which makes a small model quick; 1 is the published network
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Len
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from argrpo_cli.policy.llamagen.config import Count
 from argrpo_cli.policy.outline import DECODE_PIXELS
+
+Levels = Annotated[list[Count] | tuple[Count, ...], Len(1, 12)]
 
 
 class VQConfig(PreTrainedConfig):
@@ -25,15 +30,15 @@ class VQConfig(PreTrainedConfig):
     """
 
     model_type = "llamagen_vq"
-    codebook_size: int = 16384
-    codebook_embed_dim: int = 8
-    in_channels: int = 3
-    ch: int = 128
-    encoder_ch_mult: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
-    decoder_ch_mult: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2
-    z_channels: int = 256
-    patch_size: int = 1
+    codebook_size: Count = 16384
+    codebook_embed_dim: Count = 8
+    in_channels: Count = 3
+    ch: Count = 128
+    encoder_ch_mult: Levels = (1, 1, 2, 2, 4)
+    decoder_ch_mult: Levels = (1, 1, 2, 2, 4)
+    num_res_blocks: Count = 2
+    z_channels: Count = 256
+    patch_size: Count = 1
 
     @property
     def downsample(self) -> int:
