@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from argrpo_cli.images import MOST_BYTES, PARTIAL, SCORES, SUMMARY, TABLE, Item, find_items, read_ahead
 from argrpo_cli.kept import Rows, kept
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 SHEET = "best_worst.png"
 SHEET_COLUMNS, THUMBNAIL = 8, 128
 UNREADABLE = "unreadable"  # in the protocol: images that could not be read, and why
+
+
+class ScoredRow(TypedDict):
+    """A line of scores.jsonl, see `row_of`."""
+
+    file: str
+    scores: dict[str, float | None]
 
 
 def score_images(

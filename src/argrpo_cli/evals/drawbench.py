@@ -26,7 +26,7 @@ from argrpo_cli.images import METADATA, Item, file_item
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.rewards import REWARDS, RewardSet, check_options, check_reward, identity, load_rewards
 from argrpo_cli.sample import file_name
-from argrpo_cli.score import item_key, row_of, score_rows
+from argrpo_cli.score import ScoredRow, item_key, row_of, score_rows
 from argrpo_cli.shapes import Column, Result
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import expanded, read_jsonl, write_jsonl
@@ -281,7 +281,7 @@ def _items(subject: Subject) -> list[Item]:
 def _write_scores(subject: Subject, scores: Mapping[str, Sequence[float]]) -> None:
     """scores.jsonl, as `argrpo score` writes it: raw, from this call and earlier ones."""
     path = subject.folder / "scores" / "scores.jsonl"
-    earlier = {row["file"]: row["scores"] for row in read_jsonl(path)} if path.is_file() else {}
+    earlier = {row["file"]: row["scores"] for row in read_jsonl(path, ScoredRow)} if path.is_file() else {}
     rows = []
     for item, *values in zip(_items(subject), *scores.values(), strict=True):
         own = [None if math.isnan(value) else value for value in values]

@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from argrpo_cli.evals.benchmark import SUMMARY
 from argrpo_cli.images import ImageSet
 from argrpo_cli.policy.folder import checkpoint_folders
+from argrpo_cli.runs.run import RunDirectory
 from argrpo_cli.shapes import Column, Result, Sampling, Value, shared_settings
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import atomic_path, check_writable, make_dir, read_json, read_jsonl, write_jsonl
+from argrpo_cli.system.files import atomic_path, check_writable, make_dir, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +30,12 @@ JOURNAL = ".journal"  # what was measured, chunk by chunk
 COLORS = {"conditional": "tab:blue", "guided": "tab:orange"}
 SHADES = ("#9aa5b1", "#d1495b", "#edae49", "#30638e", "#6a994e")  # the first of a family, and those compared with it
 LONGEST_NAME = 24
+
+
+class EntropyRow(TypedDict):
+    """What is read again of a line of `NUMBERS`."""
+
+    images: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ def subjects_of_run(run: Path) -> list[Subject]:
     """
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is no run directory: it has no run.json")
-    notes = read_json(run / "run.json")
+    notes = RunDirectory(run).notes()
     base = notes.get("base_policy")
     if not base or not Path(base).is_dir():
         raise UserError(f"the base policy of {run} is gone: {base}; measure its checkpoints with --policy")
@@ -95,7 +104,7 @@ def claim(out: Path, question: Question) -> None:
     ]
     if others:
         raise UserError(f"{out} is not empty (there is {min(others)}); choose another --out")
-    rows = read_jsonl(out / NUMBERS) if (out / NUMBERS).is_file() else []
+    rows = read_jsonl(out / NUMBERS, EntropyRow) if (out / NUMBERS).is_file() else []
     if rows and any(rows[0].get(key) != value for key, value in question.about().items()):
         raise UserError(f"{out} holds the entropy on other images; choose another --out")
     if rows and question.limit is not None and question.limit < rows[0]["images"]:

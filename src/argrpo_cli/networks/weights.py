@@ -226,9 +226,11 @@ def read_config(kind: type[Model], folder: Path) -> PreTrainedConfig | None:
             raise UserError(f"{path}: {key} is {number}, and there are {most} tensors in the weights beside it")
     if own is None:
         return None
-    if own.__module__.startswith("argrpo_cli."):
-        keys = inspect.get_annotations(own, eval_str=True)
-        check_shape(config, TypedDict(own.__name__, keys, total=False), str(path))
+    keys: dict[str, Any] = {}
+    for one in reversed(own.__mro__):
+        if one.__module__.startswith("argrpo_cli."):
+            keys |= inspect.get_annotations(one, eval_str=True)
+    check_shape(config, TypedDict(own.__name__, keys, total=False), str(path))
     try:
         return own(**config)
     except Exception as error:  # of what is no configuration transformers makes nearly anything

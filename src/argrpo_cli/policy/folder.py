@@ -59,6 +59,12 @@ class PolicyCard(TypedDict, total=False):
     adapter_of: str
 
 
+class Generation(TypedDict, total=False):
+    """What is read of a Janus's generation_config.json."""
+
+    guidance_scale: Annotated[float, Interval(ge=0, le=1e9)] | None
+
+
 @dataclass(frozen=True)
 class PublishedPolicy:
     """Where a policy lies on the hub, and what its file does not say."""
@@ -216,14 +222,14 @@ def published_family(name_or_path: str | Path) -> str:
         (one for one in POLICIES.values() if one.file and Path(one.file).name == path.name), None
     )
     if entry is None and path.is_dir():
-        return MODEL_TYPES.get(read_json(path / "config.json").get("model_type"), "llamagen")
+        return MODEL_TYPES.get(str(read_json(path / "config.json").get("model_type")), "llamagen")
     return "llamagen" if entry is None else entry.family
 
 
 def janus_sampling(folder: Path) -> dict[str, Any]:
     """How a folder of a Janus of transformers is sampled: as its generation_config.json says, else as published."""
     file = folder / "generation_config.json"
-    scale = read_json(file).get("guidance_scale") if file.is_file() else None
+    scale = read_json(file, Generation).get("guidance_scale") if file.is_file() else None
     return {"cfg_scale": float(scale or JANUS_CFG_SCALE)}
 
 
@@ -358,9 +364,7 @@ def base_of(folder: Path, card: dict[str, object]) -> str:
     while inner.exists() and not is_published(inner) and below:
         inner = find_policy(inner)
         if inner.resolve() in seen:
-            raise UserError(
-                f"{folder}: {ADAPTER_OF} of its policy.json is {base!r}, which leads back to where it began"
-            )
+            raise UserError(f"{folder}: {ADAPTER_OF} of its policy.json is {base!r}, which leads back to itself")
         seen.add(inner.resolve())
         below = read_json(inner / CARD, PolicyCard).get(ADAPTER_OF, "")
         inner = inner / below

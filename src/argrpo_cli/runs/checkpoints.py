@@ -9,21 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import random
 import shutil
 import zipfile
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import safe_globals
+from typing_extensions import TypedDict
 
+from argrpo_cli.networks.weights import weight_shapes
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import BUNDLED_POLICIES, MANIFEST, POLICIES, checkpoint_folders, mark_adapter
 from argrpo_cli.runs.disk import PARTIAL, replace_folder, set_aside
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write, read_json, read_text, reason, writable, write_json
+from argrpo_cli.system.plain import check_shape
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -128,10 +138,11 @@ def _partial(folder: Path) -> Path:
 
 
 def newest_whole_checkpoint(run: RunDirectory) -> Path | None:
-    """The newest checkpoint that is as it was written; damaged newer ones are moved aside and told of."""
-    folders = checkpoint_folders(run.root)
+    """The newest checkpoint that is as it was written, and of use; damaged newer ones are moved aside and told of."""
+    folders, base = checkpoint_folders(run.root), run.notes().get("base_policy")
+    weights = weight_shapes(Path(base)) if base is not None and Path(base).is_dir() else {}
     for step, folder in reversed(folders.items()):
-        damage = find_damage(folder, step)
+        damage = find_damage(folder, step, weights)
         if damage is None:
             return folder
         aside = set_aside(folder, f"{DAMAGED}{folder.name}")
@@ -156,10 +167,14 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"files": files})
 
 
-def find_damage(folder: Path, step: int) -> str | None:
+def find_damage(folder: Path, step: int, weights: Mapping[str, tuple[int, ...]] | None = None) -> str | None:
     """What is wrong with the checkpoint of `step` in a few words, None when it is whole.
 
-    A checkpoint without a manifest comes from a version that wrote none: its files must be there and readable.
+    A checkpoint without a manifest comes from a version that wrote none: its files must be there and readable. Whatever
+    the manifest says, the trainer's own files must be what a trainer wrote after that step.
+
+    Args:
+        weights: names and shapes of what the run started from, where they are known.
 
     Raises:
         UserError: a file may not be read, which says nothing about the checkpoint.
@@ -167,7 +182,7 @@ def find_damage(folder: Path, step: int) -> str | None:
     try:
         listed = (folder / MANIFEST).exists()
         damage = _compare(folder) if listed else _look_through(folder)
-        return damage or _wrong_step(folder, step)
+        return damage or _wrong_step(folder, step) or _unusable(folder, step, weights or {})
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {folder}: {reason(error)}") from error
     except OSError as error:  # a bad sector for instance
@@ -217,12 +232,74 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
+class TrainerFile(TypedDict, total=False):
+    """What is read of trainer_state.json."""
+
+    global_step: Required[int]
+    epoch: float | None
+    max_steps: int
+    num_train_epochs: int
+    train_batch_size: int | None
+    log_history: list[dict[str, Any]]
+    stateful_callbacks: dict[str, Any] | None
+
+
 def _wrong_step(folder: Path, step: int) -> str | None:
     try:
-        said = json.loads(read_text(folder / STATE)).get("global_step")  # the trainer's own, where a norm may be NaN
-    except (UserError, ValueError, AttributeError, RecursionError):
+        state = json.loads(read_text(folder / STATE))  # the trainer's own, where a norm may be NaN
+        TrainerState(**check_shape(state, TrainerFile, STATE))
+    except (UserError, ValueError, TypeError, RecursionError):  # TypeError of a key that it does not have
         return f"{STATE} is unreadable"
-    return None if said == step else f"{STATE} is of step {said}"
+    return None if state["global_step"] == step else f"{STATE} is of step {state['global_step']}"
+
+
+def _unusable(folder: Path, step: int, weights: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Which file holds something else than the trainer would go on from, however well its checksum agrees."""
+    sharded = {path.name for path in folder.iterdir() if path.is_dir()} - {"tokenizer", "text_encoder"}
+    for pattern in () if sharded else CHECKS:
+        if not any(folder.glob(pattern)):
+            return f"{pattern} is missing"
+    try:
+        shapes = weight_shapes(folder)
+    except UserError:
+        return "model.safetensors is unreadable"
+    if shapes and weights and shapes != weights:
+        return "model.safetensors holds other weights than those that the run started from"
+    for path, check in [(path, CHECKS[pattern]) for pattern in CHECKS for path in sorted(folder.glob(pattern))]:
+        try:
+            with safe_globals():
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            good = check(state, step, set(shapes.values()))
+        except Exception:  # of what is no such state torch makes nearly anything
+            good = False
+        if not good:
+            return f"{path.name} holds no state of a trainer after step {step}"
+    return None
+
+
+def _is_optimizer(state: Any, step: int, shapes: Collection[tuple[int, ...]]) -> bool:
+    """Whether there are groups of parameters with finite rates, and moments of the weights' own shapes."""
+    listed = [index for group in state["param_groups"] for index in group["params"]]
+    rates = [float(group["lr"]) for group in state["param_groups"]]
+    moments = [one["exp_avg"] for one in state["state"].values() if "exp_avg" in one]
+    fit = not shapes or all(tuple(moment.shape) in shapes for moment in moments)
+    return bool(listed) and set(state["state"]) <= set(listed) and all(map(math.isfinite, rates)) and fit
+
+
+def _is_scheduler(state: Any, step: int, shapes: Collection[tuple[int, ...]]) -> bool:
+    last, rates = state["last_epoch"], state["base_lrs"]  # of several processes it may count each one's steps
+    return type(last) is int and last >= step and not last % max(1, step) and all(map(math.isfinite, rates))
+
+
+def _is_random(state: Any, step: int, shapes: Collection[tuple[int, ...]]) -> bool:
+    """Whether generators of all kinds, which nobody uses, take their states."""
+    random.Random().setstate(state["python"])
+    np.random.RandomState().set_state(state["numpy"])
+    torch.Generator().set_state(state["cpu"])
+    return True
+
+
+CHECKS = {"optimizer.pt": _is_optimizer, "scheduler.pt": _is_scheduler, "rng_state*.pth": _is_random}
 
 
 def _digest(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from argrpo_cli.runs import curves
 from argrpo_cli.runs.curves import COLOURS, NO_STAGE, STAGES, Panel, Record, Roles
 from argrpo_cli.runs.learning import conclusions, last
 from argrpo_cli.runs.run import duration, now
-from argrpo_cli.system.errors import BadPicture
+from argrpo_cli.system.errors import BadPicture, exit_code
 from argrpo_cli.system.files import fill_template, read_text, write_text
 
 if TYPE_CHECKING:
@@ -213,4 +213,5 @@ if __name__ == "__main__":
     from argrpo_cli.runs.run import RunDirectory
 
     root = Path(sys.argv[1])
-    print(write_report(RunDirectory(root), load_recipe(root / "recipe.yaml")))
+    with exit_code("report"):
+        print(write_report(RunDirectory(root), load_recipe(root / "recipe.yaml")))

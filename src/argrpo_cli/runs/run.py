@@ -37,6 +37,7 @@ from argrpo_cli.recipe import dump_recipe, load_recipe
 from argrpo_cli.recipe.explain import explain
 from argrpo_cli.recipe.layers import Layer
 from argrpo_cli.recipe.schema import Recipe
+from argrpo_cli.runs.contents import MetricsRow, Notes
 from argrpo_cli.runs.disk import TEMPORARY, is_full, recover, remove_folder, sync_folder
 from argrpo_cli.system.errors import UserError, first_line, shortened
 from argrpo_cli.system.files import (
@@ -50,6 +51,7 @@ from argrpo_cli.system.files import (
     write_jsonl,
     write_text,
 )
+from argrpo_cli.system.plain import check_shape, lines_of, parse_json
 from argrpo_cli.system.processes import LOCK, alone_in
 
 START = "start"
@@ -152,15 +154,19 @@ class RunDirectory:
             self._spared.add(what)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a half-written last one is left out."""
-        if not self.metrics_file.exists():
-            return []
-        records = []
-        for line in read_text(self.metrics_file).splitlines():
+        """The lines of metrics.jsonl; a half-written last one is left out.
+
+        Raises:
+            UserError: another line is damaged; it is named.
+        """
+        lines, records = lines_of(read_text(self.metrics_file)) if self.metrics_file.exists() else [], []
+        for number, line in enumerate(lines, start=1):
+            where = f"{self.metrics_file}, line {number}"
             try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+                records.append(check_shape(parse_json(line), MetricsRow, where))
+            except ValueError as error:
+                if number < len(lines):
+                    raise UserError(f"{where}: not JSON ({error}); take the line out to go on without it") from error
         return records
 
     def forget_metrics_after(self, step: int) -> list[dict[str, Any]]:
@@ -171,7 +177,7 @@ class RunDirectory:
 
     def notes(self) -> dict[str, Any]:
         """What the run must remember beyond its recipe, see `note`; empty for a new run."""
-        return read_json(self.notes_file) if self.notes_file.exists() else {}
+        return read_json(self.notes_file, Notes) if self.notes_file.exists() else {}
 
     def note(self, **changes: Any) -> None:
         """Remember more.

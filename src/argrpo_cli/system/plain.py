@@ -6,13 +6,16 @@ import json
 import math
 import re
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Predicate
 
 from argrpo_cli.system.errors import UserError, printable, shortened
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+Index = Annotated[str, Predicate(lambda text: text.isdecimal() and len(text) < 19)]  # a whole number as JSON's keys are
 DEEPEST = 64  # levels of objects and lists in a JSON file; ours have five
 TOO_DEEP = f"more than {DEEPEST} levels of objects and lists"
 ODD = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # what JSON may hold as it is and others misread
@@ -69,9 +72,12 @@ def to_json(value: Any, indent: int | None = None) -> str:
     """JSON in which `read_text` and every other reader find the lines that were written.
 
     Letters stand as they are. What some readers take for the end of a line or for a command of the terminal, and the
-    bytes of a file name that are no UTF-8, are escaped: they come back as they were.
+    bytes of a file name that are no UTF-8, are escaped: they come back as they were. What is no finite number is null.
     """
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite_or_none(value), indent=indent, ensure_ascii=False)
     return ODD.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
@@ -98,6 +104,14 @@ def check_shape(value: Any, shape: Any, where: str) -> Any:
         what = f"{key} is {shortened(fault['input'])}: " if fault["type"] != "missing" else f"{key}: "
         raise UserError(f"{where} is damaged: {what}{fault['msg'].lower()}") from error
     return value
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite_or_none(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_none(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def lines_of(text: str) -> list[str]:

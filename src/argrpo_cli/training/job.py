@@ -257,7 +257,7 @@ class Job:
                 f"{optim.updates_per_batch} updates (grpo.updates_per_batch); it cannot be continued exactly"
             )
         records = self.run.forget_metrics_after(start)
-        return checkpoint, start, records[-1]["seconds_total"] if records else 0.0
+        return checkpoint, start, (records[-1].get("seconds_total") or 0.0) if records else 0.0
 
     def _opening(self, start: int, scale: float | None) -> str:
         optim, stage = self.recipe.optim, ""
@@ -295,7 +295,7 @@ class Job:
         method, optim = self.recipe.method, self.recipe.optim
         if start >= optim.steps:
             limit = f"{method}.steps"
-        elif finished["out_of_time"] and finished["time_limit_minutes"] == optim.time_limit_minutes:
+        elif finished["out_of_time"] and finished.get("time_limit_minutes") == optim.time_limit_minutes:
             limit = f"{method}.time_limit_minutes"
         else:
             return False

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from annotated_types import Ge
+from typing_extensions import TypedDict
 
 from argrpo_cli.system.files import read_json, write_json
+from argrpo_cli.system.plain import Index
 from argrpo_cli.training.conditions import WeightedConditions, systematic
 
 if TYPE_CHECKING:
@@ -24,6 +27,14 @@ if TYPE_CHECKING:
 STATE = "selection.json"  # of a checkpoint
 LATEST = 0.5  # of a condition's running spread, the share of its latest group
 DECAY = 0.9  # of the running square of advantages, per batch
+
+
+class SelectionState(TypedDict):
+    """What a checkpoint holds of it."""
+
+    spreads: dict[Index, Annotated[float, Ge(0)]]
+    square: Annotated[float, Ge(0)]
+    batches: Annotated[float, Ge(0)]
 
 
 class Selection:
@@ -85,6 +96,6 @@ class Selection:
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint; one without a state is of a run that had chosen nothing yet."""
         if (folder / STATE).is_file():
-            state = read_json(folder / STATE)
+            state = read_json(folder / STATE, SelectionState)
             self.spreads = {int(index): spread for index, spread in state["spreads"].items()}
             self.square, self.batches = state["square"], state["batches"]

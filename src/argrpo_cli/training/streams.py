@@ -11,12 +11,16 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
+from typing_extensions import TypedDict
 
 from argrpo_cli.captions import captions_in, normalized
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line
 from argrpo_cli.system.files import expanded
+from argrpo_cli.system.plain import Index, check_shape
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -29,6 +33,20 @@ BUILDERS = {  # file name ending to the library's name of the format
 WINDOW = 1024  # latest captions that stay at hand: a batch asks in any order, and each process for its own groups
 HOPELESS = 1000  # captions skipped before one could be used: then something is wrong with all of them
 DIGEST = 8  # bytes of a caption's hash, of which the state keeps one for each caption of this pass
+
+
+class StreamState(TypedDict):
+    """Where a stream is, as a checkpoint holds it."""
+
+    conditions: str
+    group: Annotated[int, Ge(0)]
+    taken: Annotated[int, Ge(0)]
+    skipped: Annotated[int, Ge(0)]
+    rows: dict[str, Any] | None
+    rest: list[str]
+    window: dict[Index, str]
+    seen: str
+
 
 Check = Callable[[Sequence[Condition]], None]
 
@@ -175,7 +193,11 @@ class StreamedConditions:
         if state.get("conditions") != repr(self):
             raise UserError(f"the position in the captions is that of {state.get('conditions')}, not of {self!r}")
         self._restart()
-        seen = base64.b64decode(state["seen"])
+        check_shape(state, StreamState, "the position in the captions")
+        try:
+            seen = base64.b64decode(state["seen"])
+        except ValueError as error:
+            raise UserError(f"the position in the captions is damaged: seen: {error}") from error
         self._group, self._taken, self.skipped = state["group"], state["taken"], state["skipped"]
         self._rest = deque(state["rest"])
         self._window = {int(group): Condition(prompt) for group, prompt in state["window"].items()}

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from argrpo_cli.networks.weights import quiet_transformers
 from argrpo_cli.policy.words import check_words, known_words
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import read_json, writable
 
 # A turn of the user and the beginning of the answer, as Janus-Pro was trained: the begin-of-image token comes next.
@@ -58,8 +58,8 @@ class Prompts:
                 # As its tokenizer.json says: the class that the published tokenizer_config.json names, Llama's, splits
                 # words as SentencePiece does, and these are pairs of bytes.
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the text tokenizer of {folder}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # of damaged files the library makes nearly anything
+            raise UserError(f"cannot load the text tokenizer of {folder}: {first_line(error)}") from error
         return cls(tokenizer, pad, str(folder))
 
     def ids(self, prompt: str) -> list[int]:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
+from argrpo_cli.networks.weights import outline
 from argrpo_cli.policy.folder import janus_sampling, part_of, published_entry, read_card
 from argrpo_cli.policy.janus.model import Encoded, JanusForImageGeneration
 from argrpo_cli.policy.janus.policy import Janus
 from argrpo_cli.policy.janus.vq import vq_config
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.policy.outline import Outline
-from argrpo_cli.system.errors import UserError, first_line
+from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import HubFile, fetch_folder, read_json
 
 FILES = ("*.json", "*.jinja", "*.safetensors")
@@ -54,8 +54,7 @@ def open_published(
     """
     entry = published_entry(name_or_path)
     folder = Path(name_or_path) if entry is None else fetch_folder(entry.repo, FILES, entry.revision)
-    config = _read_config(folder)
-    size = config.get("vision_config", {}).get("image_size", JanusVisionConfig().image_size)
+    size = _read_config(folder).vision_config.image_size
     card = {"image_size": size, "base": str(name_or_path), "sampling": janus_sampling(folder)}
     policy = Janus.open(folder, card, device, dtype)
     # What training needs as a folder (the reference of the KL term) is one that opens as our model.
@@ -64,14 +63,13 @@ def open_published(
     return policy
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    if config.get("model_type") == FIRST_FORMAT:
+def _read_config(folder: Path) -> JanusConfig:
+    if read_json(folder / "config.json").get("model_type") == FIRST_FORMAT:
         raise UserError(
             f"{folder} holds a Janus in its authors' first format; convert it with transformers' "
             f"convert_janus_weights_to_hf.py --local_dir {folder} --output_dir OUT, and give OUT"
         )
-    return config
+    return outline(JanusForImageGeneration, folder).config
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def outline_published(name_or_path: str | Path) -> JanusOutline:
     """
     entry = published_entry(name_or_path)
     if entry is None:
-        return _outline(JanusConfig(**_read_config(Path(name_or_path))), str(name_or_path))
+        return _outline(_read_config(Path(name_or_path)), str(name_or_path))
     config = published_config(str(name_or_path).partition("@")[0])
     outline = _outline(config, str(name_or_path))
     # The larger one lies in parts, whose list stands for them.
@@ -122,12 +120,9 @@ def outline_published(name_or_path: str | Path) -> JanusOutline:
 def outline_folder(folder: Path) -> JanusOutline:
     """The same of a policy folder: its config.json and policy.json are read."""
     card = read_card(folder)
-    try:
-        config = JanusConfig(**_read_config(folder))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: {first_line(error)}") from error
     name = card.get("tokenizer")
-    vq = None if name is None else VQConfig(**read_json(part_of(folder, "image tokenizer", name) / "config.json"))
+    vq = None if name is None else outline(VQModel, part_of(folder, "image tokenizer", name)).config
+    config = _read_config(folder)
     return _outline(config, str(folder), name, vq)
 
 

@@ -10,6 +10,8 @@ from annotated_types import Ge, Interval
 from transformers import PreTrainedConfig
 
 Count = Annotated[int, Ge(1)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Epsilon = Annotated[float, Interval(gt=0, lt=0.1)]  # of a norm
 CONDITIONS = ("class", "caption")
 
 # Published geometries: width, layers, heads. All use a vocabulary of 16384 codes.
@@ -54,9 +56,9 @@ class LlamaGenConfig(PreTrainedConfig):
     num_classes: Count = 1000
     caption_dim: Count = 2048
     rope_theta: Annotated[float, Interval(ge=1, le=1e9)] = 10000.0
-    rms_norm_eps: Annotated[float, Interval(gt=0, lt=0.1)] = 1e-5
+    rms_norm_eps: Epsilon = 1e-5
     initializer_range: Annotated[float, Ge(0)] = 0.02
-    class_dropout_prob: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    class_dropout_prob: Share = 0.0
     tie_word_embeddings: Literal[False] = False  # the embedding and the head are separate matrices
     auto_map: dict[str, str] = field(default_factory=dict)  # TRL reads it of any custom model
 

@@ -95,7 +95,7 @@ class LlamaGen:
         elif model.config.condition == "caption":
             text_encoder = load_text_encoder(part_of(folder, "text encoder", encoder_name), numbers)
             text_encoder.right_padded = card.get("right_padded", False)
-        _check_fit(folder, model, tokenizer, text_encoder, card)
+        check_fit(folder, model, tokenizer, text_encoder, card)
         if text_encoder is not None:
             text_encoder.place(device, text_device)
         return cls(
@@ -231,7 +231,7 @@ class LlamaGen:
         return condition.class_id
 
 
-def _check_fit(
+def check_fit(
     folder: Path,
     model: LlamaGenForImageGeneration,
     tokenizer: VQModel,

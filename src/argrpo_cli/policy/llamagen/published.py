@@ -45,13 +45,13 @@ from argrpo_cli.policy.llamagen.checkpoints import (
 )
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig, published_config
 from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.policy import LlamaGen
+from argrpo_cli.policy.llamagen.policy import LlamaGen, check_fit
 from argrpo_cli.policy.llamagen.sample import BUCKET
 from argrpo_cli.policy.llamagen.text import load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.policy.outline import Outline
 from argrpo_cli.system.errors import UserError, exit_code
-from argrpo_cli.system.files import HubFile, atomic_path, fetch, fetch_folder
+from argrpo_cli.system.files import HubFile, atomic_path, fetch, fetch_folder, read_json
 
 IMAGE_SIZES = (256, 384, 512)
 FILES = ("*.json", "*.safetensors", "*.bin")  # of a repository that is fetched whole
@@ -212,10 +212,12 @@ def outline_folder(folder: Path) -> LlamaGenOutline:
         vq, files = outline(VQModel, part_of(folder, "image tokenizer", card["tokenizer"])), ()
     policy = LlamaGen(model, vq, card["tokenizer"], card.get("classes", []), card["image_size"], str(folder))
     if model.config.condition == "class":
+        check_fit(folder, model, vq, None, card)
         return LlamaGenOutline(policy, 0, files)
     if card.get("text_encoder") == TEXT_ENCODER:
         return LlamaGenOutline(policy, 2 * TEXT_PARAMETERS, files + TEXT_FILES)
     policy.text_encoder = load_text_encoder(part_of(folder, "text encoder", card.get("text_encoder")), torch.float32)
+    check_fit(folder, model, vq, policy.text_encoder, card)
     return LlamaGenOutline(policy, 4 * policy.text_encoder.model.num_parameters(), files)
 
 

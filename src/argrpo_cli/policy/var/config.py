@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval, Len
 from transformers import PreTrainedConfig
+
+from argrpo_cli.policy.llamagen.config import Count, Epsilon, Share
 
 # Tokens a side of every scale, by pixels a side; the tokenizer divides these by 16.
 SCALES = {
     256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
     512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
 }
+Side = Annotated[int, Interval(ge=1, le=512)]  # of a scale, in tokens
 HEAD_DIM = 64  # published: d layers of d heads of this width
 MAX_SCALE = math.log(100)  # of the learnt sharpness of cosine attention
 NOT_IN_SHAPES = ("num_attention_heads", "scales", "phi_ratio", "cosine_attention", "norm_eps")
+
+
+Scales = Annotated[list[Side] | tuple[Side, ...], Len(2, 64)]
 
 
 class VARConfig(PreTrainedConfig):
@@ -32,21 +39,21 @@ class VARConfig(PreTrainedConfig):
     """
 
     model_type = "var"
-    vocab_size: int = 4096
-    code_dim: int = 32
-    hidden_size: int = 1024
-    num_hidden_layers: int = 16
-    num_attention_heads: int = 16
-    intermediate_size: int | None = None  # None is four times the width
-    num_classes: int = 1000
-    scales: list[int] | tuple[int, ...] = SCALES[256]
-    phis: int = 4
-    phi_ratio: float = 0.5
+    vocab_size: Count = 4096
+    code_dim: Count = 32
+    hidden_size: Count = 1024
+    num_hidden_layers: Count = 16
+    num_attention_heads: Count = 16
+    intermediate_size: Count | None = None  # None is four times the width
+    num_classes: Count = 1000
+    scales: Scales = SCALES[256]
+    phis: Count = 4
+    phi_ratio: Share = 0.5
     shared_modulation: bool = False
     cosine_attention: bool = True
-    norm_eps: float = 1e-6
-    class_dropout_prob: float = 0.1
-    tie_word_embeddings: bool = False
+    norm_eps: Epsilon = 1e-6
+    class_dropout_prob: Share = 0.1
+    tie_word_embeddings: Literal[False] = False
     auto_map: dict[str, str] = field(default_factory=dict)  # TRL reads it of any custom model
 
     def __post_init__(self, **others: Any) -> None:

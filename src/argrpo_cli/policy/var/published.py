@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from argrpo_cli.networks.weights import outline
 from argrpo_cli.policy.folder import POLICIES, TOKENIZERS, class_names, file_sampling, part_of, read_card
 from argrpo_cli.policy.llamagen.checkpoints import read_checkpoint
 from argrpo_cli.policy.llamagen.model import Encoded
@@ -22,8 +23,7 @@ from argrpo_cli.policy.var.config import VARConfig, published_config
 from argrpo_cli.policy.var.model import VARForImageGeneration
 from argrpo_cli.policy.var.policy import VAR, check_fit
 from argrpo_cli.policy.var.vq import MultiScaleVQ, MultiScaleVQConfig
-from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import HubFile, fetch, read_json
+from argrpo_cli.system.files import HubFile, fetch
 
 TOKENIZER = "vq-var"
 
@@ -94,17 +94,15 @@ def outline_published(name_or_path: str | Path) -> VAROutline:
 def outline_folder(folder: Path) -> VAROutline:
     """The same of a policy folder: its config.json and policy.json are read."""
     card = read_card(folder, tokenizer=str)
-    try:
-        model = _blank_model(VARConfig(**read_json(folder / "config.json")))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    model = outline(VARForImageGeneration, folder)
     files = ()
     if card["tokenizer"] in TOKENIZERS:
         vq = _blank_tokenizer(MultiScaleVQConfig(scales=model.config.scales))
         files = (HubFile(*TOKENIZERS[TOKENIZER], 4 * vq.num_parameters()),)
     else:
         part = part_of(folder, "image tokenizer", card["tokenizer"])
-        vq = _blank_tokenizer(MultiScaleVQConfig(**read_json(part / "config.json")))
+        vq = outline(MultiScaleVQ, part)
+    check_fit(str(folder), model.config, vq, card["classes"], card["image_size"])
     policy = VAR(model, vq, card["tokenizer"], card["classes"], card["image_size"], str(folder))
     return VAROutline(policy, 0, files)
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from argrpo_cli.policy.llamagen.config import Count, Share
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
-from argrpo_cli.policy.var.config import SCALES
+from argrpo_cli.policy.var.config import SCALES, Scales
 
 
 class MultiScaleVQConfig(VQConfig):
@@ -26,14 +27,14 @@ class MultiScaleVQConfig(VQConfig):
     """
 
     model_type = "var_vq"
-    codebook_size: int = 4096
-    codebook_embed_dim: int = 32
-    ch: int = 160
-    z_channels: int = 32
-    scales: list[int] | tuple[int, ...] = SCALES[256]
-    phis: int = 4
-    phi_ratio: float = 0.5
-    quant_kernel: int = 3
+    codebook_size: Count = 4096
+    codebook_embed_dim: Count = 32
+    ch: Count = 160
+    z_channels: Count = 32
+    scales: Scales = SCALES[256]
+    phis: Count = 4
+    phi_ratio: Share = 0.5
+    quant_kernel: Count = 3
 
     def __post_init__(self, **others: Any) -> None:
         self.scales = list(self.scales)
