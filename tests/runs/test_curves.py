@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argrpo_cli.runs.curves import change, draw_curves, panel_rows, panels, smoothed
+from argrpo_cli.runs.curves import change, draw_curves, panel_rows, panel_svg, panels, smoothed
 from tests.runs.records import ROLES, record
 
 RECORDS = [record(step) for step in range(1, 21)]
@@ -68,8 +68,12 @@ def test_curves_are_drawn_from_the_first_update_on(tmp_path: Path, count: int) -
         assert picture.width > picture.height > 500
 
 
-def test_gaps_and_zeros_are_no_obstacle(tmp_path: Path) -> None:
-    records = [record(step, reward=None, ratio_deviation=0.0, clip_low=0.0, clip_high=0.0) for step in (1, 2, 3)]
+@pytest.mark.parametrize("deviations", [(1e-6, 0.0), (0.0, 0.0), (5e-324, 1.0), (1e-6, 1e300)])
+def test_gaps_zeros_and_ends_of_floats_are_no_obstacle(tmp_path: Path, deviations: tuple[float, float]) -> None:
+    mean, largest = deviations
+    measured = {"ratio_deviation_mean": mean, "ratio_deviation": largest, "clip_low": 0.0, "clip_high": 0.0}
+    records = [record(step, reward=None, **measured) for step in (1, 2, 3)]
+    panel_svg(next(one for one in panels(records, {}) if "ratio - 1" in one.title), [1, 2, 3])
     draw_curves(records, tmp_path / "curves.png", "a run", ROLES)
     assert (tmp_path / "curves.png").exists()
     draw_curves([], tmp_path / "none.png")

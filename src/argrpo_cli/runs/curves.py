@@ -297,6 +297,7 @@ DPI = 110
 HEADROOM = 0.18  # of a panel's height
 WIDTH, HEIGHT = 360, 190  # of a panel of the report, in points
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 12, 22
+LOGARITHMIC = 1e-30, 1e30  # what an axis of that kind shows: it has no place for 0, and ends of floats overflow
 MOST_POINTS = 500  # of a curve; a longer one shows every n-th update
 FAINT, RULE = "#667081", "#dfe3e9"  # stand in a picture for the page's own colours of that name
 
@@ -398,7 +399,7 @@ def _draw(axes: Axes, panel: Panel, steps: Sequence[int]) -> list[tuple[Line, li
     for line in panel.lines:
         known = [(step, value) for step, value in zip(steps, line.values, strict=True) if value is not None]
         if panel.logarithmic:
-            known = [(step, value) for step, value in known if value > 0]
+            known = [(step, value) for step, value in known if LOGARITHMIC[0] < value < LOGARITHMIC[1]]
         if not known:
             continue
         kept = sorted({*range(0, len(known), -(-len(known) // MOST_POINTS)), len(known) - 1})
