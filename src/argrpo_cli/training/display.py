@@ -117,7 +117,7 @@ class RunDisplay:
     def _line(self, record: dict[str, Any]) -> str:
         ends = f"  {number(record['images_per_second'], '.1f')} images/s  left {self._left()}"
         if record.get("updates_left_out"):
-            ends = f"  changed nothing {record['updates_left_out']:.0f} times{ends}"
+            ends = f"  {record['updates_left_out']:.0f} changed nothing{ends}"
         if "rewards" not in record:
             return (
                 f"step {record['step']}/{self.steps}  divergence {number(record['divergence'])}"
