@@ -106,3 +106,5 @@ def test_a_kl_term_pulls_back_where_the_rewards_are_constant(policy_folder: Path
     flat = FakeRewards(red=lambda images: redness(images) if flat.calls == 2 else torch.full((len(images),), 0.1))
     train(tiny_recipe(policy_folder, rewards=["red"], steps=3, beta=0.1), tmp_path / "run", rewards=flat)
     assert [one["updates_left_out"] for one in metrics(tmp_path / "run")] == [1, 1, 1]
+    longer = tiny_recipe(policy_folder, rewards=["red"], steps=4, beta=0.1)
+    assert "1 of which changed nothing" in train(longer, tmp_path / "run", resume=True, rewards=flat)

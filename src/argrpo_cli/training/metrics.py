@@ -77,7 +77,7 @@ class MetricsCallback(TrainerCallback):
         if state.global_step:  # a resumed run; sums go on from what was written, which is rounded in every run
             for record in self.run.metrics():
                 self._count(record)
-                self.left_out = record.get("updates_left_out", 0)
+                self.left_out = int(record.get("updates_left_out") or 0)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._step_start = time.monotonic()
