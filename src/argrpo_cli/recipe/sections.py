@@ -307,7 +307,8 @@ class KlGuard(Section):
 
 
 class ConstantRewardGuard(Section):
-    """A reward that counts and gives all images of every group the same score, or hardly another one."""
+    """A reward that counts and gives all images of every group the same score, or hardly another one. Unless ignored,
+    advantages or a gradient of exactly 0, and most groups without spread, are also said."""
 
     action: Action = "warn"
     batches: Count = 10  # in a row
