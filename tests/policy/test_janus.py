@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,9 @@ from argrpo_cli.policy.janus.vq import vq_config
 from argrpo_cli.policy.open import adapted_layers, choose_trainable, outline_policy
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.training.memory import pass_bytes
 from tests.policy.tiny_janus import CODES, IMAGE_SIZE, PROMPTS, TOKENS, tiny_janus
+from tests.training.test_memory import kept_bytes
 
 SCALE = 2.5
 
@@ -336,6 +338,23 @@ def test_published_sizes_have_outlines(name: str, gigabytes: float, width: int) 
     assert (card.image_size, card.tokens, card.codes, card.reads) == (384, 576, 16384, "captions")
     assert outline.config.text_config.hidden_size == width and outline.tokenizer_bytes == 0
     assert outline.policy.tokenizer.config.downsample == 16
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_training_pass_keeps_what_is_estimated(scale: float, autocast: bool, tmp_path: Path) -> None:
+    tiny, sampling = tiny_janus(), Sampling(cfg_scale=scale)
+    tiny.save(tmp_path)
+    outline = outline_policy(tmp_path)
+    for one in (tiny, outline.policy):
+        choose_trainable(one, "all")
+    estimate = partial(pass_bytes, outline, 2, sampling, autocast=autocast)
+    full = kept_bytes(tiny.model.train(), (*outline.blank(2), sampling), autocast)
+    assert estimate(checkpointing=False) == pytest.approx(full, rel=0.01)
+    tiny.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs = kept_bytes(tiny.model, (*outline.blank(2), sampling), autocast)
+    assert inputs < full / 2
+    assert estimate(checkpointing=True) == pytest.approx(inputs + (full - inputs) / 2, rel=0.01), "of two layers"
 
 
 def test_an_outline_counts_the_cache_that_drawing_fills(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
 from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
@@ -35,11 +36,8 @@ def outline(config: LlamaGenConfig) -> LlamaGenOutline:
         return LlamaGenOutline(SimpleNamespace(model=LlamaGenForImageGeneration(config)), 0, ())
 
 
-def measured(config: LlamaGenConfig, guided: bool = False, autocast: bool = False, checkpointing: bool = False) -> int:
+def kept_bytes(model: nn.Module, inputs: tuple[Any, ...], autocast: bool) -> int:
     """The storages that autograd keeps of a real pass, each once, the weights left out."""
-    model = LlamaGenForImageGeneration(config).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
@@ -49,8 +47,16 @@ def measured(config: LlamaGenConfig, guided: bool = False, autocast: bool = Fals
 
     keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with keeping, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model(*outline(config).blank(IMAGES), Sampling(cfg_scale=2.0 if guided else 1.0))
+        model(*inputs)
     return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+
+
+def measured(config: LlamaGenConfig, guided: bool = False, autocast: bool = False, checkpointing: bool = False) -> int:
+    model = LlamaGenForImageGeneration(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    sampling = Sampling(cfg_scale=2.0 if guided else 1.0)
+    return kept_bytes(model, (*outline(config).blank(IMAGES), sampling), autocast)
 
 
 def expected(config: LlamaGenConfig, guided: bool = False, autocast: bool = False, checkpointing: bool = False) -> int:
