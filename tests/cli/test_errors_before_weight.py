@@ -97,6 +97,8 @@ REFUSED = [  # of `train nano/c2i`, by the start and by --dry-run alike
     (["--processes", "2", "--device", "cuda:0"], "policy.device cuda:0: one GPU"),
     (["--set", "description=" + "many words " * 500, "--set", "grpo.beta=x"], "grpo.beta = 'x': must be a number"),
     (["--set", "grpo." + "x" * 5000 + "=1"], "unknown key"),
+    (["--set", ".".join(["a"] * 5000) + "=1"], "a key of 5000 levels, and there are 50 at most"),
+    (["--out", "runs/" + "x" * 300], "file name too long"),
 ]
 MISTAKES += [(["train", "nano/c2i", *how, *options], text) for options, text in REFUSED for how in ([], ["--dry-run"])]
 EACH = """

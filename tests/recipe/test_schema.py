@@ -58,6 +58,11 @@ REFUSED = [
     ("distil.cfg_scale=[]", "distil.cfg_scale = []: must be a number above 1, or a list"),
     ("distil.micro_batch_size=5", "micro_batch_size 5 does not divide batch_size 64"),
     ("name=a/b", "name = 'a/b': must be made of letters"),
+    ("name=1e-5", "name = 1e-05: must be text; put it in quotes"),
+    ("grpo.steps=1000001", "grpo.steps = 1000001: must be less than or equal to 1000000"),
+    ("seed=4294967296", "seed = 4294967296: must be less than 4294967296"),
+    ("policy.lora.rank=4097", "must be less than or equal to 4096"),
+    ("rewards.terms.²=2", "rewards.terms = {'²': 2}: must be a list"),
 ]
 
 

@@ -142,6 +142,7 @@ def test_captions_that_are_not_there_are_to_be_supplied(tmp_path: Path, monkeypa
         ("nano/c2i", "policy.trainable=[layers.9.]", r"policy\.trainable: .*'layers\.9\.'"),
         ("nano/c2i", "conditions.classes=[unicorn]", "no class 'unicorn'"),
         ("nano/c2i", "conditions.weights={unicorn: 2}", "no class 'unicorn'"),
+        ("nano/c2i", "conditions.weights={dog: 1e308, cat: 1e308}", "their sum is too large a number"),
         ("nano/c2i", "rewards.terms=[{name: nano-clop}]", "'nano-clop' is unknown"),
         ("nano/c2i", "rewards.terms=[{name: hpsv2, options: {versoin: '2.0'}}]", "no option 'versoin'.*'version'"),
         ("nano/c2i", "rewards.terms=[{name: nano-clip, weight: 0}]", "every reward has weight 0"),

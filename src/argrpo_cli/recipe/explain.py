@@ -50,7 +50,9 @@ def explain(error: ValidationError, layers: Sequence[Layer], tree: dict[str, Any
     if fault["type"] in ("model_type", "dict_type", "model_attributes_type"):
         message = f"must be a mapping with the keys {', '.join(_allowed_keys(keys))}"
     if fault["type"] == "string_pattern_mismatch":
-        message = "must be made of letters, digits, '.', '_' and '-'"
+        message = "must be made of letters, digits, '.', '_' and '-', 100 at most"
+    if fault["type"] == "string_type" and not isinstance(fault["input"], dict | list):
+        message = "must be text; put it in quotes"
     if fault["type"] in ("too_short", "too_long"):
         least = fault["ctx"].get("min_length")
         count = f"at least {least}" if least is not None else f"at most {fault['ctx']['max_length']}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from argrpo_cli.recipe.schema import Recipe, merge, with_whole_start
-from argrpo_cli.recipe.text import parse_yaml
+from argrpo_cli.recipe.text import MOST_LEVELS, parse_yaml
 from argrpo_cli.system.errors import UserError, refuse_secrets
 
 # Options of `argrpo train` that stand for a key.
@@ -115,6 +115,8 @@ def of_override(text: str, tree: dict[str, Any]) -> Layer:
     source = SET + (text if len(text) <= LONGEST_SOURCE else text[:LONGEST_SOURCE] + "...")
     if not equals or not all(parts):
         raise UserError(f"{source}: expected key=value, for instance grpo.beta=0.02")
+    if len(parts) > MOST_LEVELS:
+        raise UserError(f"{source}: a key of {len(parts)} levels, and there are {MOST_LEVELS} at most")
     return Layer(source, _within(whole(tree), parts, 0, parse_yaml(value, source), source))
 
 
@@ -171,7 +173,7 @@ def _within(held: Any, parts: list[str], depth: int, value: Any, source: str) ->
     if depth == len(parts):
         return value
     key, name = parts[depth], ".".join(parts[:depth])
-    if not key.isdigit() or isinstance(held, dict):
+    if not key.isdecimal() or isinstance(held, dict):
         inner = held.get(key) if isinstance(held, dict) else None
         return {key: _within(inner, parts, depth + 1, value, source)}
     if not isinstance(held, list):

@@ -32,7 +32,7 @@ OWN_KEYS = ("name", "description", "out", "published")
 class Recipe(Section):
     """One training run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of the run; that of the file
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]  # of the run; that of the file
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of what is drawn, in which order
     out: str | None = None  # run directory; null is runs/<name>

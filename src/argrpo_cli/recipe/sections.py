@@ -39,7 +39,7 @@ def section_of(annotation: Any) -> type[Section] | None:
 class LoraSection(Section):
     """Low-rank adapters instead of the weights themselves; the policy without them is the reference of the KL term."""
 
-    rank: Count = 16
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
     alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
     # Linear layers, by name; null: those of the transformer itself, all of them.
     targets: Annotated[list[Name], Field(min_length=1)] | None = None

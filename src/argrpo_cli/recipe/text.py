@@ -98,9 +98,7 @@ def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, in
 
 
 class _Writer(yaml.SafeDumper):
-    """Quotes what the reader would not take for text, and writes everything in full."""
-
-    yaml_implicit_resolvers = _Reader.yaml_implicit_resolvers
+    """Quotes what this reader or one of YAML 1.1 would not take for text, and writes everything in full."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -112,6 +110,7 @@ class _Writer(yaml.SafeDumper):
 for _kind, (_pattern, _first, _) in PLAIN.items():
     _Reader.add_implicit_resolver(TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), _first)
     _Reader.add_constructor(TAG + _kind, _Reader.construct_plain)
+    _Writer.add_implicit_resolver(TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), _first)
 _Reader.add_constructor(f"{TAG}str", _Reader.construct_text)
 _Reader.add_constructor(f"{TAG}seq", _Reader.construct_yaml_seq)
 _Reader.add_constructor(f"{TAG}map", _Reader.construct_yaml_map)

@@ -97,6 +97,8 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         UserError: they cannot.
     """
     folder = Path(folder)
+    if any(len(os.fsencode(part)) > 255 for part in folder.parts):
+        raise cannot_write(folder, OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)))
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not there.is_dir():
         what = "it" if there == folder else there

@@ -8,6 +8,7 @@ place is a file of every checkpoint.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -118,6 +119,8 @@ def _classes(section: ConditionSection, policy: Policy) -> Sequence[Condition]:
             raise UserError(f"conditions.weights: {named[one]!r} and {name!r} are the same class; give one weight")
         named[one] = name
         weights[one] = weight
+    if not math.isfinite(sum(weights.values())):
+        raise UserError("conditions.weights: their sum is too large a number; make all of them smaller")
     positive = [one for one in conditions if weights[one] > 0]
     if not positive:
         raise UserError("conditions.weights: every class has weight 0, so there is nothing to draw")
