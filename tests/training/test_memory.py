@@ -176,6 +176,6 @@ def test_what_would_fit_is_found_by_the_same_sums() -> None:
     assert all(size <= room for size in ways.values())
     ((words, size),) = fits(1, "cpu").items()  # nothing helps
     both = ("grpo.gradient_checkpointing: true", "policy.lora.rank: 16")
-    assert words == (*both, "grpo.micro_batch_size: 1") and size > 1
+    assert words == (*both, "grpo.batch_size: 24") and size > 1
     ((words, same),) = fits(size, "cpu").items()  # and this much does
     assert same == size and words[:2] == both

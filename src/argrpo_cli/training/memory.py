@@ -206,10 +206,14 @@ def what_fits(
         )
         return Fit(tuple(changes), total(parts) * (number if device == "cpu" else 1))
 
-    def smaller_parts(changed: Recipe, changes: Sequence[str] = ()) -> list[Fit]:
-        share, micro = images_per_process(changed, processes)
-        sizes = [size for size in range(micro - 1, 0, -1) if share % size == 0 and changed.optim.batch_size % size == 0]
-        key = f"{changed.method}.micro_batch_size"
+    batch, unit = recipe.optim.batch_size, recipe.optim.group_size * processes
+    micro = recipe.optim.micro_batch_size or batch
+    parts = [size for size in range(min(micro, batch) - 1, 0, -1) if batch // processes % size == 0]
+    halves = [batch >> power for power in range(1, batch.bit_length())]
+    batches = [size for size in halves if size % unit == 0 and size // processes % min(micro, size // processes) == 0]
+
+    def smaller(key: str, sizes: Sequence[int], changed: Recipe, changes: Sequence[str] = ()) -> list[Fit]:
+        key = f"{changed.method}.{key}"
         return [fit(_with(changed, key, size), [*changes, f"{key}: {size}"]) for size in sizes]
 
     checkpointing, lora = f"{recipe.method}.gradient_checkpointing", LoraSection()
@@ -221,20 +225,24 @@ def what_fits(
     if recipe.policy.lora is None and recipe.policy.trainable == "all":
         others.append((f"policy.lora.rank: {lora.rank}", "policy.lora", lora))
     sizes = range(processes + 1, 65) if device != "cpu" else ()
-    batch, micro = recipe.optim.batch_size, recipe.optim.micro_batch_size or recipe.optim.batch_size
     more = [n for n in sizes if batch % (n * recipe.optim.group_size) == 0 and batch // n % min(micro, batch // n) == 0]
 
-    ways = [smaller_parts(recipe), *([fit(_with(recipe, key, value), [words])] for words, key, value in others)]
-    ways.append([fit(recipe, [f"--processes {number}"], number) for number in more])
+    ways = [
+        smaller("micro_batch_size", parts, recipe),
+        *([fit(_with(recipe, key, value), [words])] for words, key, value in others),
+        [fit(recipe, [f"--processes {number}"], number) for number in more],
+        smaller("batch_size", batches, recipe),
+    ]
     if fitting := [next(way for way in one if way.bytes <= room) for one in ways if any(w.bytes <= room for w in one)]:
         return fitting
     changes: list[str] = []
     for words, key, value in others:
         changes, recipe = [*changes, words], _with(recipe, key, value)
-        together = [fit(recipe, changes), *smaller_parts(recipe, changes)]
+        together = [fit(recipe, changes), *smaller("micro_batch_size", parts, recipe, changes)]
         if fitting := [way for way in together if way.bytes <= room]:
             return fitting[:1]
-    return [fit(recipe, changes), *smaller_parts(recipe, changes)][-1:]
+    together = [fit(recipe, changes), *smaller("batch_size", batches, recipe, changes)]
+    return [next((way for way in together if way.bytes <= room), together[-1])]
 
 
 def _with(recipe: Recipe, dotted: str, value: Any) -> Recipe:

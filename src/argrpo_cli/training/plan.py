@@ -245,7 +245,7 @@ def _this_machine(recipe: Recipe, outline: Outline, size: int, processes: int) -
     if size <= room:
         return [], [has]
     fits = what_fits(recipe, outline, networks, room, **kept)
-    lines = [f"  {' and '.join(one.changes)}: {_gigabytes(one.bytes).strip()}" for one in fits]
+    lines = [f"  {', '.join(one.changes)}: {_gigabytes(one.bytes).strip()}" for one in fits]
     if fits[0].bytes > room:
         mend = "a smaller policy, or GPUs that share its weights: --processes N --accelerate-config fsdp2"
         return [f"memory: {has}"], [f"{has}, which is not enough, nor with", *lines, f"so take {mend}"]
