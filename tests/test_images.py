@@ -87,8 +87,10 @@ def test_sub_folders_count_and_what_is_skipped_is_remarked(tmp_path):
     (tmp_path / "b" / "up").symlink_to(tmp_path)
     found = open_images(tmp_path)
     assert [item.file for item in found.items] == ["2.png", "10.png", "b/1.jpg", "b/3/9.avif", "b/3/10.WEBP"]
-    (remark,) = found.remarks
-    assert "b/film.mpg, b/grid.png, c.heicx and 2 more (5 files)" in remark
+    assert found.remarks == [
+        f"3 of the 5 images of {tmp_path} lie in sub-folders: b, b/3",
+        f"5 files of {tmp_path} are no images of the set and left out: b/film.mpg, b/grid.png, c.heicx and 2 more",
+    ]
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.npz", "metadata.jsonl"])

@@ -11,9 +11,8 @@ order in which people count: 2.png before 10.png. An .npz of any length is read 
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -23,28 +22,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from argrpo_cli.kept import SETTINGS, in_batches
-from argrpo_cli.pictures import LARGE, read_image, suffixes
+from argrpo_cli.listing import EARLIER_SETTINGS, METADATA, image_files, is_npz, listed, natural, some_names
+from argrpo_cli.pictures import LARGE, read_image
 from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import BadPicture, UserError, printable
-from argrpo_cli.system.files import read_json, read_jsonl, readable
+from argrpo_cli.system.files import read_json, read_jsonl
 from argrpo_cli.system.npz import Npz
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-OVERVIEWS = ("grid.png", "best_worst.png")  # of the other pictures, not some of them
-METADATA = "metadata.jsonl"  # what each picture shows; `argrpo sample` writes it last
 SAMPLE = "sample"  # the "command" in settings.json of a folder that `argrpo sample` draws
-EARLIER_SETTINGS = "sampling.json"  # of such a folder before there was settings.json
-SCORES, TABLE, SUMMARY = "scores.jsonl", "scores.csv", "summary.json"  # that `argrpo score` writes
-PARTIAL = "scores.partial"  # of such a job that has not ended, or has no score for some images
-OWN = (METADATA, SETTINGS, EARLIER_SETTINGS, SCORES, TABLE, SUMMARY)  # beside pictures, and no news to anyone
 ARRAY = "arr_0"  # of an .npz
 EXPECTED = f"expected {ARRAY}, uint8 images [N, H, W, 3]"
 MOST_IMAGES = 5_000_000  # of an .npz: what is kept of each takes some 400 bytes
 READERS = 8  # threads that unpack pictures
 MOST_BYTES = 2**28  # of pictures at a time, however many
-NAMED = 3  # files that a remark names; of the others it says how many
+SHOWN = 3  # pairs of image and caption that a remark shows
 NO_PROMPT_WORDS = re.compile(
     "|batch|class|data|dsc|folder|frame|generated|images?|img|output|part|photo|pictures?|sample|set|split|test|train|"
     "untitled|val",
@@ -160,6 +154,42 @@ def read_ahead(items: Sequence[Item]) -> Iterator[np.ndarray | BadPicture]:
                 yield attempt(item, None) if image is None else image
 
 
+def refuse(item: Item, error: BadPicture) -> None:
+    """What to do about an image that cannot be read, where all of them must be."""
+    raise error
+
+
+def read_runs(
+    items: Sequence[Item], unreadable: Callable[[Item, BadPicture], None] = refuse
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Neighbours of one size, of at most `MOST_BYTES`: their places among the items, and uint8 [B, 3, H, W].
+
+    Args:
+        unreadable: is told of an image that cannot be read, and that is left out.
+    """
+    places: list[int] = []
+    run: list[np.ndarray] = []
+    place = -1  # not `enumerate`, which would hold the last image while the next one is read
+    for image in read_ahead(items):
+        place += 1
+        if isinstance(image, BadPicture):
+            unreadable(items[place], image)
+            continue
+        if run and image.shape != run[0].shape:
+            yield places, np.stack(run)
+            places, run = [], []
+        places.append(place)
+        run.append(image)
+        full, image = (len(run) + 1) * image.size > MOST_BYTES, None
+        if full:  # a large image is gone before the next one is read
+            pixels = run[0][None] if len(run) == 1 else np.stack(run)
+            run = []
+            yield places, pixels
+            places, pixels = [], None
+    if run:
+        yield places, np.stack(run)
+
+
 def open_images(path: str | Path) -> ImageSet:
     """The images at `path`: a folder of pictures in the order of their names, or an .npz file. Nothing says what they
     show; see `find_items` for that.
@@ -199,7 +229,7 @@ def find_items(
             raise UserError(f"{option} is empty; say what the images should show")
     first = sources[0]
     if len(sources) == 1 and (first.is_dir() or is_npz(first)):
-        if (first / METADATA).is_file():
+        if (first / METADATA).exists():
             if statements:
                 raise UserError(
                     f"{first / METADATA} says what the images show; leave out --prompt, --class and --prompts"
@@ -231,70 +261,6 @@ def find_items(
         return _named(images, folders)
     condition = Condition(prompt if class_name is None else class_prompt(class_name))
     return replace(images, items=[replace(item, condition=condition) for item in images.items])
-
-
-def is_npz(path: Path) -> bool:
-    """Whether a path is that of an .npz, by its name."""
-    return path.suffix.lower() == ".npz"
-
-
-def image_files(folder: Path) -> tuple[list[str], Sequence[str]]:
-    """The pictures of a folder and its sub-folders as `sub/2.png`, in natural order; a remark on the other files.
-
-    Raises:
-        UserError: there are none, or a folder that cannot be listed.
-    """
-    pictures, others = listed(folder)
-    if not pictures:
-        raise UserError(f"no images in {folder} (looked for {len(suffixes())} kinds of files, such as .png and .jpg)")
-    return pictures, (f"skipped in {folder}, as no pictures of the set: {some_names(others)}",) if others else ()
-
-
-def listed(folder: Path) -> tuple[list[str], list[str]]:
-    """The pictures of a folder and its sub-folders, and the other files but those that commands write beside pictures;
-    both without hidden ones, in natural order. UserError for a folder that cannot be listed."""
-    check_folder(folder)
-    pictures: list[str] = []
-    others: list[str] = []
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    with readable(f"the folder {folder}"):
-        for place, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
-            inner = Path(place).relative_to(folder)
-            if any(os.path.samefile(place, folder / above) for above in inner.parents):  # a link upwards
-                subfolders.clear()
-                continue
-            subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != PARTIAL]
-            for name in files:
-                if not name.startswith(".") and name not in OWN:
-                    kind = pictures if is_picture(name) else others
-                    kind.append((inner / name).as_posix())
-    return sorted(pictures, key=natural), sorted(others, key=natural)
-
-
-def check_folder(folder: Path) -> None:
-    """UserError for what is no folder."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, not a folder of images")
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file is taken for a picture, by its name."""
-    return Path(name).suffix.lower() in suffixes() and name not in OVERVIEWS
-
-
-def natural(file: str) -> list[list[Any]]:
-    """A key that sorts paths as people count: 2.png before 10.png."""
-    parts = [re.split(r"(\d+)", part) for part in file.split("/")]
-    return [[int(one) if place % 2 else one for place, one in enumerate(part)] for part in parts] + [[file]]
-
-
-def some_names(names: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more ({len(names)} files)" if more > 0 else "")
 
 
 def file_item(folder: Path, name: str, condition: Condition | None = None, **extra: Any) -> Item:
@@ -380,7 +346,7 @@ def read_metadata(folder: Path, whole: bool = True) -> dict[str, dict[str, Any]]
         for key, kind, what in (("prompt", str, "text"), ("class_id", int, "a whole number")):
             if row.setdefault(key) is not None and type(row[key]) is not kind:
                 raise UserError(f"{path}, {file}: {key} = {row[key]!r}: must be {what}")
-        if whole and not (folder / file).is_file():
+        if whole and not (folder / file).exists():
             raise UserError(f"{path} lists {file}, which is not there")
         if file in rows:
             raise UserError(f"{path} lists {file} twice")
@@ -395,15 +361,39 @@ def _item_of_metadata(folder: Path, file: str, row: Mapping[str, Any]) -> Item:
 
 
 def _named(images: ImageSet, folders: bool) -> ImageSet:
-    """The images with what their names say of them, and those of their folders within the set's, if those count."""
-    paths = [Path(item.file if folders else Path(item.file).name) for item in images.items]
-    items = [replace(item, condition=named_condition(path)) for item, path in zip(images.items, paths, strict=True)]
-    first = next((item for item in items if item.condition), None)
-    if first is None:
+    """The images with what the metadata.jsonl of sub-folders, or else the names of folders and files say of them.
+
+    Args:
+        folders: their folders count, as they lie within that of the set.
+    """
+    rows = _rows_below(images) if folders else {}
+    items, texts = [], {}
+    for item in images.items:
+        if item.file in rows:
+            items.append(_item_of_metadata(images.path, item.file, rows[item.file]))
+            continue
+        path = Path(item.file if folders else Path(item.file).name)
+        condition = named_condition(path)
+        items.append(replace(item, condition=condition))
+        if condition:
+            texts[path] = condition.prompt
+    if not texts:
         return replace(images, items=items)
-    names = "names of folders and files" if any(len(path.parts) > 1 for path in paths) else "file names"
-    example = f"{Path(first.file).name if names == 'file names' else first.file}: {first.condition.prompt!r}"
-    return replace(images, items=items, note=f"prompts were read from the {names} ({example})")
+    names = "names of folders and files" if any(len(path.parts) > 1 for path in texts) else "file names"
+    path, text = next(iter(texts.items()))
+    return replace(images, items=items, note=f"prompts were read from the {names} ({path}: {text!r})")
+
+
+def _rows_below(images: ImageSet) -> dict[str, dict[str, Any]]:
+    """What the metadata.jsonl of sub-folders list, by the path within the set; UserError for an unfinished one."""
+    rows = {}
+    above = {folder for item in images.items for folder in Path(item.file).parents if folder.name}
+    for folder in sorted(above):
+        recorded_sampling(images.path / folder)
+        if (images.path / folder / METADATA).exists():
+            listing = read_metadata(images.path / folder)
+            rows |= {(folder / file).as_posix(): row for file, row in listing.items()}
+    return rows
 
 
 def named_condition(path: Path) -> Condition | None:
@@ -465,7 +455,7 @@ def _captioned(images: ImageSet, path: Path) -> ImageSet:
         raise UserError(f"{path} has {len(texts)} captions for {len(items)} images; give one for each, in order")
     else:
         pairs = [f"{item.file}: {text!r}" for item, text in zip(items, texts, strict=True)]
-        shown = pairs if len(pairs) <= NAMED else [*pairs[:NAMED], "...", pairs[-1]]
+        shown = pairs if len(pairs) <= SHOWN else [*pairs[:SHOWN], "...", pairs[-1]]
         remarks.append(f"captions of {path} go to the images in this order: {', '.join(shown)}")
     items = [replace(item, condition=Condition(text)) for item, text in zip(items, texts, strict=True)]
     return replace(images, items=items, remarks=remarks)

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from argrpo_cli.images import EARLIER_SETTINGS, METADATA, SAMPLE
+from argrpo_cli.images import SAMPLE
 from argrpo_cli.kept import SETTINGS, check_claim, claim
+from argrpo_cli.listing import EARLIER_SETTINGS, METADATA
 from argrpo_cli.pictures import read_image
 from argrpo_cli.policy.folder import LARGEST, choose_sampling, glance
 from argrpo_cli.shapes import Condition, Sampling, Shot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typing_extensions import TypedDict
 
-from argrpo_cli.images import MOST_BYTES, PARTIAL, SCORES, SUMMARY, TABLE, Item, find_items, read_ahead
+from argrpo_cli.images import Item, find_items, read_runs, refuse
 from argrpo_cli.kept import Rows, kept
+from argrpo_cli.listing import PARTIAL, SCORES, SUMMARY, TABLE
 from argrpo_cli.shapes import Column, Condition, Result, Value
 from argrpo_cli.system.errors import BadPicture, UserError, printable
 from argrpo_cli.system.files import atomic_path, check_writable, make_dir, save_png, write_jsonl
@@ -89,7 +90,7 @@ def score_images(
         say(remark)
     unreadable: dict[str, str] = {}
 
-    def refuse(item: Item, error: BadPicture) -> None:
+    def note(item: Item, error: BadPicture) -> None:
         if strict or len(items) == 1:
             raise error
         unreadable[item.file] = str(error)
@@ -103,7 +104,7 @@ def score_images(
         def score(batch: Sequence[Item]) -> list[dict[str, float | None] | None]:
             # An image is asked again for all its scores; one that is missing this time is not lost for that.
             earlier = [row or {} for row in store.read(batch)]
-            rows = zip(score_rows(reward_set, batch, refuse), earlier, strict=True)
+            rows = zip(score_rows(reward_set, batch, note), earlier, strict=True)
             merged = [{name: old.get(name) if x is None else x for name, x in row.items()} for row, old in rows]
             return [row if any(x is not None for x in row.values()) else None for row in merged]
 
@@ -125,28 +126,24 @@ def score_images(
     return result, target, before, images.note if uses_prompt else ""
 
 
-def _raise(item: Item, error: BadPicture) -> None:
-    raise error
-
-
 def score_rows(
-    reward_set: RewardSet, items: Sequence[Item], refuse: Callable[[Item, BadPicture], None] = _raise
+    reward_set: RewardSet, items: Sequence[Item], unreadable: Callable[[Item, BadPicture], None] = refuse
 ) -> list[dict[str, float | None]]:
     """{reward: raw score, or None where it has none} of each image; they are read here, and may differ in size.
 
     Args:
-        refuse: is told of an image that cannot be read, or that a reward cannot look at; it has no scores.
+        unreadable: is told of an image that cannot be read, or that a reward cannot look at; it has no scores.
     """
     import torch
 
     rows: list[dict[str, float | None]] = [dict.fromkeys(reward_set.names) for _ in items]
-    for places, pixels in _runs(items, refuse):
+    for places, pixels in read_runs(items, unreadable):
         conditions = [items[place].condition or Condition("") for place in places]
         try:
             scores = reward_set.score(torch.from_numpy(pixels), conditions, batch_size=len(places))
         except BadPicture as error:  # of its size, which all of them have
             for place in places:
-                refuse(items[place], BadPicture(f"{items[place].file}: {error}"))
+                unreadable(items[place], BadPicture(f"{items[place].file}: {error}"))
             continue
         finally:
             del pixels  # before the next are read
@@ -226,31 +223,6 @@ def _check_conditions(reward_set: RewardSet, items: Sequence[Item]) -> None:
                     f"{name} needs to know what {without.file} should show; give --prompt, --class or --prompts"
                 )
     reward_set.check([item.condition for item in items if item.condition is not None])
-
-
-def _runs(items: Sequence[Item], refuse: Callable[[Item, BadPicture], None]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Runs of images of one size, of at most `MOST_BYTES`: their places among the items, and uint8 [B, 3, H, W]."""
-    places: list[int] = []
-    run: list[np.ndarray] = []
-    place = -1  # not `enumerate`, which would hold the last image while the next one is read
-    for image in read_ahead(items):
-        place += 1
-        if isinstance(image, BadPicture):
-            refuse(items[place], image)
-            continue
-        if run and image.shape != run[0].shape:
-            yield places, np.stack(run)
-            places, run = [], []
-        places.append(place)
-        run.append(image)
-        full, image = (len(run) + 1) * image.size > MOST_BYTES, None
-        if full:  # a large image is gone before the next one is read
-            pixels = run[0][None] if len(run) == 1 else np.stack(run)
-            run = []
-            yield places, pixels
-            places, pixels = [], None
-    if run:
-        yield places, np.stack(run)
 
 
 def item_key(item: Item) -> list[Any]:

@@ -102,7 +102,7 @@ def test_where_nothing_can_be_read_nothing_is_written(folder, seen, fails):
 
 def test_of_large_pictures_one_is_in_memory(monkeypatch):
     monkeypatch.setattr("argrpo_cli.images.LARGE", 15)
-    monkeypatch.setattr("argrpo_cli.score.MOST_BYTES", 48)
+    monkeypatch.setattr("argrpo_cli.images.MOST_BYTES", 48)
     alive: list[weakref.ref] = []
     held: list[int] = []
 
@@ -194,4 +194,15 @@ def test_pictures_that_metadata_does_not_list_are_named_and_one_listed_twice_is_
     assert "does not list them: b.png, sub/c.png" in remark
     write_jsonl(pair / "metadata.jsonl", [{"file": "a.png", "prompt": "x"}, {"file": "a.png", "prompt": "y"}])
     with pytest.raises(UserError, match=r"lists a\.png twice"):
+        find_items([pair])
+
+
+def test_sub_folders_that_were_drawn_say_what_their_pictures_show(pair):
+    picture(pair / "cat" / "c.png", 1)
+    write_jsonl(pair / "cat" / "metadata.jsonl", [{"file": "c.png", "prompt": "a dog on a mat", "seed": 4}])
+    by_file = {item.file: item for item in find_items([pair]).items}
+    assert by_file["cat/c.png"].condition == Condition("a dog on a mat") and by_file["cat/c.png"].extra == {"seed": 4}
+    (pair / "cat" / "settings.json").write_text('{"command": "sample"}')
+    (pair / "cat" / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match="cat is unfinished"):
         find_items([pair])

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli import paper_numbers
 from argrpo_cli.captions import CAPTION_SETS, file_rows, read_captions
 from argrpo_cli.evals.benchmark import SUMMARY, Benchmark, Subject
-from argrpo_cli.images import METADATA, Item, file_item
+from argrpo_cli.images import Item, file_item
 from argrpo_cli.kept import Rows, kept
+from argrpo_cli.listing import METADATA
 from argrpo_cli.rewards import REWARDS, RewardSet, check_options, check_reward, identity, load_rewards
 from argrpo_cli.sample import file_name
 from argrpo_cli.score import ScoredRow, item_key, row_of, score_rows

@@ -20,11 +20,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from argrpo_cli import paper_numbers
@@ -42,8 +40,8 @@ from argrpo_cli.geneval import DETECTORS, MASK2FORMER, NANO, check_detector
 from argrpo_cli.geneval.observers import Observer, load_observer
 from argrpo_cli.geneval.prompts import NANO_OBJECTS, Prompt, official_jsonl, official_prompts, prompt_set
 from argrpo_cli.geneval.rules import ClassifyColor, Detection, Detections, judge_image
+from argrpo_cli.images import file_item, read_runs
 from argrpo_cli.kept import Rows, kept
-from argrpo_cli.pictures import read_image
 from argrpo_cli.shapes import Column, Condition, Result, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import save_png, write_jsonl
@@ -307,13 +305,12 @@ def by_prompt(rows: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, An
 def judge_batch(folder: Path, observer: Observer, pairs: Sequence[tuple[Shot, Prompt]]) -> list[dict[str, Any]]:
     """Of each picture its "row" of results.jsonl and the boxes that counted ("kept"); neighbours of one size are
     looked at together."""
-    pictures = [(read_image(folder / shot.file), shot.file, prompt) for shot, prompt in pairs]
     verdicts = []
-    for _, run in groupby(pictures, key=lambda picture: picture[0].shape):
-        pixels, files, prompts = zip(*run, strict=True)
-        observations = observer.observe(torch.from_numpy(np.stack(pixels)), prompts)
-        for file, prompt, observation in zip(files, prompts, observations, strict=True):
-            verdicts.append(_verdict(file, prompt, *observation, observer))
+    for places, pixels in read_runs([file_item(folder, shot.file) for shot, _ in pairs]):
+        run = [pairs[place] for place in places]
+        observations = observer.observe(torch.from_numpy(pixels), [prompt for _, prompt in run])
+        for (shot, prompt), observation in zip(run, observations, strict=True):
+            verdicts.append(_verdict(shot.file, prompt, *observation, observer))
     return verdicts
 
 

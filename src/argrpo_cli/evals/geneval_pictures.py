@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from argrpo_cli.geneval.prompts import Prompt, official_prompts, parse_prompt
 from argrpo_cli.geneval.rules import Thresholds
-from argrpo_cli.images import check_folder
+from argrpo_cli.listing import check_folder
 from argrpo_cli.pictures import read_image
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, readable, write_text

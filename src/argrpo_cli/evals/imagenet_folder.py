@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from argrpo_cli.images import METADATA, WNID, ImageSet, file_item, image_files, read_metadata
+from argrpo_cli.images import WNID, ImageSet, file_item, read_metadata
+from argrpo_cli.listing import METADATA, image_files
 from argrpo_cli.policy.folder import class_wnids
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError

@@ -61,8 +61,9 @@ from argrpo_cli.evals.fidelity import (
     precision_recall,
 )
 from argrpo_cli.evals.statistics import Measure, class_groups, jackknife, mean_of
-from argrpo_cli.images import METADATA, ImageSet, open_images, read_metadata, recorded_sampling
+from argrpo_cli.images import ImageSet, open_images, read_metadata, recorded_sampling
 from argrpo_cli.kept import Tensors, in_batches, kept
+from argrpo_cli.listing import METADATA
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import FITTED, Judge, diversity, load_judge
 from argrpo_cli.nano.tokens import encode, psnr
@@ -409,12 +410,13 @@ def _store(subject: Subject) -> Tensors:
 
 
 def _recorded_classes(images: ImageSet) -> list[int] | None:
-    """The class of each picture by its folder's metadata.jsonl; None when nothing tells."""
+    """The class of each picture by its folder's metadata.jsonl, or by class folders; None when nothing tells."""
     metadata = images.path / METADATA
     if not metadata.is_file():
         if not images.is_array:
             recorded_sampling(images.path)  # refuses an unfinished folder
-        return None
+        folders = [item.file.rpartition("/")[0].replace("_", " ") for item in images.items]
+        return list(map(scenes.CLASS_NAMES.index, folders)) if set(folders) <= set(scenes.CLASS_NAMES) else None
     files, rows = [item.file for item in images.items], read_metadata(images.path)
     for file in files:
         if file not in rows:
