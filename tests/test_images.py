@@ -89,7 +89,7 @@ def test_sub_folders_count_and_what_is_skipped_is_remarked(tmp_path):
     assert [item.file for item in found.items] == ["2.png", "10.png", "b/1.jpg", "b/3/9.avif", "b/3/10.WEBP"]
     assert found.remarks == [
         f"3 of the 5 images of {tmp_path} lie in sub-folders: b, b/3",
-        f"5 files of {tmp_path} are no images of the set and left out: b/film.mpg, b/grid.png, c.heicx and 2 more",
+        f"left out of {tmp_path}, as no images of the set (5): b/film.mpg, b/grid.png, c.heicx and 2 more",
     ]
 
 

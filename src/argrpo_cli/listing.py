@@ -42,7 +42,7 @@ def image_files(folder: Path) -> tuple[list[str], Sequence[str]]:
             f"{len(inner)} of the {len(pictures)} images of {folder} lie in sub-folders: {some_names(places)}"
         )
     if others:
-        remarks.append(f"{len(others)} files of {folder} are no images of the set and left out: {some_names(others)}")
+        remarks.append(f"left out of {folder}, as no images of the set ({len(others)}): {some_names(others)}")
     return pictures, remarks
 
 
@@ -52,19 +52,24 @@ def listed(folder: Path) -> tuple[list[str], list[str]]:
     check_folder(folder)
     pictures: list[str] = []
     others: list[str] = []
+    chains: dict[str, frozenset[tuple[int, int]]] = {}  # a folder to itself and those above it
 
     def refuse(error: OSError) -> None:
         raise error
 
-    with readable(f"the folder {folder}"):
+    with readable(f"the folder {folder}", (RecursionError,), "its sub-folders lie too deep"):
         for place, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
-            inner = Path(place).relative_to(folder)
-            if any(os.path.samefile(place, folder / above) for above in inner.parents):  # a link upwards
+            status = os.stat(place)
+            own, above = (status.st_dev, status.st_ino), chains.get(os.path.dirname(place), frozenset())
+            if own in above:  # a link upwards
                 subfolders.clear()
                 continue
+            chains[place] = above | {own}
+            inner = Path(place).relative_to(folder)
             subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != PARTIAL]
+            ours = {*OWN, *OVERVIEWS} if {METADATA, SCORES}.intersection(files) else OWN
             for name in files:
-                if not name.startswith(".") and name not in OWN:
+                if not name.startswith(".") and name not in ours:
                     kind = pictures if is_picture(name) else others
                     kind.append((inner / name).as_posix())
     return sorted(pictures, key=natural), sorted(others, key=natural)

@@ -14,6 +14,7 @@ from argrpo_cli.evals import nano
 from argrpo_cli.evals.nano import run_nano
 from argrpo_cli.evals.tables import table
 from argrpo_cli.nano.judge import load_judge
+from argrpo_cli.nano.scenes import CLASS_NAMES
 from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 
@@ -100,6 +101,17 @@ def test_pictures_without_classes_get_what_needs_none(folder):
 def test_a_class_id_for_none_is_as_no_metadata(folder):
     write_metadata(folder, [{**row, "class_id": None} for row in read_metadata(folder)])
     assert not known(evaluate_images(folder))
+
+
+def test_class_folders_give_the_classes_and_what_is_left_out_is_in_the_result(folder):
+    rows = read_metadata(folder)
+    (folder / "metadata.jsonl").unlink()
+    for row in rows:
+        (folder / CLASS_NAMES[row["class_id"]]).mkdir(exist_ok=True)
+        (folder / row["file"]).rename(folder / CLASS_NAMES[row["class_id"]] / row["file"])
+    result = evaluate_images(folder)
+    assert known(result) and values(result).keys() >= BY_CLASS
+    assert any("as no images of the set (1): grid.png" in text for text in result.warnings)
 
 
 def test_a_class_with_one_picture_has_no_diversity(folder):
