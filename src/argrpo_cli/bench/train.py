@@ -166,7 +166,7 @@ def _base(recipe: Recipe, folder: Path) -> str:
     if name not in POLICIES:
         return name
     if not name.startswith("c2i"):
-        raise UserError(f"{name} needs its text encoder; measure a class-conditional recipe")
+        raise UserError(f"{name}: only LlamaGen for classes is measured by name; give a policy folder")
     size, pixels = name.split("-")[1:3]
     policy = LlamaGen(
         random_policy(size.upper(), int(pixels), torch.float32, "cpu"),

@@ -114,7 +114,7 @@ def tokenizer(
         loss=loss,
         measure=lambda: reconstruction(model, held_out),
         save=lambda folder: save_half(model, folder),
-        steps=3000,
+        steps=4000,
         every=250,
         warmup=150,
         kept=True,

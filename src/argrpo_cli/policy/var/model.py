@@ -8,6 +8,7 @@ borrows it from the tokenizer, and here it lies with the weights, frozen, so tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         self.scale = 1.0 if config.cosine_attention else 0.25 / config.head_dim**0.5
         self.scale_mul_1H11 = None
         if config.cosine_attention:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), 4.0).log())
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4)))
 
     def forward(self, x: Tensor, mask: Tensor | None, past: KeyValue | None, filled: int) -> Tensor:
         """x [B, S, D]; with `past`, this layer's cache, it is written in place, see `VARForImageGeneration.run`."""
@@ -166,7 +167,7 @@ class VARForImageGeneration(PreTrainedModel):
             init.zeros_(module.q_bias)
             init.zeros_(module.v_bias)
             if module.scale_mul_1H11 is not None:
-                init.constant_(module.scale_mul_1H11, torch.tensor(4.0).log().item())
+                init.constant_(module.scale_mul_1H11, math.log(4))
         elif isinstance(module, Block):  # after its parts
             narrow = std / (2 * config.num_hidden_layers) ** 0.5
             init.trunc_normal_(module.attn.proj.weight, std=narrow)
