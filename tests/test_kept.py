@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 import torch
 from PIL import Image
 
-from argrpo_cli.kept import Pictures, Rows, Tensors, check_claim, claim, kept
+from argrpo_cli.kept import SETTINGS, Pictures, Rows, Tensors, check_claim, claim, kept
 from argrpo_cli.shapes import Condition, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import Team
@@ -129,6 +132,39 @@ def test_a_file_and_a_folder_of_other_things_are_refused(tmp_path):
         check_claim(tmp_path)
     with pytest.raises(UserError, match="it is a file, not a folder"):
         check_claim(tmp_path / "thesis.tex")
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "8", None, 10**29])
+def test_a_batch_size_that_is_none_is_not_gone_on_with(tmp_path, size):
+    claim(tmp_path, {"n": 1}, 8)
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / SETTINGS).write_text(json.dumps({"n": 1, "batch_size": size}))
+    with pytest.raises(UserError, match=r"holds an evaluation of something else \(batch_size\)"):
+        claim(tmp_path, {"n": 1}, 8)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"key": "1"}', "row: field required"),
+        ('{"key": 1, "row": {}}', "key is 1"),
+        ('{"key": "1", "row": [1]}', r"row is \[1\]"),
+        ('{"key": "1", "row": {"clip": "high"}}', r"row\.clip is 'high'"),
+    ],
+)
+def test_a_kept_row_of_another_shape_is_told(tmp_path, line, why):
+    store = Rows(tmp_path, "a", str, shape=dict[str, float | None])
+    store.write([1], [{"clip": 0.5}])
+    (path,) = store.folder.iterdir()
+    path.write_text(f"{line}\n")
+    with pytest.raises(UserError, match=rf"{path.name}, line 1 is damaged: {why}"):
+        Rows(tmp_path, "a", str, shape=dict[str, float | None]).read([1])
+
+
+def test_a_key_may_be_a_file_name_of_any_bytes(tmp_path):
+    for name in (os.fsdecode(b"caf\xe9.png"), "a\u2028b.png", "\x1b.png"):
+        rows(tmp_path).write([name], [1])
+        assert rows(tmp_path).read([name]) == [1]
 
 
 class Member(Team):

@@ -14,17 +14,18 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from argrpo_cli.kept import SETTINGS, in_batches
 from argrpo_cli.listing import EARLIER_SETTINGS, METADATA, image_files, is_npz, listed, natural, some_names
 from argrpo_cli.pictures import LARGE, read_image
-from argrpo_cli.shapes import Condition, class_prompt
+from argrpo_cli.shapes import Condition, Sampling, class_prompt
 from argrpo_cli.system.errors import BadPicture, UserError, printable
 from argrpo_cli.system.files import read_json, read_jsonl
 from argrpo_cli.system.npz import Npz
@@ -51,6 +52,12 @@ class Read(Protocol):
     """Gives an image as uint8 [3, H, W], or None where it has more than `most` pixels; BadPicture, see `pictures`."""
 
     def __call__(self, most: int | None = None) -> np.ndarray | None: ...
+
+
+# What is read of the settings of a folder that was drawn.
+Recorded = TypedDict(
+    "Recorded", {one.name: type(one.default) for one in fields(Sampling)} | {"seed": int, "weights": str}, total=False
+)
 
 
 @dataclass(frozen=True)
@@ -282,7 +289,7 @@ def recorded_sampling(folder: Path) -> dict[str, Any] | None:
     path = next((folder / name for name in (SETTINGS, EARLIER_SETTINGS) if (folder / name).is_file()), None)
     if path is None:
         return None
-    settings = read_json(path)
+    settings = read_json(path, Recorded)
     if path.name == SETTINGS and settings.get("command") != SAMPLE:
         return None
     if not (folder / METADATA).is_file():

@@ -45,13 +45,6 @@ PASSED = "surrogatepass"  # a name of a file may hold bytes that are no UTF-8
 Item = TypeVar("Item")
 
 
-class KeptRow(TypedDict):
-    """A line of a file of `Rows`."""
-
-    key: str
-    row: Any
-
-
 class Store(Protocol):
     """Where made things lie, of one kind; see `Pictures`, `Rows` and `Tensors`."""
 
@@ -174,6 +167,7 @@ class Rows:
         identity: what decides the rows, plain data; rows of another identity lie beside them and are left alone.
         key: what an item is known by, plain data; it changes when the item does.
         complete: whether a row is all that can be; others are kept, and made again.
+        shape: of a row, see `plain.check_shape`.
     """
 
     def __init__(
@@ -182,10 +176,12 @@ class Rows:
         identity: Any,
         key: Callable[[Any], Any],
         complete: Callable[[Any], bool] = lambda row: True,
+        shape: Any = Any,
     ):
         self.folder = folder / digest(identity)
         self.key = lambda item: json.dumps(key(item), ensure_ascii=False)
         self.complete = complete
+        self._line = TypedDict("Line", {"key": str, "row": shape})
         self._known: dict[str, Any] = {}
         self._files: set[str] = set()
 
@@ -216,7 +212,7 @@ class Rows:
         for path in sorted(self.folder.glob("*.jsonl")):
             if path.name not in self._files and not path.name.startswith("."):
                 self._files.add(path.name)
-                rows = {line["key"]: line["row"] for line in read_jsonl(path, KeptRow)}
+                rows = {line["key"]: line["row"] for line in read_jsonl(path, self._line)}
                 self._known |= {key: row for key, row in rows.items() if key not in self._known or self.complete(row)}
 
 

@@ -32,11 +32,14 @@ SHEET_COLUMNS, THUMBNAIL = 8, 128
 UNREADABLE = "unreadable"  # in the protocol: images that could not be read, and why
 
 
+Scores = dict[str, float | None]  # by reward, None where there is none
+
+
 class ScoredRow(TypedDict):
     """A line of scores.jsonl, see `row_of`."""
 
     file: str
-    scores: dict[str, float | None]
+    scores: Scores
 
 
 def score_images(
@@ -98,7 +101,11 @@ def score_images(
     busy = f"another `argrpo score` writes to {target}; wait for it, or choose another --out"
     with alone_in(target, busy):
         store = Rows(
-            target / PARTIAL, reward_set.identity(options), item_key, complete=lambda row: None not in row.values()
+            target / PARTIAL,
+            reward_set.identity(options),
+            item_key,
+            complete=lambda row: None not in row.values(),
+            shape=Scores,
         )
 
         def score(batch: Sequence[Item]) -> list[dict[str, float | None] | None]:

@@ -17,7 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Len
 
 from argrpo_cli import paper_numbers
 from argrpo_cli.captions import CAPTION_SETS, file_rows, read_captions
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 HUB = "sayakpaul/drawbench"
 FINGERPRINT = Path(__file__).with_name("drawbench_prompts.sha256")
 PROMPT_COLUMNS = ("Prompts", "prompts", "Prompt", "prompt", "caption", "text")  # names under which files have them
+WeightedScore = Annotated[list[float | str | None], Len(2, 2)]  # a score, and the fingerprint of what gave it
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".json")
 PAPER_SIZE = 256  # pixels, of LlamaGen-XL in table 4
 MOST_MISSING = 0.05  # share of pictures without a score from which a mean would be one of other prompts
@@ -120,7 +123,7 @@ class DrawBench(Benchmark):
         items = [_items(one) for one in subjects]
 
         def open_stores() -> list[Rows]:
-            return [Rows(one.folder / "scores", question, item_key) for one in subjects]
+            return [Rows(one.folder / "scores", question, item_key, shape=WeightedScore) for one in subjects]
 
         def read() -> list[list[tuple[float, str | None] | None]]:
             return [store.read(own) for store, own in zip(stores, items, strict=True)]

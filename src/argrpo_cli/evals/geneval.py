@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from typing_extensions import TypedDict
 
 from argrpo_cli import paper_numbers
 from argrpo_cli.evals.benchmark import Benchmark, Subject
@@ -59,6 +60,20 @@ ERRORS = (
     "overall is the plain mean of the categories, as published; errors are clustered by prompt (none where a category "
     "has one)"
 )
+
+
+# What is kept of a picture: its line of results.jsonl, and the boxes that counted.
+class Judged(TypedDict):
+    file: str
+    tag: str
+    prompt: str
+    correct: bool
+    reason: str
+
+
+class Verdict(TypedDict):
+    row: Judged
+    kept: dict[str, Any]
 
 
 class GenEval(Benchmark):
@@ -183,7 +198,7 @@ class GenEval(Benchmark):
 
     def _store(self, subject: Subject) -> Rows:
         identity = [self.observer.label, asdict(self.observer.thresholds)]
-        return Rows(subject.folder / JOURNAL, identity, lambda pair: [pair[0].file, pair[1].text])
+        return Rows(subject.folder / JOURNAL, identity, lambda pair: [pair[0].file, pair[1].text], shape=Verdict)
 
     def _parts(self) -> dict[str, set[Prompt]]:
         """The first of the sets of prompts and, where there are more, all together."""

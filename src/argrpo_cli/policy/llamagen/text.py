@@ -149,6 +149,9 @@ def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextE
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of damaged files the library makes nearly anything
         raise UserError(f"cannot load the text tokenizer of {folder}: {first_line(error)}") from error
+    last, read = max(tokenizer.get_vocab().values(), default=-1), model.config.vocab_size
+    if last >= read:
+        raise UserError(f"{folder}: the text tokenizer has a token {last}, and the model reads {read} tokens")
     return TextEncoder(model, tokenizer)
 
 
