@@ -136,10 +136,15 @@ def _result(path: Path) -> str:
     return "shown"
 
 
+def _whole(text: str) -> int | float:
+    """A whole number of JSON, the nearest float beyond 64 bits."""
+    return int(text) if -(2**63) <= int(text) < 2**63 else float(text)
+
+
 def _checked_rows(path: Path) -> list[dict]:
     """The rows of a .jsonl file, which are those of its lines."""
     rows = read_jsonl(path)
     lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    plain = [json.loads(line) for line in lines if line.strip()]
+    plain = [json.loads(line, parse_int=_whole) for line in lines if line.strip()]
     assert repr(rows) == repr(plain), "other rows than lines"
     return rows

@@ -94,6 +94,14 @@ SEALED = [
     ("trainer_state.json", edited(log_history=3), "is unreadable"),
     ("trainer_state.json", edited(no_such_key=1), "is unreadable"),
     ("model.safetensors", garbage, "is unreadable"),
+    ("config.json", garbage, "is unreadable"),
+    ("config.json", edited(num_hidden_layers=10**9), "it is no policy ("),
+    ("config.json", edited(hidden_size=128), "it is no policy ("),
+    ("policy.json", edited(classes=3), "it is no policy ("),
+    ("tokenizer/model.safetensors", garbage, "is unreadable"),
+    ("tokenizer/config.json", edited(ch=-1), "it is no policy ("),
+    ("ema.safetensors", lambda path: save_file({"x": torch.zeros(2)}, path), "holds other weights than the policy"),
+    ("ema.safetensors", garbage, "is unreadable"),
     ("model.safetensors", renamed, "holds other weights than those that the run started from"),
 ]
 

@@ -190,14 +190,14 @@ def load_network(kind: type[nn.Module], folder: str | Path, device: str = "cpu")
 # folders of transformers
 
 
-def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in a folder's .safetensors files, of which the headers alone are read.
+def weight_shapes(folder: Path, files: str = "model*.safetensors") -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in files of a folder, of which the headers alone are read.
 
     Raises:
         UserError: a file that cannot be read, or is not as long as its header says.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in sorted(folder.glob(files)):
         try:
             with safe_open(path, "pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

@@ -30,6 +30,7 @@ from typing_extensions import TypedDict
 from argrpo_cli.networks.weights import weight_shapes
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import BUNDLED_POLICIES, MANIFEST, POLICIES, checkpoint_folders, mark_adapter
+from argrpo_cli.policy.open import outline_policy
 from argrpo_cli.runs.disk import PARTIAL, replace_folder, set_aside
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import cannot_write, read_json, read_text, reason, writable, write_json
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from argrpo_cli.runs.run import RunDirectory
     from argrpo_cli.system.processes import Team
 
-STATE = "trainer_state.json"
+STATE, MEAN = "trainer_state.json", "ema.safetensors"
 # What a checkpoint of a version without manifests needs.
 NEEDED = ("policy.json", "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE)
 DAMAGED = "damaged-"  # before the name of a checkpoint that is not whole
@@ -219,15 +220,17 @@ def _look_through(folder: Path) -> str | None:
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether a file of tensors is whole; other files are taken to be."""
+    """Whether a file of tensors or of JSON is whole; other files are taken to be."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):  # compares the header with the length of the file
                 return True
+        if path.suffix == ".json":
+            return isinstance(json.loads(read_text(path)), dict)
         if path.suffix in (".pt", ".pth"):
             with zipfile.ZipFile(path) as archive:  # what torch.save writes, with a checksum for each part
                 return archive.testzip() is None
-    except (SafetensorError, zipfile.BadZipFile, EOFError, NotImplementedError):
+    except (SafetensorError, zipfile.BadZipFile, EOFError, NotImplementedError, UserError, ValueError, RecursionError):
         return False
     return True
 
@@ -259,12 +262,18 @@ def _unusable(folder: Path, step: int, weights: Mapping[str, tuple[int, ...]]) -
     for pattern in () if sharded else CHECKS:
         if not any(folder.glob(pattern)):
             return f"{pattern} is missing"
-    try:
-        shapes = weight_shapes(folder)
-    except UserError:
-        return "model.safetensors is unreadable"
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".safetensors") and not _is_readable(path):
+            return f"{path.relative_to(folder)} is unreadable"
+    shapes, mean = weight_shapes(folder), weight_shapes(folder, MEAN)
     if shapes and weights and shapes != weights:
         return "model.safetensors holds other weights than those that the run started from"
+    if shapes and not mean.items() <= shapes.items():
+        return f"{MEAN} holds other weights than the policy"
+    try:
+        outline_policy(folder)
+    except UserError as error:
+        return f"it is no policy ({error})"
     for path, check in [(path, CHECKS[pattern]) for pattern in CHECKS for path in sorted(folder.glob(pattern))]:
         try:
             with safe_globals():

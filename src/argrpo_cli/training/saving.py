@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from argrpo_cli.draw import draw_batch
-from argrpo_cli.runs.checkpoints import write_manifest
+from argrpo_cli.runs.checkpoints import MEAN, write_manifest
 from argrpo_cli.runs.disk import replace_folder
 from argrpo_cli.seeds import of_training
 from argrpo_cli.shapes import Shot
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from argrpo_cli.shapes import Condition
     from argrpo_cli.training.metrics import MetricsCallback
 
-MEAN = "ema.safetensors"  # in a checkpoint
 GRID_STEP = -1  # stands for "no step" in the seeds: no rollout ever draws a grid's image
 
 
