@@ -42,7 +42,7 @@ def read_captions(source: str | list[str], column: str = "prompt", each: bool = 
     captions: list[str] = []
     for number, row in enumerate(file_rows(path), start=1):
         where = f"{path}, {'line' if path.suffix.lower() == '.jsonl' else 'row'} {number}"
-        texts = [row.strip()] if isinstance(row, str) else captions_in(row, column, where)
+        texts = captions_in({column: row.strip()} if isinstance(row, str) else row, column, where)
         if each and len(texts) != 1:
             raise UserError(f"{where}: {column!r} holds {len(texts)} captions; give one for each picture")
         captions += texts

@@ -26,7 +26,7 @@ from argrpo_cli.kept import SETTINGS, in_batches
 from argrpo_cli.listing import EARLIER_SETTINGS, METADATA, image_files, is_npz, listed, natural, some_names
 from argrpo_cli.pictures import LARGE, read_image
 from argrpo_cli.shapes import Condition, Sampling, class_prompt
-from argrpo_cli.system.errors import BadPicture, UserError, printable
+from argrpo_cli.system.errors import BadPicture, UserError, printable, shortened
 from argrpo_cli.system.files import read_json, read_jsonl
 from argrpo_cli.system.npz import Npz
 
@@ -352,7 +352,7 @@ def read_metadata(folder: Path, whole: bool = True) -> dict[str, dict[str, Any]]
             raise UserError(f"{path}, image {number}: 'file' is missing")
         for key, kind, what in (("prompt", str, "text"), ("class_id", int, "a whole number")):
             if row.setdefault(key) is not None and type(row[key]) is not kind:
-                raise UserError(f"{path}, {file}: {key} = {row[key]!r}: must be {what}")
+                raise UserError(f"{path}, {file}: {key} = {shortened(row[key])}: must be {what}")
         if whole and not (folder / file).exists():
             raise UserError(f"{path} lists {file}, which is not there")
         if file in rows:

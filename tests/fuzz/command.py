@@ -6,6 +6,7 @@ import io
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.recipe import dump_recipe, load_recipe
@@ -15,20 +16,37 @@ from tests.fuzz import files, policies, recipes
 from tests.fuzz.mutate import Damage, damaged, damaged_file
 
 
-def command(arguments: list[str]) -> tuple[int, str]:
-    """A command by the command line in this process: its exit code and all that it said.
+class Answer(NamedTuple):
+    """Exit code, and what was said on the two streams."""
 
-    Raises:
-        UserError: it was refused, in one line.
-    """
+    code: int
+    out: str
+    err: str
+
+
+def answer(*arguments: object) -> Answer:
+    """A command by the command line in this process; an exit code 2 comes with one error, and that is said last."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = run(arguments)
-    *before, last = err.getvalue().splitlines() or [""]
-    assert not any(line.startswith("argrpo: error:") for line in before), "two errors"
-    if code == 2 and last.startswith("argrpo: error: ") and not out.getvalue():
-        raise UserError(last)
-    return code, out.getvalue() + err.getvalue()
+        code = run([str(one) for one in arguments])
+    lines = err.getvalue().splitlines()
+    errors = [line for line in lines if line.startswith("argrpo: error: ")]
+    assert errors == (lines[-1:] if code == 2 else []), f"exit code {code} with {len(errors)} errors"
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+def completed(*arguments: object) -> Answer:
+    """The same of a command that is refused or does all that it should.
+
+    Raises:
+        UserError: it was refused.
+    """
+    said = answer(*arguments)
+    if said.code == 2:
+        assert not said.out, "a refused command says something on standard output"
+        raise UserError(said.err.splitlines()[-1])
+    assert said.code == 0, f"exit code {said.code}"
+    return said
 
 
 def seeds(folder: Path) -> dict:
@@ -48,15 +66,10 @@ def case(seeds: dict, rng: Damage, folder: Path) -> str:
 def _dry_run(seeds: dict, rng: Damage, folder: Path) -> str:
     path = folder / "mine.yaml"
     path.write_bytes(recipes.mutant(rng.choice(seeds[recipes][:1] + seeds[recipes][4:]), rng))
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = run(["train", str(path), "--dry-run"])
-    if code == 2:
-        assert not out.getvalue(), "a refused recipe is printed"
-        raise UserError(err.getvalue().splitlines()[-1])
+    said = completed("train", path, "--dry-run")
     again = folder / "again.yaml"
-    again.write_text(out.getvalue(), encoding="utf-8")
-    assert dump_recipe(load_recipe(again)) == out.getvalue(), "the printed recipe is another"
+    again.write_text(said.out, encoding="utf-8")
+    assert dump_recipe(load_recipe(again)) == said.out, "the printed recipe is another"
     return "planned"
 
 
@@ -64,8 +77,7 @@ def _sample(seeds: dict, rng: Damage, folder: Path) -> str:
     path = Path(shutil.copytree(seeds[policies][0], folder / "policy"))
     damaged_file(rng.choice(sorted(path.rglob("*.json"))), rng)
     out = folder / "images"
-    code, said = command(["sample", "--policy", str(path), "--class", "0", "--n", "2", "--out", str(out)])
-    assert code == 0, f"exit code {code}: {said[-200:]}"
+    completed("sample", "--policy", path, "--class", "0", "--n", "2", "--out", out)
     rows = read_jsonl(out / "metadata.jsonl")
     assert len(rows) == 2 and all((out / row["file"]).is_file() for row in rows), "other images than are asked"
     return "drawn"
@@ -74,8 +86,7 @@ def _sample(seeds: dict, rng: Damage, folder: Path) -> str:
 def _score(seeds: dict, rng: Damage, folder: Path) -> str:
     path = folder / "set.npz"
     path.write_bytes(damaged(seeds[files]["stored.npz"], rng))
-    code, said = command(["score", str(path), "--rewards", "tests.fuzz.pictures:brightness"])
-    assert code == 0, f"exit code {code}: {said[-200:]}"
+    completed("score", path, "--rewards", "tests.fuzz.pictures:brightness")
     (name,) = read_jsonl(folder / "set-scores" / "scores.jsonl")[0]["scores"]
     scores = [row["scores"][name] for row in read_jsonl(folder / "set-scores" / "scores.jsonl")]
     means = files.PIXELS.mean((1, 2, 3))
@@ -87,6 +98,6 @@ def _report(seeds: dict, rng: Damage, folder: Path) -> str:
     path = folder / "summary.json"
     path.write_bytes(seeds[files]["summary.json"])
     damaged_file(path, rng)
-    code, said = command(["eval", "report", str(path), "--out", str(folder / "page.html")])
-    assert code == 0 and (folder / "page.html").is_file(), f"exit code {code}: {said[-200:]}"
+    completed("eval", "report", path, "--out", folder / "page.html")
+    assert (folder / "page.html").is_file(), "no page"
     return "shown"

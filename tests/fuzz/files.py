@@ -138,7 +138,7 @@ def _result(path: Path) -> str:
 
 def _whole(text: str) -> int | float:
     """A whole number of JSON, the nearest float beyond 64 bits."""
-    return int(text) if -(2**63) <= int(text) < 2**63 else float(text)
+    return int(text) if len(text) <= 20 and -(2**63) <= int(text) < 2**63 else float(text)
 
 
 def _checked_rows(path: Path) -> list[dict]:

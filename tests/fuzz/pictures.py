@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from argrpo_cli.images import file_item, read_image
+from argrpo_cli.images import file_item
+from argrpo_cli.pictures import read_image
 from argrpo_cli.score import score_rows
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import save_png
 from tests.fuzz.mutate import Damage, damaged, sealed_png
 
 FORMATS = ("png", "jpeg", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000", "dds", "tga", "ppm", "ico")
+NUMBERS = "numbers"  # pictures of numbers, for which nothing says which is white: refused
 ORIENTATION = 0x0112
 Seeds = dict[str, list[bytes]]
 
@@ -39,10 +41,6 @@ brightness.family = "quality"
 
 def seeds(folder: Path) -> Seeds:
     """Small pictures of each format, of several modes and ways of packing."""
-    return {name: list(_of_format(name)) for name in FORMATS}
-
-
-def _of_format(name: str) -> Iterator[bytes]:
     rng = np.random.default_rng(0)
     ramp = np.add.outer(np.arange(17) * 9, np.arange(24) * 4)
     colours = np.stack([ramp, 255 - ramp, rng.integers(0, 256, ramp.shape)], -1).clip(0, 255).astype(np.uint8)
@@ -50,46 +48,47 @@ def _of_format(name: str) -> Iterator[bytes]:
     rgba = Image.fromarray(np.dstack([colours, ramp.clip(0, 255).astype(np.uint8)]))
     deep = Image.fromarray((ramp * 170).astype(np.uint16))
     real = Image.fromarray((ramp / ramp.max()).astype(np.float32))
-    palette, grey, bits = rgb.quantize(40), rgb.convert("L"), rgb.convert("1")
-    turned = Image.Exif()
-    turned[ORIENTATION], turned[0x010E] = 6, "a dog"
-    frames = {"save_all": True, "append_images": [rgb.rotate(180)]}
+    palette, grey, bits, clear = rgb.quantize(40), rgb.convert("L"), rgb.convert("1"), rgba.convert("LA")
+    icon, cmyk = rgba.resize((32, 32)), rgb.convert("CMYK")
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[0x010E] = 6, "a dog"
+    turned = _with(rgb, exif=exif)
+    moving = _with(rgb, save_all=True, append_images=[rgb.rotate(180)])
+    packed = [_with(image, compression=how) for image, how in ((rgb, "jpeg"), (bits, "group4"), (cmyk, "packbits"))]
     kinds = {
-        "png": [
-            (rgb, {"exif": turned}), (rgba, {}), (palette, {"transparency": 3}), (deep, {}), (rgba.convert("LA"),
-            {}), (bits, {}),
-            (grey, {"transparency": 9}), (rgb, frames),
-        ],
-        "jpeg": [(rgb, {"exif": turned}), (grey, {}), (rgb.convert("CMYK"), {}), (rgb, {"progressive": True,
-        "subsampling": 2})],
-        "webp": [(rgba, {"exif": turned}), (rgb, {"lossless": True}), (rgb, frames)],
-        "gif": [(palette, {"transparency": 3}), (grey, {}), (rgb, frames)],
-        "bmp": [(rgb, {}), (palette, {}), (bits, {}), (rgba, {})],
-        "tiff": [
-            (rgb, {}), (rgb, {"compression": "tiff_lzw", "exif": turned}), (rgba,
-            {"compression": "tiff_adobe_deflate"}),
-            (rgb, {"compression": "jpeg"}), (bits, {"compression": "group4"}), (deep, {}), (real, {}), (palette,
-            {}), (rgb, frames),
-            (rgb.convert("CMYK"), {"compression": "packbits"}), (rgb.convert("LAB"), {}), (real.convert("I"), {}),
-        ],
-        "avif": [(rgb, {"exif": turned}), (rgba, {}), (rgb, frames)],
-        "jpeg2000": [(rgb, {}), (rgba, {"irreversible": True}), (grey, {"no_jp2": True}), (deep, {})],
-        "dds": [(rgb, {}), (rgba, {}), (rgba, {"pixel_format": "DXT5"}), (rgba, {"pixel_format": "DXT1"}), (grey,
-        {})],
-        "tga": [(rgb, {}), (rgba, {"compression": "tga_rle"}), (palette, {}), (rgba.convert("LA"), {})],
-        "ppm": [(rgb, {}), (grey, {}), (bits, {}), (deep, {}), (real, {})],
-        "ico": [(rgba.resize((16, 16)), {}), (rgba.resize((32, 32)), {"sizes": [(16, 16), (32, 32)],
-        "bitmap_format": "bmp"})],
-    }  # fmt: skip
-    for image, options in kinds[name]:
-        file = io.BytesIO()
-        image.save(file, name, **options)
-        yield file.getvalue()
+        "png": [turned, rgba, _with(palette, transparency=3), deep, clear, bits, _with(grey, transparency=9), moving],
+        "jpeg": [turned, grey, cmyk, _with(rgb, progressive=True, subsampling=2)],
+        "webp": [turned, rgba, _with(rgb, lossless=True), moving],
+        "gif": [_with(palette, transparency=3), grey, moving],
+        "bmp": [rgb, palette, bits, rgba],
+        "tiff": [rgb, turned, deep, palette, rgb.convert("LAB"), moving, _with(rgba, compression="tiff_lzw"), *packed],
+        "avif": [turned, rgba, moving],
+        "jpeg2000": [rgb, _with(rgba, irreversible=True), _with(grey, no_jp2=True), deep],
+        "dds": [rgb, rgba, grey, _with(rgba, pixel_format="DXT5"), _with(rgba, pixel_format="DXT1")],
+        "tga": [rgb, palette, clear, _with(rgba, compression="tga_rle")],
+        "ppm": [rgb, grey, bits, deep],
+        "ico": [icon, _with(icon, sizes=[(16, 16), (32, 32)], bitmap_format="bmp")],
+    }
+    made = {name: [_file(name, image) for image in images] for name, images in kinds.items()}
+    return made | {NUMBERS: [_file("tiff", real), _file("ppm", real), _file("tiff", real.convert("I"))]}
+
+
+def _with(image: Image.Image, **options: Any) -> Image.Image:
+    """A picture that is to be saved with these options."""
+    image = image.copy()
+    image.encoderinfo = options
+    return image
+
+
+def _file(name: str, image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, name, **getattr(image, "encoderinfo", {}))
+    return file.getvalue()
 
 
 def mutant(seeds: Seeds, rng: Damage) -> bytes:
     """A damaged picture; a PNG often with checksums that are right."""
-    name = rng.choice(FORMATS)
+    name = rng.choice(FORMATS if rng.none else (*FORMATS, NUMBERS))
     content = damaged(rng.choice(seeds[name]), rng, head=200)
     return sealed_png(content) if name == "png" and rng.random() < 0.7 else content
 

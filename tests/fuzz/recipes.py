@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
@@ -22,7 +23,7 @@ rewards:
   lambda_realism: 0.5
   terms:
     - {name: nano-clip, factor: 2, weight: 0.5}
-    - {name: judge-quality, weight: 0, options: {url: "http://localhost:1/v1", model: m, timeout: 3}}
+    - {name: judge-quality, weight: 0, options: {backend: server, url: "http://localhost:1/v1", model: m, timeout: 3}}
     - {name: clip, options: {model: ViT-L-14-quickgelu, x: [a, null, 1.5]}}
 grpo: {group_size: 4, batch_size: 16, epsilon_high: 0.3, loss: cispo, betas: [0.9, 0.99], warmup_steps: 2}
 guards: {ratio: {limit: 0.01}, kl: {action: ignore}, not_a_number: skip}
@@ -42,14 +43,16 @@ KEYS = (
 def seeds(folder: Path) -> list[str]:
     """Recipes as text: bundled ones, one that says much, and one with every key."""
     paths = [find_recipe(name) for name in BASES]
-    texts = [path.read_text(encoding="utf-8").replace("extends: ", f"extends: {path.parent}/") for path in paths]
+    texts = [
+        re.sub("(?m)^(extends|start): (?=.+yaml)", rf"\1: {path.parent}/", path.read_text("utf-8")) for path in paths
+    ]
     (folder / "everything.yaml").write_text(EVERYTHING, encoding="utf-8")
     return [*texts, EVERYTHING, EVERYTHING, dump_recipe(load_recipe(folder / "everything.yaml"))]
 
 
 def case(seeds: list[str], rng: Damage, folder: Path) -> str:
     """A recipe that is accepted is the same after a dump, and so is its dump."""
-    path = folder / f"{rng.choice(('mine', 'mine', 'no', '012', '1_0', '12:30', 'null', '1e-5', '2024-01-01'))}.yaml"
+    path = folder / f"{rng.choice(('mine', 'mine', 'no', '012', '1_0', 'null', '1e-5', '2024-01-01'))}.yaml"
     overrides: list[str] = []
     if not rng.none and rng.random() < 0.25:
         value = rng.choice(YAML_TEXTS) if rng.random() < 0.5 else str(rng.choice(HOSTILE))
@@ -64,7 +67,7 @@ def case(seeds: list[str], rng: Damage, folder: Path) -> str:
     back = load_recipe(again)
     assert back == recipe, "reads back as another recipe"
     assert dump_recipe(back) == text, "dumps otherwise when read back"
-    assert parse_yaml(text, "") == yaml.safe_load(text) or "e" in text, "our reader and YAML's differ"
+    assert parse_yaml(text, "") == yaml.safe_load(text), "our reader and that of other programs differ"
     return recipe.name
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from argrpo_cli.system.files import read_jsonl
 from tests.fuzz import pictures
-from tests.fuzz.command import command
+from tests.fuzz.command import answer
 from tests.fuzz.mutate import Damage, not_a_file
 
 GOOD, TORN = 3, 4
+REWARD = "tests.fuzz.pictures:brightness"
 seeds = pictures.seeds
 
 
@@ -25,17 +27,17 @@ def case(seeds: pictures.Seeds, rng: Damage, folder: Path) -> str:
         not_a_file(images / names[-1], rng)
     expected = {name: pictures.readable_score(images / name) for name in names if (images / name).is_file()}
     expected = {name: score for name, score in expected.items() if score is not None}
-    bad = [name for name in names if name not in expected]
+    there = [name for name in names if os.path.lexists(images / name) and not (images / name).is_dir()]
+    bad = [name for name in there if name not in expected]
 
-    arguments = ["score", str(images), "--rewards", "tests.fuzz.pictures:brightness", "--out", str(folder / "scores")]
-    code, told = command([*arguments, "--batch-size", str(rng.choice((1, 3, 64)))])
-    rows = {row["file"]: row["scores"] for row in read_jsonl(folder / "scores" / "scores.jsonl")}
-    scores = {name: row["tests.fuzz.pictures:brightness"] for name, row in rows.items()}
-    lost = [name for name in expected if name not in scores]
-    assert not lost, "a lost score"
+    out, size = folder / "scores", rng.choice((1, 3, 64))
+    said = answer("score", images, "--rewards", REWARD, "--out", out, "--batch-size", size)
+    scores = {row["file"]: row["scores"][REWARD] for row in read_jsonl(out / "scores.jsonl")}
     for name, score in expected.items():
+        assert scores.get(name) is not None, "a lost score"
         assert abs(scores[name] - score) <= 1e-5 * max(1, score), "another score in a folder than alone"
-    unnamed = [name for name in bad if name not in told and not (images / name).is_dir()]
-    assert not unnamed, "a bad picture is not named"
-    assert code == (2 if bad else 0), f"exit code {code} with {len(bad)} bad pictures"
+    for name in bad:
+        assert scores.get(name) is None, "a score of no picture"
+        assert said.err.count(str(images / name)) == 1, "a bad picture is not named once"
+    assert said.code == (2 if bad else 0), f"exit code {said.code} with {len(bad)} bad pictures"
     return f"{len(expected)} scored, {len(bad)} named"

@@ -84,8 +84,8 @@ def run_case(home: Path, name: str, seed: int, index: int) -> Outcome:
         outcome = Outcome(READ, module_of(name).case(seeds_of(home, name), damage, folder))
     except UserError as error:
         outcome = _of_refusal(str(error), whole=damage.none)
-    except (Exception, SystemExit) as error:
-        outcome = Outcome(FAILED, "".join(traceback.format_exception(error)[-6:]), _kind_of(error))
+    except BaseException as error:  # a panic of a library in Rust, too
+        outcome = Outcome(FAILED, "".join(traceback.format_exception(error)[-14:]), _kind_of(error))
     peak = _peak()
     if peak > MOST_MEMORY and outcome.verdict != FAILED:
         outcome = Outcome(FAILED, f"{peak / 2**30:.1f} GiB; {outcome.words}", "memory")

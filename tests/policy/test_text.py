@@ -128,11 +128,22 @@ def test_parts_that_do_not_fit_are_named(tmp_path):
         load_policy(tmp_path / "b")
 
 
-def test_a_cut_off_text_tokenizer_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("whole", "damaged", "message"),
+    [
+        ('"cat"', "cat", r"tokenizer\.json: not JSON"),
+        ('"Sequence"', '"Sequences"', "cannot load the text tokenizer of .*text_encoder: data did not match"),
+        ('"id": "</s>",\n          "type_id"', '"id": "x",\n          "type_id"', "cannot load the text tokenizer of"),
+        ('"cat": 7', '"cat": 70', "the text tokenizer has a token 70, and the model reads 8 tokens"),
+    ],
+)
+def test_a_damaged_text_tokenizer_is_named(tmp_path, whole, damaged, message):
     tiny_caption_policy().save(tmp_path)
     file = tmp_path / "text_encoder" / "tokenizer.json"
-    file.write_text(file.read_text()[:100])
-    with pytest.raises(UserError, match=r"tokenizer\.json: not JSON"):
+    content = file.read_text()
+    assert whole in content
+    file.write_text(content.replace(whole, damaged))
+    with pytest.raises(UserError, match=message):
         load_policy(tmp_path)
 
 

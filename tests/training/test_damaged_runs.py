@@ -93,6 +93,7 @@ SEALED = [
     ("trainer_state.json", edited(global_step="2"), "is unreadable"),
     ("trainer_state.json", edited(log_history=3), "is unreadable"),
     ("trainer_state.json", edited(no_such_key=1), "is unreadable"),
+    ("config.json", garbage, "config.json is unreadable"),
     ("model.safetensors", garbage, "is unreadable"),
     ("config.json", garbage, "is unreadable"),
     ("config.json", edited(num_hidden_layers=10**9), "it is no policy ("),

@@ -33,7 +33,7 @@ from argrpo_cli.system.files import cannot_write, fetch, open_to_all, read_json,
 from argrpo_cli.system.plain import check_shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 DEPTH = re.compile("layers|depth|res_blocks")  # in the keys of a configuration that say how often a part is repeated
@@ -304,6 +304,24 @@ def load_pretrained(
     for key, saved, own in sorted(info["mismatched_keys"]):
         raise UserError(f"cannot load {folder}: {key} is {list(saved)}, config.json says {list(own)}")
     return model
+
+
+def load_tokenizer(kind: Any, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, by one of transformers' classes.
+
+    Raises:
+        UserError: files missing or damaged.
+    """
+    read_json(folder / "tokenizer.json")  # whose faults the library tells in its own words
+    try:
+        with quiet_transformers():
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
+            tokenizer("a")  # some damage shows only when it reads
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of damaged files it makes nearly anything, and what is in Rust panics
+        raise UserError(f"cannot load the text tokenizer of {folder}: {first_line(error)}") from error
+    return tokenizer
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:

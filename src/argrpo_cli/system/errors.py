@@ -22,6 +22,7 @@ LONG_WORD = 300  # characters; a longer one is no path
 
 # Control characters, ends of lines, marks that reverse the direction, half pairs (bytes of a name that is no UTF-8).
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST = 1_800  # characters of a message
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
 
@@ -82,8 +83,9 @@ def printable(text: object, but: str = "") -> str:
 
 
 def one_line(message: object) -> str:
-    """A message as the terminal gets it: in one line, and `printable`."""
-    return printable(" ".join(str(message).split()))
+    """A message as the terminal gets it: in one line, `printable`, and of a length that can be read."""
+    text = printable(" ".join(str(message).split()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} ... {text[-300:]}"
 
 
 def shortened(value: object) -> str:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from argrpo_cli.networks.weights import quiet_transformers
+from argrpo_cli.networks.weights import load_tokenizer
 from argrpo_cli.policy.words import check_words, known_words
-from argrpo_cli.system.errors import UserError, first_line
-from argrpo_cli.system.files import read_json, writable
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import writable
 
 # A turn of the user and the beginning of the answer, as Janus-Pro was trained: the begin-of-image token comes next.
 TEMPLATE = "<|User|>: {}\n\n<|Assistant|>:"
@@ -52,15 +52,9 @@ class Prompts:
         Raises:
             UserError: files missing or damaged.
         """
-        read_json(folder / "tokenizer.json")  # whose faults the library tells in its own words
-        try:
-            with quiet_transformers():
-                # As its tokenizer.json says: the class that the published tokenizer_config.json names, Llama's, splits
-                # words as SentencePiece does, and these are pairs of bytes.
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # of damaged files the library makes nearly anything
-            raise UserError(f"cannot load the text tokenizer of {folder}: {first_line(error)}") from error
-        return cls(tokenizer, pad, str(folder))
+        # As its tokenizer.json says: the class that the published tokenizer_config.json names, Llama's, splits words as
+        # SentencePiece does, and these are pairs of bytes.
+        return cls(load_tokenizer(PreTrainedTokenizerFast, folder), pad, str(folder))
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt, the one that begins an image last."""

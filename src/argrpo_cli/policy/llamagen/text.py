@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
-from argrpo_cli.networks.weights import load_pretrained, quiet_transformers, save_model
+from argrpo_cli.networks.weights import load_pretrained, load_tokenizer, quiet_transformers, save_model
 from argrpo_cli.policy.llamagen.model import left_pad
 from argrpo_cli.policy.words import check_words, known_words
-from argrpo_cli.system.errors import UserError, first_line
-from argrpo_cli.system.files import read_json, writable
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import writable
 from argrpo_cli.system.processes import resolve_device
 
 SAME, OFFLOAD = "same", "offload"  # beside names of devices: where a text encoder may live
@@ -143,12 +143,7 @@ def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextE
         UserError: files missing or damaged.
     """
     model = load_pretrained(T5EncoderModel, folder, dtype)
-    read_json(folder / "tokenizer.json")  # whose faults the library tells in its own words
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # of damaged files the library makes nearly anything
-        raise UserError(f"cannot load the text tokenizer of {folder}: {first_line(error)}") from error
+    tokenizer = load_tokenizer(AutoTokenizer, folder)
     last, read = max(tokenizer.get_vocab().values(), default=-1), model.config.vocab_size
     if last >= read:
         raise UserError(f"{folder}: the text tokenizer has a token {last}, and the model reads {read} tokens")
