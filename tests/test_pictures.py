@@ -181,6 +181,19 @@ def test_a_torn_picture_is_read_whole_or_not_at_all(ending, tmp_path):
         read_image(path)
 
 
+@pytest.mark.parametrize("compression", ["tiff_lzw", "jpeg", "tiff_adobe_deflate"])
+def test_a_damaged_tiff_writes_no_lines_of_its_own(compression, tmp_path, capfd):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    noise.save(tmp_path / "x.tif", compression=compression)
+    whole = (tmp_path / "x.tif").read_bytes()
+    assert read_image(tmp_path / "x.tif").shape == (3, 32, 32)
+    (tmp_path / "x.tif").write_bytes(whole[:8] + bytes(400) + whole[408:])
+    with pytest.raises(BadPicture):
+        read_image(tmp_path / "x.tif")
+    os.write(2, b"and then it is heard again")
+    assert capfd.readouterr().err == "and then it is heard again"
+
+
 def test_the_first_of_several_frames_is_taken_and_that_is_said(tmp_path, capsys):
     frames = [Image.new("RGB", (4, 4), colour) for colour in (BLACK, WHITE)]
     for ending in ("gif", "tiff", "webp"):

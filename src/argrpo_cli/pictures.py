@@ -15,10 +15,11 @@ The first frame of several is taken. The turn that EXIF asks for is made, unless
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ STRIP = 2**22  # pixels that are converted at a time
 OTHER_PROGRAMS = ("EPS", "MPEG")  # Ghostscript would run what is in the file; of films Pillow reads the header alone
 ORIENTATION, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 0x0102, 0x0106, 0x0153  # tags of EXIF and TIFF
 WHITE_IS_ZERO = 0
+SILENCE = threading.Lock()  # of standard error, which is one for all threads
 TELLING, TOLD = threading.Lock(), set()  # folders of which something was said
 UNSIGNED = {1, 4}  # whole numbers, or nothing said
 CONVERTED = {"1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
@@ -89,7 +91,8 @@ def read_image(path: Path, most: int | None = None, upright: bool = True) -> np.
             return None
         if not image.width * image.height:
             raise BadPicture(f"cannot read the image {path}: it has no pixels")
-        image.load()
+        with _silence() if image.format == "TIFF" else nullcontext():
+            image.load()
         stored = AS_STORED.get(_orientation(image), np.asarray) if upright else np.asarray
         height, width = stored(np.empty((1, image.height, image.width), bool)).shape[1:]
         pixels = np.empty((3, height, width), np.uint8)
@@ -124,6 +127,19 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
         # Pillow's UnidentifiedImageError and truncated files are OSErrors without a number.
         why = reason(error) if getattr(error, "errno", None) else "it is not an image, or a damaged one"
         raise BadPicture(f"cannot read the image {path}: {why}") from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep libtiff from writing to standard error what Pillow raises; lines of other threads are lost meanwhile."""
+    with SILENCE, open(os.devnull, "wb") as nowhere:
+        shown = os.dup(2)
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -116,8 +116,7 @@ def resize_bytes(images: Tensor, height: int, width: int) -> Tensor:
     """
     columns, x_shares = _neighbours(images.shape[-1], width, images.device)
     rows, y_shares = _neighbours(images.shape[-2], height, images.device)
-    wide = images.to(torch.int32)
-    wide = sum(wide[..., at] * share for at, share in zip(columns, x_shares, strict=True)) >> 4
+    wide = sum(images[..., at].to(torch.int32) * share for at, share in zip(columns, x_shares, strict=True)) >> 4
     high = sum((wide[..., at, :] * share[:, None]) >> 16 for at, share in zip(rows, y_shares, strict=True))
     return ((high + 2) >> 2).to(torch.uint8)
 

@@ -160,7 +160,7 @@ class Maniqa(Reward):
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B]; the conditions are not looked at."""
-        unit = enlarged(images.to(self.device).float().div(255))
+        unit = enlarged(images.to(self.device).float().div_(255))
         height, width = unit.shape[-2:]
         if self.seed is None:
             return self.crop_scores(unit, [grid_corners(height, width)] * len(unit)).mean(-1)
