@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from argrpo_cli.shapes import Sampling
 from argrpo_cli.training import job as job_module
 from argrpo_cli.training import run_training
 from argrpo_cli.training.plan import plan
+from tests.together import forked
+from tests.training import together_worker
+from tests.training.test_together import environment_of
 from tests.training.tiny import FakeRewards, brightness, tiny_recipe
 
 SCALES, CODES = [1, 2, 4], 32
@@ -86,6 +90,29 @@ def test_three_updates_begin_on_policy_move_all_but_the_quantisation_and_resume(
     train(tiny_recipe(folder, rewards=["bright"], **settings), parts, resume=True)
     again = load_policy(parts / "policy").model.state_dict()
     assert all(torch.equal(value, again[name]) for name, value in trained.model.state_dict().items())
+
+
+def test_two_processes_that_share_out_its_weights_train_as_one_does(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "policy").symlink_to(folder)
+
+    def case(base: Path, out: Path) -> None:
+        settings = {"batch_size": 16, "group_size": 8, "micro_batch_size": 4, "steps": 2, "beta": 0.01}
+        recipe = tiny_recipe(base / "policy", logprob="guided", scale_balance=1.0, **settings)
+        run_training(recipe, out, rewards=FakeRewards(), console=Console(file=io.StringIO()))
+
+    monkeypatch.setitem(together_worker.CASES, "shared", case)
+    environment = {"ACCELERATE_USE_CPU": "true"} | environment_of("fsdp2")
+    done = forked(partial(together_worker.main, tmp_path, ("shared",), environment), tmp_path / "printed")
+    assert done.codes == [0, 0], done.err[-2000:]
+    assert [json.loads((tmp_path / f"{index}.json").read_text()) for index in (0, 1)] == [{"shared": ""}] * 2
+    case(tmp_path, tmp_path / "single")
+    single, shared = (load_policy(tmp_path / part / "policy").model.state_dict() for part in ("single", "shared"))
+    for name, value in single.items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-5)
+    lines = (tmp_path / "shared" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["ratio_deviation"] < 1e-3 for line in lines)
 
 
 def test_balanced_scales_train_another_policy(folder: Path, tmp_path: Path) -> None:

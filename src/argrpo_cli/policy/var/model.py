@@ -184,6 +184,10 @@ class VARForImageGeneration(PreTrainedModel):
             init.trunc_normal_(self.head.weight, std=0.02 * std)
             init.trunc_normal_(self.head_nm.ada_lin[1].weight, std=0.5 * std)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """What reads the image so far; transformers asks, and accelerate shards it by itself."""
+        return self.word_embed
+
     def levels(self) -> Tensor:
         """The scale of each of an image's tokens, int64 [T]."""
         levels = [k for k, count in enumerate(self.config.counts) for _ in range(count)]
