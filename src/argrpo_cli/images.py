@@ -222,7 +222,8 @@ def find_items(
     """The images of one folder, of one .npz, or of image files, with what they show.
 
     That is what the command line says (a prompt for all, a class, or a file of captions), else metadata.jsonl of the
-    folder (`file`, `prompt`, `class_id`), else file names that are words (`golden_retriever-12.png`).
+    folder (`file`, `prompt`, `class_id`) and of its sub-folders, else class folders (`n02099601/12.png`), else file
+    names that are words (`golden_retriever-12.png`).
 
     Raises:
         UserError: something is not there or not readable, or two things say what the images show.
@@ -446,9 +447,11 @@ def _captioned(images: ImageSet, path: Path) -> ImageSet:
     rows = [] if str(path) in CAPTION_SETS else file_rows(path.expanduser())
     files = [row.get("file") if isinstance(row, dict) else None for row in rows]
     captions: dict[str, str] = {}
-    for number, (file, text) in enumerate(zip(files, texts, strict=True), start=1) if any(files) else ():
-        if not isinstance(file, str):
-            raise UserError(f"{path}, row {number}: 'file' = {file!r}; name the file in every row, or in none of them")
+    named = any(file is not None for file in files)
+    for number, (file, text) in enumerate(zip(files, texts, strict=True), start=1) if named else ():
+        if not isinstance(file, str) or not file:
+            value = shortened(file)
+            raise UserError(f"{path}, row {number}: 'file' = {value}; name the file in every row, or in none of them")
         if captions.setdefault(file, text) != text:
             raise UserError(f"{path}, row {number}: a second caption for {file}")
     if captions:

@@ -58,7 +58,7 @@ def score_images(
     """Score images; scores.jsonl, scores.csv, summary.json and best_worst.png go to `out`.
 
     Scores are raw, in each reward's own unit. Scores of an interrupted call with the same rewards and images are kept,
-    and images that lack one are asked again. An image that cannot be read has no scores, and is in the
+    and images that lack one are asked again. An image that cannot be read is named, has no scores, and is in the
     protocol under `UNREADABLE`.
 
     Args:
@@ -116,8 +116,10 @@ def score_images(
             return [row if any(x is not None for x in row.values()) else None for row in merged]
 
         before = kept(items, score, store, batch_size=batch_size, label="scoring", whole=False)
+        for why in unreadable.values():
+            say(why)
         if len(unreadable) == len(items):
-            raise UserError("; ".join(unreadable.values()))
+            raise UserError(f"none of the {len(items)} images could be read")
         scores = [row or dict.fromkeys(rewards) for row in store.read(items)]
         columns = {name: [row[name] for row in scores] for name in rewards}
         source = printable(sources[0] if len(sources) == 1 else images.folder)

@@ -94,9 +94,12 @@ def test_strict_stops_at_the_first_bad_picture(folder, seen, capsys):
     assert run(arguments) == 2 and seen == [10, 20, 30, 40]
 
 
-def test_where_nothing_can_be_read_nothing_is_written(folder, seen, fails):
+def test_where_nothing_can_be_read_nothing_is_written(folder, seen, fails, capsys):
     assert "5 pipe.png: it is a pipe" in fails("score", folder / "5 pipe.png", "--rewards", "bright")
+    capsys.readouterr()
     assert run(["score", *(str(folder / name) for name in BAD[:3]), "--rewards", "bright"]) == 2
+    said = capsys.readouterr().err
+    assert [said.count(name) for name in BAD[:3]] == [1, 1, 1] and "none of the 3 images could be read" in said
     assert {path.name for path in folder.iterdir()} == set(NAMES)
 
 
@@ -175,6 +178,7 @@ def test_captions_of_rows_go_by_file_whatever_the_letters_of_the_ending(name, pa
     [
         ([{"file": "b.png", "prompt": "x"}, {"prompt": "y"}], "row 2: 'file' = None; name the file in every row"),
         ([{"prompt": "y"}, {"file": "b.png", "prompt": "x"}], "row 1: 'file' = None; name the file in every row"),
+        ([{"file": "", "prompt": "x"}, {"file": "", "prompt": "y"}], "row 1: 'file' = ''; name the file in every row"),
         ([{"file": 1, "prompt": "x"}, {"file": 2, "prompt": "y"}], "row 1: 'file' = 1"),
         ([{"file": "a.png", "prompt": "x"}, {"file": "a.png", "prompt": "y"}], "row 2: a second caption for a.png"),
         ([{"file": "a.png", "prompt": "x"}, {"file": "c.png", "prompt": "y"}], "no caption for b.png"),

@@ -41,7 +41,6 @@ def score(
     """
     from argrpo_cli.evals.tables import show
     from argrpo_cli.score import SHEET, UNREADABLE, score_images
-    from argrpo_cli.system.processes import say
 
     names, options = read_rewards(rewards, set_)
     result, folder, before, note = score_images(
@@ -70,6 +69,4 @@ def score(
     kept = f" ({before} were scored before)" if before else ""
     tell(f"scores{kept} in {folder}, best and worst in {folder / SHEET}")
     if bad := result.protocol.get(UNREADABLE):
-        for why in bad.values():
-            say(why)
         raise UserError(f"{len(bad)} of {result.protocol['images']} images could not be read and have no scores")
