@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 
 from argrpo_cli.cli.app import run
+from argrpo_cli.evals import benchmark
+from argrpo_cli.evals.imagenet import ImageNet
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.model import Encoded
 from argrpo_cli.policy.open import choose_trainable
@@ -25,6 +27,8 @@ from argrpo_cli.shapes import Sampling
 from argrpo_cli.training import job as job_module
 from argrpo_cli.training import run_training
 from argrpo_cli.training.plan import plan
+from tests.evals.stub_inception import StubInception, install
+from tests.evals.test_imagenet import save_pictures
 from tests.together import forked
 from tests.training import together_worker
 from tests.training.test_together import environment_of
@@ -171,6 +175,18 @@ def test_it_is_drawn_and_its_entropy_measured_by_the_commands(folder: Path, tmp_
     assert run(["entropy", *asked, "--cfg-scale", "1"]) == 0
     rows = [json.loads(line) for line in (out / "entropy.jsonl").read_text().splitlines()]
     assert rows[0]["images"] == 3 and 0 < rows[0]["mean"] < torch.tensor(CODES).log()
+
+
+def test_imagenet_measures_it_sampled_as_it_says(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(StubInception(), monkeypatch.setattr)
+    reference = ImageNet(reference=str(save_pictures(tmp_path / "reference", 12, seed=1)))
+    result = benchmark.run(reference, [str(folder)], tmp_path / "o", device="cpu", n=22, batch_size=8)
+    ((name, row),) = result.rows.items()
+    assert row["fid"].value > 0 and row["fid"].count == 22
+    assert result.protocol["measured"][name]["image_size"] == [8, 8]
+    assert "policy says: guidance 2\n" in capsys.readouterr().err
 
 
 def test_a_plan_adds_up_its_shapes(folder: Path) -> None:
