@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from argrpo_cli.images import Item, find_items, read_runs, refuse
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.listing import PARTIAL, SCORES, SUMMARY, TABLE
+from argrpo_cli.pictures import LARGE
 from argrpo_cli.shapes import Column, Condition, Result, Value
 from argrpo_cli.system.errors import BadPicture, UserError, printable
 from argrpo_cli.system.files import atomic_path, check_writable, make_dir, save_png, write_jsonl
@@ -83,6 +84,8 @@ def score_images(
     images = find_items(sources, prompt, class_name, captions)
     items, target = images.items, out or images.folder
     check_writable(target)
+    if len(items) == 1:
+        items[0].read(LARGE)  # a bad one is refused before anything is loaded
     notice(f"loading {', '.join(rewards)} ...")
     from argrpo_cli.rewards import load_rewards
     from argrpo_cli.system.processes import resolve_device

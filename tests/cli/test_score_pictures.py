@@ -94,8 +94,11 @@ def test_strict_stops_at_the_first_bad_picture(folder, seen, capsys):
     assert run(arguments) == 2 and seen == [10, 20, 30, 40]
 
 
-def test_where_nothing_can_be_read_nothing_is_written(folder, seen, fails, capsys):
-    assert "5 pipe.png: it is a pipe" in fails("score", folder / "5 pipe.png", "--rewards", "bright")
+def test_where_nothing_can_be_read_nothing_is_written(folder, seen, fails, capsys, monkeypatch):
+    for name, why in (("5 pipe.png", "it is a pipe"), ("4 text.png", "it is not an image")):
+        with monkeypatch.context() as patch:
+            patch.setattr("argrpo_cli.rewards.load_rewards", None)  # nothing is loaded for that
+            assert f"{name}: {why}" in fails("score", folder / name, "--rewards", "bright")
     capsys.readouterr()
     assert run(["score", *(str(folder / name) for name in BAD[:3]), "--rewards", "bright"]) == 2
     said = capsys.readouterr().err
