@@ -155,7 +155,8 @@ def read_ahead(items: Sequence[Item]) -> Iterator[np.ndarray | BadPicture]:
 
     with ThreadPoolExecutor(READERS) as readers:
         for part in in_batches(items, READERS):
-            one_by_one = len({item.stamp for item in part}) < len(part)  # of one file, which is read in order
+            # Images of one file are read in order; for one image no thread is begun, which takes memory, too.
+            one_by_one = len({item.stamp for item in part}) < max(2, len(part))
             images = map(attempt, part) if one_by_one else readers.map(attempt, part)
             for item, image in zip(part, images, strict=True):
                 yield attempt(item, None) if image is None else image
