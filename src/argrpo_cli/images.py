@@ -11,6 +11,7 @@ order in which people count: 2.png before 10.png. An .npz of any length is read 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -355,7 +356,7 @@ def read_metadata(folder: Path, whole: bool = True) -> dict[str, dict[str, Any]]
         for key, kind, what in (("prompt", str, "text"), ("class_id", int, "a whole number")):
             if row.setdefault(key) is not None and type(row[key]) is not kind:
                 raise UserError(f"{path}, {file}: {key} = {shortened(row[key])}: must be {what}")
-        if whole and not (folder / file).exists():
+        if whole and not os.path.exists(folder / file):  # False of a name that no file can have, too
             raise UserError(f"{path} lists {file}, which is not there")
         if file in rows:
             raise UserError(f"{path} lists {file} twice")

@@ -160,3 +160,9 @@ def test_completion_can_be_printed():
     result = CliRunner().invoke(app, ["--show-completion", "bash"])
     assert result.exit_code in (0, 1, 2)  # it depends on the shell the tests run in; it must not crash
     assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_a_message_is_never_longer_than_can_be_read(capsys):
+    assert run(["score", "x" * 9000 + "z", "--rewards", "nano-quality"]) == 2
+    line = capsys.readouterr().err
+    assert len(line) < 2000 and line.startswith("argrpo: error: ") and line.count("\n") == 1 and "xz" in line

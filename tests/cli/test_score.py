@@ -188,6 +188,7 @@ def test_a_conditional_reward_needs_to_know_what_the_image_should_show(tmp_path,
     ("metadata", "message"),
     [
         ('{"file": "gone.png", "prompt": "x"}\n', "lists gone.png, which is not there"),
+        ('{"file": "%s", "prompt": "x"}\n' % ("x" * 300), "which is not there"),
         ('{"prompt": "x"}\n', "image 1: 'file' is missing"),
         ('{"file": "dog-0.png", "prompt": 3}\n', "dog-0.png: prompt = 3: must be text"),
         ('{"file": "dog-0.png", "class_id": "3"}\n', "class_id = '3': must be a whole number"),

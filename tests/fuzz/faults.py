@@ -30,5 +30,5 @@ def case(seeds: list[str], rng: Damage, folder: Path) -> str:
     if what == "fill":
         bytearray(2**32)
     if what == "talk":
-        raise UserError("too much " * 1000)
+        raise UserError(" ")
     return what

@@ -41,6 +41,8 @@ brightness.family = "quality"
 
 def seeds(folder: Path) -> Seeds:
     """Small pictures of each format, of several modes and ways of packing."""
+    import torch  # noqa: F401  (its three gigabytes of addresses are no part of a case)
+
     rng = np.random.default_rng(0)
     ramp = np.add.outer(np.arange(17) * 9, np.arange(24) * 4)
     colours = np.stack([ramp, 255 - ramp, rng.integers(0, 256, ramp.shape)], -1).clip(0, 255).astype(np.uint8)

@@ -29,7 +29,7 @@ def seeds(folder: Path) -> list[Path]:
 
 def case(seeds: list[Path], rng: Damage, folder: Path) -> str:
     """Glanced at, opened and drawn from."""
-    source = rng.choice((*seeds[:2] * 6, seeds[2]))
+    source = rng.choice(seeds[:2] if rng.none else (*seeds[:2] * 6, seeds[2]))
     path = folder / source.name
     if source.is_file():
         shutil.copy(source, path)

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, one_line
 from tests.fuzz.mutate import Damage
 
 PATIENCE = 20.0  # seconds of computing, or of not computing, that a case may take; a busy machine has no part in that
@@ -113,6 +113,7 @@ def _of_refusal(line: str, whole: bool) -> Outcome:
     """A refusal must be one line that a terminal can show, and nothing that is `whole` may be refused."""
     if whole:
         return Outcome(FAILED, line, "what is whole is refused")
+    line = one_line(line)
     if not line.strip() or len(line) > LONGEST_LINE:
         return Outcome(FAILED, line[:600], f"a message of {len(line)} characters")
     return Outcome(REFUSED, line)
