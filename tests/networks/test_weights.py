@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from argrpo_cli.networks.weights import fit_state, published_file, read_state
+from argrpo_cli.networks.clip import transformers_clip
+from argrpo_cli.networks.weights import fit_state, load_network, published_file, read_state, save_network
 from argrpo_cli.system.errors import UserError
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
@@ -85,3 +88,36 @@ def test_a_local_file_stands_in_for_the_hub(tmp_path):
         published_file("a/b", "x.pt", tmp_path / "absent.pt")
     (tmp_path / "here.pt").touch()
     assert published_file("a/b", "x.pt", tmp_path / "here.pt") == tmp_path / "here.pt"
+
+
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000, and no network has more than 1000"),
+        ({"hidden_size": -4}, "describes no model: "),
+        ({"hidden_size": "x"}, "describes no model: "),
+        ({"num_attention_heads": 0}, "describes no model: "),
+    ],
+)
+def test_a_configuration_of_clip_that_cannot_be_is_one_line(part, why):
+    with pytest.raises(UserError, match=rf"the config\.json of clip\.bin:? {why}") as told:
+        transformers_clip({"text_config": part}, Path("clip.bin"), "cpu", "float32")
+    assert "\n" not in str(told.value)
+
+
+def test_a_configuration_of_the_nano_world_is_held_against_its_weights(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(layers))
+
+    save_network(tmp_path, Net(2), {"layers": 2})
+    assert len(load_network(Net, tmp_path).layers) == 2
+    for config, why in (
+        ({"layers": 10**9}, "layers is 1000000000, and there are 4 tensors in the weights"),
+        ({"layers": "x"}, "describes no model: "),
+        ({"depth": 1}, "describes no model: "),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=rf"config\.json:? {why}"):
+            load_network(Net, tmp_path)

@@ -70,7 +70,7 @@ def test_nothing_is_built_of_layers_that_are_not_there(folder: Path, value: Any,
     edit(folder / CONFIG, num_hidden_layers=value)
     with pytest.raises(UserError, match="num_hidden_layers is ") as told:
         load_policy(folder)
-    assert value != 10**9 or "and there are 18 tensors in the weights beside it" in str(told.value)
+    assert value != 10**9 or "and there are 18 tensors in the weights" in str(told.value)
 
 
 @pytest.mark.parametrize(
@@ -186,5 +186,5 @@ def test_a_model_of_transformers_of_endless_layers_is_refused(tmp_path: Path) ->
         with pytest.raises(UserError, match=r"config\.json: num_layers is 1000000000, and there are \d+ tensors"):
             load_pretrained(kind, tmp_path, None)
     edit(tmp_path / CONFIG, num_layers="x")
-    with pytest.raises(UserError, match=r"config\.json: .*num_layers"):
+    with pytest.raises(UserError, match=r"config\.json describes no model: .*num_layers': TypeError: "):
         load_pretrained(T5EncoderModel, tmp_path, None)

@@ -20,7 +20,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from argrpo_cli.networks.pixels import Preprocess
-from argrpo_cli.networks.weights import fit_state, published_file, read_state
+from argrpo_cli.networks.weights import check_depth, describing, fit_state, published_file, read_state
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line
 from argrpo_cli.system.files import fetch, read_json
 
@@ -116,10 +116,12 @@ def open_clip_from(
     config: Mapping[str, Any], path: Path, prepare: Callable[[Tensor], Tensor], device: str, dtype: str
 ) -> ClipModel:
     """A network of an open_clip configuration with the weights of a file; UserError where they do not fit."""
-    with init_empty_weights():  # parameters alone: tables that are computed stay
-        network = build_open_clip(config)
+    check_depth(config, 0, f"the configuration of {path}")
+    # Parameters alone: tables that are computed stay.
+    with describing(f"the configuration of {path}"), init_empty_weights():
+        network, tokenizer = build_open_clip(config), tokenizer_of(config["text_cfg"])
     load_state(network, path)
-    return ClipModel(network, tokenizer_of(config["text_cfg"]), prepare, device, dtype)
+    return ClipModel(network, tokenizer, prepare, device, dtype)
 
 
 def open_clip_config(model: str, pretrained: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -245,7 +247,8 @@ def load_transformers_clip(
 
 def transformers_clip(config: Mapping[str, Any], path: Path, device: str, dtype: str) -> ClipModel:
     """A CLIP of a transformers configuration with the weights of a file; UserError where they do not fit."""
-    with init_empty_weights():  # parameters alone: tables that are computed stay
+    check_depth(config, 0, f"the config.json of {path}")
+    with describing(f"the config.json of {path}"), init_empty_weights():
         network = TransformersClip(config)
     load_state(network.clip, path)
     known = network.clip.config

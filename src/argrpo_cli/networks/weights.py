@@ -184,7 +184,12 @@ def load_weights(network: nn.Module, folder: str | Path, device: str = "cpu") ->
 
 def load_network(kind: type[nn.Module], folder: str | Path, device: str = "cpu") -> nn.Module:
     """A network of the configuration and with the weights of `folder`, as `load_weights`."""
-    return load_weights(kind(**read_json(Path(folder) / "config.json")), folder, device)
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    check_depth(config, len(weight_shapes(Path(folder))), str(path))
+    with describing(path):
+        network = kind(**config)
+    return load_weights(network, folder, device)
 
 
 # folders of transformers
@@ -220,10 +225,7 @@ def read_config(kind: type[Model], folder: Path) -> PreTrainedConfig | None:
     expected = getattr(own, "model_type", None)
     if expected is not None and config.get("model_type") != expected:
         raise UserError(f"{folder} holds a {config.get('model_type')!r} model; expected {expected!r}")
-    most = len(weight_shapes(folder)) or MOST_LAYERS
-    for key, number in _numbers(config):
-        if DEPTH.search(key) and number > most:
-            raise UserError(f"{path}: {key} is {number}, and there are {most} tensors in the weights beside it")
+    check_depth(config, len(weight_shapes(folder)), str(path))
     if own is None:
         return None
     keys: dict[str, Any] = {}
@@ -231,15 +233,33 @@ def read_config(kind: type[Model], folder: Path) -> PreTrainedConfig | None:
         if one.__module__.startswith("argrpo_cli."):
             keys |= inspect.get_annotations(one, eval_str=True)
     check_shape(config, TypedDict(own.__name__, keys, total=False), str(path))
-    try:
+    with describing(path):
         return own(**config)
-    except Exception as error:  # of what is no configuration transformers makes nearly anything
-        raise UserError(f"{path}: {first_line(error)}") from error
+
+
+@contextmanager
+def describing(config: str | Path) -> Iterator[None]:
+    """Within this context, where a network is built of a configuration, any error but our own is a UserError: sides
+    that are no numbers, negative, or too large to multiply make libraries raise nearly anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{config} describes no model: {first_line(error)}") from error
+
+
+def check_depth(config: Mapping[str, Any], tensors: int, where: str) -> None:
+    """UserError where a configuration has more layers than there are tensors (0: it is not known) in the weights."""
+    limit = f"there are {tensors} tensors in the weights" if tensors else f"no network has more than {MOST_LAYERS}"
+    for key, number in _numbers(config):
+        if DEPTH.search(key) and number > (tensors or MOST_LAYERS):
+            raise UserError(f"{where}: {key} is {number}, and {limit}")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
     """The whole numbers in plain data, each with the key that it stands under."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         for name, part in value.items():
             yield from _numbers(part, name)
     elif isinstance(value, list):
@@ -256,11 +276,8 @@ def outline(kind: type[Model], folder: Path) -> Model:
         UserError: see `read_config`; or the two do not agree.
     """
     config = read_config(kind, folder)
-    try:
-        with torch.device("meta"), quiet_transformers():
-            model = kind(config)
-    except Exception as error:  # sides that are no numbers, negative, or too large to multiply
-        raise UserError(f"{folder / 'config.json'} describes no model: {first_line(error)}") from error
+    with describing(folder / "config.json"), torch.device("meta"), quiet_transformers():
+        model = kind(config)
     shapes = weight_shapes(folder)
     for key, value in model.state_dict().items():
         if key in shapes and shapes[key] != tuple(value.shape):
