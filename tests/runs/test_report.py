@@ -206,7 +206,7 @@ def test_what_users_write_is_escaped(tmp_path: Path, recipe: Recipe) -> None:
     tree["policy"]["checkpoint"] = evil
     records = [record(step, rewards={evil: {"mean": 0.5}}) for step in range(1, 30)]
     chosen = Recipe.model_validate(tree)
-    warnings = [{"step": evil, "guard": evil, "text": evil}]
+    warnings = [{"step": 1, "guard": evil, "text": evil}]
     run = make_run(tmp_path / "run", chosen, records, [], warnings=warnings, versions={evil: evil}, device=evil)
     page = page_of(run, chosen)
     assert len(page.all("script")) == 2  # our own

@@ -359,7 +359,7 @@ def test_the_position_is_in_every_checkpoint(recipe_of: Callable[..., Recipe], t
 
 def test_a_run_keeps_its_stream(recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
     train(recipe_of(), tmp_path / "run", Watch())
-    with pytest.raises(UserError, match=r"conditions: .*run was started with others.*/data\)"):
+    with pytest.raises(UserError, match=r"conditions\.dataset\.limit was None and is 5: .*keeps its recipe"):
         train(recipe_of(limit=5), tmp_path / "run", Watch(), resume=True)
 
 
