@@ -55,7 +55,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 fuzz: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m fuzz -n $(WORKERS) tests/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rP -m fuzz -n $(WORKERS) tests/fuzz
 
 lint: install
 	$(BIN)/ruff check .

@@ -94,8 +94,7 @@ def _array(path: Path, content: bytes, rng: Damage) -> str:
 
 
 def _metadata(path: Path) -> str:
-    for name in NAMES:
-        Image.new("RGB", (4, 4), "red").save(path.with_name(f"{name}.png"))
+    _pictures(path.parent)
     rows = _checked_rows(path)
     items = find_items([path.parent]).items
     assert [item.file for item in items] == [row["file"] for row in rows], "other pictures than are listed"
@@ -105,17 +104,32 @@ def _metadata(path: Path) -> str:
     return f"{len(items)} items"
 
 
+def _pictures(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in NAMES:
+        Image.new("RGB", (4, 4), "red").save(folder / f"{name}.png")
+    return folder
+
+
 def _captions(path: Path) -> str:
     captions = read_captions(str(path))
     assert all(isinstance(one, str) and one.strip() for one in captions), "an empty caption"
     if path.suffix == ".jsonl":
-        said = [row["prompt"] for row in _checked_rows(path)]
-        flat = [text for one in said for text in (one if isinstance(one, list) else [one]) if text and text.strip()]
-        assert captions == flat, "other captions than are there"
+        rows = _checked_rows(path)
+        assert captions == [text for row in rows for text in _texts(row)], "other captions than are there"
+        items = find_items([_pictures(path.parent / "images")], captions=path).items
+        named = {row["file"]: _texts(row) for row in rows if row.get("file")}
+        for item in items if named else ():
+            assert named[item.file] == [item.condition.prompt], "the caption of another picture"
     if path.suffix == ".txt":
         lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         assert captions == [line.strip() for line in lines if line.strip()], "other captions than lines"
     return f"{len(captions)} captions"
+
+
+def _texts(row: dict) -> list[str]:
+    said = row["prompt"]
+    return [text for text in (said if isinstance(said, list) else [said]) if text and text.strip()]
 
 
 def _kept(path: Path) -> str:

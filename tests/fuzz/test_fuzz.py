@@ -20,7 +20,6 @@ KINDS = {
     "files": (200, 1000),
     "command": (10, 200),
 }
-UNMENDED = set()  # kinds with faults that are known
 SEED, LONG_SEED = 0, 1
 PARTS = 4  # of the long run, for the processes that share it
 
@@ -32,10 +31,7 @@ def worker(tmp_path_factory):
     worker.close()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=[pytest.mark.xfail(strict=True)] if kind in UNMENDED else []) for kind in KINDS],
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_damaged_input_is_refused_in_one_line_or_read_rightly(worker, kind):
     summary = worker.cases(kind, SEED, range(KINDS[kind][0]))
     assert not summary.failures, f"{summary}\nthe inputs are in {worker.home / 'failed'}"
