@@ -110,6 +110,14 @@ def test_devices_that_are_not_here_are_lacking_and_those_that_are_none_refused(m
     for key in ("device", "text_device"):
         with pytest.raises(UserError, match=rf"policy\.{key}: device 'cuad' is not available"):
             planned("nano/c2i", f"policy.{key}=cuad")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("argrpo_cli.training.plan.room_here", lambda device: 10**12)
+    plain = ("nano/c2i", "policy.dtype=float32")
+    text = shown(planned(*plain))
+    assert "2 GPUs are visible and one process takes one" in text and "see lacking" in text
+    assert "--processes 3: one GPU each, and this machine has 2\n" in shown(planned(*plain, processes=3))
+    assert "lacking" not in shown(planned(*plain, processes=2))
 
 
 def test_missing_packages_are_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,9 +29,9 @@ from argrpo_cli.shapes import Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training.conditions import prompt_dataset
 from argrpo_cli.training.gathering import check_sharding, whole_model
-from argrpo_cli.training.grpo import check_devices, lora_config, trainer_settings
+from argrpo_cli.training.grpo import lora_config, trainer_settings
 from argrpo_cli.training.instruments import total_rewards
-from argrpo_cli.training.launch import images_per_process
+from argrpo_cli.training.launch import check_alone, images_per_process
 from argrpo_cli.training.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def build_distil_trainer(
         UserError: several GPUs without a launcher, or no layer of a LoRA target.
     """
     team, model = rollout.team, policy.model
-    check_devices(model, team)
+    check_alone(team.count, model.device.type)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     if recipe.policy.lora is not None:
         config = lora_config(recipe.policy.lora, policy)

@@ -27,7 +27,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.conditions import prompt_dataset
 from argrpo_cli.training.gathering import check_sharding
-from argrpo_cli.training.launch import images_per_process
+from argrpo_cli.training.launch import check_alone, images_per_process
 from argrpo_cli.training.rollout import Rollout
 from argrpo_cli.training.scorer import BatchScorer
 
@@ -300,15 +300,6 @@ def grpo_config(
     )
 
 
-def check_devices(model: nn.Module, team: Team) -> None:
-    """UserError when transformers would share out the model of a single process over several GPUs."""
-    if team.count == 1 and model.device.type == "cuda" and torch.cuda.device_count() > 1:
-        raise UserError(
-            f"{torch.cuda.device_count()} GPUs are visible and one process takes one; train on all of them with "
-            f"--processes {torch.cuda.device_count()}, or choose one with CUDA_VISIBLE_DEVICES=0"
-        )
-
-
 def lora_config(lora: LoraSection, policy: Policy) -> LoraConfig:
     """PEFT's settings for the recipe; new adapters change nothing, since B starts at zero.
 
@@ -345,7 +336,7 @@ def build_trainer(
     model = policy.model
     grpo = recipe.grpo
     base = getattr(model.config, "_name_or_path", "")
-    check_devices(model, rollout.team)
+    check_alone(rollout.team.count, model.device.type)
     if grpo.beta and recipe.policy.lora is None and not (base and Path(base).is_dir()):
         raise UserError(
             f"the KL term needs the base policy as a folder on disk, and {base or 'this policy'!r} is none; "

@@ -123,6 +123,17 @@ def check_launch(processes: int | None, device: str, config: str | None) -> None
         raise UserError(f"policy.device {device}: one GPU, and --processes {processes} takes one each; use auto")
 
 
+def check_alone(processes: int, device: str) -> None:
+    """UserError when transformers would share out the model of a single process over several GPUs."""
+    import torch
+
+    if processes == 1 and device.startswith("cuda") and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible and one process takes one; train on all of them with "
+            f"--processes {torch.cuda.device_count()}, or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
 def check_processes(processes: int, device: str, config: str) -> bool:
     """Whether this machine can run so many processes on the recipe's device; True for the CPU.
 

@@ -19,7 +19,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import HubFile, expanded, is_cached
 from argrpo_cli.system.processes import is_device, resolve_device
 from argrpo_cli.training.conditions import check_source, run_captions, run_conditions
-from argrpo_cli.training.launch import check_processes, images_per_process, settle_dtype
+from argrpo_cli.training.launch import check_alone, check_processes, images_per_process, settle_dtype
 from argrpo_cli.training.memory import PHASES, Part, estimate, room_here, total, trained_parameters, what_fits
 from argrpo_cli.training.streams import open_captions
 
@@ -264,11 +264,15 @@ def _devices(recipe: Recipe, processes: int, config: str) -> list[str]:
                 if not is_device(name):
                     raise UserError(f"policy.{key}: {error}") from error
                 lines.append(f"policy.{key}: {error}")
-    if processes > 1 and not lines:
-        try:
+    if lines:
+        return lines
+    try:
+        if processes > 1:
             check_processes(processes, recipe.policy.device, config)
-        except UserError as error:
-            lines.append(str(error))
+        else:
+            check_alone(processes, resolve_device(recipe.policy.device))
+    except UserError as error:
+        lines.append(str(error))
     return lines
 
 
