@@ -65,7 +65,9 @@ def case(seeds: dict, rng: Damage, folder: Path) -> str:
 
 def _dry_run(seeds: dict, rng: Damage, folder: Path) -> str:
     path = folder / "mine.yaml"
-    path.write_bytes(recipes.mutant(rng.choice(seeds[recipes][:1] + seeds[recipes][4:]), rng))
+    # Of what is whole all rewards must be at hand.
+    text = rng.choice(seeds[recipes][:1] if rng.none else seeds[recipes][:1] + seeds[recipes][4:])
+    path.write_bytes(recipes.mutant(text, rng))
     said = completed("train", path, "--dry-run")
     again = folder / "again.yaml"
     again.write_text(said.out, encoding="utf-8")
