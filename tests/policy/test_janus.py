@@ -108,6 +108,36 @@ def test_a_teacher_forced_pass_gives_the_logits_of_the_loop() -> None:
         model.logits(given, tokens[:1])
 
 
+def test_the_gradient_is_that_of_transformers_modules_through_both_halves_and_recomputed_or_not() -> None:
+    given, tokens, advantages = encoded(), generated()[0], torch.tensor([[1.0], [-0.5]])
+    tiny = tiny_janus()
+    inner, seen = tiny.model.model, torch.cat([given.mask, torch.ones(2, TOKENS - 1, dtype=torch.long)], dim=1)
+    read = tiny.model.prepare_embeddings_for_image_generation(tokens[:, :-1])
+    conditional, null = (
+        inner.generation_head(
+            inner.language_model(
+                inputs_embeds=torch.cat([inner.language_model.embed_tokens(ids), read], dim=1), attention_mask=seen
+            ).last_hidden_state[:, -TOKENS:]
+        )
+        for ids in (given.ids, given.null)
+    )
+    logp = guided(conditional, null).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    (advantages * logp).mean().backward()
+    expected = {name: one.grad for name, one in tiny.model.named_parameters() if one.grad is not None}
+    assert {name.split(".")[1] for name in expected} == {
+        "language_model", "generation_embeddings", "generation_aligner", "generation_head",
+    }  # fmt: skip
+    for recomputed in (False, True):
+        model = tiny_janus().model.train()
+        if recomputed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        (advantages * model(given, tokens, Sampling(cfg_scale=SCALE)).logp).mean().backward()
+        found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            assert (gradient - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+
+
 @pytest.mark.parametrize("kind", ["guided", "conditional"])
 def test_log_probabilities_of_draws_are_those_of_the_training_pass(kind: str) -> None:
     sampling = Sampling(cfg_scale=SCALE, temperature=0.9)

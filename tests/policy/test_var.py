@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +130,46 @@ def test_the_training_pass_is_guided_scale_by_scale(
     torch.testing.assert_close(part, logp.flatten(0, 1)[20:40], atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_the_references_through_both_halves_and_recomputed_or_not(
+    kind: str, files: dict[str, Path], policies: dict[str, VAR], vae: State
+) -> None:
+    state = torch.load(files[kind], weights_only=True)
+    for value in state.values():
+        value.requires_grad_(value.is_floating_point())
+    classes, tokens, advantages = torch.tensor([2, 4]), torch.randint(CODES, (2, TOKENS)), torch.randn(2, 1)
+    strengths = torch.cat([torch.full((side**2, 1), 1 + 1.5 * k / 3) for k, side in enumerate(SCALES)])
+    conditional, null = (
+        reference.logits(state, vae, each, tokens, SCALES, KINDS[kind].get("heads", 4))
+        for each in (classes, torch.full((2,), CLASSES))
+    )
+    logp = (null + strengths * (conditional - null)).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    (advantages * logp).mean().backward()
+    for recomputed in (False, True):
+        model = copy.deepcopy(policies[kind].model).train()
+        if recomputed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        (advantages * model(Encoded(classes), tokens, Sampling(cfg_scale=2.5)).logp).mean().backward()
+        for name, parameter in model.named_parameters():
+            if name.startswith("quantizer."):
+                assert parameter.grad is None, name
+                continue
+            expected = state[name].grad
+            assert expected.norm() > 0, f"{name}: or nothing is compared"
+            assert (parameter.grad - expected).norm() < 1e-3 * expected.norm(), name
+
+
 # --- drawing
+
+
+def test_under_autocast_draws_and_training_pass_agree_as_far_as_bfloat16_goes(policies: dict[str, VAR]) -> None:
+    encoded, sampling = Encoded(torch.arange(CLASSES).repeat(4)), Sampling(cfg_scale=2.5)
+    for policy in policies.values():
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = policy.sample(encoded, sampling, range(len(encoded)), logp="guided")
+            scored = policy.model(encoded, drawn.tokens.clone(), sampling)
+        ratio = (scored.logp - drawn.logp).exp()
+        assert 0 < (ratio - 1).abs().mean() < 0.03
 
 
 @pytest.mark.parametrize("kind", KINDS)
