@@ -12,11 +12,11 @@ from tests.fuzz.worker import FAILED, Worker
 
 # Kind of input, which is a module beside this one, to the number of cases of `make test` and of `make fuzz`.
 KINDS = {
-    "pictures": (600, 5000),
-    "scored": (20, 300),
-    "recipes": (160, 1000),
-    "policies": (40, 200),
-    "runs": (6, 100),
+    "pictures": (300, 5000),
+    "scored": (8, 300),
+    "recipes": (100, 1000),
+    "policies": (30, 200),
+    "runs": (2, 100),
     "files": (200, 1000),
     "command": (10, 200),
 }

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Model = TypeVar("Model", bound="PreTrainedModel")
-DEPTH = re.compile("layers|depth|res_blocks")  # in the keys of a configuration that say how often a part is repeated
+# In the keys of a configuration that say how often a part is repeated; max_window_layers, of Qwen, is only a bound.
+DEPTH = re.compile("(?<!window_)layers|depth|res_blocks")
 MOST_LAYERS = 1000  # where the weights are of a kind whose names cannot be read without them
 
 

@@ -31,7 +31,7 @@ class Warned(TypedDict):
 
 class Finished(TypedDict):
     step: int
-    out_of_time: bool
+    out_of_time: NotRequired[bool]
     time_limit_minutes: NotRequired[float | None]
 
 

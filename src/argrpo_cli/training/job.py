@@ -295,7 +295,7 @@ class Job:
         method, optim = self.recipe.method, self.recipe.optim
         if start >= optim.steps:
             limit = f"{method}.steps"
-        elif finished["out_of_time"] and finished.get("time_limit_minutes") == optim.time_limit_minutes:
+        elif finished.get("out_of_time") and finished.get("time_limit_minutes") == optim.time_limit_minutes:
             limit = f"{method}.time_limit_minutes"
         else:
             return False
