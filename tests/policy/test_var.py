@@ -219,6 +219,11 @@ def test_a_condition_and_a_seed_are_an_image_in_any_batch(policy: VAR) -> None:
     assert torch.equal(together[2:3], alone) and len(together.unique(dim=0)) == 4
 
 
+def test_a_dropped_condition_is_the_null_class(policy: VAR) -> None:
+    given = policy.encode(policy.conditions([1, 4]), dropped=torch.tensor([True, False]))
+    assert given.condition.tolist() == [CLASSES, 4]
+
+
 def test_nothing_runs_twice_without_guidance(policy: VAR, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     run = policy.model.run

@@ -61,7 +61,19 @@ def test_what_differs_and_what_rounding_left() -> None:
     assert spreads([[1.0, NAN], [1.0, 2.0], [NAN, 1.0], [NAN, 3.0]], [1.0, 0.0])[0] == 0
     opposed = [[0.1, -0.1], [0.7, -0.7]]
     assert spreads(opposed, [1.0, 1.0]) == [0]
-    assert spreads(opposed, [1.0, 1.0], aggregation="normalize_then_sum")[0] > 0
+    assert spreads(opposed, [1.0, 1.0], aggregation="normalize_then_sum") == [0]
+    assert spreads(opposed, [1.0, 0.5], aggregation="normalize_then_sum")[0] > 0
+    pulled = spreads(opposed, [1.0, -1.0], aggregation="normalize_then_sum")
+    assert pulled == pytest.approx([2 * 0.6 / 2**0.5]), "less of one is as good as more of the other"
+
+
+def test_rewards_that_cancel_after_their_normalisation_have_advantages_of_exactly_0(
+    new_trainer: Callable[..., Any],
+) -> None:
+    ramp = torch.arange(16) % 8 / 7
+    rewards = FakeRewards(a=lambda images: ramp, b=lambda images: 1 - ramp)
+    trainer = new_trainer(rewards, steps=1, beta=0.0, group_size=8, batch_size=16, aggregation="normalize_then_sum")
+    assert last_batch(trainer)[0].eq(0).all()
 
 
 def first_alone(images: Tensor) -> Tensor:

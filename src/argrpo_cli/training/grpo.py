@@ -29,7 +29,7 @@ from argrpo_cli.training.conditions import prompt_dataset
 from argrpo_cli.training.gathering import check_sharding
 from argrpo_cli.training.launch import check_alone, images_per_process
 from argrpo_cli.training.rollout import Rollout
-from argrpo_cli.training.scorer import BatchScorer
+from argrpo_cli.training.scorer import ADVANTAGE_EPSILON, BatchScorer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -44,7 +44,6 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 WSD = {"decay_type": "linear"}
 CHECKPOINTING = {"use_reentrant": False}
 ADVANTAGE_STD = "advantage_std"  # in TRL's log
-ADVANTAGE_EPSILON = 1e-4  # TRL's, added to a deviation
 NOISY_LOGGERS = ("transformers", "trl", "accelerate", "datasets", "torch.distributed")
 
 

@@ -27,6 +27,7 @@ WITHOUT_SPREAD = "groups_without_spread"
 REPLACED, EXTRA = "groups_replaced", "images_extra"
 
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # of a score, in parts of it: after a product and a sum of four terms
+ADVANTAGE_EPSILON = 1e-4  # TRL's, added to a deviation
 WINDOW = 4  # batches over which missing scores are counted: a server that restarts is no reason to stop
 
 
@@ -153,7 +154,7 @@ class BatchScorer:
         """How much the images of each group of the whole batch differ [groups], from what `measure` gave for this
         process's part of it: standard deviation of the total reward; where each reward is normalised before their sum,
         the weighted sum of their deviations. NaN where fewer than two images are known, 0 where there is nothing to
-        compare. All processes must call it."""
+        compare, or rewards cancel. All processes must call it."""
         return self._groups(self.team.gather(own))[2]
 
     @property
@@ -181,7 +182,12 @@ class BatchScorer:
         total = settled(total.masked_fill(missing.view_as(total), torch.nan), size)
         if self.aggregation == "sum_then_normalize":
             return scores, total, group_std(total)
-        return scores, total, spread[:, weights != 0] @ weights[weights != 0].abs()
+        # As TRL normalises them. Rewards that pull apart alike cancel, and rounding leaves something of their sum.
+        z = ((scores - scores.nanmean(-1, keepdim=True)) / (spread[..., None] + ADVANTAGE_EPSILON)).nan_to_num()
+        size = z.abs().amax(-1) @ weights.abs()
+        together = settled((weights[:, None] * z).sum(dim=1).masked_fill(total.isnan(), torch.nan), size)
+        deviations = spread[:, weights != 0] @ weights[weights != 0].abs()
+        return scores, total, deviations.masked_fill(group_std(together) == 0, 0)
 
     def _watch(self, missing: Tensor) -> None:
         """Fail when too many scores were missing; `missing` [rewards] is their share in the latest batch."""
