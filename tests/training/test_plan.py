@@ -132,13 +132,13 @@ def test_missing_packages_are_told_with_the_command(monkeypatch: pytest.MonkeyPa
 
 def test_captions_that_are_not_there_are_to_be_supplied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert planned("t2i_xl256").supply == [
+    assert planned("nano/t2i", "conditions.captions=captions.txt").supply == [
         "captions.txt is missing: a file of captions, or name a data set (conditions.dataset)"
     ]
     Path("captions.txt").write_text("a dog\na cat\na dog\n")
-    one = planned("t2i_xl256")
+    one = planned("nano/t2i", "conditions.captions=captions.txt")
     assert one.supply == [] and one.draws == "2 captions of captions.txt"
-    streamed = planned("t2i_xl256", "conditions.dataset={name: owner/name, column: text}")
+    streamed = planned("nano/t2i", "conditions.dataset={name: owner/name, column: text}")
     assert streamed.supply == []
     assert streamed.draws == "captions in the column 'text' of the data set owner/name (train), as a stream"
 
