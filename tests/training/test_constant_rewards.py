@@ -76,6 +76,17 @@ def test_rewards_that_cancel_after_their_normalisation_have_advantages_of_exactl
     assert last_batch(trainer)[0].eq(0).all()
 
 
+def test_what_rounding_left_of_a_constant_does_not_count_beside_another_reward(new_trainer: Callable[..., Any]) -> None:
+    """Normalised by itself it would count as much as the other."""
+    images, got = torch.arange(16), []
+    for jitter in (0.0, 8.0):
+        rewards = FakeRewards(a=lambda _, jitter=jitter: 1e8 + jitter * (images % 3 == 0), b=lambda _: images % 8 / 7.0)
+        settings = {"group_size": 8, "batch_size": 16, "aggregation": "normalize_then_sum"}
+        got.append(last_batch(new_trainer(rewards, steps=1, beta=0.0, **settings))[0])
+    assert got[0].std() > 0.5
+    torch.testing.assert_close(got[1], got[0])
+
+
 def first_alone(images: Tensor) -> Tensor:
     """One image of each group has a score."""
     return redness(images).masked_fill(torch.arange(len(images)) % 4 > 0, NAN)
