@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from argrpo_cli.shapes import Condition, Sampling
 from argrpo_cli.training.instruments import GradientMeter, Start, group_of, samplings, transfer_shots
 from argrpo_cli.training.saving import spread
 from tests.training.test_train import metrics, train
-from tests.training.tiny import tiny_recipe
+from tests.training.tiny import FakeRewards, tiny_recipe
 
 
 def update(meter: GradientMeter, weight: nn.Parameter, images: torch.Tensor, micro: int) -> tuple[float, float] | None:
@@ -114,3 +116,15 @@ def test_a_run_is_measured_against_its_start(
     notes = json.loads((tmp_path / "run.json").read_text())
     assert [row["images"] for row in notes["transfer"]] == [6, 6, 6, 4, 6, 6]  # greedy ones of each class alone
     assert notes["transfer"][0]["gain"] != 0
+
+
+def test_a_signal_leaves_the_comparison_out_and_the_run_is_finished(policy_folder: Path, tmp_path: Path) -> None:
+    rewards = FakeRewards()
+    rewards.on_batch = lambda _: (tmp_path / "policy").is_dir() and os.kill(os.getpid(), signal.SIGINT)
+    shown = train(tiny_recipe(policy_folder, steps=1, transfer_images=2), tmp_path, rewards=rewards)
+    assert "comparing start and result" in shown
+    assert "the comparison is left out; the run is finished without it" in shown
+    assert "finished at the last step: 1 updates" in shown
+    notes = json.loads((tmp_path / "run.json").read_text())
+    assert notes["finished"]["step"] == 1
+    assert "transfer" not in notes

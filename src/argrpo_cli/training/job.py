@@ -228,7 +228,8 @@ class Job:
         limit = recipe.optim.time_limit_minutes
         finished = {"step": step, "out_of_time": stop.out_of_time, "time_limit_minutes": limit}
         team.lead(lambda: run.note(finished=finished))
-        if self.transfer_shots:
+        if self.transfer_shots and self.request.signal is None:
+            self.display.note("comparing start and result, also when sampled otherwise")
             with self.ema.in_place_of(trainer.model) if averaged else nullcontext(), whole_model(trainer):
                 # The policy is written: a reward that cannot be asked any more costs no more than this.
                 team.lead(lambda: run.spare("start and result compared", self._compare_samplings))
@@ -242,7 +243,12 @@ class Job:
         spread = spread_at_start(self.run.metrics())
         if self.start is None or not spread:
             return
-        rows = transfer(self.start, self.transfer_shots, self.recipe.sampling, self.rewards, self.weights, spread)
+        self.request.training = self.team.count > 1  # alone, a signal ends this at once: all else is written
+        try:
+            rows = transfer(self.start, self.transfer_shots, self.recipe.sampling, self.rewards, self.weights, spread)
+        except KeyboardInterrupt:
+            self.display.note("the comparison is left out; the run is finished without it")
+            return
         self.run.note(transfer=rows)
 
     def _where_to_start(self, resume: bool) -> tuple[Path | None, int, float]:
