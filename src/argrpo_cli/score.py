@@ -26,6 +26,7 @@ from argrpo_cli.system.processes import alone_in, notice, say
 if TYPE_CHECKING:
     from PIL import Image
 
+    from argrpo_cli.images import ImageSet
     from argrpo_cli.rewards import RewardSet
 
 SHEET = "best_worst.png"
@@ -91,7 +92,7 @@ def score_images(
     from argrpo_cli.system.processes import resolve_device
 
     reward_set = load_rewards(list(rewards), resolve_device(device), options)
-    _check_conditions(reward_set, items)
+    _check_conditions(reward_set, images)
     for remark in images.remarks:
         say(remark)
     unreadable: dict[str, str] = {}
@@ -226,15 +227,26 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
     return np.stack([ImageOps.pad(Image.fromarray(channel), square, bicubic, 255) for channel in pixels])
 
 
-def _check_conditions(reward_set: RewardSet, items: Sequence[Item]) -> None:
-    without = next((item for item in items if item.condition is None), None)
+def _check_conditions(reward_set: RewardSet, images: ImageSet) -> None:
+    without = next((item for item in images.items if item.condition is None), None)
     if without is not None:
         for name in reward_set.names:
             if reward_set.entries[name].reads_prompt:
                 raise UserError(
                     f"{name} needs to know what {without.file} should show; give --prompt, --class or --prompts"
                 )
-    reward_set.check([item.condition for item in items if item.condition is not None])
+    named = {item.condition: item for item in images.items if item.condition is not None}
+    for condition, item in named.items():
+        if images.note and not (images.path / item.file).is_file():  # a pipe, say: its name is no prompt
+            continue
+        try:
+            reward_set.check([condition])
+        except UserError as error:
+            if not images.note:
+                raise
+            raise UserError(
+                f"{item.file}: {error}; the prompt was read from its name: give --prompt, --class or --prompts"
+            ) from error
 
 
 def item_key(item: Item) -> list[Any]:

@@ -213,3 +213,15 @@ def test_sub_folders_that_were_drawn_say_what_their_pictures_show(pair):
     (pair / "cat" / "metadata.jsonl").unlink()
     with pytest.raises(UserError, match="cat is unfinished"):
         find_items([pair])
+
+
+def test_a_name_that_is_no_prompt_for_a_reward_is_named_with_the_mend(tmp_path, capsys):
+    picture(tmp_path / "dog.png", 10, (64, 64))
+    os.mkfifo(tmp_path / "pipe.png")
+    assert run(["score", str(tmp_path), "--rewards", "nano-clip"]) == 2
+    assert "1 of 2 images could not be read" in capsys.readouterr().err
+    picture(tmp_path / "zebu.png", 10, (64, 64))
+    assert run(["score", str(tmp_path), "--rewards", "nano-clip"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("argrpo: error: zebu.png: nano-clip does not know the word 'zebu' in the prompt")
+    assert told.endswith("the prompt was read from its name: give --prompt, --class or --prompts")
