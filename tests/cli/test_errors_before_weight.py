@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import argrpo_cli
+from argrpo_cli.cli.train import _tell_whose
+from argrpo_cli.recipe import load_recipe
 
 MISTAKES = [  # a command line, and what the error names
     (["sample", "--out", "x", "--policy", "nano-c3i"], "no policy 'nano-c3i'"),
@@ -129,3 +131,13 @@ def test_a_mistake_is_told_without_torch(tmp_path):
         assert "hunter2" not in told and len(told) < 1500, told
         assert not has_torch, f"{arguments} loads torch before it says: {told}"
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["used", "used/thesis.tex"]
+
+
+def test_steps_of_a_recipe_with_a_start_are_said_to_leave_that_alone(capsys):
+    _tell_whose(load_recipe("nano/c2i", options={"steps": 3}), {"steps": 3})
+    told = capsys.readouterr().err
+    assert "\n--steps: of grpo; the start before it keeps its 150 updates at 0.0002" in told
+    assert "--set start.distil.steps=N" in told
+    _tell_whose(load_recipe("nano/c2i"), {"seed": 3})
+    _tell_whose(load_recipe("nano/c2i", ["start=null"]), {"steps": 3})
+    assert capsys.readouterr().err == ""

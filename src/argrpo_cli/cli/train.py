@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.cli.options import command, tell
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.processes import notice
+from argrpo_cli.system.processes import notice, say
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
@@ -79,6 +79,7 @@ def train(
         raise UserError("train needs a recipe, for instance `argrpo train nano/c2i`, or --resume RUN_DIR")
     else:
         loaded = load_recipe(recipe, set_, options)
+        _tell_whose(loaded, options)
         run_dir = out if out is not None else loaded.run_dir
         _check_names(loaded)
         if pilot:
@@ -160,6 +161,17 @@ def _check_names(recipe: Recipe) -> None:
         check_source(section, seen.reads, recipe.policy.checkpoint)
         for name in (*(section.classes if section.classes != "all" else ()), *section.weights):
             class_id(name, seen.names)
+
+
+def _tell_whose(recipe: Recipe, options: dict[str, Any]) -> None:
+    """Say that --steps and --lr leave a start as it is."""
+    own = [f"--{name}" for name in ("steps", "lr") if name in options]
+    if recipe.start is not None and own:
+        method, optim = recipe.start.method, recipe.start.optim
+        say(
+            f"{' and '.join(own)}: of {recipe.method}; the start before it keeps its {optim.steps} updates at "
+            f"{optim.learning_rate:g} (--set start.{method}.steps=N, or --set start=null to leave it out)"
+        )
 
 
 def _tell_sampling(recipe: Recipe) -> None:
