@@ -317,7 +317,8 @@ class GuardCallback(TrainerCallback):
     weights that are none are not saved. Left out is also an update without gradient (exactly 0: neither advantages nor
     a KL term or bonus have one), and one of a batch in which nothing could be compared because scores are missing. What
     is left out changes neither weights nor moments nor running mean; it counts as an update, so the learning rate goes
-    on by its schedule. All processes decide alike: gradients and scores are those of the whole batch in each.
+    on by its schedule. All processes decide alike: gradients and scores are those of the whole batch in each. With
+    DeepSpeed, whose engine has made its step before a callback can look, nothing can be left out.
 
     Attributes:
         weights: what each raw reward counts.
