@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import (
+    check_regular,
     load_tensors,
     make_dir,
     open_regular,
@@ -233,6 +234,7 @@ class Tensors:
         from safetensors import SafetensorError, safe_open
 
         try:
+            check_regular(self.path(batch))
             with safe_open(self.path(batch), "pt") as file:  # reads the header, which says how long the file must be
                 return [] if list(file.keys()) else list(range(len(batch)))
         except (OSError, SafetensorError):

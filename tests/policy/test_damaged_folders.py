@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from argrpo_cli.networks.weights import load_pretrained
+from argrpo_cli.networks.weights import load_pretrained, read_state
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import CARD, glance, mark_adapter
 from argrpo_cli.policy.llamagen import model as model_module
 from argrpo_cli.policy.open import outline_policy
+from argrpo_cli.runs.checkpoints import _is_readable
 from argrpo_cli.system.errors import UserError
 from tests.training.tiny import save_tiny_policy
 
@@ -163,6 +165,18 @@ def test_torn_weights_are_one_line(folder: Path, damage: Callable[[bytes], bytes
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"cannot load .*the file is damaged"):
         load_policy(folder)
+
+
+@pytest.mark.parametrize(("make", "kind"), [(os.mkfifo, "pipe"), (lambda path: path.symlink_to("/dev/zero"), "device")])
+def test_weights_that_are_no_file_are_refused(folder: Path, make: Callable[[Path], None], kind: str) -> None:
+    path = folder / "model.safetensors"
+    path.unlink()
+    make(path)
+    with pytest.raises(UserError, match=f"cannot read .*model.safetensors: it is a {kind}, not a file"):
+        load_policy(folder)
+    with pytest.raises(UserError, match="is not a readable file of weights"):
+        read_state(path)
+    assert not _is_readable(path)  # of a checkpoint
 
 
 def test_adapters_that_lead_back_to_themselves_are_refused(tmp_path: Path) -> None:

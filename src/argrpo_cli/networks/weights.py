@@ -29,7 +29,16 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from argrpo_cli.system.errors import UserError, first_line
-from argrpo_cli.system.files import cannot_write, fetch, open_to_all, read_json, save_tensors, write_json
+from argrpo_cli.system.files import (
+    cannot_write,
+    check_regular,
+    fetch,
+    open_to_all,
+    read_json,
+    readable,
+    save_tensors,
+    write_json,
+)
 from argrpo_cli.system.plain import check_shape
 
 if TYPE_CHECKING:
@@ -77,6 +86,7 @@ def read_state(path: str | Path, wrappers: Sequence[str] = ()) -> dict[str, Tens
     """
     path = Path(path)
     try:
+        check_regular(path)
         if path.suffix == ".safetensors":
             return load_file(path)
         # LlamaGen's trainer stored its command-line arguments beside the weights; Namespace is plain data.
@@ -204,6 +214,8 @@ def weight_shapes(folder: Path, files: str = "model*.safetensors") -> dict[str, 
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob(files)):
+        with readable(path):
+            check_regular(path)
         try:
             with safe_open(path, "pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

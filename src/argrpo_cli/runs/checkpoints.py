@@ -33,7 +33,16 @@ from argrpo_cli.policy.folder import BUNDLED_POLICIES, MANIFEST, POLICIES, check
 from argrpo_cli.policy.open import outline_policy
 from argrpo_cli.runs.disk import PARTIAL, replace_folder, set_aside
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import cannot_write, read_json, read_text, reason, writable, write_json
+from argrpo_cli.system.files import (
+    cannot_write,
+    check_regular,
+    read_json,
+    read_text,
+    readable,
+    reason,
+    writable,
+    write_json,
+)
 from argrpo_cli.system.plain import check_shape
 
 if TYPE_CHECKING:
@@ -222,6 +231,8 @@ def _look_through(folder: Path) -> str | None:
 def _is_readable(path: Path) -> bool:
     """Whether a file of tensors or of JSON is whole; other files are taken to be."""
     try:
+        with readable(path):
+            check_regular(path)
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):  # compares the header with the length of the file
                 return True
@@ -276,6 +287,7 @@ def _unusable(folder: Path, step: int, weights: Mapping[str, tuple[int, ...]]) -
         return f"it is no policy ({error})"
     for path, check in [(path, CHECKS[pattern]) for pattern in CHECKS for path in sorted(folder.glob(pattern))]:
         try:
+            check_regular(path)
             with safe_globals():
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             good = check(state, step, set(shapes.values()))

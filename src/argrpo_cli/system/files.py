@@ -51,13 +51,18 @@ def writable(path: str | os.PathLike[str]) -> Iterator[None]:
         raise cannot_write(path, error) from error
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """A file opened for reading, links followed. OSError for what is none: a pipe without a writer would keep the
-    reader waiting for ever, a device such as /dev/zero would never end."""
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """OSError for what is no file, links followed: a pipe without a writer would keep the reader waiting for ever, a
+    device such as /dev/zero would never end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open refuses a folder
         kind = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
         raise OSError(errno.EINVAL, f"it is a {kind}, not a file", str(path))
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file opened for reading, links followed; OSError for what is none, see `check_regular`."""
+    check_regular(path)
     at_once = getattr(os, "O_NONBLOCK", 0)  # should it have become a pipe since
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once))
 
