@@ -11,25 +11,29 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import glance
 from argrpo_cli.shapes import Sampling
 from tests.fuzz.mutate import Damage, damaged_file
+from tests.policy.test_var_training import tiny_var
+from tests.policy.tiny_janus import tiny_janus
 from tests.training.tiny import tiny_caption_policy, tiny_policy
 
 SETTINGS = (".json",)
+FAMILIES = {"classes": tiny_policy, "captions": tiny_caption_policy, "var": tiny_var, "janus": tiny_janus}
 
 
 def seeds(folder: Path) -> list[Path]:
-    """A policy of classes, one of captions with its text encoder, and a file of weights."""
-    for name, make in (("classes", tiny_policy), ("captions", tiny_caption_policy)):
+    """A policy of classes, one of captions with its text encoder, one of each other family, and a file of weights."""
+    for name, make in FAMILIES.items():
         if not (folder / name / "policy.json").is_file():
             make().save(folder / name)
     torch.save(
         {"model": {key: torch.ones(2, 3) for key in ("output.weight", "tok_embeddings.weight")}}, folder / "c2i.pt"
     )
-    return [folder / "classes", folder / "captions", folder / "c2i.pt"]
+    return [*(folder / name for name in FAMILIES), folder / "c2i.pt"]
 
 
 def case(seeds: list[Path], rng: Damage, folder: Path) -> str:
     """Glanced at, opened and drawn from."""
-    source = rng.choice(seeds[:2] if rng.none else (*seeds[:2] * 6, seeds[2]))
+    *folders, file = seeds
+    source = rng.choice(folders if rng.none else (*folders * 4, file))
     path = folder / source.name
     if source.is_file():
         shutil.copy(source, path)
