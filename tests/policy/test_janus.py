@@ -397,3 +397,12 @@ def test_an_outline_counts_the_cache_that_drawing_fills(tmp_path: Path) -> None:
     made = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert outline.drawing_bytes(3, guided=True, recorded=True, number=4) == made
     assert tokens.shape == (3, TOKENS) and vq_config(janus().model.config.vq_config).downsample == 4
+
+
+@pytest.mark.parametrize(("pad", "complaint"), [(1.5, "has the id 1.5"), (-1, "has the id -1"), (10**6, "id 1000000")])
+def test_a_padding_that_is_no_token_is_refused(tmp_path: Path, pad: float, complaint: str) -> None:
+    tiny_janus().save(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": pad}))
+    with pytest.raises(UserError, match=complaint):
+        load_policy(tmp_path)

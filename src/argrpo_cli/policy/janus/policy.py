@@ -106,6 +106,8 @@ class Janus:
         if len(prompts.tokenizer) > model.config.text_config.vocab_size:
             known, read = len(prompts.tokenizer), model.config.text_config.vocab_size
             raise UserError(f"{folder}: the text tokenizer has {known} tokens, but the model reads {read}")
+        if prompts.pad >= model.config.text_config.vocab_size:
+            raise UserError(f"{folder}: the padding has the id {prompts.pad}, which the model does not read")
         base, sampling = card.get("base", str(folder)), card["sampling"]
         return cls(model, prompts, tokenizer, name, card["image_size"], base, sampling=sampling)
 

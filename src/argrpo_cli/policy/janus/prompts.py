@@ -40,6 +40,8 @@ class Prompts:
         for what, found in (("begins a sentence", self.begin), ("begins an image", image), ("is padding", self.pad)):
             if found is None:
                 raise UserError(f"{source}: no token {what}; this is no tokenizer of Janus")
+            if type(found) is not int or found < 0:  # of a damaged generation_config.json
+                raise UserError(f"{source}: the token that {what} has the id {found!r}")
         self.image: int = image
 
     @classmethod
