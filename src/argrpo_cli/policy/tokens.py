@@ -4,19 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from argrpo_cli.policy.protocol import Card, Compare, Drawn, Scored
+from argrpo_cli.networks.weights import save_model
+from argrpo_cli.policy.protocol import Card, Compare, Drawn, Encoded, Scored
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import make_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from argrpo_cli.policy.llamagen.vq import VQModel
 
 MIN_TEMPERATURE = 1e-5  # as in LlamaGen: temperature 0 is a very sharp distribution, not a division by zero
 LOGITS_AT_ONCE = 2**24  # held of a training pass; more are computed again in its backward pass, part by part
 LOGP = (None, "conditional", "guided")  # what may be asked for beside tokens, see `Policy.sample`
+
+
+class TokenPolicy:
+    """What `protocol.Policy` asks of every family alike that has a network and an image tokenizer.
+
+    Attributes:
+        model: the network.
+        tokenizer: a `VQModel`, always float32.
+        image_size: of the tokens, in pixels.
+        draw: the family's sampler, `sample_tokens(model, encoded, sampling, seeds, logp)`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: VQModel
+    image_size: int
+    draw: ClassVar[Callable[..., Drawn]]
+
+    def sample(
+        self,
+        encoded: Encoded,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        model: nn.Module | None = None,
+        logp: str | None = None,
+    ) -> Drawn:
+        """See `protocol.Policy`."""
+        return type(self).draw(self.model if model is None else model, encoded, sampling, seeds, logp)
+
+    @torch.no_grad()
+    def tokenise(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
+        return self.tokenizer.encode_images(images.to(self.model.device))
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
+        """Tokens int64 [B, T] to images uint8 [B, 3, size, size] on the same device, by default of `image_size`."""
+        return self.tokenizer.decode_images(tokens, self.image_size, size)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a policy folder; files of the same name are replaced one by one, `policy.json` last.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        folder = make_dir(folder)
+        save_model(self.model, folder)
+        self.save_card(folder)
+
+    def save_card(self, folder: str | Path) -> None:
+        """Add to a folder with the model's own files what makes it a policy folder."""
+        raise NotImplementedError
 
 
 def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:

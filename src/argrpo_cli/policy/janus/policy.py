@@ -26,9 +26,10 @@ from argrpo_cli.policy.janus.model import Encoded, JanusForImageGeneration
 from argrpo_cli.policy.janus.prompts import Prompts
 from argrpo_cli.policy.janus.sample import sample_tokens
 from argrpo_cli.policy.janus.vq import tokenizer_of
-from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
-from argrpo_cli.policy.protocol import Card, Drawn
-from argrpo_cli.shapes import Condition, Sampling
+from argrpo_cli.policy.llamagen.vq import VQModel
+from argrpo_cli.policy.protocol import Card
+from argrpo_cli.policy.tokens import TokenPolicy
+from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import make_dir, write_json
 
@@ -43,7 +44,7 @@ NOT_IN_SHAPES = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "
 
 
 @dataclass
-class Janus:
+class Janus(TokenPolicy):
     """A policy, as `load_policy` gives it; `protocol.Policy` says what its methods do.
 
     Attributes:
@@ -56,6 +57,8 @@ class Janus:
         name: what it was opened by.
         sampling: how it is meant to be sampled, see `Card`.
     """
+
+    draw = staticmethod(sample_tokens)
 
     model: JanusForImageGeneration
     prompts: Prompts | None
@@ -142,28 +145,6 @@ class Janus:
             ids = torch.where(dropped.to(device)[:, None], null, ids)
         return Encoded(ids, null, mask)
 
-    def sample(
-        self,
-        encoded: Encoded,
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        model: nn.Module | None = None,
-        logp: str | None = None,
-    ) -> Drawn:
-        """See `protocol.Policy`; `sample.sample_tokens` is where it is done."""
-        return sample_tokens(self.model if model is None else model, encoded, sampling, seeds, logp)
-
-    @torch.inference_mode()
-    def tokenise(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
-        return self.tokenizer.encode(from_uint8(images.to(self.model.device)))
-
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
-        """Token ids int64 [B, T] to images uint8 [B, 3, size, size] on the same device, by default of `image_size`."""
-        return self.tokenizer.decode_images(tokens, self.image_size, size)
-
     def parts(self) -> dict[str, list[str]]:
         """Names of the parameters of language model, generation head, embeddings and their MLP; last parts of the names
         of their linear layers, and of these what adapters are put on by default: the language model's."""
@@ -185,16 +166,6 @@ class Janus:
         settings = {key: getattr(text, key) for key in NOT_IN_SHAPES}
         settings |= {"words": prompts.tokenizer.get_vocab(), "template": prompts.tokenizer.chat_template}
         return fingerprint([self.model, self.tokenizer], settings | {"pad": prompts.pad, "begin": prompts.begin})
-
-    def save(self, folder: str | Path) -> None:
-        """Write a policy folder; files of the same name are replaced one by one, `policy.json` last.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
-        folder = make_dir(folder)
-        save_model(self.model, folder)
-        self.save_card(folder)
 
     def save_card(self, folder: str | Path) -> None:
         """Add to a folder with the model's own files what makes it a policy folder."""

@@ -36,9 +36,10 @@ from argrpo_cli.policy.llamagen.checkpoints import open_tokenizer
 from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.sample import sample_tokens
 from argrpo_cli.policy.llamagen.text import TextEncoder, load_text_encoder, open_text_encoder
-from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
-from argrpo_cli.policy.protocol import Card, Drawn
-from argrpo_cli.shapes import Condition, Sampling, class_prompt
+from argrpo_cli.policy.llamagen.vq import VQModel
+from argrpo_cli.policy.protocol import Card
+from argrpo_cli.policy.tokens import TokenPolicy
+from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import make_dir, write_json
 
@@ -49,7 +50,7 @@ NOT_IN_SHAPES = (
 
 
 @dataclass
-class LlamaGen:
+class LlamaGen(TokenPolicy):
     """A policy, as `load_policy` gives it; `protocol.Policy` says what its methods do.
 
     Attributes:
@@ -64,6 +65,8 @@ class LlamaGen:
         name: what it was opened by.
         sampling: how it is meant to be sampled, see `Card`.
     """
+
+    draw = staticmethod(sample_tokens)
 
     model: LlamaGenForImageGeneration
     tokenizer: VQModel
@@ -156,27 +159,6 @@ class LlamaGen:
             condition = torch.where(chosen, null, condition)
         return Encoded(condition, mask)
 
-    def sample(
-        self,
-        encoded: Encoded,
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        model: nn.Module | None = None,
-        logp: str | None = None,
-    ) -> Drawn:
-        """See `protocol.Policy`; `sample.sample_tokens` is where it is done."""
-        return sample_tokens(self.model if model is None else model, encoded, sampling, seeds, logp)
-
-    def tokenise(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
-        return self.tokenizer.encode(from_uint8(images.to(self.model.device)))
-
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
-        """Token ids int64 [B, T] to images uint8 [B, 3, size, size] on the same device, by default of `image_size`."""
-        return self.tokenizer.decode_images(tokens, self.image_size, size)
-
     def parts(self) -> dict[str, list[str]]:
         """Names of all parameters, and last parts of the names of the linear layers but the LM head; adapters are by
         default put on those of the transformer, not on what reads a caption."""
@@ -199,16 +181,6 @@ class LlamaGen:
             modules.append(self.text_encoder.model)
             settings |= {"cleans": self.text_encoder.cleans, "right_padded": self.text_encoder.right_padded}
         return fingerprint(modules, settings)
-
-    def save(self, folder: str | Path) -> None:
-        """Write a policy folder; files of the same name are replaced one by one, `policy.json` last.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
-        folder = make_dir(folder)
-        save_model(self.model, folder)
-        self.save_card(folder)
 
     def save_card(self, folder: str | Path) -> None:
         """Add to a folder with the model's own files what makes it a policy folder."""

@@ -234,6 +234,10 @@ class VQModel(PreTrainedModel):
             raise ValueError(f"{tokens.shape[1]} tokens do not make a square image")
         return self.decode_latent(self.quantize.entries(tokens, side, side))
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, 3, H, W] to tokens int64 [B, T]."""
+        return self.encode(from_uint8(images))
+
     def decode_images(self, tokens: Tensor, image_size: int, size: int | None = None) -> Tensor:
         """Token ids int64 [B, T] to images uint8 [B, 3, size, size], `DECODE_PIXELS` at a time; size is by default
         `image_size`, that of the tokens.

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from argrpo_cli.networks.weights import fingerprint, load_pretrained, save_model
 from argrpo_cli.policy.folder import CARD, NAMED_PARTS, TOKENIZERS, class_id, part_of, read_card, sampling_entry
 from argrpo_cli.policy.llamagen.model import Encoded
-from argrpo_cli.policy.llamagen.vq import from_uint8
-from argrpo_cli.policy.protocol import Card, Drawn
+from argrpo_cli.policy.protocol import Card
+from argrpo_cli.policy.tokens import TokenPolicy
 from argrpo_cli.policy.var.checkpoints import open_tokenizer
 from argrpo_cli.policy.var.config import NOT_IN_SHAPES, VARConfig
 from argrpo_cli.policy.var.model import VARForImageGeneration
 from argrpo_cli.policy.var.sample import sample_tokens
 from argrpo_cli.policy.var.vq import MultiScaleVQ
-from argrpo_cli.shapes import Condition, Sampling, class_prompt
+from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import make_dir, write_json
 
@@ -36,7 +36,7 @@ LORA = ("mat_qkv", "proj", "fc1", "fc2")  # linear layers of the blocks; those o
 
 
 @dataclass
-class VAR:
+class VAR(TokenPolicy):
     """A policy, as `load_policy` gives it; `protocol.Policy` says what its methods do.
 
     Attributes:
@@ -49,6 +49,8 @@ class VAR:
         name: what it was opened by.
         sampling: how it is meant to be sampled, see `Card`.
     """
+
+    draw = staticmethod(sample_tokens)
 
     model: VARForImageGeneration
     tokenizer: MultiScaleVQ
@@ -122,28 +124,6 @@ class VAR:
             ids = torch.where(dropped.cpu(), self.model.config.num_classes, ids)
         return Encoded(ids.to(self.model.device))
 
-    def sample(
-        self,
-        encoded: Encoded,
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        model: nn.Module | None = None,
-        logp: str | None = None,
-    ) -> Drawn:
-        """See `protocol.Policy`; `sample.sample_tokens` is where it is done."""
-        return sample_tokens(self.model if model is None else model, encoded, sampling, seeds, logp)
-
-    @torch.inference_mode()
-    def tokenise(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
-        return self.tokenizer.encode(from_uint8(images.to(self.model.device)))
-
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
-        """Tokens int64 [B, T] to images uint8 [B, 3, size, size], by default of `image_size`."""
-        return self.tokenizer.decode_images(tokens, self.image_size, size)
-
     def parts(self) -> dict[str, list[str]]:
         """Names of all parameters but the quantisation's, and of the linear layers of the blocks."""
         names = [name for name, _ in self.model.named_parameters() if not name.startswith("quantizer.")]
@@ -156,16 +136,6 @@ class VAR:
         """A hash of the weights and of all else that decides what is drawn; see `networks.weights`."""
         settings = {key: getattr(self.model.config, key) for key in NOT_IN_SHAPES}
         return fingerprint([self.model, self.tokenizer], settings)
-
-    def save(self, folder: str | Path) -> None:
-        """Write a policy folder; files of the same name are replaced one by one, `policy.json` last.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
-        folder = make_dir(folder)
-        save_model(self.model, folder)
-        self.save_card(folder)
 
     def save_card(self, folder: str | Path) -> None:
         """Add to a folder with the model's own files what makes it a policy folder."""
