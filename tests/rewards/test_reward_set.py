@@ -292,6 +292,32 @@ def test_a_quantised_reward_is_its_base_in_steps(monkeypatch):
         load_rewards(["clip-quantized"], options={"clip-quantized": {"mapping": "papre"}})
 
 
+@pytest.mark.parametrize("names", [("clip", "clip-quantized"), ("clip-quantized", "clip")])
+def test_a_score_and_its_steps_are_one_network_and_one_pass(monkeypatch, names):
+    made, passes = [], []
+
+    def init(self, device: str = "cpu", *, model: str = "") -> None:
+        self.clip = torch.nn.Linear(1, 1)
+        made.append(model)
+
+    monkeypatch.setattr(Clip, "__init__", init)
+
+    def score(self, images, conditions):
+        passes.append(len(images))
+        return torch.tensor([0.2, 0.3, 0.7, NAN])[: len(images)]
+
+    monkeypatch.setattr(Clip, "score", score)
+    rewards = load_rewards(names, options={"clip-quantized": {"mapping": "code"}})
+    scores = rewards.score(images(4), conditions(4))
+    assert list(scores) == list(names) and made == [""] and passes == [4]
+    assert scores["clip"][:3].tolist() == pytest.approx([0.2, 0.3, 0.7])
+    assert scores["clip-quantized"][:3].tolist() == [0.5, 1.0, 1.5] and scores["clip-quantized"][3].isnan()
+    assert "no step" not in rewards.last_error["clip-quantized"]
+    assert rewards.identity()["clip-quantized"]["weights"] == rewards.identity()["clip"]["weights"]
+    load_rewards(names, options={"clip-quantized": {"model": "y"}})  # another network
+    assert made == ["", "", "y"]
+
+
 # --- names ---
 
 

@@ -40,7 +40,7 @@ def test_a_plan_says_all_of_a_run_in_words() -> None:
         "4 devices: 16 images (2 groups) each, 16 at a time in the training pass",
         "100 updates, 6400 images in all",
         "hpsv2            conditional  factor 5      weight 1       ViT-H-14 of xswu/HPSv2\n",  # as the recipe has them
-        "hpsv2-quantized  conditional  factor 1      weight 1       ViT-H-14 of xswu/HPSv2, in steps",
+        "hpsv2-quantized  conditional  factor 1      weight 1       ViT-H-14 of xswu/HPSv2\n",  # and counted once
         "to fetch      FoundationVision/LlamaGen: c2i_B_256.pt",
         "to fetch      xswu/HPSv2: HPS_v2.1_compressed.pt",
     ):

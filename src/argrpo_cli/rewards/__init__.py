@@ -97,15 +97,20 @@ def check_options(name: str, options: Mapping[str, Any]) -> type[Reward]:
     return reward
 
 
-def load_reward(name: str, device: str = "cpu", options: Mapping[str, Any] | None = None) -> Reward:
+def load_reward(
+    name: str, device: str = "cpu", options: Mapping[str, Any] | None = None, basis: Reward | None = None
+) -> Reward:
     """Load one reward model by name, with options of its own.
+
+    Args:
+        basis: the loaded one that `Reward.derived` names, whose network then serves both.
 
     Raises:
         UserError: no such reward or option, weights that are missing or do not fit, a package that is not installed.
     """
     reward = check_options(name, options or {})
     try:
-        return reward(device, **options or {})
+        return reward(device, *([] if basis is None else [basis]), **options or {})
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing == "argrpo_cli" or name not in REWARDS:
@@ -122,10 +127,11 @@ class RewardSet:
         last_error: what was wrong with the latest of those.
         tolerated: rewards that may fail altogether: their scores are missing then, instead of an error.
         mixed: compute those in bfloat16 that say `Reward.mixed`.
+        bases: rewards that are derived from the scores of another of the set, to its name.
     """
 
-    def __init__(self, rewards: dict[str, Reward], device: str = "cpu"):
-        self.rewards, self.device = rewards, device
+    def __init__(self, rewards: dict[str, Reward], device: str = "cpu", bases: Mapping[str, str] | None = None):
+        self.rewards, self.device, self.bases = rewards, device, bases or {}
         self.names = list(rewards)
         self.entries = {name: check_reward(name) for name in self.names}
         self.family = {name: entry.family for name, entry in self.entries.items()}
@@ -161,7 +167,9 @@ class RewardSet:
         if len(images) != len(conditions):
             raise ValueError(f"{len(images)} images but {len(conditions)} conditions")
         remote = {name: reward for name, reward in self.rewards.items() if reward.remote}
-        parts: dict[str, list[Tensor]] = {name: [] for name in self.rewards if name not in remote}
+        parts: dict[str, list[Tensor]] = {
+            name: [] for name in self.rewards if name not in remote and name not in self.bases
+        }
         with ThreadPoolExecutor(max_workers=max(1, len(remote))) as waiting:
             pending = {name: waiting.submit(self._scores, name, images, conditions) for name in remote}
             try:
@@ -176,6 +184,7 @@ class RewardSet:
                 raise
         empty = torch.zeros(0, device=self.device)
         raw = {name: torch.cat(chunks) if chunks else empty for name, chunks in parts.items()} | answers
+        raw |= {name: self.rewards[name].derive(raw[basis].float()) for name, basis in self.bases.items()}
         return {name: self._trusted(name, raw[name].float(), len(images)) for name in self.rewards}
 
     def _scores(self, name: str, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
@@ -244,7 +253,13 @@ def load_rewards(
     options = options or {}
     for name in names:
         check_options(name, options.get(name, {}))
-    return RewardSet({name: load_reward(name, device, options.get(name)) for name in names}, device)
+    rewards, bases = {}, {}
+    for name in sorted(names, key=lambda name: check_reward(name).derived({}) is not None):  # what others need first
+        basis, its_options = check_reward(name).derived(options.get(name, {})) or ("", {})
+        if basis in rewards and its_options == options.get(basis, {}):
+            bases[name] = basis
+        rewards[name] = load_reward(name, device, options.get(name), rewards.get(bases.get(name)))
+    return RewardSet({name: rewards[name] for name in names}, device, bases)
 
 
 def identity(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, dict[str, Any]]:

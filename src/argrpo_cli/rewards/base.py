@@ -109,12 +109,13 @@ class Reward:
     ) -> Needs:
         """The needs of a network with those of `files` for which no option names a local one."""
         width = 4 if options.get("dtype", "float32") == "float32" else 2
+        apart = [str(options[key]) for key in ("dtype", *files) if options.get(key) is not None]
         return Needs(
             tuple(file for option, file in files.items() if options.get(option) is None),
             cls.packages,
             None if parameters is None else width * parameters,
             cls.working,
-            network,
+            network + (f" ({', '.join(apart)})" if apart else ""),
         )
 
     @classmethod
@@ -151,6 +152,15 @@ class Reward:
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B], NaN where there is no score; UserError as `check`."""
+        raise NotImplementedError
+
+    @classmethod
+    def derived(cls, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+        """The reward, with its options, whose scores are all that these scores need; None for one that looks itself."""
+        return None
+
+    def derive(self, scores: Tensor) -> Tensor:
+        """Float32 [B] from those scores [B], NaN where they are."""
         raise NotImplementedError
 
     def stop(self) -> None:

@@ -217,26 +217,42 @@ class Steps(Reward):
     """A score in steps, which leave less to exploit (appendix D); they replace the scaled score.
 
     Args:
+        score: the score itself, where it is asked for too: one network and one pass serve both.
         mapping: to which steps, see `quantize`.
         options: those of the score.
     """
 
     low, high, factor = -1.0, 1.5, 1.0
     label, unit = "", ""
+    basis: ClassVar[str] = ""
 
-    def __init__(self, device: str = "cpu", *, mapping: Literal["paper", "code"] = "paper", **options: Any):
-        super().__init__(device, **options)
+    def __init__(
+        self,
+        device: str = "cpu",
+        score: ClipReward | None = None,
+        /,  # none of the options, which come by keyword
+        *,
+        mapping: Literal["paper", "code"] = "paper",
+        **options: Any,
+    ):
         self.mapping = mapping
+        if score is None:
+            super().__init__(device, **options)
+        else:
+            self.clip = score.clip
 
     @classmethod
-    def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
-        """Those of the score, whose network is loaded for the steps alone."""
-        needs = super().needs(options, device)
-        return needs._replace(network=f"{needs.network}, in steps")
+    def derived(cls, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The score and its options, without that of the steps."""
+        return cls.basis, {key: value for key, value in options.items() if key != "mapping"}
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        steps = quantize(super().score(images, conditions), self.mapping)
-        if steps.isnan().any():
+        return self.derive(super().score(images, conditions))
+
+    def derive(self, scores: Tensor) -> Tensor:
+        """The steps of scores."""
+        steps = quantize(scores, self.mapping)
+        if (steps.isnan() & ~scores.isnan()).any():
             self.last_error = "a score of 1 or more, for which there is no step"
         return steps
 
@@ -259,10 +275,10 @@ def quantize(scores: Tensor, mapping: str = "paper") -> Tensor:
 class ClipQuantized(Steps, Clip):
     """CLIP's score in steps."""
 
-    name = "clip-quantized"
+    name, basis = "clip-quantized", "clip"
 
 
 class HPSv2Quantized(Steps, HPSv2):
     """HPSv2's score in steps."""
 
-    name = "hpsv2-quantized"
+    name, basis = "hpsv2-quantized", "hpsv2"
