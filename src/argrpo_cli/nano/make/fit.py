@@ -168,6 +168,19 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     ]
 
 
+def muon_and_adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]], layers: str, lr: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices with `layers` in their names, AdamW at rate `lr` for all else."""
+    named = dict(parameters)
+    matrices = {name: one for name, one in named.items() if layers in name and one.ndim == 2}
+    others = [one for name, one in named.items() if name not in matrices]
+    return [
+        torch.optim.Muon(matrices.values(), lr=0.02, weight_decay=0.05),
+        torch.optim.AdamW(decay_groups(others, 0.05), lr=lr, betas=(0.9, 0.95)),
+    ]
+
+
 def save_half(model: PreTrainedModel, folder: Path) -> None:
     """Save a copy in float16 safetensors."""
     save_model(copy.deepcopy(model).to(torch.float16), make_dir(folder))

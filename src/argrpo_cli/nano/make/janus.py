@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups
+from argrpo_cli.nano.make.fit import Lesson, Setting, muon_and_adamw
 from argrpo_cli.nano.make.policies import DROPOUT, SHARES, tokenised
 from argrpo_cli.nano.scenes import IMAGE_SIZE, caption_batch, vocabulary
 from argrpo_cli.policy.janus.model import Encoded, JanusForImageGeneration
@@ -51,10 +51,8 @@ def janus(setting: Setting, pool: int = 120_000, unseen: int = 1000, batch: int 
                 weight.zero_()
     generation = model.generation_config
     generation.bos_token_id, generation.pad_token_id = prompts.begin, prompts.pad
-    learning = {name: one for name, one in model.named_parameters() if not name.startswith(FROZEN)}
-    matrices = {name: one for name, one in learning.items() if ".layers." in name and one.ndim == 2}
-    others = [one for name, one in learning.items() if name not in matrices]
-    count = sum(one.numel() for one in learning.values())
+    learning = [(name, one) for name, one in model.named_parameters() if not name.startswith(FROZEN)]
+    count = sum(one.numel() for _, one in learning)
     setting.say(f"{count / 1e6:.2f} M parameters that draw, {len(tokens)} scenes tokenised")
 
     def loss(step: int) -> Tensor:
@@ -75,10 +73,7 @@ def janus(setting: Setting, pool: int = 120_000, unseen: int = 1000, batch: int 
 
     return Lesson(
         network=model,
-        optimizers=[
-            torch.optim.Muon(matrices.values(), lr=0.02, weight_decay=0.05),
-            torch.optim.AdamW(decay_groups(others, 0.05), lr=1.5e-3, betas=(0.9, 0.95)),
-        ],
+        optimizers=muon_and_adamw(learning, ".layers.", lr=1.5e-3),
         loss=loss,
         measure=measure,
         save=save,

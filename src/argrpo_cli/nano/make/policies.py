@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from argrpo_cli.kept import in_batches
 from argrpo_cli.nano.make.corrupt import Propose
-from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups, save_half
+from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups, muon_and_adamw, save_half
 from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, caption_batch, class_batch, vocabulary
 from argrpo_cli.nano.tokens import encode, load_tokenizer, psnr
 from argrpo_cli.policy import Policy, load_policy
@@ -170,50 +171,81 @@ def save_policy(model: PreTrainedModel, folder: Path, name: str, **card: Any) ->
     write_json(folder / "policy.json", {"tokenizer": "nano-vq", **card, "image_size": IMAGE_SIZE, "base": name})
 
 
-def c2i(setting: Setting, pool: int = 48_000, unseen: int = 1000, batch: int = 32) -> Lesson:
-    """nano-c2i, the class-conditional LlamaGen of the nano world.
-
-    Training stops two thirds down its learning-rate curve, at 3.1 nats a token (2.8 at the end): objects are recognised
-    and many are deformed, so that reinforcement learning has something to improve.
+def class_lesson(
+    setting: Setting,
+    name: str,
+    vq: nn.Module,
+    model: Callable[[int], PreTrainedModel],
+    optimizers: Callable[[PreTrainedModel], list[torch.optim.Optimizer]],
+    *,
+    pool: int = 48_000,
+    unseen: int = 1000,
+    batch: int = 32,
+    card: Mapping[str, Any] = MappingProxyType({}),
+    **schedule: Any,
+) -> Lesson:
+    """A policy that draws classes, by maximum likelihood; one class in ten is replaced by the null class.
 
     Args:
-        pool: scenes tokenised up front; training makes fewer than one pass over them.
+        vq: the tokenizer of its images.
+        model: a new one for so many tokens an image.
+        optimizers: of the model.
+        pool, unseen: scenes tokenised up front, to learn from and to measure on.
+        card: what policy.json says beside what all of them do.
+        schedule: of `Lesson`.
     """
-    tokens, classes = tokenised(setting, class_batch, 1, pool)
-    held, held_classes = tokenised(setting, class_batch, 20_000, unseen)
+    tokens, classes = tokenised(setting, class_batch, 1, pool, vq)
+    held, held_classes = tokenised(setting, class_batch, 20_000, unseen, vq)
     classes, held_classes = torch.tensor(classes), torch.tensor(held_classes)
-    model = LlamaGenForImageGeneration(
-        LlamaGenConfig(
-            vocab_size=setting.vq.config.codebook_size,
-            block_size=tokens.shape[1],
-            num_classes=len(CLASS_NAMES),
-            class_dropout_prob=DROPOUT,
-            **CLASS_POLICY,
-        )
-    )
-    setting.say(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokens)} scenes tokenised")
+    network = model(tokens.shape[1])
+    setting.say(f"{network.num_parameters() / 1e6:.2f} M parameters, {len(tokens)} scenes tokenised")
 
     def loss(step: int) -> Tensor:
         rows = setting.rows(batch, len(tokens))
         dropped = torch.rand(batch, generator=setting.generator) < DROPOUT
         condition = torch.where(dropped, len(CLASS_NAMES), classes[rows])
         with torch.autocast("cpu", torch.bfloat16):
-            return -model(Encoded(condition, None), tokens[rows].long()).logp.mean()
+            return -network(Encoded(condition), tokens[rows].long()).logp.mean()
 
     @torch.inference_mode()
     def measure() -> str:
-        return f"{-model(Encoded(held_classes, None), held.long()).logp.mean():.3f} nats a token"
+        return f"{-network(Encoded(held_classes), held.long()).logp.mean():.3f} nats a token"
 
     return Lesson(
-        network=model,
-        optimizers=[torch.optim.AdamW(decay_groups(model.parameters(), 0.05), lr=1.5e-3, betas=(0.9, 0.95))],
+        network=network,
+        optimizers=optimizers(network),
         loss=loss,
         measure=measure,
-        save=lambda folder: save_policy(model, folder, "nano-c2i", classes=list(CLASS_NAMES)),
-        steps=1200,
-        warmup=150,
-        horizon=1800,
+        save=lambda folder: save_policy(network, folder, name, classes=list(CLASS_NAMES), **card),
+        **schedule,
     )
+
+
+def c2i(setting: Setting, **sizes: int) -> Lesson:
+    """nano-c2i, the class-conditional LlamaGen of the nano world.
+
+    Training stops two thirds down its learning-rate curve, at 3.1 nats a token (2.8 at the end): objects are recognised
+    and many are deformed, so that reinforcement learning has something to improve.
+
+    Args:
+        sizes: of `class_lesson`, where training makes fewer than one pass over the pool.
+    """
+
+    def model(tokens: int) -> LlamaGenForImageGeneration:
+        config = LlamaGenConfig(
+            vocab_size=setting.vq.config.codebook_size,
+            block_size=tokens,
+            num_classes=len(CLASS_NAMES),
+            class_dropout_prob=DROPOUT,
+            **CLASS_POLICY,
+        )
+        return LlamaGenForImageGeneration(config)
+
+    def adamw(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(decay_groups(model.parameters(), 0.05), lr=1.5e-3, betas=(0.9, 0.95))]
+
+    schedule = {"steps": 1200, "warmup": 150, "horizon": 1800}
+    return class_lesson(setting, "nano-c2i", setting.vq, model, adamw, **sizes, **schedule)
 
 
 def t2i(setting: Setting, pool: int = 240_000, unseen: int = 1000, batch: int = 96) -> Lesson:
@@ -247,8 +279,6 @@ def t2i(setting: Setting, pool: int = 240_000, unseen: int = 1000, batch: int = 
     with torch.no_grad():  # codes which look alike begin alike
         projection = torch.randn(codes.shape[1], weight.shape[1])
         weight.mul_(0.5).add_(both.policy.config.initializer_range * codes @ projection)
-    matrices = {name: p for name, p in both.named_parameters() if "layers." in name and p.ndim == 2}
-    others = [p for name, p in both.named_parameters() if name not in matrices]
 
     if setting.compiles:
         both.policy.compile()  # 1.3 times as fast
@@ -268,10 +298,7 @@ def t2i(setting: Setting, pool: int = 240_000, unseen: int = 1000, batch: int = 
 
     return Lesson(
         network=both,
-        optimizers=[
-            torch.optim.Muon(matrices.values(), lr=0.02, weight_decay=0.05),
-            torch.optim.AdamW(decay_groups(others, 0.05), lr=1.2e-3, betas=(0.9, 0.95)),
-        ],
+        optimizers=muon_and_adamw(both.named_parameters(), "layers.", lr=1.2e-3),
         loss=loss,
         measure=measure,
         save=lambda folder: save_captioned(both, words, folder),

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups, save_half
-from argrpo_cli.nano.make.policies import DEAD_BELOW, DECAY, DROPOUT, reconstruction, save_policy, tokenised
+from argrpo_cli.nano.make.fit import Lesson, Setting, muon_and_adamw, save_half
+from argrpo_cli.nano.make.policies import DEAD_BELOW, DECAY, DROPOUT, class_lesson, reconstruction
 from argrpo_cli.nano.scenes import CLASS_NAMES, class_batch
 from argrpo_cli.networks.weights import load_pretrained
-from argrpo_cli.policy.llamagen.model import Encoded
 from argrpo_cli.policy.llamagen.vq import from_uint8
 from argrpo_cli.policy.var.config import VARConfig
 from argrpo_cli.policy.var.model import VARForImageGeneration
@@ -126,20 +125,18 @@ def load_msvq(folder: Path) -> MultiScaleVQ:
     return load_pretrained(MultiScaleVQ, folder, torch.float32).eval().requires_grad_(False)
 
 
-def policy(setting: Setting, pool: int = 48_000, unseen: int = 1000, batch: int = 32) -> Lesson:
+def policy(setting: Setting, **sizes: int) -> Lesson:
     """nano-var, by maximum likelihood on tokenised scenes. The matrices of its blocks learn by Muon, as nano-t2i's.
 
     Its policy.json names the tokenizer beside it.
 
     Args:
-        pool: scenes tokenised up front.
+        sizes: of `class_lesson`.
     """
     vq = load_msvq(setting.weights / "nano-msvq")
-    tokens, classes = tokenised(setting, class_batch, 1, pool, vq)
-    held, held_classes = tokenised(setting, class_batch, 20_000, unseen, vq)
-    classes, held_classes = torch.tensor(classes), torch.tensor(held_classes)
-    model = VARForImageGeneration(
-        VARConfig(
+
+    def model(tokens: int) -> VARForImageGeneration:
+        config = VARConfig(
             vocab_size=vq.config.codebook_size,
             code_dim=vq.config.codebook_embed_dim,
             num_classes=len(CLASS_NAMES),
@@ -149,37 +146,14 @@ def policy(setting: Setting, pool: int = 48_000, unseen: int = 1000, batch: int 
             class_dropout_prob=DROPOUT,
             **POLICY,
         )
-    )
-    model.quantizer.load_state_dict(vq.quantize.state_dict())
-    setting.say(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokens)} scenes tokenised")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in trained.items() if name.startswith("blocks.") and p.ndim == 2}
-    others = [p for name, p in trained.items() if name not in matrices]
+        model = VARForImageGeneration(config)
+        model.quantizer.load_state_dict(vq.quantize.state_dict())
+        return model
 
-    def loss(step: int) -> Tensor:
-        rows = setting.rows(batch, len(tokens))
-        dropped = torch.rand(batch, generator=setting.generator) < DROPOUT
-        condition = torch.where(dropped, len(CLASS_NAMES), classes[rows])
-        with torch.autocast("cpu", torch.bfloat16):
-            return -model(Encoded(condition), tokens[rows].long()).logp.mean()
+    def optimizers(model: VARForImageGeneration) -> list[torch.optim.Optimizer]:
+        trained = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+        return muon_and_adamw(trained, "blocks.", lr=1.2e-3)
 
-    @torch.inference_mode()
-    def measure() -> str:
-        return f"{-model(Encoded(held_classes), held.long()).logp.mean():.3f} nats a token"
-
-    return Lesson(
-        network=model,
-        optimizers=[
-            torch.optim.Muon(matrices.values(), lr=0.02, weight_decay=0.05),
-            torch.optim.AdamW(decay_groups(others, 0.05), lr=1.2e-3, betas=(0.9, 0.95)),
-        ],
-        loss=loss,
-        measure=measure,
-        save=lambda folder: save_policy(
-            model, folder, "nano-var", family="var", tokenizer="../nano-msvq", classes=list(CLASS_NAMES)
-        ),
-        steps=2000,
-        every=200,
-        warmup=50,
-        kept=True,
-    )
+    card = {"family": "var", "tokenizer": "../nano-msvq"}
+    schedule = {"steps": 2000, "every": 200, "warmup": 50, "kept": True}
+    return class_lesson(setting, "nano-var", vq, model, optimizers, card=card, **sizes, **schedule)
