@@ -12,9 +12,10 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from argrpo_cli import codes
 from argrpo_cli.evals import entropy as e
 from argrpo_cli.evals.entropy_results import draw_bars, draw_curve, table
-from argrpo_cli.evals.imagenet_folder import open_labelled
+from argrpo_cli.labelled import open_labelled
 from argrpo_cli.policy.llamagen.vq import from_uint8
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
@@ -59,10 +60,10 @@ def test_a_picture_of_another_length_and_the_same_time_is_encoded_anew(tmp_path)
     picture(path, seed=99, width=14)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_size != before.st_size
-    codes, encoded = codes_of(data, policy, tmp_path / "cache")
+    tokens, encoded = codes_of(data, policy, tmp_path / "cache")
     assert encoded == 12
-    pixels = torch.from_numpy(e.read_cropped(path, IMAGE_SIZE))
-    assert torch.equal(codes[2:3], policy.tokenizer.encode(from_uint8(pixels[None])))
+    pixels = torch.from_numpy(codes.read_cropped(path, IMAGE_SIZE))
+    assert torch.equal(tokens[2:3], policy.tokenizer.encode(from_uint8(pixels[None])))
 
 
 # What is compared with what

@@ -265,7 +265,7 @@ def entropy(
     from rich.console import Console
 
     from argrpo_cli.evals import entropy_results as results
-    from argrpo_cli.evals.imagenet_folder import open_labelled, some_of
+    from argrpo_cli.labelled import open_labelled, some_of
 
     names = policy or ["nano-t2i" if prompts is not None else "nano-c2i"]
     if len(set(names)) < len(names):

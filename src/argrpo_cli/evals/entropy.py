@@ -3,49 +3,39 @@
 Teacher-forced: the tokens before come from real pictures, held-out scenes of the nano world, or samples of the policy
 itself. Kept is the mean over the tokens of each image, and sums at each position: 50,000 images of 576 tokens are a
 megabyte. Whatever was measured of a policy is kept, so that an interrupted measuring goes on and a policy that was
-measured before costs nothing. So are the tokens of pictures, in the user's cache: every policy of one tokenizer and
-size uses the same, and a changed picture is encoded anew.
+measured before costs nothing. So are the tokens of pictures, in the user's cache (`codes.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from argrpo_cli import __version__, seeds
+from argrpo_cli import __version__, codes, seeds
 from argrpo_cli.captions import read_captions
 from argrpo_cli.draw import draw_batch, score_tokens
 from argrpo_cli.evals.entropy_results import MODES, NORMAL_95, Question, Subject
-from argrpo_cli.evals.imagenet_folder import conditions_of
 from argrpo_cli.evals.statistics import Measure, mean_of
-from argrpo_cli.images import ImageSet, Item, file_item, read_ahead
+from argrpo_cli.images import ImageSet
 from argrpo_cli.kept import Tensors, in_batches, kept
+from argrpo_cli.labelled import conditions_of
 from argrpo_cli.networks.weights import fingerprint
-from argrpo_cli.pictures import read_image
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import choose_sampling
 from argrpo_cli.runs.run import versions
 from argrpo_cli.shapes import Condition, Sampling, Shot
-from argrpo_cli.system.errors import BadPicture, UserError
+from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import user_cache
 from argrpo_cli.system.processes import Team, say
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from argrpo_cli.policy.protocol import Policy
 
-CHUNK = 256  # images that are kept together
-ENCODE_PIXELS = 2**20  # encoded at a time, as many as `Policy.decode` decodes
-PREPROCESSING = "centre crop, on white"  # part of what tokens are known by: another preprocessing needs another name
-CODES = "codes"
 Tally = dict[str, Tensor]  # see `tally`
 
 
@@ -211,7 +201,7 @@ def _material(
 
 def _pictures(policy: Policy, pictures: ImageSet, cache: Path | None, team: Team) -> Material:
     conditions = team.together(lambda: conditions_of(pictures, policy))
-    codes = tokenise(pictures, policy, cache or user_cache() / "codes", team)
+    store = codes.tokenise(pictures, policy, cache or user_cache() / "codes", team)
     shots = [
         Shot(condition, -1, f"{item.file} {item.stamp}")
         for condition, item in zip(conditions, pictures.items, strict=True)
@@ -220,10 +210,10 @@ def _pictures(policy: Policy, pictures: ImageSet, cache: Path | None, team: Team
     tokenizer = policy.tokenizer_fingerprint()
     return Material(
         shots,
-        lambda batch: codes.read([items[shot.file] for shot in batch])[CODES].long(),
-        CHUNK,
-        ["pictures", PREPROCESSING, policy.card.image_size, tokenizer],
-        {"labels": pictures.note, "preprocessing": PREPROCESSING, "tokenizer": tokenizer},
+        lambda batch: store.read([items[shot.file] for shot in batch])[codes.CODES].long(),
+        codes.CHUNK,
+        ["pictures", codes.PREPROCESSING, policy.card.image_size, tokenizer],
+        {"labels": pictures.note, "preprocessing": codes.PREPROCESSING, "tokenizer": tokenizer},
     )
 
 
@@ -239,7 +229,7 @@ def _scenes(policy: Policy, question: Question) -> Material:
     def of(batch: Sequence[Shot]) -> Tensor:
         return tokens[int(batch[0].file) :][: len(batch)]
 
-    return Material(shots, of, CHUNK, ["scenes", task], {})
+    return Material(shots, of, codes.CHUNK, ["scenes", task], {})
 
 
 def _samples(policy: Policy, question: Question, sampling: Sampling, batch_size: int) -> Material:
@@ -262,71 +252,3 @@ def _samples(policy: Policy, question: Question, sampling: Sampling, batch_size:
         return draw_batch(policy, batch, sampling)[0]
 
     return Material(shots, draw, batch_size, ["samples"], {"prompts": prompts, "seed": question.seed})
-
-
-def tokenise(images: ImageSet, policy: Policy, cache: Path, team: Team) -> Tensors:
-    """The tokens of pictures as `codes` [B, T] of each batch of `CHUNK`; those that are not kept yet are encoded.
-
-    Raises:
-        UserError: a picture that cannot be read, or a cache that cannot be written.
-    """
-    size, tokenizer = policy.card.image_size, policy.tokenizer_fingerprint()
-    dtype = torch.int16 if policy.card.codes <= 2**15 else torch.int32
-    at_once = max(1, ENCODE_PIXELS // size**2)
-
-    def read(batch: Sequence[Item]) -> Tensor:
-        cropped = [replace(item, read=partial(read_cropped, images.path / item.file, size)) for item in batch]
-        pixels = list(read_ahead(cropped))
-        if bad := next((one for one in pixels if isinstance(one, BadPicture)), None):
-            raise bad
-        if any(file_item(images.path, item.file).stamp != item.stamp for item in batch):
-            raise UserError(f"pictures in {images.path} changed while they were read; give the command again")
-        return torch.from_numpy(np.stack(pixels))
-
-    @torch.inference_mode()
-    def encode(batch: Sequence[Item], pixels: Tensor) -> dict[str, Tensor]:
-        return {CODES: torch.cat([policy.tokenise(part).cpu() for part in pixels.split(at_once)]).to(dtype)}
-
-    folder = cache / f"{tokenizer}-{size}"
-    store = Tensors(folder, [PREPROCESSING, size, tokenizer], lambda item: [item.file, item.stamp])
-    label = f"tokenising at {size} px"
-    kept(images.items, encode, store, batch_size=CHUNK, label=label, team=team, prepare=read)
-    return store
-
-
-def read_cropped(path: Path, size: int, most: int | None = None) -> np.ndarray | None:
-    """A picture as LlamaGen's tokenizer was evaluated on it, uint8 [3, size, size].
-
-    RGB as everywhere, then `centre_crop`. LlamaGen's `extract_codes_c2i.py` and `val_ddp.py` read through torchvision's
-    ImageFolder: a turn noted in EXIF is not made, so that the few pictures that have one stay as trained on. Its
-    policies are trained on ten crops of a picture 1.1 times as large; a validation set has one: the middle.
-
-    Args:
-        most: see `read_image`.
-
-    Raises:
-        BadPicture: it cannot be read.
-    """
-    from PIL import Image
-
-    pixels = read_image(path, most, upright=False)
-    if pixels is None:
-        return None
-    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return np.ascontiguousarray(np.asarray(centre_crop(image, size)).transpose(2, 0, 1))
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of an RGB picture, scaled to `size` pixels: ADM's `center_crop_arr`, as LlamaGen uses it.
-
-    Halved with a box filter while the shorter side is at least twice `size`, then bicubic to a shorter side of `size`,
-    then cropped; of an odd rest the pixel more is cut off right and below.
-    """
-    from PIL import Image
-
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
