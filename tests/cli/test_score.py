@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.images import prompt_from_file_name
+from argrpo_cli.labels import prompt_from_file_name
 from argrpo_cli.rewards import REWARDS, check_reward, load_rewards
 from argrpo_cli.rewards.custom import find_function
 from argrpo_cli.shapes import Result, Value
