@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -27,10 +25,11 @@ from argrpo_cli.images import ARRAY, ImageSet, Item, open_images
 from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.networks.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
 from argrpo_cli.shapes import Shot
-from argrpo_cli.system.errors import UserError, first_line
-from argrpo_cli.system.files import atomic_path, load_tensors, open_regular, readable, save_tensors, user_cache
+from argrpo_cli.system.download import fetch_url
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import load_tensors, open_regular, readable, save_tensors, user_cache
 from argrpo_cli.system.npz import Npz
-from argrpo_cli.system.processes import Team, progress
+from argrpo_cli.system.processes import Team
 
 ADM_NAME = "adm-256"
 ADM_URL = (
@@ -39,9 +38,7 @@ ADM_URL = (
 )
 ADM_IMAGES, ADM_SIZE = 10_000, (256, 256)
 POOL, SPATIAL, PROBABILITIES, HASHES = "pool", "spatial", "probabilities", "hashes"  # what is kept of an image
-CHUNK = 2**20
 CACHED = ("pool_mean", "pool_root", "spatial_mean", "spatial_root")
-SECONDS = 60  # without a byte from the server
 
 
 class Features:
@@ -209,20 +206,4 @@ def fetch_adm(url: str = ADM_URL) -> Path:
     Raises:
         UserError: no connection, or fewer bytes than announced.
     """
-    target = user_cache() / url.rpartition("/")[2]
-    if target.is_file():
-        return target
-    mend = f"download {url} and give the file with --reference"
-    try:
-        with urllib.request.urlopen(url, timeout=SECONDS) as response, atomic_path(target) as temporary:
-            size = int(response.headers.get("Content-Length") or 0)
-            with open(temporary, "wb") as file, progress(f"fetching {target.name}", size // CHUNK, "MB") as advance:
-                got = 0
-                while block := response.read(CHUNK):
-                    got += file.write(block)
-                    advance(round(len(block) / CHUNK))
-            if size and got != size:
-                raise UserError(f"cannot fetch {url}: it ended after {got:,} of {size:,} bytes; try again, or {mend}")
-    except (URLError, OSError) as error:
-        raise UserError(f"cannot fetch {url}: {first_line(error)}; {mend}") from error
-    return target
+    return fetch_url(url, "--reference")

@@ -31,12 +31,13 @@ MOST = 40  # objects reported of one picture
 
 @dataclass(frozen=True)
 class Found:
-    """One object: class name, box (x0, y0, x1, y1) in pixels, probability, and the likeliest colour."""
+    """One object: class name, box (x0, y0, x1, y1) in pixels, probability, the likeliest colour, and that of each."""
 
     name: str
     box: tuple[float, float, float, float]
     score: float
     color: str | None
+    colors: tuple[float, ...] = ()
 
 
 class Residual(nn.Module):
@@ -108,9 +109,10 @@ def decode_maps(centres: Tensor, sides: Tensor, colors: Tensor) -> list[list[Fou
             row, column = divmod(place % cells, score.shape[3])
             x, y = (column + 0.5) * STRIDE, (row + 0.5) * STRIDE
             left, top, right, bottom = sides[index, :, row, column].tolist()
-            color = NANO_COLORS[colors[index, :, row, column].argmax()]
+            shares = colors[index, :, row, column].softmax(0)
+            color = NANO_COLORS[shares.argmax()]
             box = (max(0.0, x - left), max(0.0, y - top), min(64.0, x + right), min(64.0, y + bottom))
-            objects.append(Found(NANO_OBJECTS[place // cells], box, value, color))
+            objects.append(Found(NANO_OBJECTS[place // cells], box, value, color, tuple(shares.tolist())))
         result.append(objects)
     return result
 

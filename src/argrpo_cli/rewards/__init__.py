@@ -54,6 +54,7 @@ REWARDS = {  # name to the class that carries all else that is to be known of it
     "deqa": "argrpo_cli.rewards.judge.deqa:Deqa",
     "unified-reward": "argrpo_cli.rewards.judge:UnifiedReward",
     "geneval": "argrpo_cli.rewards.geneval:GenEval",
+    "geneval2": "argrpo_cli.rewards.geneval2:GenEval2",
     "ocr": "argrpo_cli.rewards.ocr:Ocr",
 }
 

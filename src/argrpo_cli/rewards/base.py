@@ -174,7 +174,8 @@ def option_types(reward: type[Reward]) -> dict[str, Any]:
         if constructor := vars(one).get("__init__"):
             parameters = inspect.signature(constructor).parameters.values()
             hints = get_type_hints(constructor, include_extras=True)
-            types |= {each.name: hints[each.name] for each in parameters if each.kind is each.KEYWORD_ONLY}
+            own = {each.name: hints[each.name] for each in parameters if each.kind is each.KEYWORD_ONLY}
+            types |= {name: hint for name, hint in own.items() if name not in types}
             if not any(each.kind is each.VAR_KEYWORD for each in parameters):
                 break
     return types

@@ -35,7 +35,7 @@ class FakeServer(ThreadingHTTPServer):
         self.models = {"object": "list", "data": [{"id": MODEL}]} if models is None else models
         self.models_fault = ""
         self.script: dict[int, list[str]] = {}
-        self.whole: dict[int, dict[str, Any]] = {}  # responses to send as they are
+        self.whole: dict[int, Any] = {}  # responses to send as they are, or functions of what is asked
         self.before: Callable[[int], object] = lambda grey: None  # what an answer waits for
         self.attempts: Counter[int] = Counter()
         self.bodies: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -103,11 +103,12 @@ class Handler(BaseHTTPRequestHandler):
         server.before(grey)
         with server.lock:
             server.now -= 1
-        if grey in server.whole:
-            self.send(200, json.dumps(server.whole[grey]).encode())
-            return
         script = server.script.get(grey, [])
-        self.fault(script[attempt] if attempt < len(script) else server.reply(grey))
+        if attempt < len(script) or grey not in server.whole:
+            self.fault(script[attempt] if attempt < len(script) else server.reply(grey))
+            return
+        whole = server.whole[grey]
+        self.send(200, json.dumps(whole(body) if callable(whole) else whole).encode())
 
     def fault(self, name: str) -> None:
         """Do as the fault says; what is no fault is a reply."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -24,8 +26,8 @@ CHAT = (
 )
 
 
-def tiny_processor() -> Qwen2_5_VLProcessor:
-    """Every byte is a token of its own, as are the special ones."""
+def tiny_processor(words: Sequence[str] = ()) -> Qwen2_5_VLProcessor:
+    """Every byte is a token of its own, as are the special ones and these words."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(letters)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -39,6 +41,7 @@ def tiny_processor() -> Qwen2_5_VLProcessor:
         pad_token="<|endoftext|>",
         unk_token=None,
     )
+    fast.add_tokens(list(words))
     fast.add_special_tokens({"additional_special_tokens": SPECIAL})
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(),

@@ -43,81 +43,107 @@ FILES = (
 WORKING = 2 * 10**9  # keys and values of 64 chats: 36 layers x 512 numbers x 2 bytes for each of some 700 tokens
 
 
-class Judge(ServerReward):
-    """One question put to a vision-language model about every image.
+class VisionModel(ServerReward):
+    """A vision-language model that is asked about images, in this process or behind a server.
 
     Args:
         backend: "local" is the model in this process, by transformers; "server" any OpenAI-compatible server.
-        model: hub name or folder; for a server, the name that it lists.
+        model: hub name or folder; for a server, the name that it lists. The published one by default.
         url: of the server, such as http://localhost:8000/v1. Its key, where it wants one, is read from the
             environment: ARGRPO_JUDGE_API_KEY, else OPENAI_API_KEY.
-        reading: "generate" reads the score from the reply's JSON, as the paper. "logit", for the 0/1 questions and
-            the local backend, is P("1") against P("0") where the reply has its digit: one forward pass.
-        attempts: replies asked for one image at most.
-        temperature: of a server's first attempt. 0 gives the same score again. Where a reply has no score, asking again
-            at 0 would give the same reply, so that further attempts take the settings of the published server path.
         server: further options of the server backend, see `ServerReward`.
 
     Raises:
         UserError: options that contradict each other, a model that cannot be loaded, a server that is not there.
     """
 
-    family, factor, reads_prompt = "realism", 0.25, False
-    low, high = 0.0, 1.0
-    published = MODEL
-    question: ClassVar[Question]
+    published_needs: ClassVar[Needs | None] = None  # of the published model here, with float32 weights
 
     def __init__(
         self,
         device: str = "cpu",
         *,
         backend: Literal["local", "server"] = "local",
-        model: str = MODEL,
+        model: str | None = None,
         url: str | None = None,
-        reading: Literal["generate", "logit"] = "generate",
-        attempts: Count = 3,
-        temperature: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0,
         **server: Any,
     ):
-        self.check_together(backend, url, reading)
+        self.check_together({"backend": backend, "url": url})
         if backend == "server" and url is None:
             mend = "give its url, such as http://localhost:8000/v1"
             raise UserError(f"{self.name}: backend is 'server' and url missing; {mend}")
-        self.device, self.reading, self.attempts, self.temperature = device, reading, attempts, temperature
+        self.device = device
         self.remote = backend == "server"  # a scheduler may ask it while the device is at other work
         if self.remote:
-            super().__init__(device, url=url, model=model, attempts=attempts, **server)
+            super().__init__(device, url=url, model=model, **server)
         else:
             from argrpo_cli.rewards.judge.local import load_local
 
-            self.local = load_local(model, device)
+            self.local = load_local(model or self.published, device)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """As others, and UserError for options that contradict each other."""
         super().check_options(options)
-        cls.check_together(**{key: options[key] for key in ("backend", "url", "reading") if key in options})
+        cls.check_together(options)
 
     @classmethod
-    def check_together(cls, backend: str = "local", url: str | None = None, reading: str = "generate") -> None:
+    def check_together(cls, options: Mapping[str, Any]) -> None:
         """UserError for options that contradict each other; a url that is missing may come."""
-        if reading == "logit" and not cls.question.whole:
-            raise UserError(f"{cls.name}: reading 'logit' is for the 0/1 questions; use 'generate'")
-        if reading == "logit" and backend == "server":
-            raise UserError(f"{cls.name}: reading 'logit' needs the model in this process; use backend 'local'")
-        if url is not None and backend != "server":
+        backend = options.get("backend", "local")
+        if options.get("url") is not None and backend != "server":
             raise UserError(f"{cls.name}: backend is {backend!r} and url given; use backend 'server' with a url")
 
     @classmethod
     def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
-        """A server, or the model here, which is known in full where it is the paper's."""
-        model, backend = options.get("model", MODEL), options.get("backend", "local")
-        if backend == "server":
+        """A server, or the model here, which is known in full where it is the judge's of the paper."""
+        model = options.get("model") or cls.published
+        if options.get("backend", "local") == "server":
             return super().needs(options, device)
-        if model == MODEL:
-            return Needs(FILES, {}, (4 if device == "cpu" else 2) * PARAMETERS, WORKING, model)
+        if model == cls.published and cls.published_needs is not None:
+            whole = cls.published_needs
+            return whole if device == "cpu" else whole._replace(weights=whole.weights // 2)
         files = (HubFile(model, "config.json"),) if "/" in model else ()
         return Needs(files, weights=None, working=WORKING, network=model)
+
+
+class Judge(VisionModel):
+    """One question put to a vision-language model about every image; see `VisionModel` for the model.
+
+    Args:
+        reading: "generate" reads the score from the reply's JSON, as the paper. "logit", for the 0/1 questions and
+            the local backend, is P("1") against P("0") where the reply has its digit: one forward pass.
+        attempts: replies asked for one image at most.
+        temperature: of a server's first attempt. 0 gives the same score again. Where a reply has no score, asking again
+            at 0 would give the same reply, so that further attempts take the settings of the published server path.
+    """
+
+    family, factor, reads_prompt = "realism", 0.25, False
+    low, high = 0.0, 1.0
+    published = MODEL
+    published_needs = Needs(FILES, {}, 4 * PARAMETERS, WORKING, MODEL)
+    question: ClassVar[Question]
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        reading: Literal["generate", "logit"] = "generate",
+        attempts: Count = 3,
+        temperature: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0,
+        **model: Any,
+    ):
+        self.check_together({**model, "reading": reading})
+        self.reading, self.attempts, self.temperature = reading, attempts, temperature
+        super().__init__(device, attempts=attempts, **model)
+
+    @classmethod
+    def check_together(cls, options: Mapping[str, Any]) -> None:
+        if options.get("reading") == "logit" and not cls.question.whole:
+            raise UserError(f"{cls.name}: reading 'logit' is for the 0/1 questions; use 'generate'")
+        if options.get("reading") == "logit" and options.get("backend") == "server":
+            raise UserError(f"{cls.name}: reading 'logit' needs the model in this process; use backend 'local'")
+        super().check_together(options)
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B] in the judge's own unit; NaN where it gave no score.

@@ -9,6 +9,7 @@ asked through an OpenAI-compatible server that returns the `top_logprobs` of the
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,24 @@ def build_request(image_url: str) -> dict[str, Any]:
     }
 
 
+def next_tokens(reply: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The likeliest first tokens of a server's reply and their log-probabilities; a mark of a word is a space.
+
+    Raises:
+        UnusableReply: the reply has another shape, or numbers that are no log-probabilities.
+    """
+    try:
+        listed = [
+            (re.sub("[▁Ġ]", " ", one["token"]), float(one["logprob"]))
+            for one in reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        ]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise UnusableReply("the reply has no top_logprobs; the server must return them for the next token") from error
+    if not all(value < 1e-3 for _, value in listed):  # room for rounding; a NaN is not below it either
+        raise UnusableReply("the reply has numbers that are no log-probabilities")
+    return listed
+
+
 def expected_level(logprobs: Mapping[str, float]) -> float:
     """The score, in [1, 5], of log-probabilities (or logits) of levels; a level that is not given has probability 0.
 
@@ -67,15 +86,7 @@ def score_of(reply: Mapping[str, Any]) -> float:
     Raises:
         UnusableReply: the reply has another shape, or says too little of the levels.
     """
-    try:
-        listed = [
-            (one["token"].strip(" ▁Ġ\n"), float(one["logprob"]))
-            for one in reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        ]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise UnusableReply("the reply has no top_logprobs; the server must return them for the next token") from error
-    if not all(value < 1e-3 for _, value in listed):  # room for rounding; a NaN is not below it either
-        raise UnusableReply("the reply has numbers that are no log-probabilities")
+    listed = [(token.strip(), value) for token, value in next_tokens(reply)]
     logprobs: dict[str, float] = {}
     for token, value in listed:
         if token in LEVELS:

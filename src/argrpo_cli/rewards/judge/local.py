@@ -101,6 +101,12 @@ class LocalJudge:
         logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
         return (logits[:, one] - logits[:, zero[0]]).sigmoid()
 
+    @torch.inference_mode()
+    def next_token(self, images: Sequence[Image], prompts: Sequence[tuple[str, str]]) -> Tensor:
+        """The probability of each token as the first of the reply, in one forward pass: float32 [B, V]."""
+        inputs = self._inputs(images, [self._chat(prompt) for prompt in prompts])
+        return self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().softmax(-1)
+
     def _chat(self, prompt: tuple[str, str]) -> str:
         before, after = prompt
         content: list[dict[str, str]] = [{"type": "text", "text": before}] if before else []

@@ -57,9 +57,9 @@ class Fault(Exception):
 
 
 class Answer(NamedTuple):
-    """What became of one image: its score, or NaN and why."""
+    """What became of one image: its score (or what else `ServerReward.read` returns), or NaN and why."""
 
-    score: float
+    score: Any
     reason: str = ""
 
 
