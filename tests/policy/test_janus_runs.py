@@ -60,6 +60,7 @@ def moved(before: Janus, after: Janus) -> set[str]:
 @pytest.mark.parametrize("logprob", ["conditional", "guided"])
 def test_training_is_on_policy_moves_what_draws_and_resumes(published: Path, tmp_path: Path, logprob: str) -> None:
     settings = {"logprob": logprob, "beta": 0.01, "steps": 3, "save_every": 2, "condition_dropout": 0.2}
+    settings["tokens"] = {"method": "stage"}
     lines = train(recipe(published, **settings), tmp_path / "run")
     assert lines[0]["ratio"] == pytest.approx(1, abs=1e-4) and lines[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert lines[-1]["kl"] > 0
@@ -77,7 +78,7 @@ def test_training_is_on_policy_moves_what_draws_and_resumes(published: Path, tmp
 
 def test_adapters_are_put_on_the_language_model_and_merged(published: Path, tmp_path: Path) -> None:
     settings = {"beta": 0.01, "steps": 2, "save_every": 1, "lora": {"rank": 2, "alpha": 4.0}, "logprob": "guided"}
-    settings |= {"gradient_checkpointing": True, "micro_batch_size": 4}
+    settings |= {"gradient_checkpointing": True, "micro_batch_size": 4, "tokens": {"method": "guidance"}}
     lines = train(recipe(published, **settings, learning_rate=0.05), tmp_path / "run")
     assert lines[0]["ratio"] == pytest.approx(1, abs=1e-4) and lines[-1]["kl"] > 0
     before, after = load_policy(published), load_policy(tmp_path / "run" / "policy")

@@ -79,7 +79,7 @@ def test_three_updates_begin_on_policy_move_all_but_the_quantisation_and_resume(
 ) -> None:
     settings = {
         "logprob": logprob, "cfg_scale": 2.0 if logprob == "guided" else 1.0, "beta": 0.01, "scale_balance": 1.0,
-        "save_every": 1, "steps": 3, "condition_dropout": 0.1,
+        "save_every": 1, "steps": 3, "condition_dropout": 0.1, "tokens": {"method": "gcpo", "confidence": 0.5},
     }  # fmt: skip
     lines = train(tiny_recipe(folder, rewards=["bright"], **settings), tmp_path / "run")
     assert lines[0]["ratio"] == pytest.approx(1, abs=1e-5) and lines[0]["ratio_deviation"] < 1e-3
@@ -103,7 +103,8 @@ def test_two_processes_that_share_out_its_weights_train_as_one_does(
 
     def case(base: Path, out: Path) -> None:
         settings = {"batch_size": 16, "group_size": 8, "micro_batch_size": 4, "steps": 2, "beta": 0.01}
-        recipe = tiny_recipe(base / "policy", logprob="guided", scale_balance=1.0, **settings)
+        settings |= {"logprob": "guided", "scale_balance": 1.0, "tokens": {"method": "guidance"}}
+        recipe = tiny_recipe(base / "policy", **settings)
         run_training(recipe, out, rewards=FakeRewards(), console=Console(file=io.StringIO()))
 
     monkeypatch.setitem(together_worker.CASES, "shared", case)

@@ -138,6 +138,9 @@ class Toy:
         greys = nn.functional.avg_pool2d(images.float().mean(1, keepdim=True), 2)
         return (greys / (255 / (CODES - 1))).round().long().flatten(1)
 
+    def code_vectors(self) -> Tensor:
+        return torch.eye(CODES)
+
     def tokenizer_fingerprint(self) -> str:
         return f"greys-{CODES}"
 

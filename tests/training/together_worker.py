@@ -37,11 +37,12 @@ def plain(folder: Path, out: Path) -> None:
 
 
 def straddling(folder: Path, out: Path) -> None:
-    """One group on two processes, in micro-batches, two updates from a batch, images without a score, and groups that
-    are drawn again for another condition because all score alike."""
+    """One group on two processes, whose codes are compared, in micro-batches, two updates from a batch, images without
+    a score, and groups that are drawn again for another condition because all score alike."""
     recipe = tiny_recipe(
         folder / "policy", batch_size=8, group_size=8, micro_batch_size=2, updates_per_batch=2, steps=4,
         condition_dropout=0.2, dynamic_sampling=4, spread_floor=0.5, scale_rewards="global", weights={"red": 0.0},
+        tokens={"method": "stage"},
     )  # fmt: skip
 
     def some_missing(images: torch.Tensor) -> torch.Tensor:

@@ -134,6 +134,10 @@ class Policy(Protocol):
         """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
         ...
 
+    def code_vectors(self) -> Tensor:
+        """What the image tokenizer has for each code, scaled to unit length: float32 [V, C]."""
+        ...
+
     def tokenizer_fingerprint(self) -> str:
         """A hash of what tokenises: policies that share it have the same tokens of a picture."""
         ...

@@ -60,6 +60,10 @@ class TokenPolicy:
         """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
         return self.tokenizer.encode_images(images.to(self.model.device))
 
+    def code_vectors(self) -> Tensor:
+        """See `protocol.Policy`."""
+        return F.normalize(self.tokenizer.quantize.embedding.weight.detach().float(), dim=-1)
+
     @torch.inference_mode()
     def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
         """Tokens int64 [B, T] to images uint8 [B, 3, size, size] on the same device, by default of `image_size`."""

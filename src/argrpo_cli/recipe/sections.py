@@ -196,6 +196,21 @@ class DistilSection(OptimSection):
     beta: Probability = 0.0  # 0 is forward KL(teacher || student), 1 reverse KL, between generalised Jensen-Shannon
 
 
+class TokenSection(Section):
+    """Which tokens of an image its advantage goes to: A_it = w_it A_i, with weights that the rollout fixes.
+    docs/methods.md has the equations and where they are from."""
+
+    # gcpo: the first 10% of an image's tokens, the 10% with the largest spatial gradient of entropy and the 10% least
+    # similar across the group. stage: less where images of the group with an advantage of the other sign have similar
+    # codes, and more of the KL term there. guidance: by the rank of KL(pi(.|c) || pi(.|no condition)), so that 40% of
+    # the tokens have 80% of the weight. eg: nothing on the 20% of lowest entropy, whose share is a bonus of the 50% of
+    # highest.
+    method: Literal["all", "gcpo", "stage", "guidance", "eg"] = "all"
+    # c of gcpo's dynamic weight, published 0.5: w_it times the mean of exp(clip(log pi / pi_ref, -c, c)) over tokens up
+    # to t; 0 leaves it out.
+    confidence: NonNegative = 0.0
+
+
 class GrpoSection(OptimSection):
     """The optimisation (sections 3.2 and 3.4)."""
 
@@ -208,6 +223,7 @@ class GrpoSection(OptimSection):
     updates_per_batch: Count = 1  # 1 is on-policy
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "grpo"  # as TRL has them
     importance: Literal["token", "sequence"] = "token"  # the ratio of each token, or of the whole image (GSPO)
+    tokens: TokenSection = TokenSection()
     # Of a policy that draws scale by scale (VAR): a token in a scale of n_k tokens counts n_k^-a in the loss and in the
     # ratio of a whole image. 0: all tokens alike; 1: all scales alike (per-action normalisation, arXiv 2601.02256).
     scale_balance: Probability = 0.0
@@ -259,6 +275,21 @@ class GrpoSection(OptimSection):
         if self.aggregation == "normalize_then_sum" and self.scale_rewards != "group":
             raise ValueError(
                 f"scale_rewards {self.scale_rewards} has no part in aggregation: normalize_then_sum; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> GrpoSection:
+        tokens = self.tokens
+        if tokens.method != "all" and self.importance == "sequence":
+            raise ValueError(
+                f"tokens.method {tokens.method} weighs tokens, and importance: sequence has one ratio for all of an "
+                "image; set importance: token"
+            )
+        if tokens.confidence and (tokens.method != "gcpo" or not self.beta):
+            raise ValueError(
+                f"tokens.confidence {tokens.confidence:g} is of tokens.method: gcpo, and compares with the reference "
+                "that a beta above 0 has; set both, or leave it out"
             )
         return self
 

@@ -26,6 +26,7 @@ from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.conditions import prompt_dataset
+from argrpo_cli.training.credit import ADVANTAGE_WEIGHTS, KL_WEIGHTS, Credit, TokenBeta
 from argrpo_cli.training.gathering import check_sharding
 from argrpo_cli.training.launch import check_alone, images_per_process
 from argrpo_cli.training.rollout import Rollout
@@ -109,6 +110,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         scorer: whose `functions` are TRL's reward functions.
         selection: with `scale_rewards: global`, whose running deviation advantages are divided by.
         token_weights: float32 [T] of mean 1; None counts all tokens of an image alike.
+        credit: shares an image's advantage out among its tokens; None gives all of it to each.
     """
 
     def __init__(
@@ -118,12 +120,14 @@ class ImageGRPOTrainer(GRPOTrainer):
         scorer: BatchScorer,
         selection: Selection | None = None,
         token_weights: Tensor | None = None,
+        credit: Credit | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, reward_funcs=scorer.functions(), **kwargs)
         self.scorer, self.selection, self.token_weights = scorer, selection, token_weights
-        self.sampling, self.ratio_meter = sampling, RatioMeter()
+        self.sampling, self.ratio_meter, self.credit = sampling, RatioMeter(), credit
         self.encoded: Encoded | None = None
+        self.null: Encoded | None = None  # the same conditions dropped, where `credit` compares with them
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         """TRL's rewards [B, rewards], in float64 as the scorer has them, and so are means and deviations made of them:
@@ -140,7 +144,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         first = self.accelerator.process_index * len(batch["advantages"])
         own = level[first : first + len(batch["advantages"])].to(batch["advantages"].device)
         batch["advantages"] = batch["advantages"].masked_fill(own, 0).float()
-        return batch
+        return batch if self.credit is None else batch | self.credit(self, batch)
 
     def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
         """TRL's micro-batches, with the images of a group side by side again: it shuffles them, which no update needs.
@@ -198,12 +202,20 @@ class ImageGRPOTrainer(GRPOTrainer):
     ) -> Tensor:
         """TRL's loss of one micro-batch; its log-probabilities are compared with the sampler's on the way.
 
-        Every loss of TRL's is a sum over tokens that a mask multiplies: weights go in as the second of its masks.
+        Every loss of TRL's is a sum over tokens that a mask multiplies: weights go in as the second of its masks. Those
+        of `credit` are on one of its terms: TRL takes advantages [B, T], too, and a beta that multiplies by tokens.
         """
+        beta = self.beta
+        if ADVANTAGE_WEIGHTS in inputs:
+            inputs = {**inputs, "advantages": inputs["advantages"][:, None] * inputs[ADVANTAGE_WEIGHTS]}
+        if KL_WEIGHTS in inputs:
+            self.beta = TokenBeta(beta)
+            self.beta.weights = inputs[KL_WEIGHTS]
         if self.token_weights is not None:
             weights = self.token_weights.to(inputs["completion_mask"].device)
             inputs = {**inputs, "tool_mask": weights.expand(inputs["completion_mask"].shape)}
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.beta = beta
         self.ratio_meter.add(self.logp, inputs["sampling_per_token_logps"])
         return loss
 
@@ -351,6 +363,7 @@ def build_trainer(
         selection=rollout.selection if grpo.scale_rewards == "global" else None,
         sampling=sampling if grpo.logprob == "guided" else replace(sampling, cfg_scale=1.0),
         token_weights=scale_weights(policy.card, grpo.scale_balance) if grpo.scale_balance else None,
+        credit=None if grpo.tokens.method == "all" else Credit(grpo.tokens, policy, grpo.group_size),
         scorer=scorer,
         args=grpo_config(
             recipe,

@@ -122,6 +122,8 @@ class Rollout:
         dropped = torch.tensor([happens("drop", seed, self.recipe.grpo.condition_dropout) for seed in batch.seeds])
         # The conditions of this batch and no other: those of a whole data set would not fit a GPU.
         trainer.encoded = self.policy.encode(batch.conditions, dropped) if changed or dropped.any() else encoded
+        if self.recipe.grpo.tokens.method == "guidance":
+            trainer.null = self.policy.encode(batch.conditions, torch.ones_like(dropped))
         return {
             "prompt_ids": [[row] for row in range(count)],
             "completion_ids": batch.tokens,
