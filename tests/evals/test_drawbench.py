@@ -326,12 +326,15 @@ def test_two_processes_find_what_one_does(tmp_path):
     policy = str(save_captioned_policy(tmp_path / "policy" / "mine"))
     (tmp_path / "prompts.txt").write_text("a photo of a dog\na photo of two cars\na photo of a cake\n")
     asked = ["eval", "drawbench", "--policy", policy, "--prompts", str(tmp_path / "prompts.txt"), "--per-prompt", "2"]
-    asked += ["--columns", "nano-clip,nano-quality", "--batch-size", "2", "--device", "cpu", "--out"]
+    asked += ["--columns", "nano-clip,nano-quality", "--diversity", "nano-judge", "--batch-size", "2"]
+    asked += ["--device", "cpu", "--out"]
     assert run([*asked, str(tmp_path / "alone")]) == 0
     done = together([*asked, str(tmp_path / "out")], tmp_path / "printed")
     assert done.codes == [0, 0], done.err
     alone, shared = (read_json(tmp_path / name / "summary.json") for name in ("alone", "out"))
-    assert shared == alone and list(next(iter(alone["rows"].values()))) == ["nano-clip", "nano-quality"]
+    assert shared == alone
+    columns = ["nano-clip", "nano-quality", "nano-judge/vendi", "nano-judge/distance", "nano-judge/vendi_within"]
+    assert list(next(iter(alone["rows"].values()))) == columns
     files = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*.png")]
     assert len(files) == 6
     for file in files:

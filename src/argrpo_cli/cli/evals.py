@@ -66,6 +66,7 @@ def geneval(
     detector: str | None = None,
     colors: Path | None = None,
     detector_batch_size: int = 8,
+    diversity: str | None = None,
     out: Path = Path("geneval"),
     *,
     drawing: Drawing,
@@ -89,12 +90,14 @@ def geneval(
     _check_images(context, images, "folder")
     if detector is not None:
         check_detector(detector)
+    networks = _networks(diversity)
     check_policies(policies, out, "geneval", drawing.seed, n)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.geneval import GenEval
 
     benchmark = GenEval(detector, colors, detector_batch_size)
-    result = run(benchmark, policies, out, n=n, images=images, **_options(drawing, baseline_cfg_scale))
+    options = _options(drawing, baseline_cfg_scale)
+    result = run(benchmark, policies, out, n=n, images=images, diversity=networks, **options)
     failed = " and the failures as a picture (failures.png)" if (out / "failures.png").is_file() else ""
     _print(result, f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
 
@@ -113,6 +116,7 @@ def imagenet(
     keep_images: bool = False,
     keep_features: bool = False,
     save_statistics: Path | None = None,
+    diversity: str | None = None,
     out: Path = Path("imagenet"),
     *,
     drawing: Drawing,
@@ -138,6 +142,7 @@ def imagenet(
     if policy is None and images is None and (save_statistics is None or set_options(context, OF_A_POLICY)):
         raise UserError("nothing to measure; give --policy, such as c2i-b-256, or --images")
     policies = _both(policy, baseline, baseline_cfg_scale) if policy is not None else []
+    networks = _networks(diversity)
     if policies or images is not None:
         check_policies(policies, out, "imagenet", drawing.seed, n)
     if reference != ADM and not Path(reference).exists():
@@ -154,7 +159,8 @@ def imagenet(
             keep_images=keep_images,
             keep_features=keep_features,
         )
-        result = run(benchmark, policies, out, n=n, images=images, **_options(drawing, baseline_cfg_scale))
+        options = _options(drawing, baseline_cfg_scale)
+        result = run(benchmark, policies, out, n=n, images=images, diversity=networks, **options)
         _print(result, f"figures, warnings and protocol are in {out / 'summary.json'}")
     if save_statistics is not None:
         save_reference_statistics(reference, save_statistics, inception, drawing.batch_size, drawing.device)
@@ -170,6 +176,7 @@ def drawbench(
     columns: str = "clip,hpsv2,aesthetic,deqa,imagereward,pickscore,unified-reward",
     set_: list[str] | None = None,
     n: int = 5,
+    diversity: str | None = None,
     out: Path = Path("drawbench"),
     *,
     drawing: Drawing,
@@ -190,12 +197,13 @@ def drawbench(
     """
     policies = _both(policy, baseline, baseline_cfg_scale)
     names, options = read_rewards(columns, set_, "--columns")
+    networks = _networks(diversity)
     check_policies(policies, out, "drawbench", drawing.seed, n)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.drawbench import DrawBench, read_prompts
 
     benchmark = DrawBench(read_prompts(prompts, limit), names, options)
-    result = run(benchmark, policies, out, n=n, **_options(drawing, baseline_cfg_scale))
+    result = run(benchmark, policies, out, n=n, diversity=networks, **_options(drawing, baseline_cfg_scale))
     _print(result, f"images, scores and summary.json in {out}")
 
 
@@ -322,6 +330,17 @@ def _warn(text: str) -> None:
 def _options(drawing: Drawing, baseline_cfg_scale: float | None) -> dict[str, Any]:
     """What `benchmark.run` takes of every benchmark."""
     return {**vars(drawing), "baseline_cfg_scale": baseline_cfg_scale, "warn": _warn}
+
+
+def _networks(names: str | None) -> list[str]:
+    """The networks of `--diversity`; UserError for one that there is not."""
+    if names is None:
+        return []
+    from argrpo_cli.evals.diversity_networks import check_networks
+
+    networks = [name.strip() for name in names.split(",") if name.strip()]
+    check_networks(networks)
+    return networks
 
 
 def _both(policy: str, baseline: str | None, cfg_scale: float | None) -> list[str]:

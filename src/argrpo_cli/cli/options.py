@@ -37,6 +37,8 @@ class Drawing:
         --baseline: A second policy, drawn with the same seeds, to compare with.
         --baseline-cfg-scale: Guidance of the baseline.  [default: --cfg-scale, else the baseline's own, else 2]
         --images: Measure these pictures instead of a policy: a folder, or an .npz with arr_0.
+        --diversity NETWORKS: Compare the images in features of clip, dinov2, dreamsim, nano-clip, nano-judge, with
+            commas between: how they differ within a prompt and, with --baseline, how much of its variety is left.
     """
 
     sampling: Mapping[str, Any]
@@ -53,7 +55,7 @@ SAMPLING = {  # None is not given: a policy may have its own
 DRAWING = SAMPLING | dict(list(inspect.signature(Drawing, eval_str=True).parameters.items())[1:])
 # What finished pictures have no use for, and a policy that draws them has.
 BASELINE = ("baseline", "baseline_cfg_scale")
-OF_A_POLICY = ("policy", *BASELINE, "n", "resize", "keep_images", "seed", "text_device", *SAMPLING)
+OF_A_POLICY = ("policy", *BASELINE, "n", "diversity", "resize", "keep_images", "seed", "text_device", *SAMPLING)
 
 
 def command(

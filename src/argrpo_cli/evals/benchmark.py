@@ -29,6 +29,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import Team, join_team
 
 if TYPE_CHECKING:
+    from argrpo_cli.evals.diversity_columns import Diversity
     from argrpo_cli.evals.statistics import Measure
     from argrpo_cli.policy.protocol import Card, Policy
 
@@ -71,6 +72,8 @@ class Benchmark:
         of_paper: that is a paper's protocol, and what is drawn otherwise is told as a departure.
         pictures: the folder of a policy's pictures in its own.
         final: a finished folder is not measured again, since what it was measured from is gone.
+        transient: its pictures are gone when they have been seen, so that `gather` looks at them for the diversity.
+        diversity: what `run` was asked to measure beside it, None for nothing.
         packages: beside torch, those whose versions belong to the protocol.
     """
 
@@ -84,6 +87,8 @@ class Benchmark:
     of_paper = False
     pictures = "images"
     final = False
+    transient = False
+    diversity: Diversity | None = None
     packages: Sequence[str] = ()
 
     # --- before anything is drawn
@@ -214,6 +219,7 @@ def run(
     device: str = "auto",
     text_device: str = "same",
     images: Path | None = None,
+    diversity: Sequence[str] = (),
     warn: Callable[[str], None] = lambda text: None,
 ) -> Result | None:
     """Draw and measure one policy, or two of which the second is the baseline; or measure finished `images`.
@@ -224,6 +230,7 @@ def run(
         baseline_cfg_scale: of the second policy alone, in the place of that of `sampling`.
         n: the benchmark's own by default.
         batch_size: of drawing and measuring; an unfinished `out` goes on with its own.
+        diversity: networks of `diversity_networks.NETWORKS` in whose features the images are compared, too.
         warn: is told the warnings, those that are known before the work before it.
 
     Returns:
@@ -239,6 +246,10 @@ def run(
     each = [options, options | ({} if baseline_cfg_scale is None else {"cfg_scale": baseline_cfg_scale})]
     policies = policies if images is None else [images.resolve().name]
     names = policy_folders(policies)
+    if diversity:
+        from argrpo_cli.evals.diversity_columns import Diversity
+
+        benchmark.diversity = Diversity(diversity)
     team = join_team(device)
     team.lead(lambda: check_claim(out))
     loaded: dict[str, Policy] = {}
@@ -260,6 +271,9 @@ def run(
             shots, pictures = benchmark.shots(loaded[name], n, seed), out / name / benchmark.pictures
             chosen = choose_sampling(card.name, card.sampling, own, benchmark.sampling)
             subjects.append(Subject(name, card.name, out / name, pictures, shots, card, about, chosen))
+        if benchmark.diversity:
+            benchmark.diversity.check(subjects)
+            benchmark.diversity.open(team)
         return subjects
 
     paths = list(zip(names, policies, strict=True))
@@ -285,21 +299,27 @@ def run(
     for subject in subjects if drawing and not finished else ():
         benchmark.gather(loaded.pop(subject.name), subject, batch_size, team)
     measured = {} if finished else benchmark.measure_all(subjects, batch_size, team)
+    spread = benchmark.diversity if not (finished and benchmark.transient) else None
+    for subject in subjects if spread and not benchmark.transient else ():
+        spread.look(subject, batch_size, team)
 
     def result_of_all() -> Result:
-        if finished:
-            return Result.load(out / SUMMARY)
-        columns, difference = benchmark.columns(), {}
-        if len(measured) == 2:
-            first, second = measured.values()
-            both = [key for key in columns if key in first and key in second]
-            difference = {key: first[key].minus(second[key]).summary() for key in both}
+        result = Result.load(out / SUMMARY) if finished else result_of_benchmark()
+        if spread:
+            result = spread.added(result, spread.measure(subjects, batch_size, team.device))
+            result.save(out / SUMMARY)
+        return result
+
+    def result_of_benchmark() -> Result:
+        from argrpo_cli.evals.statistics import differences
+
+        columns = benchmark.columns()
         rows = {**measured, **benchmark.references()}
         result = Result(
             benchmark=benchmark.name,
             columns=columns,
             rows={name: {key: own[key].summary() for key in columns if key in own} for name, own in rows.items()},
-            difference=difference,
+            difference=differences(measured, columns),
             paper=benchmark.paper(subjects),
             protocol={
                 **drawing,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argrpo_cli.evals.fidelity import NEIGHBOURS, check_features, covered, precision_recall
+from argrpo_cli.evals.fidelity import NEIGHBOURS, check_features, covered, recalled
 from argrpo_cli.evals.statistics import Measure, class_groups, jackknife, mean_of
 
 COVERING = 5  # neighbours, Naeem et al.'s k
@@ -81,7 +81,7 @@ def recall(features: Tensor, base: Tensor, groups: Tensor, k: int = NEIGHBOURS) 
     Raises:
         UserError: k images or fewer in one of them, features of different widths or not finite.
     """
-    return mean_of(precision_recall(features, base, k)[1].cpu().double(), groups)
+    return mean_of(recalled(features, base, k).cpu().double(), groups)
 
 
 def coverage(features: Tensor, base: Tensor, groups: Tensor, k: int = COVERING) -> Measure:

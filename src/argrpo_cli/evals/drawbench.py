@@ -311,7 +311,11 @@ def _with_earlier(result: Result, earlier: Result) -> Result:
         rows=merged(result.rows, earlier.rows),
         difference={**earlier.difference, **result.difference},
         paper=merged(result.paper, earlier.paper),
-        protocol={**result.protocol, "rewards": {**earlier.protocol["rewards"], **result.protocol["rewards"]}},
+        protocol={
+            **{key: one for key, one in earlier.protocol.items() if key == "diversity"},
+            **result.protocol,
+            "rewards": {**earlier.protocol["rewards"], **result.protocol["rewards"]},
+        },
         departures=both(result.departures, earlier.departures),
         warnings=both(result.warnings, earlier.warnings),
     )

@@ -222,9 +222,13 @@ def precision_recall(generated: Tensor, reference: Tensor, k: int = NEIGHBOURS) 
     of 2048 numbers are 1.5e13 operations: minutes on a few cores, seconds on a GPU that is quick at float64.
     """
     centre = _centre(generated, reference, f"precision and recall (k = {k})", k)
-    precision = _covered(generated, reference, squared_radii(reference, k), centre)
-    recall = _covered(reference, generated, squared_radii(generated, k), centre)
-    return precision, recall
+    return _covered(generated, reference, squared_radii(reference, k), centre), recalled(generated, reference, k)
+
+
+def recalled(generated: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """The second of `precision_recall` alone, bool [R]."""
+    centre = _centre(generated, reference, f"recall (k = {k})", k)
+    return _covered(reference, generated, squared_radii(generated, k), centre)
 
 
 def covered(generated: Tensor, reference: Tensor, k: int) -> Tensor:

@@ -3,7 +3,7 @@
 A policy's images are drawn, scaled and shown to Inception batch by batch and kept only if asked; a folder of pictures
 or an .npz is read the same way. Beside what every benchmark writes (`benchmark.py`):
 
-    NAME/features/   features of each batch, removed at the end
+    NAME/features/   features of each batch, removed at the end; NAME/diversity/ likewise
     NAME/images/     the pictures, where they are kept
 
 What was computed of the reference stays in the user's cache.
@@ -107,7 +107,7 @@ class ImageNet(Benchmark):
 
     name, title, reads, example = "imagenet", "ImageNet", "classes", "c2i-b-256"
     n, counted, final, packages = IMAGES, "images", True, ("torch-fidelity",)
-    of_paper = True
+    of_paper = transient = True
 
     def __init__(
         self,
@@ -153,6 +153,8 @@ class ImageNet(Benchmark):
 
     def identity(self) -> dict[str, Any]:
         drawing = {} if self.images else {"resize": self.resize, "keep_images": self.keep_images}
+        if self.diversity:  # there are no pictures to look at later
+            drawing["diversity"] = self.diversity.names
         return {**drawing, "reference": {**self.file.protocol(), "name": None}, "inception": self.inception.fingerprint}
 
     def gather(self, policy: Policy, subject: Subject, batch_size: int, team: Team) -> None:
@@ -162,6 +164,8 @@ class ImageNet(Benchmark):
             images = draw_batch(policy, batch, subject.sampling, self._size(subject)[0])[1]
             if self.keep_images:
                 Pictures(subject.pictures).write(batch, images)
+            if self.diversity:
+                self.diversity.write(subject, batch, images)
             return images
 
         features = self._features(subject, batch_size)
@@ -240,6 +244,8 @@ class ImageNet(Benchmark):
         Tensors(subjects[0].folder.parent / "reference", None, str).remove()
         for one in subjects:
             Tensors(one.folder / "features", None, str).remove()
+            if self.diversity:
+                self.diversity.remove(one)
             if one.folder.is_dir() and not any(one.folder.iterdir()):
                 one.folder.rmdir()
 

@@ -7,7 +7,7 @@ that drew the same prompts with the same seeds share their units, so the error o
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,14 @@ def average(parts: Sequence[Measure]) -> Measure:
     share = 1 / len(parts)
     strata = tuple(units * share for part in parts for units in part.strata)
     return Measure(sum(part.value for part in parts) * share, strata, sum(part.count for part in parts))
+
+
+def differences(measured: Mapping[str, Mapping[str, Measure]], columns: Iterable[str]) -> dict[str, Value]:
+    """Of two rows the first less the second, in the columns that both have; {} for one row."""
+    if len(measured) != 2:
+        return {}
+    first, second = measured.values()
+    return {key: first[key].minus(second[key]).summary() for key in columns if key in first and key in second}
 
 
 def jackknife(whole: float, without: Iterable[float], count: int) -> tuple[Measure, Measure]:
