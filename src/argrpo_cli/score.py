@@ -96,6 +96,8 @@ def score_images(
     _check_conditions(reward_set, images)
     for remark in images.remarks:
         say(remark)
+    comparing = [name for name in rewards if reward_set.entries[name].scope != "image"]
+    single = reward_set.only([name for name in rewards if name not in comparing]) if comparing else reward_set
     unreadable: dict[str, str] = {}
 
     def note(item: Item, error: BadPicture) -> None:
@@ -107,7 +109,7 @@ def score_images(
     with alone_in(target, busy):
         store = Rows(
             target / PARTIAL,
-            reward_set.identity(options),
+            single.identity(options),
             item_key,
             complete=lambda row: None not in row.values(),
             shape=Scores,
@@ -116,16 +118,26 @@ def score_images(
         def score(batch: Sequence[Item]) -> list[dict[str, float | None] | None]:
             # An image is asked again for all its scores; one that is missing this time is not lost for that.
             earlier = [row or {} for row in store.read(batch)]
-            rows = zip(score_rows(reward_set, batch, note), earlier, strict=True)
+            rows = zip(score_rows(single, batch, note), earlier, strict=True)
             merged = [{name: old.get(name) if x is None else x for name, x in row.items()} for row, old in rows]
             return [row if any(x is not None for x in row.values()) else None for row in merged]
 
-        before = kept(items, score, store, batch_size=batch_size, label="scoring", whole=False)
+        before, compared = 0, {}
+        if single.names:
+            before = kept(items, score, store, batch_size=batch_size, label="scoring", whole=False)
+            reward_set.last_error |= single.last_error
+        if comparing:
+            compared = compare_items(reward_set.only(comparing), items, batch_size, note)
         for why in unreadable.values():
             say(why)
         if len(unreadable) == len(items):
             raise UserError(f"none of the {len(items)} images could be read")
-        scores = [row or dict.fromkeys(rewards) for row in store.read(items)]
+        blank = dict.fromkeys(rewards)
+        by_themselves = store.read(items) if single.names else [None] * len(items)
+        scores = [
+            blank | (row or {}) | {name: column[place] for name, column in compared.items()}
+            for place, row in enumerate(by_themselves)
+        ]
         columns = {name: [row[name] for row in scores] for name in rewards}
         source = printable(sources[0] if len(sources) == 1 else images.folder)
         result = _result(source, reward_set, columns, unreadable)
@@ -166,6 +178,47 @@ def score_rows(
             values = (None if math.isnan(score) else score for score in row)
             rows[place] = dict(zip(reward_set.names, values, strict=True))
     return rows
+
+
+def compare_items(
+    reward_set: RewardSet, items: Sequence[Item], batch_size: int, unreadable: Callable[[Item, BadPicture], None]
+) -> dict[str, list[float | None]]:
+    """Raw scores of all images, read here, by rewards that compare them: all, or those that should show the same.
+
+    Args:
+        unreadable: as in `score_rows`; such an image has no scores, and the others are compared without it.
+
+    Raises:
+        UserError: a reward needs the images themselves, and they differ in size.
+    """
+    import torch
+
+    known: list[int] = []
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in reward_set.names}
+    for start in range(0, len(items), batch_size):
+        for offsets, pixels in read_runs(items[start : start + batch_size], unreadable):
+            places = [start + offset for offset in offsets]
+            try:
+                _, parts = reward_set.look(torch.from_numpy(pixels), [Condition("")] * len(places), len(places))
+            except BadPicture as error:
+                for place in places:
+                    unreadable(items[place], BadPicture(f"{items[place].file}: {error}"))
+                continue
+            known += places
+            for name, part in parts.items():
+                if seen[name] and part.shape[1:] != seen[name][0].shape[1:]:
+                    raise UserError(
+                        f"reward {name} compares images of one size, and {items[places[0]].file} has another"
+                    )
+                seen[name].append(part)
+    conditions = [items[place].condition or Condition("") for place in known]
+    columns: dict[str, list[float | None]] = {}
+    for name, parts in seen.items():
+        columns[name] = [None] * len(items)
+        scores = reward_set.compare(name, torch.cat(parts), conditions).tolist() if parts else []
+        for place, score in zip(known, scores, strict=True):
+            columns[name][place] = None if math.isnan(score) else score
+    return columns
 
 
 def _result(

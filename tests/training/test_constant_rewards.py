@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from argrpo_cli.training.rollout import Stopwatch
-from argrpo_cli.training.scorer import BatchScorer
+from argrpo_cli.training.scorer import BatchScorer, Measured
 from tests.training.test_guarded_runs import assert_same_state, metrics, train, warnings
 from tests.training.test_selection import last_batch
-from tests.training.tiny import FakeRewards, redness, tiny_recipe
+from tests.training.tiny import FakeRewards, brightness, redness, tiny_recipe
 
 NAN = float("nan")
 SCALINGS: list[dict[str, Any]] = [
@@ -27,8 +27,8 @@ SCALINGS: list[dict[str, Any]] = [
 def spreads(table: list[list[float]], weights: list[float], **keys: Any) -> list[float]:
     """What the scorer makes of raw scores [2 images of each group, rewards]."""
     named = {str(index): weight for index, weight in enumerate(weights)}
-    scorer = BatchScorer(FakeRewards(), named, 2, Stopwatch(), **keys)
-    return scorer.spreads(torch.tensor(table, dtype=torch.float32).double()).tolist()
+    scorer = BatchScorer(FakeRewards(**dict.fromkeys(named, brightness)), named, 2, Stopwatch(), **keys)
+    return scorer.spreads(Measured(torch.tensor(table, dtype=torch.float32).double(), {}, [])).tolist()
 
 
 @pytest.mark.parametrize("size", [7, 8])

@@ -119,6 +119,7 @@ class FakeRewards:
         self.names = list(self.functions)
         families = ["conditional", "quality", "realism"]
         self.family = {name: families[index % 3] for index, name in enumerate(self.names)}
+        self.scope = dict.fromkeys(self.names, "image")
         self.calls, self.tolerated = 0, set()
         self.last_error: dict[str, str] = {}
         self.on_batch: Callable[[int], None] = lambda number: None
@@ -129,6 +130,9 @@ class FakeRewards:
         self.calls += 1
         self.on_batch(self.calls)
         return {name: function(images).float() for name, function in self.functions.items()}
+
+    def look(self, images: Tensor, conditions: Sequence[Condition]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.score(images, conditions), {}
 
 
 def brightness(images: Tensor) -> Tensor:

@@ -96,10 +96,11 @@ class StepTimes(TrainerCallback):
 class Brightness:
     """The cheapest reward there is."""
 
-    names, family, tolerated = ("brightness",), {"brightness": "quality"}, frozenset[str]()
+    names, family, scope = ("brightness",), {"brightness": "quality"}, {"brightness": "image"}
+    tolerated = frozenset[str]()
 
-    def score(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
-        return {"brightness": images.float().mean((1, 2, 3))}
+    def look(self, images: Tensor, conditions: Sequence[Condition]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {"brightness": images.float().mean((1, 2, 3))}, {}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from argrpo_cli.cli.options import (
 )
 from argrpo_cli.geneval import check_detector
 from argrpo_cli.policy.folder import glance
+from argrpo_cli.rewards import refuse_comparing
 from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError, printable
 
@@ -197,6 +198,7 @@ def drawbench(
     """
     policies = _both(policy, baseline, baseline_cfg_scale)
     names, options = read_rewards(columns, set_, "--columns")
+    refuse_comparing(names)  # before prompts are fetched
     networks = _networks(diversity)
     check_policies(policies, out, "drawbench", drawing.seed, n)
     from argrpo_cli.evals.benchmark import run

@@ -27,7 +27,15 @@ from argrpo_cli.evals.benchmark import SUMMARY, Benchmark, Subject
 from argrpo_cli.images import Item, file_item
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.listing import METADATA
-from argrpo_cli.rewards import REWARDS, RewardSet, check_options, check_reward, identity, load_rewards
+from argrpo_cli.rewards import (
+    REWARDS,
+    RewardSet,
+    check_options,
+    check_reward,
+    identity,
+    load_rewards,
+    refuse_comparing,
+)
 from argrpo_cli.sample import file_name
 from argrpo_cli.score import ScoredRow, item_key, row_of, score_rows
 from argrpo_cli.shapes import Column, Result
@@ -74,8 +82,8 @@ class DrawBench(Benchmark):
         self.prompt_list, self.rewards, self.options = prompts, list(rewards), dict(options or {})
         if not rewards:
             raise UserError("--columns is empty; name at least one reward")
+        refuse_comparing(rewards)
         for reward in rewards:
-            check_reward(reward)
             if self.rewards.count(reward) > 1:
                 raise UserError(f"--columns names {reward!r} twice")
             if reward in REWARDS:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FAMILIES = ("conditional", "quality", "realism")  # r_C, r_I, r_R of equations 7 to 9
+SCOPES = ("image", "group", "batch")  # what a reward looks at before it scores an image
 
 # Of options; `Reward.check_options` holds values against the annotations of a constructor.
 File = str | Path | None  # a local one, in the place of the published or bundled one
@@ -61,6 +62,9 @@ class Reward:
     Attributes:
         name: as on the command line.
         family: one of `FAMILIES`; it decides which lambda applies.
+        scope: one of `SCOPES`. A reward of scope image implements `score`; one of scope group or batch implements
+            `compare`, for the images of one condition or all images of an update, and `look` where it does not need
+            the images themselves for that.
         low, high: the range of its scores; one outside it is taken for none.
         factor: what brings the paper's own rewards to a like scale (appendix D).
         reads_prompt: what the image should show is looked at, too.
@@ -75,6 +79,7 @@ class Reward:
 
     name: ClassVar[str] = ""
     family: ClassVar[str] = "conditional"
+    scope: ClassVar[str] = "image"
     low: ClassVar[float] = -math.inf
     high: ClassVar[float] = math.inf
     factor: ClassVar[float] = 1.0
@@ -162,6 +167,25 @@ class Reward:
     def derive(self, scores: Tensor) -> Tensor:
         """Float32 [B] from those scores [B], NaN where they are."""
         raise NotImplementedError
+
+    def look(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """What `compare` has to know of uint8 [B, 3, H, W], [B, ...]: the images, unless a reward needs less."""
+        return images
+
+    def compare(self, seen: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """What `look` gave of all images of the scope, [N, ...] on the CPU, to float32 [N]; pure, as it may be asked
+        again before an update is settled. All processes compute it, each of all images."""
+        raise NotImplementedError
+
+    def advance(self, seen: Tensor) -> None:
+        """Take up into `state` what was seen of an update's images, once for each update."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What it remembers of earlier updates: a checkpoint has it."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
 
     def stop(self) -> None:
         """Break off a `score` in another thread that waits for another machine."""

@@ -6,8 +6,9 @@
 
 is the reward `brightness:reward` wherever a reward is named. `images` is uint8 [B, 3, H, W] on the device of the other
 rewards, `conditions` has B items with `.prompt` and `.class_id`; B numbers come back, NaN or None where there is none.
-`reward.family = "quality"` (or "realism") says that it does not look at the prompt. A package offers one under a name
-of its own as an entry point of the group `argrpo.rewards`.
+`reward.family = "quality"` (or "realism") says that it does not look at the prompt. `reward.scope = "group"` says that
+it compares the images of one condition, "batch" that it compares all images of an update: it is called with those of
+all processes then. A package offers one under a name of its own as an entry point of the group `argrpo.rewards`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from argrpo_cli.rewards.base import FAMILIES, Reward
+from argrpo_cli.rewards.base import FAMILIES, SCOPES, Reward, choose
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, first_line, out_of_memory
 
@@ -62,11 +63,13 @@ def find_function(name: str) -> Callable[..., Any] | None:
 
 
 def reward_of(name: str, function: Callable[..., Any]) -> type[Custom]:
-    """A function as a class of rewards; UserError where its family is none."""
+    """A function as a class of rewards; UserError where its family or scope is none."""
     family = getattr(function, "family", "conditional")
     if family not in FAMILIES:
         raise UserError(f"reward {name!r}: its family is {family!r}; choose one of {', '.join(FAMILIES)}")
-    facts = {"name": name, "family": family, "reads_prompt": family == "conditional"}
+    scope = getattr(function, "scope", "image")
+    choose(f"reward {name!r}", "scope", scope, SCOPES)
+    facts = {"name": name, "family": family, "scope": scope, "reads_prompt": family == "conditional"}
     return type("Own", (Custom,), {**facts, "function": staticmethod(function)})
 
 
@@ -76,7 +79,7 @@ class Custom(Reward):
     function: ClassVar[Callable[..., Any]]
 
     def __init__(self, device: str = "cpu", /, **options: Any):  # a function may have an option "device"
-        self.options = options
+        self.device, self.options = device, options
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
@@ -106,6 +109,10 @@ class Custom(Reward):
         if len(scores) != len(images):
             raise UserError(f"reward {self.name} returned {len(scores)} scores for {len(images)} images")
         return scores
+
+    def compare(self, seen: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """`score` of all images of the scope."""
+        return self.score(seen.to(self.device), conditions)
 
 
 def _in_words(error: BaseException) -> str:

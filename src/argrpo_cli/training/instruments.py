@@ -256,10 +256,16 @@ def transfer(
 def total_rewards(
     policy: Policy, shots: Sequence[Shot], sampling: Sampling, rewards: RewardSet, weights: Mapping[str, float]
 ) -> Tensor:
-    """Total reward float64 [N] of each image; NaN where a reward that counts is missing."""
+    """Total reward float64 [N] of each image; NaN where a reward that counts is missing.
+
+    Rewards that compare images are left out: what they give is relative to images of one sampling.
+    """
     totals = []
     for first in range(0, len(shots), CHUNK):
         part = shots[first : first + CHUNK]
-        scores = rewards.score(draw_batch(policy, part, sampling)[1], [shot.condition for shot in part])
-        totals.append(sum(weight * scores[name].double().cpu() for name, weight in weights.items() if weight))
+        scores, _ = rewards.look(draw_batch(policy, part, sampling)[1], [shot.condition for shot in part])
+        counted = [
+            weight * scores[name].double().cpu() for name, weight in weights.items() if weight and name in scores
+        ]
+        totals.append(sum(counted) if counted else torch.full((len(part),), torch.nan, dtype=torch.float64))
     return torch.cat(totals)

@@ -75,6 +75,7 @@ class Job:
     console: Console | None
     whole: Path
     ema: EmaCallback | None = None
+    scorer: BatchScorer | None = None
     selection: Selection | None = None
     start: Start | None = None  # of the first process
 
@@ -147,6 +148,8 @@ class Job:
             load_position(self.conditions, checkpoint)
             if self.selection is not None:
                 self.selection.load(checkpoint)
+            if self.scorer is not None:
+                self.scorer.load(checkpoint)
         for folder in (run.policy_dir, run.ema_dir):  # an earlier end of this run is overtaken once it goes on
             team.lead(partial(remove_folder, folder))
         try:
@@ -318,6 +321,7 @@ class Job:
         scorer = BatchScorer(
             self.rewards, self.weights, optim.group_size, stopwatch, limit, fail, team, recipe.grpo.aggregation
         )
+        self.scorer = scorer if recipe.method == "grpo" else None
         self.selection = Selection(recipe, self.conditions) if recipe.selects or recipe.scales_globally else None
         rollout = Rollout(recipe, self.conditions, policy, stopwatch, team, scorer, self.selection)
         grpo = recipe.method == "grpo"
@@ -382,6 +386,8 @@ class Job:
         save_position(self.conditions, folder)
         if self.selection is not None:
             self.selection.save(folder)
+        if self.scorer is not None:
+            self.scorer.save(folder)
 
     def _update(self, trainer: Trainer, checkpoint: Path | None, start: int) -> None:
         """All updates that are left, with the display on."""

@@ -170,7 +170,7 @@ class Rollout:
                 for index, value in zip(own, new, strict=True):
                     column[index] = value
             if own:
-                scores[own] = self.scorer.measure(others.images, others.conditions)
+                scores.put(own, self.scorer.measure(others.images, others.conditions))
             spreads = self.scorer.spreads(scores)
             self.selection.observe(list(fresh.values()), spreads[flat])
             left, drawn, replaced = left - len(flat), drawn + len(flat), replaced | set(flat)

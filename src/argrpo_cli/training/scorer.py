@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import load_tensors, save_tensors
 from argrpo_cli.system.processes import ALONE, Team
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 WITHIN_GROUP_STD = "reward_within_group_std"
 LEFT_OUT = "images_left_out"
 WITHOUT_SPREAD = "groups_without_spread"
+STATE = "rewards.safetensors"  # of a checkpoint
 REPLACED, EXTRA = "groups_replaced", "images_extra"
 
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # of a score, in parts of it: after a product and a sum of four terms
@@ -66,6 +69,31 @@ def settled(scores: Tensor, size: Tensor | None = None) -> Tensor:
     return torch.where(level, low[..., None], scores)
 
 
+class Measured(NamedTuple):
+    """What was measured of images of one process.
+
+    Attributes:
+        table: raw scores float64 [N, rewards]; NaN where one is missing, and of rewards that compare images.
+        seen: what those have to know of each image, [N, ...] by name; one that failed is not there.
+        conditions: N.
+    """
+
+    table: Tensor
+    seen: dict[str, Tensor]
+    conditions: list[Condition]
+
+    def put(self, places: list[int], others: Measured) -> None:
+        """Other images in these places."""
+        self.table[places] = others.table
+        for name in list(self.seen):
+            rows = self.seen.pop(name)
+            if name in others.seen:
+                self.seen[name] = rows.clone()
+                self.seen[name][places] = others.seen[name]
+        for place, condition in zip(places, others.conditions, strict=True):
+            self.conditions[place] = condition
+
+
 @dataclass
 class BatchScorer:
     """Scores a batch when the first reward function asks, and answers the others from memory.
@@ -92,9 +120,12 @@ class BatchScorer:
     table: Tensor = field(init=False, repr=False)
     spread: Tensor = field(init=False, repr=False)
     _images: list[Tensor] | None = field(default=None, init=False, repr=False)
-    _measured: tuple[list[Tensor], Tensor, dict[str, float]] | None = field(default=None, init=False, repr=False)
+    _measured: tuple[list[Tensor], Measured, dict[str, float]] | None = field(default=None, init=False, repr=False)
     _scores: dict[str, list[float | None]] = field(default_factory=dict, init=False, repr=False)
     _missing: deque[Tensor] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.comparing = [name for name in self.weights if self.rewards.scope[name] != "image"]
 
     def functions(self) -> list[Callable[..., list[float | None]]]:
         """One TRL reward function per reward, named after it (TRL logs it under that name)."""
@@ -122,7 +153,7 @@ class BatchScorer:
                 log_metric(name, count)
         else:
             own = self.measure(images, conditions)
-        table = self.team.gather(own)
+        table = self._whole(own, advance=True)
         self._watch(table.isnan().double().mean(dim=0))
         # TRL sums the rewards of a sample with nansum, which would count a missing one as 0. A sample that lacks any
         # reward that counts gets None for all: TRL then leaves it out of its group and sets its advantage to 0.
@@ -135,34 +166,73 @@ class BatchScorer:
             if not math.isnan(spread):
                 log_metric(spread_of(name), spread)
         log_metric(LEFT_OUT, float(total.isnan().sum()))
-        first = self.team.index * len(own)
-        columns = zip(self.weights, self.table[first : first + len(own)].T.tolist(), strict=True)
+        first = self.team.index * len(images)
+        columns = zip(self.weights, self.table[first : first + len(images)].T.tolist(), strict=True)
         return {name: [None if math.isnan(score) else score for score in column] for name, column in columns}
 
-    def measure(self, images: list[Tensor], conditions: list[Condition]) -> Tensor:
-        """Raw scores float64 [N, rewards] of this process's images; NaN where one is missing."""
+    def measure(self, images: list[Tensor], conditions: list[Condition]) -> Measured:
+        """What can be measured of this process's images by themselves."""
+        scores, seen = {}, {}
         try:
             with self.stopwatch.measure("reward"), torch.inference_mode():
-                raw = self.rewards.score(torch.stack(images), conditions)
+                scores, seen = self.rewards.look(torch.stack(images), conditions)
         except UserError as error:
             self.fail(str(error))
-            raw = {name: torch.full((len(images),), torch.nan) for name in self.weights}
-        own = torch.stack([raw[name].detach().double().cpu() for name in self.weights], dim=1)
-        return own.masked_fill(~own.isfinite(), torch.nan)
+        missing = torch.full((len(images),), torch.nan)
+        own = torch.stack([scores.get(name, missing).detach().double().cpu() for name in self.weights], dim=1)
+        return Measured(own.masked_fill(~own.isfinite(), torch.nan), seen, list(conditions))
 
-    def spreads(self, own: Tensor) -> Tensor:
+    def _whole(self, own: Measured, advance: bool = False) -> Tensor:
+        """Raw scores float64 [B, rewards] of the whole batch, each process knowing its `own` part of it.
+
+        Args:
+            advance: the batch is settled, and rewards take it up into what they remember.
+        """
+        table = self.team.gather(own.table)
+        if self.comparing:
+            conditions = [condition for part in self.team.exchange(own.conditions) for condition in part]
+        for name in self.comparing:
+            everywhere = all(self.team.exchange(name in own.seen))
+            seen = self.team.gather(own.seen[name]) if everywhere else None
+            scores = torch.full((len(table),), torch.nan)
+            try:
+                with self.stopwatch.measure("reward"):
+                    scores = self.rewards.compare(name, seen, conditions, self.group_size)
+                    if advance and everywhere:
+                        self.rewards.advance(name, seen)
+            except UserError as error:
+                self.fail(str(error))
+            # Those of the first process: one's own function may draw numbers, and all must have the same.
+            table[:, list(self.weights).index(name)] = self.team.gather(scores.double())[: len(table)]
+        return table.masked_fill(~table.isfinite(), torch.nan)
+
+    def save(self, folder: Path) -> None:
+        """Add what rewards remember of earlier updates to a checkpoint, if they do."""
+        states = {name: self.rewards.rewards[name].state() for name in self.comparing}
+        if whole := {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}:
+            save_tensors(folder / STATE, whole)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        whole = load_tensors(folder / STATE) or {}
+        for name in self.comparing:
+            start = f"{name}/"
+            if state := {key.removeprefix(start): one for key, one in whole.items() if key.startswith(start)}:
+                self.rewards.rewards[name].restore(state)
+
+    def spreads(self, own: Measured) -> Tensor:
         """How much the images of each group of the whole batch differ [groups], from what `measure` gave for this
         process's part of it: standard deviation of the total reward; where each reward is normalised before their sum,
         the weighted sum of their deviations. NaN where fewer than two images are known, 0 where there is nothing to
         compare, or rewards cancel. All processes must call it."""
-        return self._groups(self.team.gather(own))[2]
+        return self._groups(self._whole(own))[2]
 
     @property
     def blank(self) -> bool:
         """Whether no two images of any group of the latest batch have scores: nothing is known that could be learnt."""
         return bool(self.spread.isnan().all())
 
-    def remember(self, images: list[Tensor], own: Tensor, counts: dict[str, float]) -> None:
+    def remember(self, images: list[Tensor], own: Measured, counts: dict[str, float]) -> None:
         """Take these as the scores of the images when TRL asks for them, and log `counts` then."""
         self._measured = images, own, counts
 
