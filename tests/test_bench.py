@@ -24,12 +24,15 @@ def sharpened(model, factor=1e5):
     return model
 
 
-def test_the_reference_draws_the_published_tokens():
-    data = tensors("A_c2i")
-    run = next(run for run in cases()["A_c2i"]["greedy_runs"] if run["cfg_scale"] > 1 and run["cfg_interval"] == -1)
-    model = sharpened(golden_model("A_c2i"))
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_reference_draws_the_published_tokens(guided):
+    data, runs = tensors("A_c2i"), cases()["A_c2i"]["greedy_runs"]
+    run = next(run for run in runs if (run["cfg_scale"] > 1) == guided and run["cfg_interval"] == -1)
+    model, expected = sharpened(golden_model("A_c2i")), data[f"out/greedy_ids_{run['key']}"].long()
     tokens = bench_sampler.sample_as_published(model, data["in/gen_labels"], run["cfg_scale"])
-    assert torch.equal(tokens, data[f"out/greedy_ids_{run['key']}"].long())
+    assert torch.equal(tokens, expected)
+    first = bench_sampler.sample_as_published(model, data["in/gen_labels"], run["cfg_scale"], count=3)
+    assert torch.equal(first, expected[:, :3])
 
 
 def test_the_table_has_the_reference_the_ratio_and_the_floor(monkeypatch, capsys):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,6 +58,38 @@ def measure(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
             wait_for_device()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a part of `bench gpu` is given.
+
+    Attributes:
+        device: "cuda", or "cpu" with toy sizes.
+        toy: whether sizes are to mean nothing and take no time.
+        card: rows of the part "card" by their names, empty where it has not been run.
+        row: records a row: its name and its figures.
+    """
+
+    device: str
+    toy: bool
+    card: dict[str, dict[str, Any]]
+    row: Callable[..., None]
+
+    def seconds(self, job: Callable[[], object], repeats: int = 1) -> float:
+        """Median of a job's repeats."""
+        return measure({"": job}, repeats)[""]
+
+    def free(self) -> None:
+        """Give memory that nothing holds back to the device, and begin to look for the peak again."""
+        if self.device == "cuda":
+            gc.collect()  # CUDA
+            torch.cuda.empty_cache()  # CUDA
+            torch.cuda.reset_peak_memory_stats()  # CUDA
+
+    def memory(self) -> float:
+        """GiB at most since `free`, on a GPU."""
+        return round(peak_memory(self.device) / 2**30, 2)
 
 
 def wait_for_device() -> None:

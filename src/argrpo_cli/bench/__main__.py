@@ -8,7 +8,9 @@ import time
 
 from argrpo_cli.system.errors import UserError, did_you_mean, exit_code
 
-NAMES = {"nano": "sampler:nano"} | {name: f"{name}:main" for name in ("sampler", "rewards", "train", "eval")}
+NAMES = {"nano": "sampler:nano"} | {
+    name: f"{name}:main" for name in ("sampler", "rewards", "train", "eval", "roofline", "gpu")
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from argrpo_cli.bench import measure, parse, peak_memory
+from argrpo_cli.bench.roofline import rows_of, step_cost
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.llamagen.config import SIZES, published_config
+from argrpo_cli.policy.llamagen.config import SIZES, LlamaGenConfig, published_config
 from argrpo_cli.policy.llamagen.model import (
     Attention,
     Encoded,
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{'':10}{'reference':>22}{'argrpo':>22}{'ratio':>8}{'floor':>17}{'packed':>17}")
     first: tuple[str, float] | None = None  # precision, and what the reference took in it
     for dtype in options.dtypes:
-        model = random_policy(options.size, options.image_size, getattr(torch, dtype), device)
+        model = random_policy(config, getattr(torch, dtype), device)
         classes, scale = torch.arange(options.batch_size, device=device), options.cfg_scale
         jobs: dict[str, Callable[[], object]] = {
             "reference": partial(sample_as_published, model, classes, scale),
@@ -89,17 +90,20 @@ def main(arguments: list[str] | None = None) -> None:
         del model
 
 
-def random_policy(size: str, image_size: int, dtype: torch.dtype, device: str) -> LlamaGenForImageGeneration:
-    """A published geometry with random weights (a fresh LM head is zero: it would draw evenly)."""
+def random_policy(config: LlamaGenConfig, dtype: torch.dtype, device: str) -> LlamaGenForImageGeneration:
+    """A geometry with random weights (a fresh LM head is zero: it would draw evenly), made on the device."""
     torch.manual_seed(0)
-    model = LlamaGenForImageGeneration(published_config(size, image_size))
+    with torch.device(device):
+        model = LlamaGenForImageGeneration(config)
     torch.nn.init.normal_(model.lm_head.weight, std=0.02)
-    return model.to(device=device, dtype=dtype).eval()
+    return model.to(dtype=dtype).eval()
 
 
 @torch.inference_mode()
-def sample_as_published(model: LlamaGenForImageGeneration, classes: Tensor, cfg_scale: float) -> Tensor:
-    """LlamaGen's algorithm for class ids int64 [B] under guidance; tokens int64 [B, T].
+def sample_as_published(
+    model: LlamaGenForImageGeneration, classes: Tensor, cfg_scale: float, count: int | None = None
+) -> Tensor:
+    """LlamaGen's algorithm for class ids int64 [B]; tokens int64 [B, T], or the first `count` of them.
 
     Step by step what the published sampler computes, needless parts included: the cache has its whole length from the
     start, a multiple of 8, and all of it is attended to under a mask of every row; keys and values are repeated for
@@ -109,14 +113,14 @@ def sample_as_published(model: LlamaGenForImageGeneration, classes: Tensor, cfg_
     backbone, config = model.model, model.config
     batch, length, prefix = len(classes), config.block_size, config.cls_token_num
     whole = -(-(prefix + length) // 8) * 8
-    weight = backbone.embed_tokens.weight
-    shape = (2 * batch, config.num_attention_heads, whole, config.head_dim)
+    weight, rows = backbone.embed_tokens.weight, rows_of(batch, cfg_scale)
+    shape = (rows, config.num_attention_heads, whole, config.head_dim)
     caches = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in backbone.layers]
-    causal = torch.ones(whole, whole, dtype=torch.bool, device=weight.device).tril().repeat(2 * batch, 1, 1)
+    causal = torch.ones(whole, whole, dtype=torch.bool, device=weight.device).tril().repeat(rows, 1, 1)
     table = rope_table(config.grid_size, config.head_dim, prefix, config.rope_theta, weight.device)
-    x = torch.cat([backbone.embed_condition(classes), backbone.embed_null(batch)]).to(weight.dtype)
+    x = torch.cat([backbone.embed_condition(classes), backbone.embed_null(rows - batch)]).to(weight.dtype)
     tokens, kept = [], []
-    for index in range(length):
+    for index in range(length if count is None else count):
         position = torch.tensor([index], device=weight.device)
         mask, rotation = causal[:, None, position], table[position]
         for layer, cache in zip(backbone.layers, caches, strict=True):
@@ -125,11 +129,12 @@ def sample_as_published(model: LlamaGenForImageGeneration, classes: Tensor, cfg_
             )
             x = x + layer.attention.wo(seen)
             x = x + layer.feed_forward(_norm(layer.ffn_norm, x))
-        conditional, null = model.lm_head(_norm(backbone.norm, x)).float()[:, -1].chunk(2)
-        probabilities = (null + (conditional - null) * cfg_scale).softmax(-1)
+        conditional, null = model.lm_head(_norm(backbone.norm, x)).float()[:, -1].split([batch, rows - batch])
+        guided = null + (conditional - null) * cfg_scale if len(null) else conditional
+        probabilities = guided.softmax(-1)
         tokens.append(torch.multinomial(probabilities, 1))
         kept.append(probabilities.clone())
-        x = backbone.embed_tokens(tokens[-1].repeat(2, 1))
+        x = backbone.embed_tokens(tokens[-1].repeat(rows // batch, 1))
     return torch.cat(tokens, dim=1)
 
 
@@ -158,7 +163,7 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
 def linear_layers_alone(model: LlamaGenForImageGeneration, batch: int, cfg_scale: float, packed: bool = False) -> None:
     """Every linear layer of every step, and nothing else."""
     config, weight = model.config, model.model.embed_tokens.weight
-    rows = 2 * batch if cfg_scale > 1 else batch
+    rows = rows_of(batch, cfg_scale)
     x = weight.new_ones(rows, 1, config.hidden_size)
     wide = weight.new_ones(rows, 1, config.intermediate_size)
     with packed_linears(model, rows) if packed else nullcontext():
@@ -174,14 +179,9 @@ def linear_layers_alone(model: LlamaGenForImageGeneration, batch: int, cfg_scale
 
 def roofline_seconds(model: LlamaGenForImageGeneration, batch: int, cfg_scale: float, bandwidth: float) -> float:
     """Seconds to read all weights and the filled part of the cache once per token, at `bandwidth` GB/s."""
-    config = model.config
     size = model.lm_head.weight.element_size()
-    layers = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
-    length = config.block_size
-    rows = 2 * batch if cfg_scale > 1 else batch
-    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rows
-    read = length * layers + per_position * length * (length + 1) / 2
-    return read * size / (bandwidth * 1e9)
+    weights, cache, _ = step_cost(model.config, batch, rows_of(batch, cfg_scale), size)
+    return model.config.block_size * (weights + cache) / (bandwidth * 1e9)
 
 
 def explain_memory(model: LlamaGenForImageGeneration, batch: int, cfg_scale: float, device: str) -> None:
@@ -189,7 +189,7 @@ def explain_memory(model: LlamaGenForImageGeneration, batch: int, cfg_scale: flo
     mib = 2**20
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / mib
     linear = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear)) / mib
-    config, rows = model.config, 2 * batch if cfg_scale > 1 else batch
+    config, rows = model.config, rows_of(batch, cfg_scale)
     positions = config.num_hidden_layers * rows * (config.cls_token_num + config.block_size)
     cache = 2 * positions * config.num_key_value_heads * config.head_dim * model.lm_head.weight.element_size() / mib
     packed, what = "", "allocated, the reference included"

@@ -34,6 +34,7 @@ from argrpo_cli.bench import parse
 from argrpo_cli.bench.sampler import random_policy
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import POLICIES
+from argrpo_cli.policy.llamagen.config import published_config
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.recipe import Recipe, load_recipe
@@ -170,7 +171,7 @@ def _base(recipe: Recipe, folder: Path) -> str:
         raise UserError(f"{name}: only LlamaGen for classes is measured by name; give a policy folder")
     size, pixels = name.split("-")[1:3]
     policy = LlamaGen(
-        random_policy(size.upper(), int(pixels), torch.float32, "cpu"),
+        random_policy(published_config(size.upper(), int(pixels)), torch.float32, "cpu"),
         VQModel(VQConfig()).eval(),
         None,
         [f"class {index}" for index in range(1000)],
