@@ -148,6 +148,7 @@ class Column:
     Attributes:
         better: "higher", "lower" or "" where neither is better.
         group: columns that belong together, such as a set of prompts.
+        counted: what its numbers are of, where not of images.
     """
 
     label: str
@@ -156,6 +157,7 @@ class Column:
     digits: int = 3
     percent: bool = False
     group: str = ""
+    counted: str = "images"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 
 from argrpo_cli import __version__
-from argrpo_cli.cli.evals import BENCHMARKS, entropy
+from argrpo_cli.cli.entropy import entropy
+from argrpo_cli.cli.evals import BENCHMARKS
 from argrpo_cli.cli.sample import sample
 from argrpo_cli.cli.score import score
 from argrpo_cli.cli.train import train

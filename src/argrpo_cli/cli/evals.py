@@ -1,4 +1,4 @@
-"""`argrpo eval`: the benchmarks, and the page of their results; `argrpo entropy`."""
+"""`argrpo eval`: the benchmarks, and the page of their results."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from argrpo_cli.cli.options import (
     OF_A_POLICY,
     Drawing,
     check_policies,
+    check_rewards,
     command,
     read_rewards,
     set_options,
     tell,
+    warn,
 )
 from argrpo_cli.geneval import check_detector
-from argrpo_cli.policy.folder import glance
 from argrpo_cli.rewards import refuse_comparing
 from argrpo_cli.shapes import Result, Sampling
-from argrpo_cli.system.errors import UserError, printable
+from argrpo_cli.system.errors import UserError
 
 ADM = "adm-256"
 
@@ -101,6 +102,59 @@ def geneval(
     result = run(benchmark, policies, out, n=n, images=images, diversity=networks, **options)
     failed = " and the failures as a picture (failures.png)" if (out / "failures.png").is_file() else ""
     _print(result, f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
+
+
+@command(least={"limit": 1, "judge_batch_size": 1})
+def geneval2(
+    context: typer.Context,
+    policy: str = "nano-t2i",
+    baseline: str | None = None,
+    baseline_cfg_scale: float | None = None,
+    images: Path | None = None,
+    prompts: str | None = None,
+    limit: int | None = None,
+    judge: str | None = None,
+    url: str | None = None,
+    set_: list[str] | None = None,
+    n: int = 1,
+    judge_batch_size: int = 8,
+    diversity: str | None = None,
+    out: Path = Path("geneval2"),
+    *,
+    drawing: Drawing,
+) -> None:
+    """GenEval 2: a judge is asked about every object, number, attribute and relation of a prompt (Soft-TIFA).
+
+    The nano prompts and the nano detector for a policy of the nano world, else the benchmark's 800 prompts, which are
+    CC BY-NC 4.0 and fetched, and Qwen3-VL-8B-Instruct. Interrupted, the same command goes on where it stopped.
+
+    Options:
+        --policy: A policy of captions: a name, a run directory, a checkpoint folder.
+        --images: Measure these pictures instead: a folder with a metadata.jsonl of file and prompt.
+        --prompts FILE|geneval2-nano: A file in the benchmark's format, or the nano prompts.
+        --limit: Only so many prompts, for a trial.
+        --judge nano|MODEL: The nano detector; a hub name or folder of a vision-language model of transformers; or, with
+            --url, a model that the server lists.
+        --url: Ask the judge behind this OpenAI-compatible server, which must return top_logprobs.
+        --set geneval2.KEY=VALUE: Another option of the judge, such as geneval2.concurrency=32; repeatable.
+        --n, --per-prompt: Images per prompt.
+        --judge-batch-size: Images in the judge at a time.
+        --out: Folder for images, answers and numbers.
+    """
+    policies = _both(policy, baseline, baseline_cfg_scale) if images is None else []
+    _check_images(context, images, "folder")
+    _, options = read_rewards("geneval2", set_, "the judge's options,")
+    options = {**options.get("geneval2", {}), **_judge(judge, url)}
+    check_rewards(["geneval2"], {"geneval2": options})
+    networks = _networks(diversity)
+    check_policies(policies, out, "geneval2", drawing.seed, n)
+    from argrpo_cli.evals.benchmark import run
+    from argrpo_cli.evals.geneval2 import GenEval2
+
+    benchmark = GenEval2(prompts, options, limit, judge_batch_size)
+    options = _options(drawing, baseline_cfg_scale)
+    result = run(benchmark, policies, out, n=n, images=images, diversity=networks, **options)
+    _print(result, f"images, answers and summary.json in {out}")
 
 
 @command(without=("text_device",))
@@ -229,85 +283,14 @@ def report(results: list[Path], out: Path = Path("report.md")) -> None:
     tell(f"{len(sections)} {'table' if len(sections) == 1 else 'tables'} in {out}{remarks}")
 
 
-@command(without=("text_device",))
-def entropy(
-    policy: list[str] | None = None,
-    run: Path | None = None,
-    split: str | None = None,
-    prompts: str | None = None,
-    data: Path | None = None,
-    cache: Path | None = None,
-    n: int | None = None,
-    out: Path = Path("entropy"),
-    *,
-    drawing: Drawing,
-) -> None:
-    """Measure the entropy of policies in nats per token, conditional and guided, and by position.
-
-    Options:
-        --policy: A policy to measure; repeatable, the first is compared with.  [default: nano-c2i; with --prompts
-            nano-t2i]
-        --run RUN_DIR: All checkpoints of a training run, in one curve.
-        --split: Held-out images to walk along: val.  [default: val]
-        --prompts SET|FILE: Walk along samples of these prompts: geneval, or a file.
-        --data FOLDER: Real pictures for the split: ImageNet's validation set in class folders or flat with its labels,
-            or pictures with a metadata.jsonl.  [default: scenes of the nano world]
-        --cache DIR: Where tokens of pictures are kept.  [default: the user's cache]
-        --n: At most so many images; with --data of every class equally many.  [default: all]
-        --out: Folder for entropy.jsonl and the pictures.
-    """
-    from argrpo_cli.captions import read_captions
-
-    if split is not None and prompts is not None:
-        raise UserError("give --split or --prompts, not both")
-    if data is not None and prompts is not None:
-        raise UserError("give --data or --prompts, not both")
-    if cache is not None and data is None:
-        raise UserError("--cache keeps tokens of pictures; give --data with it")
-    if run is not None and policy:
-        raise UserError("give --policy or --run, not both")
-    if split not in (None, "val"):
-        raise UserError(f"no split {split!r}; there is val")
-    if n is not None and n < 2:
-        raise UserError(f"--n {n}: an interval needs 2 images or more")
-    if prompts is not None:
-        read_captions(prompts)
-    from rich.console import Console
-
-    from argrpo_cli.evals import entropy_results as results
-    from argrpo_cli.labelled import open_labelled, some_of
-
-    names = policy or ["nano-t2i" if prompts is not None else "nano-c2i"]
-    if len(set(names)) < len(names):
-        raise UserError(f"--policy names {next(name for name in names if names.count(name) > 1)} twice")
-    subjects = [results.Subject(one, one) for one in names] if run is None else results.subjects_of_run(run)
-    pictures = None if data is None else some_of(open_labelled(data), n)
-    for remark in pictures.remarks if pictures else ():
-        _warn(remark)
-    question = results.Question(prompts, n, drawing.seed, pictures)
-    results.claim(out, question)
-    check_policies([one.path for one in subjects])
-    for one in subjects:
-        own = {} if (seen := glance(one.path)) is None else seen.sampling
-        if {**own, **drawing.sampling}.get("temperature", 1.0) <= 0:
-            what = "--temperature 0" if "temperature" in drawing.sampling else f"{one.path} is sampled at temperature 0"
-            raise UserError(f"{what}: without noise there is no entropy; give more than 0")
-    from argrpo_cli.evals.entropy import measure
-    from argrpo_cli.system.processes import join_team
-
-    team = join_team(drawing.device)
-    rows = measure(subjects, question, drawing.sampling, drawing.batch_size, team, out / results.JOURNAL, cache)
-
-    def report() -> None:
-        figures = results.write_results(rows, out)
-        Console().print(results.table(rows))
-        shown = " and ".join(str(path) for path in figures)
-        tell(f"numbers, also by position, in {out / results.NUMBERS}, picture{'s' * (len(figures) > 1)} in {shown}")
-
-    team.lead(report)
-
-
-BENCHMARKS = {"nano": nano, "geneval": geneval, "imagenet": imagenet, "drawbench": drawbench, "report": report}
+BENCHMARKS = {
+    "nano": nano,
+    "geneval": geneval,
+    "geneval2": geneval2,
+    "imagenet": imagenet,
+    "drawbench": drawbench,
+    "report": report,
+}
 
 
 def _print(result: Result | None, words: str) -> None:
@@ -321,17 +304,16 @@ def _print(result: Result | None, words: str) -> None:
         tell(words)
 
 
-def _warn(text: str) -> None:
-    """What to know before believing the numbers, on standard error as soon as it is known."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    console.print(f"WARNING: {printable(text)}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+def _judge(name: str | None, url: str | None) -> dict[str, str]:
+    """What --judge and --url say, as options of the reward `geneval2`."""
+    if name == "nano":
+        return {"backend": "nano"} | ({} if url is None else {"url": url})
+    return ({} if name is None else {"model": name}) | ({} if url is None else {"backend": "server", "url": url})
 
 
 def _options(drawing: Drawing, baseline_cfg_scale: float | None) -> dict[str, Any]:
     """What `benchmark.run` takes of every benchmark."""
-    return {**vars(drawing), "baseline_cfg_scale": baseline_cfg_scale, "warn": _warn}
+    return {**vars(drawing), "baseline_cfg_scale": baseline_cfg_scale, "warn": warn}
 
 
 def _networks(names: str | None) -> list[str]:

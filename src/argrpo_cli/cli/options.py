@@ -126,6 +126,14 @@ def tell(text: str) -> None:
     print(printable(text))
 
 
+def warn(text: str) -> None:
+    """What to know before believing the numbers, on standard error as soon as it is known."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    console.print(f"WARNING: {printable(text)}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def set_options(context: typer.Context, names: Iterable[str]) -> list[str]:
     """Those of a command's options that are on the command line, and not left at their defaults."""
     return [name for name in names if name in context.params and context.get_parameter_source(name).name != "DEFAULT"]

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 TITLES = {
     "imagenet": "ImageNet (table 2)",
     "geneval": "GenEval (table 3)",
+    "geneval2": "GenEval 2",
     "drawbench": "DrawBench (table 4)",
     "nano": "Nano world, single objects",
     "entropy": "Policy entropy, nats per token (figures 3 and 4)",
     "score": "Reward scores",
 }
+IMAGES = Column("").counted
 ARROWS = {"higher": " ↑", "lower": " ↓"}
 TITLE_WIDTH = 70  # characters that a title and a caption have at least, where the terminal does
 LABEL_WIDTH = 12  # characters of the first column that must fit beside the figures
@@ -56,14 +58,16 @@ def table(result: Result, width: int = 80) -> Table:
         *(f"paper: {row}" for row in result.paper),
     ]
     if len(set(counts.values())) > 1:
-        heads.insert(0, "images")
+        alike = all(column.counted == IMAGES for column in result.columns.values())
+        heads.insert(0, IMAGES if alike else "count")
         cells = {key: ["" if counts[key] is None else str(counts[key]), *own] for key, own in cells.items()}
     if sum(_widths(cells.values())) + FRAME * (len(heads) + 1) + LABEL_WIDTH > width:
         cells = {key: [text.replace(" ± ", "\n± ") for text in own] for key, own in cells.items()}
     about = [result.protocol[key] for key in ("about", "errors") if key in result.protocol]
     about += [f"not as in the paper: {', '.join(result.departures)}"] if result.departures else []
     least = min(width, TITLE_WIDTH)
-    out = Table(title=title(result, counts), caption="\n".join(about), min_width=least, caption_justify="left")
+    images = {key: count for key, count in counts.items() if result.columns[key].counted == IMAGES}
+    out = Table(title=title(result, images), caption="\n".join(about), min_width=least, caption_justify="left")
     out.add_column("", min_width=LABEL_WIDTH)
     for head, least in zip(heads, _widths(cells.values()), strict=True):
         style = "dim" if head.startswith("paper: ") else None
@@ -268,7 +272,8 @@ def _protocol(result: Result, row: str) -> dict[str, Any]:
     if row not in measured:
         return {}
     shared = {key: part for key, part in result.protocol.items() if key != "measured"}
-    counts = [value.count for value in result.rows[row].values() if value.count]
+    values = result.rows[row].items()
+    counts = [one.count for key, one in values if one.count and result.columns[key].counted == IMAGES]
     images = {"images": max(counts)} if counts else {}
     own = {key: part for key, part in measured[row].items() if part != _own_sampling(result, row)}
     return _flat(shared, skip=DETAILS) | images | _flat(own, skip=OWN | DETAILS)

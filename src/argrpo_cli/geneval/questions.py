@@ -38,6 +38,7 @@ PLACES = {"left of": "to the left of", "right of": "to the right of", "above": "
 COMMIT = "a6e82d2289e8d418f27f0adee77908b07060eea3"
 URL = f"https://raw.githubusercontent.com/facebookresearch/GenEval2/{COMMIT}/geneval2_data.jsonl"
 SHA256 = "09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43"  # of that file
+PUBLISHED = "029f4db9fe4beb1acfc5d44e91fa733f3b47b68718f9e29f583afd8c1a4c32be"  # `digest` of what it holds
 LICENCE = "GenEval 2's prompts are Meta's, under CC BY-NC 4.0: not for commercial use"
 NANO = "geneval2-nano"
 PER_ATOMICITY = 20  # of the nano prompts

@@ -132,7 +132,7 @@ def load_local(name: str, device: str) -> LocalJudge:
     key = (name, str(torch.device(device)))
     if (loaded := _LOADED.get(key)) is not None:
         return loaded
-    folder = _folder(name)
+    folder = model_folder(name)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     try:
         with quiet_transformers():
@@ -149,7 +149,7 @@ def load_local(name: str, device: str) -> LocalJudge:
     return judge
 
 
-def _folder(name: str) -> Path:
+def model_folder(name: str) -> Path:
     """A model's folder: `name` itself, or that of the hub's cache, to which the model is fetched first."""
     from huggingface_hub import snapshot_download
 
