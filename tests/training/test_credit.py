@@ -243,7 +243,7 @@ def test_all_tokens_count_alike_unless_said_otherwise(new_trainer: Build) -> Non
     [
         ({"tokens": {"method": "eg"}, "importance": "sequence"}, "eg weighs tokens, .* set importance: token"),
         ({"tokens": {"confidence": 0.5}}, "confidence 0.5 is of tokens.method: gcpo"),
-        ({"tokens": {"method": "gcpo", "confidence": 0.5}, "beta": 0.0}, "a beta above 0 has; set both"),
+        ({"tokens": {"method": "gcpo", "confidence": 0.5}, "beta_end": 0.0}, "as long as beta is above 0; set both"),
     ],
 )
 def test_what_makes_no_sense_is_refused(keys: dict[str, Any], words: str) -> None:

@@ -42,7 +42,8 @@ def straddling(folder: Path, out: Path) -> None:
     recipe = tiny_recipe(
         folder / "policy", batch_size=8, group_size=8, micro_batch_size=2, updates_per_batch=2, steps=4,
         condition_dropout=0.2, dynamic_sampling=4, spread_floor=0.5, scale_rewards="global", weights={"red": 0.0},
-        tokens={"method": "stage"},
+        tokens={"method": "stage"}, beta=0.1, beta_end=0.05, reference_decay=0.5, entropy_controller="reasongen",
+        entropy_step=0.01, entropy_weight_max=0.05,
     )  # fmt: skip
 
     def some_missing(images: torch.Tensor) -> torch.Tensor:

@@ -116,6 +116,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _reference_can_move(self) -> Recipe:
+        if self.grpo.reference_decay < 1 and self.policy.lora is not None:
+            raise ValueError(
+                f"grpo.reference_decay {self.grpo.reference_decay:g}: with policy.lora the reference is the policy "
+                "without its adapters, which does not move; leave it out, or set policy.lora: null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _conditions_can_be_chosen(self) -> Recipe:
         data, key = self.conditions.dataset, "dynamic_sampling" if self.grpo.dynamic_sampling else "spread_floor"
         if self.selects and data is not None and data.streaming:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -196,6 +197,13 @@ class DistilSection(OptimSection):
     beta: Probability = 0.0  # 0 is forward KL(teacher || student), 1 reverse KL, between generalised Jensen-Shannon
 
 
+# What the controllers of the entropy bonus were published with: LOO-FID's code, ReasonGen-R1's of image tokens.
+ENTROPY_PRESETS = {
+    "loo_fid": {"entropy_weight": 2.2e-3, "entropy_weight_max": 4e-3},
+    "reasongen": {"entropy_step": 5e-5, "entropy_weight_max": 5e-3},
+}
+
+
 class TokenSection(Section):
     """Which tokens of an image its advantage goes to: A_it = w_it A_i, with weights that the rollout fixes.
     docs/methods.md has the equations and where they are from."""
@@ -217,6 +225,14 @@ class GrpoSection(OptimSection):
     logprob: Literal["conditional", "guided"] = "conditional"  # whose log-probability is trained
     group_size: Annotated[int, Field(ge=2)] = 8  # images per condition whose rewards are compared
     beta: NonNegative = 0.1  # weight of the KL estimator of eq. 6; 0 needs no reference model
+    # Where beta goes: after a share x of the updates it is beta_end + (beta - beta_end) f(x), f linear: 1 - x, or
+    # cosine: (1 + cos pi x) / 2, the same for all updates of a batch; null: it stays.
+    beta_end: NonNegative | None = None
+    beta_schedule: Literal["linear", "cosine"] = "linear"
+    # d of the KL term's reference: after every reference_every updates it is d reference + (1 - d) policy. 1: it stays
+    # the base; between (LOO-FID: 0.999) a running mean of the policy; 0: the policy takes its place every so often.
+    reference_decay: Probability = 1.0
+    reference_every: Count = 1
     # Clip range of the ratio, below 1. sapo and vespo clip nothing, cispo only above.
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epsilon_high: Positive | None = None  # and above it; null takes the number of epsilon, but for sapo and vespo
@@ -242,15 +258,56 @@ class GrpoSection(OptimSection):
     # s_c the running deviation of the total reward in its groups (half the latest, half before), w_c its weight and f
     # this floor; null: by weight alone.
     spread_floor: Probability | None = None
-    # Entropy bonus: its weight, and, when a target is given, how the weight follows the entropy (Skywork-OR1):
-    # up by entropy_step after an update at or below the target (nats per token), down after one above it, after which
-    # no bonus is given at all. The first update of a run has none. metrics.jsonl has the weight for the next update.
-    entropy_weight: NonNegative = 0.0
-    entropy_target: Positive | None = None  # null: the weight stays as it is
-    entropy_step: Positive = 0.005
-    entropy_weight_max: Positive = 1.0  # the weight goes no higher
+    # Entropy bonus w: the loss less w times the mean entropy H, in nats per token; and what moves w, of which
+    # docs/methods.md has the equations. skywork (OR1's, TRL's), once there is a target: up by entropy_step after an
+    # update at or below it, down after one above it, after which no bonus is given at all; the first update of a run
+    # has none, and metrics.jsonl has the weight for the next one. loo_fid: w e^(3 (0.78 - H / ln V)) outside of a dead
+    # band of 0.015, after a warm-up and before a decay. reasongen: w = sinh(psi), psi by Adam on w (H - target); w may
+    # be negative.
+    entropy_controller: Literal["skywork", "loo_fid", "reasongen"] = "skywork"
+    entropy_weight: NonNegative = 0.0  # at the beginning; of loo_fid its base, where nothing is said 2.2e-3
+    # Nats per token. null, of skywork: the weight stays as it is; of loo_fid 0.78 ln V, of reasongen 0.72 ln V (7 nats
+    # of 16,384 codes).
+    entropy_target: Positive | None = None
+    entropy_step: Positive = 0.005  # of reasongen Adam's rate, where nothing is said 5e-5
+    entropy_weight_max: Positive = 1.0  # |w| goes no higher; where nothing is said 4e-3 of loo_fid, 5e-3 of reasongen
     condition_dropout: Probability = 0.0  # how often a condition is replaced by the null condition
     allow_filtered_sampling: bool = False  # accept top_k or top_p although the trained distribution has neither
+
+    @property
+    def refers(self) -> bool:
+        """Whether there is a KL term at any time."""
+        return bool(self.beta or self.beta_end)
+
+    def beta_at(self, step: int) -> float:
+        """The weight of the KL term in the batch after so many updates; at the last batch it is `beta_end`."""
+        if self.beta_end is None:
+            return self.beta
+        share = min(1.0, step / max(1, self.steps - self.updates_per_batch))
+        left = 1 - share if self.beta_schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
+        return self.beta_end + (self.beta - self.beta_end) * left
+
+    @model_validator(mode="after")
+    def _controller_is_as_published(self) -> GrpoSection:
+        """What is not said of it; from here on it is in the recipe."""
+        for key, value in ENTROPY_PRESETS.get(self.entropy_controller, {}).items():
+            if key not in self.model_fields_set:
+                setattr(self, key, value)
+        return self
+
+    @model_validator(mode="after")
+    def _reference_fits(self) -> GrpoSection:
+        if self.reference_decay < 1 and not self.refers:
+            raise ValueError(
+                f"reference_decay {self.reference_decay:g} moves the reference of a KL term, and beta is 0; set beta "
+                "too, or leave it out"
+            )
+        if self.reference_every > 1 and self.reference_decay == 1:
+            raise ValueError(
+                f"reference_every {self.reference_every} has no part in reference_decay 1, with which the reference "
+                "stays; set reference_decay: 0 to put the policy in its place"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_groups_and_batches(self) -> GrpoSection:
@@ -286,10 +343,10 @@ class GrpoSection(OptimSection):
                 f"tokens.method {tokens.method} weighs tokens, and importance: sequence has one ratio for all of an "
                 "image; set importance: token"
             )
-        if tokens.confidence and (tokens.method != "gcpo" or not self.beta):
+        if tokens.confidence and (tokens.method != "gcpo" or not self.beta or self.beta_end == 0):
             raise ValueError(
-                f"tokens.confidence {tokens.confidence:g} is of tokens.method: gcpo, and compares with the reference "
-                "that a beta above 0 has; set both, or leave it out"
+                f"tokens.confidence {tokens.confidence:g} is of tokens.method: gcpo, and compares with the reference, "
+                "which is there as long as beta is above 0; set both, or leave it out"
             )
         return self
 

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from argrpo_cli.runs.run import RunDirectory
     from argrpo_cli.system.processes import Team
 
-STATE, MEAN = "trainer_state.json", "ema.safetensors"
+STATE, MEAN, REFERENCE = "trainer_state.json", "ema.safetensors", "reference.safetensors"
 # What a checkpoint of a version without manifests needs.
 NEEDED = ("policy.json", "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE)
 DAMAGED = "damaged-"  # before the name of a checkpoint that is not whole
@@ -276,11 +276,12 @@ def _unusable(folder: Path, step: int, weights: Mapping[str, tuple[int, ...]]) -
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".json", ".safetensors") and not _is_readable(path):
             return f"{path.relative_to(folder)} is unreadable"
-    shapes, mean = weight_shapes(folder), weight_shapes(folder, MEAN)
+    shapes = weight_shapes(folder)
     if shapes and weights and shapes != weights:
         return "model.safetensors holds other weights than those that the run started from"
-    if shapes and not mean.items() <= shapes.items():
-        return f"{MEAN} holds other weights than the policy"
+    for name in (MEAN, REFERENCE):
+        if shapes and not weight_shapes(folder, name).items() <= shapes.items():
+            return f"{name} holds other weights than the policy"
     try:
         outline_policy(folder)
     except UserError as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,14 @@ from argrpo_cli.policy.open import adapted_layers, require_peft
 from argrpo_cli.policy.tokens import scale_weights
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.processes import ALONE, Team
 from argrpo_cli.training.conditions import prompt_dataset
 from argrpo_cli.training.credit import ADVANTAGE_WEIGHTS, KL_WEIGHTS, Credit, TokenBeta
+from argrpo_cli.training.entropy import EntropyCallback, controller
 from argrpo_cli.training.gathering import check_sharding
+from argrpo_cli.training.instruments import RatioMeter
 from argrpo_cli.training.launch import check_alone, images_per_process
 from argrpo_cli.training.rollout import Rollout
+from argrpo_cli.training.saving import ReferenceCallback
 from argrpo_cli.training.scorer import ADVANTAGE_EPSILON, BatchScorer
 
 if TYPE_CHECKING:
@@ -64,41 +66,6 @@ class CodeTokenizer(PreTrainedTokenizerFast):
         return ()  # nothing that a checkpoint would need
 
 
-@dataclass
-class RatioMeter:
-    """pi_theta / pi_sampler over the tokens of an update: 1 up to rounding when the update is on-policy.
-
-    TRL itself takes the sampler's log-probabilities to equal the trained ones when there is one update per batch, so
-    this is the only place where a sampler that draws from another distribution would show.
-    """
-
-    total: float = 0.0
-    deviation: float = 0.0
-    tokens: int = 0
-    largest_deviation: float = 0.0
-
-    def add(self, logp: Tensor, sampled_logp: Tensor) -> None:
-        """Count the tokens of logp and sampled_logp [B, T]; NaN marks those drawn from another distribution."""
-        r = torch.exp(logp - sampled_logp)
-        r = r[~r.isnan()]
-        if r.numel():
-            self.total += r.sum().item()
-            self.deviation += (r - 1).abs().sum().item()
-            self.tokens += r.numel()
-            self.largest_deviation = max(self.largest_deviation, (r - 1).abs().max().item())
-
-    def take(self, team: Team = ALONE) -> tuple[float, float, float] | None:
-        """Mean ratio, mean and largest |ratio - 1| since the last call, over all processes of the team.
-
-        None when nothing was counted.
-        """
-        own = [self.total, self.deviation, self.tokens, self.largest_deviation]
-        self.total, self.deviation, self.tokens, self.largest_deviation = 0.0, 0.0, 0, 0.0
-        sums = team.gather(torch.tensor([own], dtype=torch.float64))
-        total, deviation, tokens, _ = sums.sum(dim=0).tolist()
-        return (total / tokens, deviation / tokens, sums[:, 3].max().item()) if tokens else None
-
-
 class ImageGRPOTrainer(GRPOTrainer):
     """GRPOTrainer whose log-probabilities are the policy's own, and which measures their ratio to the sampler's.
 
@@ -111,6 +78,11 @@ class ImageGRPOTrainer(GRPOTrainer):
         selection: with `scale_rewards: global`, whose running deviation advantages are divided by.
         token_weights: float32 [T] of mean 1; None counts all tokens of an image alike.
         credit: shares an image's advantage out among its tokens; None gives all of it to each.
+        beta_at: the weight of the KL term after so many updates; None leaves it as it is.
+
+    Attributes:
+        states: callbacks whose state a checkpoint holds, and that go on from it.
+        reference: the one of them that moves the reference, if it moves.
     """
 
     def __init__(
@@ -121,12 +93,16 @@ class ImageGRPOTrainer(GRPOTrainer):
         selection: Selection | None = None,
         token_weights: Tensor | None = None,
         credit: Credit | None = None,
+        beta_at: Callable[[int], float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, reward_funcs=scorer.functions(), **kwargs)
         self.scorer, self.selection, self.token_weights = scorer, selection, token_weights
         self.sampling, self.ratio_meter, self.credit = sampling, RatioMeter(), credit
         self.encoded: Encoded | None = None
+        self.beta_at = beta_at
+        self.reference: ReferenceCallback | None = None
+        self.states: list[EntropyCallback | ReferenceCallback] = []
         self.null: Encoded | None = None  # the same conditions dropped, where `credit` compares with them
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
@@ -139,6 +115,8 @@ class ImageGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's batch; its advantages are exactly 0 in a group that has nothing to compare, where float64 leaves 1e-13
         of 0.1 and AdamW makes a whole step of it."""
+        if self.beta_at is not None:  # the same for all updates of a batch: where it is 0, TRL asks no reference
+            self.beta = self.beta_at(self.state.global_step)
         batch = super()._generate_and_score_completions(inputs)
         level = ~(self.scorer.spread > 0).repeat_interleave(self.num_generations)
         first = self.accelerator.process_index * len(batch["advantages"])
@@ -282,6 +260,7 @@ def grpo_config(
         output_dir, device, processes: as in `trainer_settings`, which also says what it raises.
     """
     grpo = recipe.grpo
+    skywork = grpo.entropy_controller == "skywork"
     high = grpo.epsilon_high or grpo.epsilon  # losses without clipping have none, and TRL looks at neither then
     return GRPOConfig(
         **trainer_settings(recipe, output_dir, device, processes),
@@ -295,9 +274,10 @@ def grpo_config(
         loss_type=grpo.loss,  # "grpo": mean over the tokens of an image, then over images
         epsilon=grpo.epsilon,
         epsilon_high=1 + high if grpo.loss == "cispo" else high,  # there TRL means the bound itself
-        beta=grpo.beta,
-        entropy_coef=grpo.entropy_weight,
-        use_adaptive_entropy=grpo.entropy_target is not None,
+        beta=max(grpo.beta, grpo.beta_end or 0),  # where it is 0 TRL loads no reference
+        # With a controller of ours any weight but 0, so that TRL gives a bonus at all.
+        entropy_coef=grpo.entropy_weight if skywork else grpo.entropy_weight_max,
+        use_adaptive_entropy=skywork and grpo.entropy_target is not None,
         entropy_target=grpo.entropy_target or 0.0,
         entropy_coef_delta=grpo.entropy_step,
         entropy_coef_max=grpo.entropy_weight_max,
@@ -348,7 +328,7 @@ def build_trainer(
     grpo = recipe.grpo
     base = getattr(model.config, "_name_or_path", "")
     check_alone(rollout.team.count, model.device.type)
-    if grpo.beta and recipe.policy.lora is None and not (base and Path(base).is_dir()):
+    if grpo.refers and recipe.policy.lora is None and not (base and Path(base).is_dir()):
         raise UserError(
             f"the KL term needs the base policy as a folder on disk, and {base or 'this policy'!r} is none; "
             "save the policy first, or set grpo.beta=0"
@@ -364,6 +344,7 @@ def build_trainer(
         sampling=sampling if grpo.logprob == "guided" else replace(sampling, cfg_scale=1.0),
         token_weights=scale_weights(policy.card, grpo.scale_balance) if grpo.scale_balance else None,
         credit=None if grpo.tokens.method == "all" else Credit(grpo.tokens, policy, grpo.group_size),
+        beta_at=None if grpo.beta_end is None else grpo.beta_at,
         scorer=scorer,
         args=grpo_config(
             recipe,
@@ -381,6 +362,14 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     check_sharding(trainer)
+    if (moving := controller(grpo, policy.card.codes)) is not None:
+        trainer.states.append(EntropyCallback(moving, trainer))
+    if grpo.reference_decay < 1:
+        reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+        trainer.reference = ReferenceCallback(grpo.reference_decay, grpo.reference_every, model, reference)
+        trainer.states.append(trainer.reference)
+    for callback in trainer.states:
+        trainer.add_callback(callback)
     return trainer
 
 

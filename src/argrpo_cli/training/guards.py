@@ -143,8 +143,9 @@ class Guards:
     def _kl_beyond(self) -> Iterator[Sighting]:
         """A KL estimate (nats per token) above the limit in the last `KL_UPDATES` that were made."""
         limit = self.section.kl.limit
-        # Without a KL term there is what is measured now and then.
-        key = "kl" if self._records[-1].get("kl") is not None else "kl_start"
+        # Without a KL term to the base there is what is measured now and then.
+        to_base = self._records[-1].get("kl") is not None and self.recipe.grpo.reference_decay == 1
+        key = "kl" if to_base else "kl_start"
         if self._records[-1].get(key) is None:
             return
         measured = (one[key] for one in reversed(self._records) if one.get(key) is not None)

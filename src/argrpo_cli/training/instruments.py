@@ -34,6 +34,41 @@ SCALES = (1.0, 2.0, 4.0)  # of guidance, and
 TEMPERATURES = (0.8, 1.2)  # under which the gain is looked for once more
 
 
+@dataclass
+class RatioMeter:
+    """pi_theta / pi_sampler over the tokens of an update: 1 up to rounding when the update is on-policy.
+
+    TRL itself takes the sampler's log-probabilities to equal the trained ones when there is one update per batch, so
+    this is the only place where a sampler that draws from another distribution would show.
+    """
+
+    total: float = 0.0
+    deviation: float = 0.0
+    tokens: int = 0
+    largest_deviation: float = 0.0
+
+    def add(self, logp: Tensor, sampled_logp: Tensor) -> None:
+        """Count the tokens of logp and sampled_logp [B, T]; NaN marks those drawn from another distribution."""
+        r = torch.exp(logp - sampled_logp)
+        r = r[~r.isnan()]
+        if r.numel():
+            self.total += r.sum().item()
+            self.deviation += (r - 1).abs().sum().item()
+            self.tokens += r.numel()
+            self.largest_deviation = max(self.largest_deviation, (r - 1).abs().max().item())
+
+    def take(self, team: Team = ALONE) -> tuple[float, float, float] | None:
+        """Mean ratio, mean and largest |ratio - 1| since the last call, over all processes of the team.
+
+        None when nothing was counted.
+        """
+        own = [self.total, self.deviation, self.tokens, self.largest_deviation]
+        self.total, self.deviation, self.tokens, self.largest_deviation = 0.0, 0.0, 0, 0.0
+        sums = team.gather(torch.tensor([own], dtype=torch.float64))
+        total, deviation, tokens, _ = sums.sum(dim=0).tolist()
+        return (total / tokens, deviation / tokens, sums[:, 3].max().item()) if tokens else None
+
+
 class GradientMeter(TrainerCallback):
     """Squared norms of the gradients of whole groups, as they come, beside that of the whole update.
 

@@ -26,6 +26,7 @@ from argrpo_cli.system.processes import Team
 from argrpo_cli.training.conditions import Conditions, digest, load_position, save_position
 from argrpo_cli.training.display import RunDisplay, silent_console
 from argrpo_cli.training.distil import SCALE_IMAGES, build_distil_trainer, choose_scale
+from argrpo_cli.training.entropy import EntropyCallback
 from argrpo_cli.training.gathering import sharding, whole_model
 from argrpo_cli.training.grpo import build_trainer
 from argrpo_cli.training.guards import GuardCallback
@@ -33,7 +34,15 @@ from argrpo_cli.training.instruments import GradientMeter, Start, transfer, tran
 from argrpo_cli.training.launch import images_per_process
 from argrpo_cli.training.metrics import MetricsCallback, StopCallback, StopRequest
 from argrpo_cli.training.rollout import Rollout, Stopwatch
-from argrpo_cli.training.saving import CheckpointCallback, EmaCallback, Gallery, GridCallback, spread, trained_weights
+from argrpo_cli.training.saving import (
+    CheckpointCallback,
+    EmaCallback,
+    Gallery,
+    GridCallback,
+    ReferenceCallback,
+    spread,
+    trained_weights,
+)
 from argrpo_cli.training.scorer import BatchScorer
 from argrpo_cli.training.selection import Selection
 from argrpo_cli.training.streams import StreamedConditions
@@ -82,6 +91,7 @@ class Job:
     def __post_init__(self) -> None:
         recipe, optim = self.recipe, self.recipe.optim
         self.weights: dict[str, float] = {}  # what each raw reward counts
+        self.states: list[EntropyCallback | ReferenceCallback] = []  # of GRPO's trainer
         if self.rewards is not None:
             self.weights = reward_weights(recipe.rewards, self.rewards.family)
             self.rewards.tolerated = {name for name, weight in self.weights.items() if not weight}
@@ -150,6 +160,7 @@ class Job:
                 self.selection.load(checkpoint)
             if self.scorer is not None:
                 self.scorer.load(checkpoint)
+            team.together(lambda: [one.load(checkpoint) for one in self.states])
         for folder in (run.policy_dir, run.ema_dir):  # an earlier end of this run is overtaken once it goes on
             team.lead(partial(remove_folder, folder))
         try:
@@ -352,13 +363,14 @@ class Job:
                 else build_distil_trainer(recipe, policy, rollout, scale, run.partial_dir, callbacks)
             )
         )
-        if self.ema is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            team.fail(
-                f"{recipe.method}.ema_decay needs whole weights in each process; set it to 0, or take "
-                "--accelerate-config ddp"
-            )
         if grpo:
-            metrics.ratio_meter = trainer.ratio_meter
+            metrics.ratio_meter, self.states = trainer.ratio_meter, trainer.states
+        for key, callback in (("ema_decay", self.ema), ("reference_decay", grpo and trainer.reference)):
+            if callback and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+                team.fail(
+                    f"{recipe.method}.{key} needs whole weights in each process; leave it out, or take "
+                    "--accelerate-config ddp"
+                )
         meter.usable &= sharding(trainer) == "none"
         grids.whole = lambda: whole_model(trainer)
         start = self.start = team.lead(lambda: Start.of(policy, trainer.model, self._policy_before()))
@@ -388,6 +400,8 @@ class Job:
             self.selection.save(folder)
         if self.scorer is not None:
             self.scorer.save(folder)
+        for one in self.states:
+            one.save(folder)
 
     def _update(self, trainer: Trainer, checkpoint: Path | None, start: int) -> None:
         """All updates that are left, with the display on."""

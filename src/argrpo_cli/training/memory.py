@@ -129,7 +129,7 @@ def estimate(
     parameters = [parameter.numel() for parameter in model.parameters()]
     weights, trained = sum(parameters), trained_parameters(outline.policy, recipe.policy.lora)
     steered = distil or recipe.sampling.cfg_scale > 1
-    reference = distil or (recipe.grpo.beta and not adapted)
+    reference = distil or (recipe.grpo.refers and not adapted)
     guided = not distil and recipe.grpo.logprob == "guided"
     sampling = recipe.sampling if guided else replace(recipe.sampling, cfg_scale=1.0)
     measure = measure or pass_bytes

@@ -19,10 +19,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from argrpo_cli.draw import draw_batch
-from argrpo_cli.runs.checkpoints import MEAN, write_manifest
+from argrpo_cli.runs.checkpoints import MEAN, REFERENCE, write_manifest
 from argrpo_cli.runs.disk import replace_folder
 from argrpo_cli.seeds import of_training
 from argrpo_cli.shapes import Shot
+from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import save_png
 from argrpo_cli.system.grids import image_grid
 from argrpo_cli.system.processes import ALONE, Team
@@ -98,7 +99,9 @@ class CheckpointCallback(TrainerCallback):
         before = self.run.latest_checkpoint()
         if before is not None:
             return sum(path.stat().st_size for path in before.rglob("*") if path.is_file())
-        copies = {True: 4 if self.recipe.optim.ema_decay else 3, False: 1}  # of a parameter, trained or not
+        optim = self.recipe.optim
+        moving = self.recipe.method == "grpo" and self.recipe.grpo.reference_decay < 1
+        copies = {True: 3 + bool(optim.ema_decay) + moving, False: 1}  # of a parameter, trained or not
         return sum(
             parameter.numel() * parameter.element_size() * copies[parameter.requires_grad]
             for parameter in model.parameters()
@@ -149,6 +152,41 @@ class EmaCallback(TrainerCallback):
     def in_place_of(self, model: nn.Module) -> AbstractContextManager[None]:
         """Within this context the model's trained weights are the mean."""
         return in_place(model, self.mean)
+
+
+class ReferenceCallback(EmaCallback):
+    """After every `every` updates, reference <- decay reference + (1 - decay) policy, for the weights that are trained.
+
+    Args:
+        model: the policy's, before the trainer wraps it.
+        reference: that of the KL term, as the run begins a copy of the base.
+    """
+
+    def __init__(self, decay: float, every: int, model: nn.Module, reference: nn.Module) -> None:
+        super().__init__(decay, None)
+        weights = dict(reference.named_parameters())
+        self.every, self.mean = every, {name: weights[name].data for name in trained_weights(model)}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """There is nothing to copy: the mean is the reference itself."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def save(self, folder: Path) -> None:
+        """Add the reference to a checkpoint."""
+        save_file({name: value.cpu() for name, value in self.mean.items()}, folder / REFERENCE)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: it has no reference.
+        """
+        if not (folder / REFERENCE).is_file():
+            raise UserError(f"{folder} has no {REFERENCE}: the run was started without reference_decay")
+        _copy(load_file(folder / REFERENCE), self.mean)
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
