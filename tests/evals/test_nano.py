@@ -28,7 +28,8 @@ N = 48
 PER_REWARD = {"nano-clip", "nano-quality", "nano-critic", "total_reward"}
 PER_SAMPLE = {"match", "match_at_size", "size", "mirrored", "recognised"} | PER_REWARD
 PER_SET = {"inception_score", "fid", "sfid", "fid_corrected", "sfid_corrected"}
-PER_POLICY = PER_SAMPLE | PER_SET | {"precision", "recall", "diversity", "entropy", "entropy_guided"}
+PER_POLICY = PER_SAMPLE | PER_SET | {"precision", "recall", "coverage", "diversity", "vendi"}
+PER_POLICY |= {"entropy", "entropy_guided"}
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +236,9 @@ def test_precision_is_of_samples_and_recall_of_the_set(tmp_path, monkeypatch):
     assert covered[:N].all()
     assert len(measures["recall"].strata[0]) == 20
     assert measures["recall"].value == pytest.approx(covered.double().mean().item())
+    two = torch.nn.functional.normalize(judge.reference_features[[0, 24]].double(), dim=1)  # scenes of one class
+    shares = torch.tensor([1 + two[0] @ two[1], 1 - two[0] @ two[1]]) / 2  # the eigenvalues of [[1, c], [c, 1]] / 2
+    assert N == 48 and measures["vendi"].values[0].item() == pytest.approx((-shares * shares.log()).sum().exp().item())
     match = judge.reference_match
     for key, expected in (("match", match.db), ("size", match.size), ("mirrored", match.mirror)):
         torch.testing.assert_close(measures[key].values.float(), expected[:N].float())
@@ -289,6 +293,10 @@ def test_the_measures_are_the_metrics_on_the_judges_features():
             "sfid": fidelity.frechet_distance(fidelity.Gaussian.of(spatial), real_spatial),
         }
     )
+    near = fidelity.covered(features, judge.reference_features, 5).double().mean().item()
+    measures["coverage"] = nano.manifold_measures(features, judge, class_groups(120, ids))["coverage"]
+    assert measures["coverage"].value == near and 0 < near < 1
+    assert "coverage" not in nano.manifold_measures(features[:6], judge, class_groups(6))
     for one in measures.values():
         assert one.strata[0].shape == (20,) and 0 < one.error < 0.5 * one.value
 

@@ -18,9 +18,10 @@ from argrpo_cli.nano.scenes import CLASS_NAMES
 from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 
-SHOWN = {"inception_score", "fid", "sfid", "precision", "recall"}
+OF_SAMPLES = {"precision", "recall", "coverage"}  # and not of real scenes
+SHOWN = {"inception_score", "fid", "sfid"} | OF_SAMPLES
 LABEL_FREE = SHOWN | {"fid_corrected", "sfid_corrected"}
-BY_CLASS = {"match", "match_at_size", "size", "mirrored", "recognised", "diversity"}
+BY_CLASS = {"match", "match_at_size", "size", "mirrored", "recognised", "diversity", "vendi"}
 REWARDS = {"nano-clip", "nano-quality", "nano-critic", "total_reward"}
 N = 48
 
@@ -79,7 +80,7 @@ def test_a_labelled_folder_gets_every_measure_of_its_pictures(folder):
     judge = load_judge()
     assert found["match"] == pytest.approx(judge.reference_match.db[:N].mean().item(), abs=1e-4)
     assert found["recognised"] == 1 and found["precision"] == 1
-    assert set(result.rows[nano.REAL]) == (LABEL_FREE | BY_CLASS | REWARDS) - {"precision", "recall", "diversity"}
+    assert set(result.rows[nano.REAL]) == (LABEL_FREE | BY_CLASS | REWARDS) - OF_SAMPLES - {"diversity", "vendi"}
 
 
 def test_pictures_without_classes_get_what_needs_none(folder):
@@ -90,7 +91,7 @@ def test_pictures_without_classes_get_what_needs_none(folder):
     for path in (folder, folder.parent / "set.npz"):
         result = evaluate_images(path)
         found = values(result)
-        assert set(found) == LABEL_FREE and set(result.rows[nano.REAL]) == LABEL_FREE - {"precision", "recall"}
+        assert set(found) == LABEL_FREE and set(result.rows[nano.REAL]) == LABEL_FREE - OF_SAMPLES
         assert "reward_weights" not in result.protocol and not known(result)
         for key in SHOWN:
             assert found[key] == pytest.approx(labelled[key], rel=1e-6), key
@@ -120,7 +121,7 @@ def test_a_class_with_one_picture_has_no_diversity(folder):
         (folder / row["file"]).unlink()
     write_metadata(folder, rows[:24])
     found = values(evaluate_images(folder, weights={"nano-quality": 1.0}))
-    assert "diversity" not in found and "match" in found
+    assert "diversity" not in found and "vendi" not in found and "match" in found
 
 
 @pytest.mark.parametrize(

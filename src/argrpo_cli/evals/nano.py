@@ -15,15 +15,17 @@ for a folder whose metadata.jsonl gives each picture's `class_id`, as `argrpo sa
                   its middle layer [N, 112] for ADM's spatial features
     precision     share of samples inside the reference scenes' manifold, k = 3 (as ADM, on the judge's features)
     recall        share of reference scenes inside the samples' manifold
+    coverage      share of reference scenes with a sample nearer than their fifth neighbour among them
     diversity     mean feature distance between two samples of one class
+    vendi         how many different samples a class has, effectively: the Vendi score of its features
     entropy       nats per token of the policy over its own samples, conditional and as guided
     the rewards   raw, and their total as the recipe weights it
 
-IS, FID, sFID and recall are one number for a set. Their errors are those of a jackknife over twenty groups of samples,
-each with all classes in their shares; two policies with paired seeds have the same groups, so the error of their
-difference is paired. It is the error of drawing the samples: the reference scenes, the judge and the training run are
-given. With few images it errs on the safe side: against the spread of fresh samples that of FID and sFID was near twice
-too large at 192 images, a fifth at 480 and at 2,016.
+IS, FID, sFID, recall and coverage are one number for a set. Their errors are those of a jackknife over twenty groups of
+samples, each with all classes in their shares; two policies with paired seeds have the same groups, so the error of
+their difference is paired. It is the error of drawing the samples: the reference scenes, the judge and the training run
+are given. With few images it errs on the safe side: against the spread of fresh samples that of FID and sFID was near
+twice too large at 192 images, a fifth at 480 and at 2,016.
 
 FID and sFID are biased upwards, the more the fewer the images, because a covariance of few rows is not the true one.
 The errors leave it out: compare equal numbers of images only. Even then it is larger for a policy of more variety, so
@@ -35,9 +37,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,7 @@ from torch import Tensor
 from argrpo_cli import seeds
 from argrpo_cli.draw import draw_batch, score_tokens
 from argrpo_cli.evals.benchmark import Benchmark, Subject, run
+from argrpo_cli.evals.diversity import COVERING, vendi_within
 from argrpo_cli.evals.fidelity import (
     FID,
     INCEPTION_SCORE,
@@ -56,6 +59,7 @@ from argrpo_cli.evals.fidelity import (
     RECALL,
     SFID,
     Gaussian,
+    covered,
     frechet_measure,
     inception_score_measure,
     precision_recall,
@@ -78,7 +82,7 @@ if TYPE_CHECKING:
 
 UNSEEN_SCENES = 480
 MATCH, MATCH_AT_SIZE, SIZE, MIRRORED = "match", "match_at_size", "size", "mirrored"
-RECOGNISED, DIVERSITY = "recognised", "diversity"
+RECOGNISED, DIVERSITY, COVERAGE, VENDI = "recognised", "diversity", "coverage", "vendi"
 CORRECTED = "_corrected"
 ENTROPY, GUIDED_ENTROPY, TOTAL = "entropy", "entropy_guided", "total_reward"
 COLUMNS = {
@@ -94,7 +98,9 @@ COLUMNS = {
     SFID + CORRECTED: Column("sFID less its bias", "", "lower"),
     PRECISION: Column("precision", "", "higher", 1, True),
     RECALL: Column("recall", "", "higher", 1, True),
+    COVERAGE: Column("coverage", "", "higher", 1, True),
     DIVERSITY: Column("feature diversity"),
+    VENDI: Column("Vendi score of a class"),
     ENTROPY: Column("entropy", "nats/token"),
     GUIDED_ENTROPY: Column("entropy as guided", "nats/token"),
 }
@@ -220,6 +226,7 @@ class Nano(Benchmark):
         if several.any():
             units = diversity(features[several], class_ids[several]).double()
             measures[DIVERSITY] = Measure(units.mean().item(), (units,), len(images))
+            measures[VENDI] = vendi_within(features, class_ids)
         return measures
 
     def references(self) -> dict[str, Measures]:
@@ -348,17 +355,22 @@ def set_measures(
 
 
 def manifold_measures(features: Tensor, judge: Judge, groups: Tensor) -> Measures:
-    """Precision, of samples, and recall by a jackknife: the samples make up its manifold."""
+    """Precision, of samples, and by a jackknife recall and coverage, of the reference scenes. Coverage needs more
+    samples than `COVERING` in all parts of the jackknife, and is left out where they are fewer."""
     precise, recalled = precision_recall(features, judge.reference_features)
 
-    def recall(rows: Tensor) -> float:
-        return precision_recall(features[rows], judge.reference_features)[1].double().mean().item()
+    def jackknifed(whole: Tensor, share: Callable[[Tensor], Tensor]) -> Measure:
+        left = [share(features[groups != group]).double().mean() for group in range(int(groups.max()) + 1)]
+        return jackknife(whole.double().mean().item(), left, len(groups))[0]
 
-    left = [recall(groups != group) for group in range(int(groups.max()) + 1)]
-    return {
+    measures = {
         PRECISION: mean_of(precise.double()),
-        RECALL: jackknife(recalled.double().mean().item(), left, len(groups))[0],
+        RECALL: jackknifed(recalled, lambda rows: precision_recall(rows, judge.reference_features)[1]),
     }
+    if len(features) > COVERING + 1:
+        reached = partial(covered, reference=judge.reference_features, k=COVERING)
+        measures[COVERAGE] = jackknifed(reached(features), reached)
+    return measures
 
 
 def real_measures(judge: Judge, held_out: slice) -> Measures:
