@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from argrpo_cli.policy.llamagen.checkpoints import from_published
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
 from tests.formula import formula_weights
 
 DATA = Path(__file__).parent / "data" / "policy"
@@ -52,7 +52,8 @@ def golden_config(fields: dict[str, Any]) -> LlamaGenConfig:
 def golden_model(name: str, part: str | None = None) -> LlamaGenForImageGeneration:
     """The model of a case with its formula weights; shared between tests, so leave it as it is."""
     case = cases()[name] if part is None else cases()[name]["gqa_models"][part]
-    return from_published(formula_weights(case["shapes"]), golden_config(case["config"]))
+    network = from_published(formula_weights(case["shapes"]), golden_config(case["config"]))
+    return LlamaGenForImageGeneration.around(network)
 
 
 def max_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

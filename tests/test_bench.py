@@ -11,7 +11,7 @@ from argrpo_cli.bench import eval as bench_eval
 from argrpo_cli.bench import sampler as bench_sampler
 from argrpo_cli.bench import train as bench_train
 from argrpo_cli.bench.__main__ import main
-from argrpo_cli.policy.llamagen.config import SIZES
+from argrpo_cli.policy.llamagen.geometry import SIZES
 from argrpo_cli.system.errors import UserError
 from tests.goldens import cases, golden_model, tensors
 

@@ -11,7 +11,7 @@ import torch
 from argrpo_cli.bench import gpu, gpu_sampling, roofline
 from argrpo_cli.bench.__main__ import main
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.sample import new_cache
 from argrpo_cli.system.errors import UserError
 

@@ -14,7 +14,8 @@ import pytest
 from argrpo_cli.networks.weights import load_pretrained, read_state
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import CARD, glance, mark_adapter
-from argrpo_cli.policy.llamagen import model as model_module
+from argrpo_cli.policy.llamagen.model import Backbone
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenModel
 from argrpo_cli.policy.open import outline_policy
 from argrpo_cli.runs.checkpoints import _is_readable
 from argrpo_cli.system.errors import UserError
@@ -47,7 +48,8 @@ def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     def layer(*args: Any, **options: Any) -> None:
         raise AssertionError("a layer was built of it")
 
-    monkeypatch.setattr(model_module, "Layer", layer)
+    for backbone in (Backbone, LlamaGenModel):  # drawn by, and trained
+        monkeypatch.setattr(backbone, "layer", layer)
 
 
 def test_the_name_of_a_layer_is_right(folder: Path, nothing_is_built: None) -> None:

@@ -11,14 +11,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from argrpo_cli.policy import tokens as shared
 from argrpo_cli.policy.llamagen.checkpoints import RENAMES
-from argrpo_cli.policy.llamagen.config import SIZES, LlamaGenConfig, published_config
-from argrpo_cli.policy.llamagen.model import (
-    Encoded,
-    LlamaGenForImageGeneration,
-    LlamaGenModel,
-    caption_attention_mask,
-    left_pad,
-)
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig, published_config
+from argrpo_cli.policy.llamagen.geometry import SIZES
+from argrpo_cli.policy.llamagen.model import Encoded, caption_attention_mask, left_pad
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration, LlamaGenModel
 from argrpo_cli.policy.protocol import Scored
 from argrpo_cli.shapes import Sampling
 from tests.goldens import TOLERANCE, cases, golden_model, max_difference, tensors

@@ -15,10 +15,10 @@ import torch
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import class_names
 from argrpo_cli.policy.llamagen.checkpoints import from_published, to_published
-from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig, VQConfig
 from argrpo_cli.policy.llamagen.policy import LlamaGen
-from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, to_uint8
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration, VQModel
+from argrpo_cli.policy.llamagen.vq import to_uint8
 from argrpo_cli.policy.open import choose_trainable
 from argrpo_cli.rewards import load_rewards
 from argrpo_cli.shapes import Condition, Sampling, class_prompt
@@ -250,7 +250,7 @@ def test_decoding_is_the_tokenizers_rounded_once_in_chunks(monkeypatch):
 def test_the_dtype_is_the_models_and_not_the_tokenizers(saved, dtype):
     policy = load_policy(saved, dtype=dtype)
     assert policy.model.dtype == getattr(torch, dtype)
-    assert policy.tokenizer.dtype == torch.float32
+    assert {one.dtype for one in policy.tokenizer.parameters()} == {torch.float32}
     assert policy.decode(sample(policy, policy.conditions([0]), [1])).shape == (1, 3, 16, 16)
 
 

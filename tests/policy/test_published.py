@@ -19,9 +19,9 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.policy.llamagen import published
 from argrpo_cli.policy.llamagen.checkpoints import to_published
-from argrpo_cli.policy.llamagen.config import SIZES, published_config
-from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
+from argrpo_cli.policy.llamagen.config import VQConfig, published_config
+from argrpo_cli.policy.llamagen.geometry import SIZES, published_geometry
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration, VQModel
 from argrpo_cli.policy.open import outline_policy
 from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
@@ -47,8 +47,7 @@ def test_every_size_has_the_published_keys_shapes_and_counts(name):
     assert config.num_attention_heads == facts["heads"]
     condition = "caption" if name.endswith("t2i") else "class"
     size = name.removeprefix("GPT-").partition("_")[0]
-    wanted = published_config(size, image_size=384, condition=condition)
-    assert config.to_dict() == wanted.to_dict()
+    assert config == published_geometry(size, image_size=384, condition=condition)
     with torch.device("meta"):
         model = LlamaGenForImageGeneration(config)
     assert {key: list(value.shape) for key, value in to_published(model).items()} == shapes
@@ -230,7 +229,7 @@ def test_weights_in_half_precision_are_opened_as_asked(tiny):
     torch.save({"model": {key: value.bfloat16() for key, value in weights_of(path).items()}}, path)
     assert load_policy(path).model.dtype == torch.float32
     half = load_policy(path, dtype="bfloat16")
-    assert half.model.dtype == torch.bfloat16 and half.tokenizer.dtype == torch.float32
+    assert half.model.dtype == torch.bfloat16 and half.tokenizer.quant_conv.weight.dtype == torch.float32
 
 
 def test_an_argrpo_folder_holds_policy_and_tokenizer(tiny):

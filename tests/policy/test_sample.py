@@ -11,7 +11,8 @@ import torch
 from argrpo_cli.policy.llamagen import sample as sampler
 from argrpo_cli.policy.llamagen.checkpoints import from_published, to_published
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration, RMSNorm, attend
+from argrpo_cli.policy.llamagen.model import Encoded, RMSNorm, attend
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.sample import draw_tokens, packed_linears, sample_tokens
 from argrpo_cli.policy.tokens import filter_logits, guide, image_uniforms, inverse_cdf
 from argrpo_cli.shapes import Sampling

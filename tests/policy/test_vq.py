@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, from_uint8, to_uint8
+from argrpo_cli.policy.llamagen.config import VQConfig
+from argrpo_cli.policy.llamagen.pretrained import VQModel
+from argrpo_cli.policy.llamagen.vq import from_uint8, to_uint8
 from tests.formula import formula_weights
 
 DATA = Path(__file__).parents[1] / "data" / "policy"

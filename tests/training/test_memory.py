@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.published import LlamaGenOutline
 from argrpo_cli.policy.llamagen.sample import new_cache
 from argrpo_cli.policy.open import outline_policy

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from argrpo_cli.policy import Policy
-from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig, VQConfig
 from argrpo_cli.policy.llamagen.policy import LlamaGen
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration, VQModel
 from argrpo_cli.policy.llamagen.text import TextEncoder
-from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.recipe import Recipe
 from argrpo_cli.shapes import Condition, Sampling
 

@@ -19,7 +19,8 @@ from argrpo_cli.bench.roofline import rows_of, step_cost
 from argrpo_cli.bench.sampler import random_policy, sample_as_published
 from argrpo_cli.policy.llamagen import sample as sampling_loop
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig, published_config
-from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.model import Encoded
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.sample import sample_tokens
 from argrpo_cli.shapes import Sampling
 

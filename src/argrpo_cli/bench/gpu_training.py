@@ -22,9 +22,10 @@ from argrpo_cli.bench import Bench
 from argrpo_cli.bench.gpu_sampling import PUBLISHED_TOKENS, config_of
 from argrpo_cli.bench.sampler import random_policy, sample_as_published
 from argrpo_cli.networks.pixels import Preprocess
-from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.config import VQConfig
+from argrpo_cli.policy.llamagen.model import Encoded
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration, VQModel
 from argrpo_cli.policy.llamagen.sample import sample_tokens
-from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
 from argrpo_cli.policy.tokens import guide
 from argrpo_cli.shapes import Sampling
 

@@ -29,16 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from argrpo_cli.bench import measure, parse, peak_memory
 from argrpo_cli.bench.roofline import rows_of, step_cost
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.llamagen.config import SIZES, LlamaGenConfig, published_config
-from argrpo_cli.policy.llamagen.model import (
-    Attention,
-    Encoded,
-    KeyValue,
-    LlamaGenForImageGeneration,
-    RMSNorm,
-    apply_rope,
-    rope_table,
-)
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig, published_config
+from argrpo_cli.policy.llamagen.geometry import SIZES
+from argrpo_cli.policy.llamagen.model import Attention, Encoded, KeyValue, RMSNorm, apply_rope, rope_table
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.sample import packed_linears, sample_tokens
 from argrpo_cli.policy.tokens import image_uniforms, inverse_cdf
 from argrpo_cli.shapes import Sampling

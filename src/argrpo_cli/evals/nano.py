@@ -71,7 +71,7 @@ from argrpo_cli.listing import METADATA
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.judge import FITTED, Judge, diversity, load_judge
 from argrpo_cli.nano.tokens import encode, psnr
-from argrpo_cli.policy.llamagen.vq import VQModel
+from argrpo_cli.policy.llamagen.pretrained import VQModel
 from argrpo_cli.rewards import RewardSet, check_reward, load_rewards, reward_weights
 from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, class_prompt
 from argrpo_cli.system.errors import UserError

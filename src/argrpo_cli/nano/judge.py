@@ -30,7 +30,8 @@ from argrpo_cli.nano import scenes
 from argrpo_cli.nano.matching import Match, Matcher, Template, match_classes
 from argrpo_cli.nano.tokens import TOKENS_FILE, decode, load_tokenizer
 from argrpo_cli.networks.weights import load_weights
-from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8
+from argrpo_cli.policy.llamagen.pretrained import VQModel
+from argrpo_cli.policy.llamagen.vq import from_uint8
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import WEIGHTS, read_json
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from argrpo_cli.geneval.prompts import NANO_OBJECTS
 from argrpo_cli.networks.weights import load_pretrained
-from argrpo_cli.policy.llamagen.vq import VQModel, from_uint8, to_uint8
+from argrpo_cli.policy.llamagen.pretrained import VQModel
+from argrpo_cli.policy.llamagen.vq import from_uint8, to_uint8
 from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import WEIGHTS, read_jsonl

@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from typing_extensions import TypedDict
 
 from argrpo_cli.system.errors import UserError, first_line
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Model = TypeVar("Model", bound="PreTrainedModel")
+Plain = TypeVar("Plain", bound=nn.Module)
 # In the keys of a configuration that say how often a part is repeated; max_window_layers, of Qwen, is only a bound.
 DEPTH = re.compile("(?<!window_)layers|depth|res_blocks")
 MOST_LAYERS = 1000  # where the weights are of a kind whose names cannot be read without them
@@ -233,21 +236,26 @@ def read_config(kind: type[Model], folder: Path) -> PreTrainedConfig | None:
     Raises:
         UserError: it is missing, damaged, of another kind of model, or says what cannot be.
     """
+    config, own = checked_config(kind, folder), getattr(kind, "config_class", None)
+    if own is None:
+        return None
+    with describing(folder / "config.json"):
+        return own(**config)
+
+
+def checked_config(kind: type[nn.Module], folder: Path) -> dict[str, Any]:
+    """The config.json of a folder as plain data, see `read_config`."""
     path, own = folder / "config.json", getattr(kind, "config_class", None)
     config = read_json(path)
     expected = getattr(own, "model_type", None)
     if expected is not None and config.get("model_type") != expected:
         raise UserError(f"{folder} holds a {config.get('model_type')!r} model; expected {expected!r}")
     check_depth(config, len(weight_shapes(folder)), str(path))
-    if own is None:
-        return None
     keys: dict[str, Any] = {}
-    for one in reversed(own.__mro__):
+    for one in reversed(own.__mro__ if own is not None else ()):
         if one.__module__.startswith("argrpo_cli."):
             keys |= inspect.get_annotations(one, eval_str=True)
-    check_shape(config, TypedDict(own.__name__, keys, total=False), str(path))
-    with describing(path):
-        return own(**config)
+    return check_shape(config, TypedDict("Config", keys, total=False), str(path))
 
 
 @contextmanager
@@ -282,6 +290,52 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
         yield key, value
 
 
+def load_plain(kind: type[Plain], folder: Path, dtype: torch.dtype) -> Plain:
+    """As `load_pretrained`, of a network whose `config_class` is a plain dataclass: nothing of transformers is
+    imported. In evaluation mode.
+
+    Raises:
+        UserError: files missing or damaged, another kind of model, keys or shapes that do not fit.
+    """
+    network, state = outline_plain(kind, folder), {}
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"cannot load {folder}: no file model.safetensors")
+    for file in files:
+        state |= read_state(file)
+    own = network.state_dict()
+    for what, names in (("missing keys", own.keys() - state.keys()), ("unexpected keys", state.keys() - own.keys())):
+        if names:
+            raise UserError(f"cannot load {folder}: {len(names)} {what} such as {min(names)}")
+    fit_state(network, state, folder, dtype=dtype)
+    return network.eval()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """In this mode torch.nn.init leaves tensors alone: of those without numbers it would load torch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def blank() -> Iterator[None]:
+    """Within this context networks are built with shapes and no numbers, to be filled by `fit_state`."""
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
+def outline_plain(kind: type[Plain], folder: Path) -> Plain:
+    """A network of a plain dataclass on the meta device, as its config.json and its weights both say."""
+    config, names = checked_config(kind, folder), {one.name for one in fields(kind.config_class)}
+    with describing(folder / "config.json"), blank():
+        network = kind(kind.config_class(**{key: value for key, value in config.items() if key in names}))
+    return _agreed(network, folder)
+
+
 def outline(kind: type[Model], folder: Path) -> Model:
     """The model of a folder on the meta device: shapes and no numbers, as its config.json and its weights both say.
 
@@ -291,6 +345,11 @@ def outline(kind: type[Model], folder: Path) -> Model:
     config = read_config(kind, folder)
     with describing(folder / "config.json"), torch.device("meta"), quiet_transformers():
         model = kind(config)
+    return _agreed(model, folder)
+
+
+def _agreed(model: Model, folder: Path) -> Model:
+    """The model; UserError where a weight in the folder has another shape than its config.json says."""
     shapes = weight_shapes(folder)
     for key, value in model.state_dict().items():
         if key in shapes and shapes[key] != tuple(value.shape):

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers.modeling_layers import GradientCheckpointingLayer
-
 from argrpo_cli.policy.tokens import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
@@ -44,6 +42,8 @@ class Outline:
     @property
     def layers(self) -> int:
         """Layers that gradient checkpointing computes again, one at a time."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         return sum(isinstance(module, GradientCheckpointingLayer) for module in self.policy.model.modules())
 
     @property

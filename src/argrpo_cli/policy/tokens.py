@@ -21,7 +21,7 @@ from argrpo_cli.system.files import make_dir
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from argrpo_cli.policy.llamagen.vq import VQModel
+    from argrpo_cli.policy.llamagen.vq import VQNetwork
 
 MIN_TEMPERATURE = 1e-5  # as in LlamaGen: temperature 0 is a very sharp distribution, not a division by zero
 LOGITS_AT_ONCE = 2**24  # held of a training pass; more are computed again in its backward pass, part by part
@@ -32,14 +32,16 @@ class TokenPolicy:
     """What `protocol.Policy` asks of every family alike that has a network and an image tokenizer.
 
     Attributes:
-        model: the network.
-        tokenizer: a `VQModel`, always float32.
+        model: of transformers; what is trained and saved.
+        network: what draws: the model, or the same weights without what trains and saves them.
+        tokenizer: a `VQNetwork`, always float32.
         image_size: of the tokens, in pixels.
         draw: the family's sampler, `sample_tokens(model, encoded, sampling, seeds, logp)`.
     """
 
     model: PreTrainedModel
-    tokenizer: VQModel
+    network: nn.Module
+    tokenizer: VQNetwork
     image_size: int
     draw: ClassVar[Callable[..., Drawn]]
 
@@ -53,12 +55,12 @@ class TokenPolicy:
         logp: str | None = None,
     ) -> Drawn:
         """See `protocol.Policy`."""
-        return type(self).draw(self.model if model is None else model, encoded, sampling, seeds, logp)
+        return type(self).draw(self.network if model is None else model, encoded, sampling, seeds, logp)
 
     @torch.no_grad()
     def tokenise(self, images: Tensor) -> Tensor:
         """Images uint8 [B, 3, image_size, image_size] to tokens int64 [B, T]."""
-        return self.tokenizer.encode_images(images.to(self.model.device))
+        return self.tokenizer.encode_images(images.to(self.network.device))
 
     def code_vectors(self) -> Tensor:
         """See `protocol.Policy`."""

@@ -23,7 +23,7 @@ from argrpo_cli.geneval.prompts import TAGS
 from argrpo_cli.nano import scenes
 from argrpo_cli.nano.make.fit import Setting
 from argrpo_cli.nano.tokens import decode, encode
-from argrpo_cli.policy.llamagen.vq import VQModel
+from argrpo_cli.policy.llamagen.pretrained import VQModel
 
 SMALL_SIZES = (22, 32)  # side of an object's box in pixels where there are several
 TAU = 0.2  # colour error (of 1) at which 63% of the quality is gone; an erased object has about 0.4

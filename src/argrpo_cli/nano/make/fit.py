@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from argrpo_cli.nano.tokens import load_tokenizer
 from argrpo_cli.networks.weights import save_model
-from argrpo_cli.policy.llamagen.vq import VQModel
+from argrpo_cli.policy.llamagen.pretrained import VQModel
 from argrpo_cli.system.files import WEIGHTS, atomic_path, make_dir
 
 

@@ -23,10 +23,11 @@ from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups, muon_and_ada
 from argrpo_cli.nano.scenes import CLASS_NAMES, IMAGE_SIZE, caption_batch, class_batch, vocabulary
 from argrpo_cli.nano.tokens import encode, load_tokenizer, psnr
 from argrpo_cli.policy import Policy, load_policy
-from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration, left_pad
+from argrpo_cli.policy.llamagen.config import LlamaGenConfig, VQConfig
+from argrpo_cli.policy.llamagen.model import Encoded, left_pad
+from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration, VQModel
 from argrpo_cli.policy.llamagen.text import load_text_encoder
-from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel, from_uint8
+from argrpo_cli.policy.llamagen.vq import from_uint8
 from argrpo_cli.system.files import write_json
 
 DROPOUT = 0.1  # of conditions in training, so that guidance has its unconditional half

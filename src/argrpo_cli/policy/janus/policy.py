@@ -26,7 +26,7 @@ from argrpo_cli.policy.janus.model import Encoded, JanusForImageGeneration
 from argrpo_cli.policy.janus.prompts import Prompts
 from argrpo_cli.policy.janus.sample import sample_tokens
 from argrpo_cli.policy.janus.vq import tokenizer_of
-from argrpo_cli.policy.llamagen.vq import VQModel
+from argrpo_cli.policy.llamagen.pretrained import VQModel
 from argrpo_cli.policy.protocol import Card
 from argrpo_cli.policy.tokens import TokenPolicy
 from argrpo_cli.shapes import Condition
@@ -119,6 +119,10 @@ class Janus(TokenPolicy):
         prompts = [str(prompt) for prompt in requests]
         self.prompts.check(prompts, self.model.config.text_config.max_position_embeddings - self.model.length)
         return [Condition(prompt) for prompt in prompts]
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model
 
     @property
     def card(self) -> Card:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from argrpo_cli.networks.weights import fit_state
-from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
+from argrpo_cli.policy.llamagen.config import VQConfig
+from argrpo_cli.policy.llamagen.pretrained import VQModel
 
 if TYPE_CHECKING:
     from transformers import JanusVQVAEConfig

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argrpo_cli.networks.weights import fit_state, read_state
+from argrpo_cli.networks.weights import blank, fit_state, read_state
 from argrpo_cli.policy.folder import TOKENIZERS, weight_files
-from argrpo_cli.policy.llamagen.config import SIZES, LlamaGenConfig, swiglu_size
-from argrpo_cli.policy.llamagen.model import LlamaGenForImageGeneration
-from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
+from argrpo_cli.policy.llamagen.geometry import SIZES, Geometry, VQGeometry, swiglu_size
+from argrpo_cli.policy.llamagen.model import LlamaGenNetwork
+from argrpo_cli.policy.llamagen.vq import VQNetwork
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import fetch
 
@@ -69,7 +69,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return {WRAPPED_KEYS.sub("", key): value for key, value in read_state(path, WRAPPERS).items()}
 
 
-def to_published(model: LlamaGenForImageGeneration) -> dict[str, Tensor]:
+def to_published(model: LlamaGenNetwork) -> dict[str, Tensor]:
     """The model's state dict under the published names."""
     state = model.state_dict()
     return {RENAMES_BACK.get(key) or key.removeprefix("model."): value for key, value in state.items()}
@@ -77,17 +77,17 @@ def to_published(model: LlamaGenForImageGeneration) -> dict[str, Tensor]:
 
 def from_published(
     state: Mapping[str, Tensor],
-    config: LlamaGenConfig,
+    config: Geometry,
     source: str = "the state dict",
     dtype: torch.dtype = torch.float32,
-) -> LlamaGenForImageGeneration:
+) -> LlamaGenNetwork:
     """A model with the weights of a published state dict; weights of this dtype already are not copied.
 
     Raises:
         UserError: naming missing, unexpected and wrongly shaped keys (`source` says of what).
     """
-    with torch.device("meta"):
-        model = LlamaGenForImageGeneration(config)
+    with blank():
+        model = LlamaGenNetwork(config)
     state = {key: value for key, value in state.items() if key not in COMPUTED}
     names = {key: RENAMES.get(key) or f"model.{key}" for key in (*state, *to_published(model))}
     what = f"a {config.condition}-conditional LlamaGen of width {config.hidden_size}"
@@ -96,7 +96,7 @@ def from_published(
     return model.eval()
 
 
-def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGenConfig:
+def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> Geometry:
     """The geometry of a published state dict that draws `tokens` image tokens.
 
     Raises:
@@ -125,7 +125,7 @@ def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGen
     if captions:
         tokens_of_caption, features = state["cls_embedding.uncond_embedding"].shape
         reads = {"condition": "caption", "cls_token_num": tokens_of_caption, "caption_dim": features}
-    return LlamaGenConfig(
+    return Geometry(
         vocab_size=codes,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -140,8 +140,8 @@ def config_of(state: Mapping[str, Tensor], tokens: int, source: str) -> LlamaGen
 def open_tokenizer(
     name_or_file: str | Path,
     beside: Path | None = None,
-    build: Callable[[Mapping[str, Tensor], str], VQModel] | None = None,
-) -> tuple[str | None, VQModel]:
+    build: Callable[[Mapping[str, Tensor], str], VQNetwork] | None = None,
+) -> tuple[str | None, VQNetwork]:
     """A published tokenizer, float32, and its name where it was opened by that.
 
     Args:
@@ -166,7 +166,7 @@ def open_tokenizer(
     return name, build(read_checkpoint(path), str(path))
 
 
-def tokenizer_from(state: Mapping[str, Tensor], source: str = "the state dict") -> VQModel:
+def tokenizer_from(state: Mapping[str, Tensor], source: str = "the state dict") -> VQNetwork:
     """A published image tokenizer in float32, its levels read off the keys.
 
     Raises:
@@ -179,7 +179,7 @@ def tokenizer_from(state: Mapping[str, Tensor], source: str = "the state dict") 
         codes, width = state["quantize.embedding.weight"].shape
         channels = state["encoder.conv_in.weight"].shape[0]
         blocks = {key.split(".")[4] for key in state if key.startswith("encoder.conv_blocks.0.res.")}
-        config = VQConfig(
+        config = VQGeometry(
             codebook_size=codes,
             codebook_embed_dim=width,
             ch=channels,
@@ -188,8 +188,8 @@ def tokenizer_from(state: Mapping[str, Tensor], source: str = "the state dict") 
             z_channels=state["encoder.conv_out.weight"].shape[0],
             num_res_blocks=len(blocks),
         )
-        with torch.device("meta"):
-            model = VQModel(config)
+        with blank():
+            model = VQNetwork(config)
     except (ValueError, KeyError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{source} is no LlamaGen tokenizer: its keys or shapes are those of none ({error})") from error
     fit_state(model, state, f"{source} as a tokenizer of {codes} codes")

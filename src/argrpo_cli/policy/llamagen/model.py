@@ -1,21 +1,21 @@
-"""LlamaGen as a transformers model: a Llama-style decoder over image tokens after a class or a caption."""
+"""LlamaGen: a Llama-style decoder over image tokens after a class or a caption.
+
+These are plain modules, which is all that drawing takes; `pretrained.py` makes models of transformers of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from argrpo_cli.policy.llamagen.config import LlamaGenConfig
+from argrpo_cli.policy.llamagen.geometry import Geometry
 from argrpo_cli.policy.protocol import Compare, Scored
 from argrpo_cli.policy.tokens import guide, log_probs, score_states
 from argrpo_cli.shapes import Sampling
@@ -160,7 +160,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with one fused projection for queries, keys and values."""
 
-    def __init__(self, config: LlamaGenConfig) -> None:
+    def __init__(self, config: Geometry) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         positions: Tensor | None = None,
         filled: int = 0,
     ) -> Tensor:
-        """x [B, S, D]; with `past`, this layer's cache, which is written in place, see `LlamaGenModel.run`."""
+        """x [B, S, D]; with `past`, this layer's cache, which is written in place, see `Backbone.run`."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         turned, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         q, k = apply_rope(turned, table).transpose(1, 2).split([self.heads, self.kv_heads], dim=1)
@@ -197,7 +197,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, config: LlamaGenConfig) -> None:
+    def __init__(self, config: Geometry) -> None:
         super().__init__()
         self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -207,10 +207,10 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class Layer(GradientCheckpointingLayer):
+class Layer(nn.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: LlamaGenConfig) -> None:
+    def __init__(self, config: Geometry) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
@@ -226,7 +226,7 @@ class Layer(GradientCheckpointingLayer):
 class CaptionMLP(nn.Module):
     """Projects text features to the width of the transformer."""
 
-    def __init__(self, config: LlamaGenConfig) -> None:
+    def __init__(self, config: Geometry) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.caption_dim, config.hidden_size, bias=False)
         self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -236,29 +236,21 @@ class CaptionMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(features.to(self.fc1.weight.dtype)), approximate="tanh"))
 
 
-class LlamaGenPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know about both classes below."""
-
-    config_class = LlamaGenConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Layer"]  # noqa: RUF012 (transformers' own convention)
-    _supports_sdpa = True
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, LlamaGenModel) and module.config.condition == "caption":
-            init.normal_(module.null_caption, std=module.config.caption_dim**-0.5)
-
-
-class LlamaGenModel(LlamaGenPreTrainedModel):
-    """The backbone: condition and image tokens in, hidden states after the final norm out.
+class Backbone(nn.Module):
+    """Condition and image tokens in, hidden states after the final norm out.
 
     There is no dropout, so training and evaluation mode compute the same function.
     """
 
-    def __init__(self, config: LlamaGenConfig) -> None:
-        super().__init__(config)
+    layer: ClassVar[type[nn.Module]] = Layer
+
+    def __init__(self, config: Geometry) -> None:
+        super().__init__()
+        self.config = config
+        self.build(config)
+
+    def build(self, config: Geometry) -> None:
+        """Make the parts; a model of transformers calls it once its own beginning is made."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.condition == "class":
             self.class_embedding = nn.Embedding(config.num_classes + 1, config.hidden_size)
@@ -266,10 +258,8 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
             self.caption_mlp = CaptionMLP(config)
             # As published: saved with the weights, never trained.
             self.register_buffer("null_caption", torch.zeros(config.cls_token_num, config.caption_dim))
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
-        self.post_init()
 
     def embed_condition(self, condition: Tensor) -> Tensor:
         """Class ids int64 [B], or left-padded features [B, P, caption_dim], to embeddings [B, P, D]."""
@@ -344,20 +334,26 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         return guide(*hidden.chunk(2), guidance) if guidance > 1 else hidden
 
 
-class LlamaGenForImageGeneration(LlamaGenPreTrainedModel):
+class LlamaGenNetwork(nn.Module):
     """LlamaGen with its LM head over image tokens; `sample.sample_tokens` draws from it."""
 
-    def __init__(self, config: LlamaGenConfig) -> None:
-        super().__init__(config)
-        self.model = LlamaGenModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    config_class: ClassVar[type] = Geometry
+    origin: str = ""  # the folder that holds the very weights, where there is one
+    backbone: ClassVar[type[Backbone]] = Backbone
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if module is self.lm_head:  # as published: a fresh policy is uniform over the vocabulary
-            init.zeros_(module.weight)
-        else:
-            super()._init_weights(module)
+    def __init__(self, config: Geometry) -> None:
+        super().__init__()
+        self.config = config
+        self.build(config)
+
+    def build(self, config: Geometry) -> None:
+        """Make the parts; a model of transformers calls it once its own beginning is made."""
+        self.model = self.backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
 
     def forward(
         self,
@@ -387,10 +383,5 @@ class LlamaGenForImageGeneration(LlamaGenPreTrainedModel):
         return lambda at: self._log_probs(hidden[at], sampling.temperature)
 
     def logits(self, encoded: Encoded, tokens: Tensor, guidance: float = 1.0) -> Tensor:
-        """Logits float32 [B, t, V] that each of the tokens [B, t] is drawn by, whole; see `LlamaGenModel.forward`."""
+        """Logits float32 [B, t, V] that each of the tokens [B, t] is drawn by, whole; see `Backbone.forward`."""
         return self.lm_head(self.model(encoded, tokens, guidance)).float()
-
-
-AutoConfig.register("llamagen", LlamaGenConfig, exist_ok=True)
-AutoModel.register(LlamaGenConfig, LlamaGenModel, exist_ok=True)
-AutoModelForCausalLM.register(LlamaGenConfig, LlamaGenForImageGeneration, exist_ok=True)

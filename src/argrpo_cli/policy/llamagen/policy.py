@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from argrpo_cli.networks.weights import fingerprint, load_pretrained, save_model
+from argrpo_cli.networks.weights import fingerprint, load_plain, save_model
 from argrpo_cli.policy.folder import (
     CARD,
     NAMED_PARTS,
@@ -33,15 +33,18 @@ from argrpo_cli.policy.folder import (
     sampling_entry,
 )
 from argrpo_cli.policy.llamagen.checkpoints import open_tokenizer
-from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenNetwork
 from argrpo_cli.policy.llamagen.sample import sample_tokens
 from argrpo_cli.policy.llamagen.text import TextEncoder, load_text_encoder, open_text_encoder
-from argrpo_cli.policy.llamagen.vq import VQModel
+from argrpo_cli.policy.llamagen.vq import VQNetwork
 from argrpo_cli.policy.protocol import Card
 from argrpo_cli.policy.tokens import TokenPolicy
 from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import make_dir, write_json
+
+if TYPE_CHECKING:
+    from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
 
 # Of a model's configuration, what no weight's shape shows.
 NOT_IN_SHAPES = (
@@ -54,7 +57,7 @@ class LlamaGen(TokenPolicy):
     """A policy, as `load_policy` gives it; `protocol.Policy` says what its methods do.
 
     Attributes:
-        model: the LlamaGen, in evaluation mode.
+        network: the LlamaGen, in evaluation mode: plain, or as a model of transformers; see `model`.
         tokenizer: image tokenizer, always float32 (token ids must not depend on the policy's dtype).
         tokenizer_name: name of a bundled or published tokenizer, None if it came from a folder or file.
         class_names: names of the class ids 0, 1, ...; empty for a caption-conditional policy.
@@ -68,8 +71,8 @@ class LlamaGen(TokenPolicy):
 
     draw = staticmethod(sample_tokens)
 
-    model: LlamaGenForImageGeneration
-    tokenizer: VQModel
+    network: LlamaGenNetwork
+    tokenizer: VQNetwork
     tokenizer_name: str | None
     class_names: list[str]
     image_size: int
@@ -87,11 +90,12 @@ class LlamaGen(TokenPolicy):
             UserError: something is missing or damaged, or the parts do not belong together.
         """
         card, numbers = read_card(folder, tokenizer=str), getattr(torch, dtype)
-        model = load_pretrained(LlamaGenForImageGeneration, folder, numbers)
+        model = load_plain(LlamaGenNetwork, folder, numbers)
+        model.origin = str(folder)
         if card["tokenizer"] in TOKENIZERS:
             tokenizer = open_tokenizer(card["tokenizer"])[1]
         else:
-            tokenizer = load_pretrained(VQModel, part_of(folder, "image tokenizer", card["tokenizer"]), torch.float32)
+            tokenizer = load_plain(VQNetwork, part_of(folder, "image tokenizer", card["tokenizer"]), torch.float32)
         text_encoder, encoder_name = None, card.get("text_encoder")
         if model.config.condition == "caption" and encoder_name == TEXT_ENCODER:
             text_encoder = open_text_encoder(TEXT_ENCODER, card.get("right_padded", False))
@@ -102,7 +106,7 @@ class LlamaGen(TokenPolicy):
         if text_encoder is not None:
             text_encoder.place(device, text_device)
         return cls(
-            model=model.to(device),
+            network=model.to(device),
             tokenizer=tokenizer.to(device),
             tokenizer_name=card["tokenizer"] if card["tokenizer"] in NAMED_PARTS else None,
             class_names=card.get("classes", []),
@@ -113,6 +117,20 @@ class LlamaGen(TokenPolicy):
             sampling=card["sampling"],
         )
 
+    @property
+    def model(self) -> LlamaGenForImageGeneration:
+        """The same weights as a model of transformers, made when it is first asked for: to import what it needs takes
+        longer than to draw an image."""
+        if type(self.network) is LlamaGenNetwork:
+            from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
+
+            self.network = LlamaGenForImageGeneration.around(self.network)
+        return self.network
+
+    @model.setter
+    def model(self, model: LlamaGenNetwork) -> None:
+        self.network = model
+
     def conditions(self, requests: Iterable[str | int]) -> list[Condition]:
         """What the policy is asked to draw: class names or ids (numbers, also written as text), or captions.
 
@@ -121,7 +139,7 @@ class LlamaGen(TokenPolicy):
         """
         if self.text_encoder is not None:
             prompts = [str(prompt) for prompt in requests]
-            self.text_encoder.check(prompts, self.model.config.cls_token_num)
+            self.text_encoder.check(prompts, self.network.config.cls_token_num)
             return [Condition(prompt) for prompt in prompts]
         ids = [class_id(request, self.class_names) for request in requests]
         return [Condition(class_prompt(self.class_names[index]), index) for index in ids]
@@ -129,7 +147,7 @@ class LlamaGen(TokenPolicy):
     @property
     def card(self) -> Card:
         """What can be said of it without its weights."""
-        config, encoder = self.model.config, self.text_encoder
+        config, encoder = self.network.config, self.text_encoder
         return Card(
             name=self.name,
             family="llamagen",
@@ -145,7 +163,7 @@ class LlamaGen(TokenPolicy):
 
     def encode(self, conditions: Sequence[Condition], dropped: Tensor | None = None) -> Encoded:
         """See `protocol.Policy`: class ids, or left-padded caption features with their mask, on the model's device."""
-        device, config = self.model.device, self.model.config
+        device, config = self.network.device, self.network.config
         if self.text_encoder is None:
             mask = None
             condition = torch.tensor([self._known_id(one) for one in conditions], dtype=torch.long, device=device)
@@ -153,7 +171,7 @@ class LlamaGen(TokenPolicy):
         else:
             prompts = [one.prompt for one in conditions]
             condition, mask = (part.to(device) for part in self.text_encoder.encode(prompts, config.cls_token_num))
-            null = self.model.model.null_caption.to(condition.dtype)
+            null = self.network.model.null_caption.to(condition.dtype)
         if dropped is not None:
             chosen = dropped.to(device).view(-1, *[1] * (condition.ndim - 1))
             condition = torch.where(chosen, null, condition)
@@ -162,10 +180,10 @@ class LlamaGen(TokenPolicy):
     def parts(self) -> dict[str, list[str]]:
         """Names of all parameters, and last parts of the names of the linear layers but the LM head; adapters are by
         default put on those of the transformer, not on what reads a caption."""
-        linear = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        linear = [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)]
         last = {name: name.rpartition(".")[2] for name in linear if name != "lm_head"}
         return {
-            "trainable": [name for name, _ in self.model.named_parameters()],
+            "trainable": [name for name, _ in self.network.named_parameters()],
             "lora": list(dict.fromkeys(last.values())),
             "adapted": list(dict.fromkeys(part for name, part in last.items() if ".layers." in name)),
         }
@@ -175,8 +193,8 @@ class LlamaGen(TokenPolicy):
 
     def fingerprint(self) -> str:
         """A hash of the weights and of all else that decides what is drawn; see `networks.weights`."""
-        settings: dict[str, Any] = {key: getattr(self.model.config, key) for key in NOT_IN_SHAPES}
-        modules: list[nn.Module] = [self.model, self.tokenizer]
+        settings: dict[str, Any] = {key: getattr(self.network.config, key) for key in NOT_IN_SHAPES}
+        modules: list[nn.Module] = [self.network, self.tokenizer]
         if self.text_encoder is not None:
             modules.append(self.text_encoder.model)
             settings |= {"cleans": self.text_encoder.cleans, "right_padded": self.text_encoder.right_padded}
@@ -186,7 +204,9 @@ class LlamaGen(TokenPolicy):
         """Add to a folder with the model's own files what makes it a policy folder."""
         folder = Path(folder)
         if self.tokenizer_name is None:
-            save_model(self.tokenizer, make_dir(folder / "tokenizer"))
+            from argrpo_cli.policy.llamagen.pretrained import VQModel
+
+            save_model(VQModel.around(self.tokenizer), make_dir(folder / "tokenizer"))
         reads: dict[str, Any] = {"classes": self.class_names}
         if self.text_encoder is not None:
             reads = {"text_encoder": self.text_encoder_name or "text_encoder"}
@@ -205,8 +225,8 @@ class LlamaGen(TokenPolicy):
 
 def check_fit(
     folder: Path,
-    model: LlamaGenForImageGeneration,
-    tokenizer: VQModel,
+    model: LlamaGenNetwork,
+    tokenizer: VQNetwork,
     text_encoder: TextEncoder | None,
     card: dict[str, Any],
 ) -> None:

@@ -18,11 +18,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from argrpo_cli.networks.weights import load_pretrained, outline
+from argrpo_cli.networks.weights import blank, load_plain, outline, outline_plain
 from argrpo_cli.policy.folder import (
     TEXT_ENCODER,
     TOKENIZERS,
@@ -43,15 +44,18 @@ from argrpo_cli.policy.llamagen.checkpoints import (
     to_published,
     tokenizer_from,
 )
-from argrpo_cli.policy.llamagen.config import LlamaGenConfig, published_config
-from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenForImageGeneration
+from argrpo_cli.policy.llamagen.geometry import Geometry, VQGeometry, published_geometry
+from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenNetwork
 from argrpo_cli.policy.llamagen.policy import LlamaGen, check_fit
 from argrpo_cli.policy.llamagen.sample import BUCKET
 from argrpo_cli.policy.llamagen.text import load_text_encoder, open_text_encoder
-from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
+from argrpo_cli.policy.llamagen.vq import VQNetwork
 from argrpo_cli.policy.outline import Outline
 from argrpo_cli.system.errors import UserError, exit_code
 from argrpo_cli.system.files import HubFile, atomic_path, fetch, fetch_folder, read_json
+
+if TYPE_CHECKING:
+    from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
 
 IMAGE_SIZES = (256, 384, 512)
 FILES = ("*.json", "*.safetensors", "*.bin")  # of a repository that is fetched whole
@@ -111,7 +115,7 @@ def open_published(
         encoder.place(device, text_device)
         text = {"text_encoder": encoder, "text_encoder_name": TEXT_ENCODER}
     return LlamaGen(
-        model=model.to(device),
+        network=model.to(device),
         tokenizer=vq.to(device),
         tokenizer_name=name,
         class_names=[] if reads_captions else class_names(config.num_classes),
@@ -140,9 +144,9 @@ def image_size_in(path: Path) -> int:
 def export(folder: str | Path, file: Path) -> None:
     """A policy's weights in the published layout, {"model": state dict}."""
     if is_published(folder):
-        model = open_published(folder).model
+        model = open_published(folder).network
     else:
-        model = load_pretrained(LlamaGenForImageGeneration, find_policy(folder), torch.float32)
+        model = load_plain(LlamaGenNetwork, find_policy(folder), torch.float32)
     with atomic_path(file) as temporary:
         torch.save({"model": to_published(model)}, temporary)
 
@@ -185,7 +189,7 @@ def outline_published(name_or_path: str | Path) -> LlamaGenOutline:
         size = re.search(r"_(B|L|XL|XXL|3B)_", entry.file)
         size = "XL" if size is None else size.group(1)  # captions are drawn by that one alone
         tokenizer, pixels, brought = entry.tokenizer, entry.image_size, False
-        model = _outline_model(published_config(size, pixels, condition="caption" if "t2i" in tokenizer else "class"))
+        model = _outline_model(published_geometry(size, pixels, condition="caption" if "t2i" in tokenizer else "class"))
         files = (HubFile(entry.repo, entry.file or "model.safetensors", 4 * model.num_parameters()),)
     else:  # an AR-GRPO folder brings its tokenizer along, and beside a file it may lie
         state, vq_state = read_folder(path) if path.is_dir() else (read_checkpoint(path), None)
@@ -205,11 +209,13 @@ def outline_published(name_or_path: str | Path) -> LlamaGenOutline:
 def outline_folder(folder: Path) -> LlamaGenOutline:
     """The same of a policy folder: its config.json and policy.json are read."""
     card = read_card(folder, tokenizer=str)
+    from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
+
     model = outline(LlamaGenForImageGeneration, folder)
     if card["tokenizer"] in TOKENIZERS:
         vq, files = _outline_tokenizer(card["tokenizer"])
     else:
-        vq, files = outline(VQModel, part_of(folder, "image tokenizer", card["tokenizer"])), ()
+        vq, files = outline_plain(VQNetwork, part_of(folder, "image tokenizer", card["tokenizer"])), ()
     policy = LlamaGen(model, vq, card["tokenizer"], card.get("classes", []), card["image_size"], str(folder))
     if model.config.condition == "class":
         check_fit(folder, model, vq, None, card)
@@ -221,16 +227,19 @@ def outline_folder(folder: Path) -> LlamaGenOutline:
     return LlamaGenOutline(policy, 4 * policy.text_encoder.model.num_parameters(), files)
 
 
-def _outline_model(config: LlamaGenConfig) -> LlamaGenForImageGeneration:
+def _outline_model(config: Geometry) -> LlamaGenForImageGeneration:
+    from argrpo_cli.policy.llamagen.config import LlamaGenConfig
+    from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
+
     with torch.device("meta"):
-        return LlamaGenForImageGeneration(config)
+        return LlamaGenForImageGeneration(LlamaGenConfig.of(config))
 
 
-def _outline_tokenizer(name: str) -> tuple[VQModel, tuple[HubFile, ...]]:
+def _outline_tokenizer(name: str) -> tuple[VQNetwork, tuple[HubFile, ...]]:
     levels = LEVELS[name.rpartition("-")[0]]
-    with torch.device("meta"):
-        vq = VQModel(VQConfig(encoder_ch_mult=levels, decoder_ch_mult=levels))
-    return vq, (HubFile(*TOKENIZERS[name], 4 * vq.num_parameters()),)
+    with blank():
+        vq = VQNetwork(VQGeometry(encoder_ch_mult=levels, decoder_ch_mult=levels))
+    return vq, (HubFile(*TOKENIZERS[name], 4 * sum(one.numel() for one in vq.parameters())),)
 
 
 def main() -> None:

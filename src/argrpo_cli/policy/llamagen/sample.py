@@ -12,14 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from argrpo_cli.policy.llamagen.config import LlamaGenConfig
-from argrpo_cli.policy.llamagen.model import (
-    Encoded,
-    KeyValue,
-    LlamaGenForImageGeneration,
-    caption_attention_mask,
-    computed_dtype,
-)
+from argrpo_cli.policy.llamagen.geometry import Geometry
+from argrpo_cli.policy.llamagen.model import Encoded, KeyValue, LlamaGenNetwork, caption_attention_mask, computed_dtype
 from argrpo_cli.policy.protocol import Drawn
 from argrpo_cli.policy.tokens import Draws, guide
 from argrpo_cli.shapes import Sampling
@@ -44,7 +38,7 @@ def sample_tokens(
     Each image has its own noise, see `tokens.Draws`.
 
     Args:
-        model: a LlamaGenForImageGeneration on the device of `encoded`, or what PEFT made of one.
+        model: a LlamaGenNetwork on the device of `encoded`, or what PEFT made of one.
         seeds: one integer per image; torch's CPU generator uses the low 32 bits.
         logp: "guided" for the log-probability under the very distribution that was sampled (guidance, temperature,
             filters); "conditional" under the conditional logits at this temperature, unguided and unfiltered.
@@ -86,7 +80,7 @@ def casts_remembered(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
-def _check(config: LlamaGenConfig, encoded: Encoded) -> None:
+def _check(config: Geometry, encoded: Encoded) -> None:
     condition, null = encoded.condition, config.num_classes
     if config.condition == "class" and ((condition < 0) | (condition > null)).any():
         raise ValueError(f"class ids must lie in 0 .. {null} ({null} is the null class)")
@@ -99,7 +93,7 @@ def _check(config: LlamaGenConfig, encoded: Encoded) -> None:
 
 @torch.inference_mode()
 def draw_tokens(
-    model: LlamaGenForImageGeneration, encoded: Encoded, choose: Choose, cfg_scale: float = 1.0, cfg_interval: int = -1
+    model: LlamaGenNetwork, encoded: Encoded, choose: Choose, cfg_scale: float = 1.0, cfg_interval: int = -1
 ) -> Tensor:
     """One image's worth of tokens int64 [B, T], each chosen by `choose`, through a static key-value cache.
 
@@ -122,7 +116,7 @@ def draw_tokens(
     return tokens
 
 
-def new_cache(model: LlamaGenForImageGeneration, batch: int, length: int | None = None) -> list[KeyValue]:
+def new_cache(model: LlamaGenNetwork, batch: int, length: int | None = None) -> list[KeyValue]:
     """Keys and values [batch, kv_heads, length, head_dim] of every layer, zero, in the dtype they are computed in.
 
     That is the weights', or autocast's where it is on: a wider cache would hold the same numbers, and be cast for every
@@ -150,9 +144,7 @@ class Decoder:
     decoder, which is one batch: they hold the addresses of the weights, and under autocast those of casts of them.
     """
 
-    def __init__(
-        self, model: LlamaGenForImageGeneration, batch: int, cfg_scale: float, bucketed: bool | None = None
-    ) -> None:
+    def __init__(self, model: LlamaGenNetwork, batch: int, cfg_scale: float, bucketed: bool | None = None) -> None:
         config, device = model.config, model.model.embed_tokens.weight.device
         bucketed = device.type == "cuda" if bucketed is None else bucketed
         self.model = model

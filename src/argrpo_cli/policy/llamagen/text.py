@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from argrpo_cli.networks.weights import load_pretrained, load_tokenizer, quiet_transformers, save_model
 from argrpo_cli.policy.llamagen.model import left_pad
@@ -19,6 +19,9 @@ from argrpo_cli.policy.words import check_words, known_words
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import writable
 from argrpo_cli.system.processes import resolve_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 SAME, OFFLOAD = "same", "offload"  # beside names of devices: where a text encoder may live
 KEPT = 1024  # captions whose features are kept; those of FLAN-T5 XL take half a megabyte each
@@ -126,6 +129,8 @@ def open_text_encoder(name: str, right_padded: bool = False) -> TextEncoder:
     Raises:
         UserError: it cannot be fetched.
     """
+    from transformers import AutoTokenizer, T5EncoderModel
+
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(name)
@@ -142,6 +147,8 @@ def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextE
     Raises:
         UserError: files missing or damaged.
     """
+    from transformers import AutoTokenizer, T5EncoderModel
+
     model = load_pretrained(T5EncoderModel, folder, dtype)
     tokenizer = load_tokenizer(AutoTokenizer, folder)
     last, read = max(tokenizer.get_vocab().values(), default=-1), model.config.vocab_size

@@ -8,41 +8,14 @@ them after the last, which makes a small model quick; 1 is the published network
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Annotated
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Len
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from argrpo_cli.policy.llamagen.config import Count
+from argrpo_cli.policy.llamagen.geometry import VQGeometry
 from argrpo_cli.policy.outline import DECODE_PIXELS
-
-Levels = Annotated[list[Count] | tuple[Count, ...], Len(1, 12)]
-
-
-class VQConfig(PreTrainedConfig):
-    """Geometry of the tokenizer; the defaults are VQ-16 as published.
-
-    `codebook_size` codes of width `codebook_embed_dim`; `ch` base channels times the multiplier of each level; the
-    downsampling factor is patch_size * 2 ** (levels - 1).
-    """
-
-    model_type = "llamagen_vq"
-    codebook_size: Count = 16384
-    codebook_embed_dim: Count = 8
-    in_channels: Count = 3
-    ch: Count = 128
-    encoder_ch_mult: Levels = (1, 1, 2, 2, 4)
-    decoder_ch_mult: Levels = (1, 1, 2, 2, 4)
-    num_res_blocks: Count = 2
-    z_channels: Count = 256
-    patch_size: Count = 1
-
-    @property
-    def downsample(self) -> int:
-        return self.patch_size * 2 ** (len(self.encoder_ch_mult) - 1)
 
 
 class Norm(nn.GroupNorm):
@@ -125,7 +98,7 @@ def _middle(channels: int) -> nn.ModuleList:
 class Encoder(nn.Module):
     """Image [B, 3, H, W] in [-1, 1] to latent [B, z_channels, h, w]."""
 
-    def __init__(self, config: VQConfig):
+    def __init__(self, config: VQGeometry):
         super().__init__()
         widths = [config.ch * m for m in config.encoder_ch_mult]
         self.patch_size = config.patch_size
@@ -150,7 +123,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent [B, z_channels, h, w] to image [B, 3, H, W], not clamped."""
 
-    def __init__(self, config: VQConfig):
+    def __init__(self, config: VQGeometry):
         super().__init__()
         widths = [config.ch * m for m in reversed(config.decoder_ch_mult)]
         self.patch_size = config.patch_size
@@ -174,7 +147,7 @@ class Decoder(nn.Module):
 class VectorQuantizer(nn.Module):
     """Nearest entry of a codebook whose entries, like the latent, are scaled to unit length on every use."""
 
-    def __init__(self, config: VQConfig):
+    def __init__(self, config: VQGeometry):
         super().__init__()
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
         # Counts of recent use in the published files; kept so that state dicts match, not used here.
@@ -194,27 +167,23 @@ class VectorQuantizer(nn.Module):
         return vectors.transpose(1, 2).reshape(indices.shape[0], -1, height, width)
 
 
-class VQModel(PreTrainedModel):
+class VQNetwork(nn.Module):
     """The tokenizer: `encode` to token ids, `decode_tokens` back to pixels."""
 
-    config_class = VQConfig
-    base_model_prefix = "vq"
-    main_input_name = "images"
+    config_class: ClassVar[type] = VQGeometry
 
-    def __init__(self, config: VQConfig):
-        super().__init__(config)
+    def __init__(self, config: VQGeometry):
+        super().__init__()
+        self.config = config
+        self.build(config)
+
+    def build(self, config: VQGeometry) -> None:
+        """Make the parts; a model of transformers calls it once its own beginning is made."""
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = VectorQuantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
-        elif isinstance(module, nn.Conv2d):
-            module.reset_parameters()
 
     def latent(self, images: Tensor) -> Tensor:
         """Images float [B, 3, H, W] in [-1, 1] to the latent before quantisation, [B, C, h, w]."""

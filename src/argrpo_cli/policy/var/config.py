@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval, Len
 from transformers import PreTrainedConfig
 
-from argrpo_cli.policy.llamagen.config import Count, Epsilon, Share
+from argrpo_cli.policy.llamagen.geometry import Count, Epsilon, Share
 
 # Tokens a side of every scale, by pixels a side; the tokenizer divides these by 16.
 SCALES = {

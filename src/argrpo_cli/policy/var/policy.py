@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from argrpo_cli.networks.weights import fingerprint, load_pretrained, save_model
 from argrpo_cli.policy.folder import CARD, NAMED_PARTS, TOKENIZERS, class_id, part_of, read_card, sampling_entry
@@ -91,6 +91,10 @@ class VAR(TokenPolicy):
             base=card.get("base", str(folder)),
             sampling=card["sampling"],
         )
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model
 
     @property
     def card(self) -> Card:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from argrpo_cli.policy.llamagen.config import Count, Share
-from argrpo_cli.policy.llamagen.vq import VQConfig, VQModel
+from argrpo_cli.policy.llamagen.config import VQConfig
+from argrpo_cli.policy.llamagen.geometry import Count, Share
+from argrpo_cli.policy.llamagen.pretrained import VQModel
 from argrpo_cli.policy.var.config import SCALES, Scales
 
 
