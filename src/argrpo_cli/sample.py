@@ -17,7 +17,7 @@ from argrpo_cli.images import SAMPLE
 from argrpo_cli.kept import SETTINGS, check_claim, claim
 from argrpo_cli.listing import EARLIER_SETTINGS, METADATA
 from argrpo_cli.pictures import read_image
-from argrpo_cli.policy.folder import LARGEST, choose_sampling, glance
+from argrpo_cli.policy.folder import LARGEST, check_weights_at_hand, choose_sampling, glance
 from argrpo_cli.shapes import Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, make_dir, read_json, save_png, writable, write_json, write_jsonl
@@ -100,6 +100,7 @@ def draw_samples(
         raise UserError(f"{out} holds samples of an earlier version; choose another --out, or --overwrite to replace")
     if not overwrite or not out.is_dir():
         check_claim(out)
+    check_weights_at_hand(order.policy)
     notice(f"loading {order.policy} ...")
     from argrpo_cli.draw import draw_into
     from argrpo_cli.policy import load_policy

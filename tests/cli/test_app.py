@@ -58,6 +58,20 @@ def test_help_in_a_fresh_process_imports_no_heavy_library():
     assert result.returncode == 0, result.stderr
 
 
+def test_drawing_loads_nothing_that_trains(tmp_path):
+    code = (
+        "import sys\n"
+        "from argrpo_cli.cli.app import run\n"
+        "assert run(['sample', '--class', 'dog', '--n', '1', '--device', 'cpu', '--out', sys.argv[1]]) == 0\n"
+        "heavy = {'transformers', 'torch._dynamo', 'torch._inductor', 'sympy', 'scipy', 'torchvision', 'pandas'}\n"
+        "heavy &= sys.modules.keys()\n"
+        "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "grid.png").is_file()
+
+
 def test_python_dash_m_is_the_command():
     result = subprocess.run([sys.executable, "-m", "argrpo_cli", "train", "nowhere"], capture_output=True, text=True)
     assert result.returncode == 2

@@ -319,6 +319,7 @@ def test_a_published_name_is_fetched_whole_at_its_revision(name, revision, tmp_p
         return str(published_folder(tmp_path))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("argrpo_cli.system.hub.require_hub", lambda: None)
     policy = load_policy(name)
     repo = f"deepseek-community/Janus-Pro-{'7B' if '7b' in name else '1B'}"
     assert asked == [(repo, revision, True), (repo, revision, False)]
@@ -336,6 +337,7 @@ def test_offline_a_published_name_says_what_to_do(monkeypatch) -> None:
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("argrpo_cli.system.hub.require_hub", lambda: None)
     with pytest.raises(UserError) as error:
         load_policy("janus-pro-1b")
     assert "cannot fetch deepseek-community/Janus-Pro-1B: the hub is not reached" in str(error.value)

@@ -149,7 +149,7 @@ def check_policies(
     """
     from argrpo_cli import seeds
     from argrpo_cli.kept import check_claim
-    from argrpo_cli.policy.folder import glance
+    from argrpo_cli.policy.folder import check_weights_at_hand, glance
     from argrpo_cli.system.processes import notice
 
     for policy in policies:
@@ -158,6 +158,8 @@ def check_policies(
         check_claim(out)
     if space:
         seeds.check(space, seed, n)
+    for policy in policies:
+        check_weights_at_hand(policy)
     notice(f"loading {', '.join(policies)} ..." if policies else "loading ...")
 
 
@@ -193,6 +195,17 @@ def read_rewards(
 def check_rewards(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse before torch is loaded rewards that there are not, and options that they do not have."""
     from argrpo_cli.rewards import check_options
+    from argrpo_cli.system.files import check_fetched, in_cache
 
     for name in names:
-        check_options(name, options.get(name, {}))
+        own = options.get(name, {})
+        reward = check_options(name, own)
+        for file in reward.needs(own, "cpu").files:
+            if in_cache(file.repo):  # of what is there in part, it is seen when it is opened whether that is enough
+                continue
+            option = next((key for key, one in reward.files.items() if one == file), None)
+            try:
+                check_fetched(file.repo, file.file if option else "")
+            except UserError as error:
+                mend = f"give it by --set {name}.{option}=FILE"
+                raise UserError(str(error).replace("give the file instead", mend)) from error

@@ -56,6 +56,7 @@ def train(
         --accelerate-config NAME|FILE: How they share the work: ddp, fsdp2, zero2, zero3, or a file of `accelerate
             config`.  [default: ddp]
     """
+    from argrpo_cli.policy.folder import check_weights_at_hand
     from argrpo_cli.recipe import dump_recipe, load_recipe
     from argrpo_cli.runs.run import clear_for_pilot, refuse_edited, refuse_used
     from argrpo_cli.system.files import check_writable
@@ -104,6 +105,7 @@ def train(
         _tell_sampling(loaded)
         sys.stdout.write(dump_recipe(loaded))
         return
+    check_weights_at_hand(loaded.policy.checkpoint)
     if processes is not None and processes > 1:
         what = [str(recipe), "--out", str(run_dir)] if resume is None else ["--resume", str(resume)]
         again = ["train", *what, *(f"--set={text}" for text in set_)]

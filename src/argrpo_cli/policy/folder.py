@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError, did_you_mean
-from argrpo_cli.system.files import WEIGHTS, read_json, read_text, write_json
+from argrpo_cli.system.files import WEIGHTS, check_fetched, read_json, read_text, write_json
 from argrpo_cli.system.processes import say
 
 CARD = "policy.json"
@@ -167,6 +167,12 @@ def glance(name_or_path: str | Path) -> Glance | None:
         return replace(seen, sampling=own) if seen is not None and own else seen
     card = read_card(folder)
     return Glance(str(name_or_path), "captions" if _reads_captions(card) else "classes", card.get("classes", ()), own)
+
+
+def check_weights_at_hand(name_or_path: str | Path) -> None:
+    """UserError, before torch is loaded, for a published policy that is neither in the cache nor can be fetched."""
+    if entry := published_entry(name_or_path):
+        check_fetched(entry.repo, entry.file, entry.revision)
 
 
 def find_policy(name_or_path: str | Path) -> Path:

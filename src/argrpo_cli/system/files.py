@@ -265,15 +265,22 @@ class HubFile(NamedTuple):
     size: int | None = None
 
 
-def is_cached(one: HubFile) -> bool:
+def is_cached(one: HubFile, revision: str | None = None) -> bool:
     """Whether `fetch` would find the file on this machine; the hub is not asked."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return isinstance(try_to_load_from_cache(one.repo, one.file), str)
+        return isinstance(try_to_load_from_cache(one.repo, one.file, revision=revision), str)
     except HFValidationError as error:
         raise UserError(f"{one.repo!r} is no name of a hub repository, such as owner/name") from error
+
+
+def in_cache(repo: str) -> bool:
+    """Whether there is any file of a hub repository on this machine."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}").is_dir()
 
 
 def fetch_folder(repo: str, patterns: Sequence[str], revision: str | None = None) -> Path:
@@ -288,6 +295,8 @@ def fetch_folder(repo: str, patterns: Sequence[str], revision: str | None = None
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from argrpo_cli.system.hub import require_hub
+
     get = partial(huggingface_hub.snapshot_download, repo, revision=revision, allow_patterns=list(patterns))
     try:
         try:
@@ -296,15 +305,38 @@ def fetch_folder(repo: str, patterns: Sequence[str], revision: str | None = None
                 return folder
         except LocalEntryNotFoundError:
             pass
+        require_hub()
         print(f"fetching {repo}", file=sys.stderr, flush=True)
         return Path(get(local_files_only=False))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = "the hub is not reached, and it is not in the cache"
-        if not isinstance(error, LocalEntryNotFoundError):
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        at = "" if revision is None else f" --revision {revision}"
-        mend = f"fetch it elsewhere with `hf download {repo}{at} --local-dir FOLDER` and give FOLDER instead"
-        raise UserError(f"cannot fetch {repo}: {why}; {mend}") from error
+        raise _not_fetched(error, repo, None, revision) from error
+
+
+def check_fetched(repo: str, file: str = "", revision: str | None = None) -> None:
+    """UserError where a file, or a repository without `file`, is neither in the cache nor can the hub be reached."""
+    from argrpo_cli.system.hub import require_hub
+
+    if not is_cached(HubFile(repo, file or "config.json"), revision):
+        try:
+            require_hub()
+        except OSError as error:
+            raise _not_fetched(error, repo, file or None, revision) from error
+
+
+def _not_fetched(error: Exception, repo: str, file: str | None, revision: str | None = None) -> UserError:
+    """What to say of a file, or of a whole repository, that cannot be fetched."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    why = "the hub is not reached, and it is not in the cache"
+    if not isinstance(error, LocalEntryNotFoundError):
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why += ", and it is not in the cache" if isinstance(error, ConnectionError) else ""
+    if file is not None:
+        mend = f"download https://huggingface.co/{repo}/resolve/main/{file} and give the file instead"
+        return UserError(f"cannot fetch {file} of {repo}: {why}; {mend}")
+    at = "" if revision is None else f" --revision {revision}"
+    mend = f"fetch it elsewhere with `hf download {repo}{at} --local-dir FOLDER` and give FOLDER instead"
+    return UserError(f"cannot fetch {repo}: {why}; {mend}")
 
 
 def _is_whole(folder: Path) -> bool:
@@ -324,19 +356,18 @@ def fetch(repo: str, file: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import logging as hub_logging
 
+    from argrpo_cli.system.hub import require_hub
+
     level = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # it tells of every attempt; the outcome is enough
     try:
         try:
             return Path(hf_hub_download(repo, file, local_files_only=True))
         except LocalEntryNotFoundError:
+            require_hub()
             print(f"fetching {file} of {repo}", file=sys.stderr, flush=True)
             return Path(hf_hub_download(repo, file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = "the hub is not reached, and it is not in the cache"
-        if not isinstance(error, LocalEntryNotFoundError):
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        mend = f"download https://huggingface.co/{repo}/resolve/main/{file} and give the file instead"
-        raise UserError(f"cannot fetch {file} of {repo}: {why}; {mend}") from error
+        raise _not_fetched(error, repo, file) from error
     finally:
         hub_logging.set_verbosity(level)

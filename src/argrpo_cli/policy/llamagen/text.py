@@ -17,7 +17,7 @@ from argrpo_cli.networks.weights import load_pretrained, load_tokenizer, quiet_t
 from argrpo_cli.policy.llamagen.model import left_pad
 from argrpo_cli.policy.words import check_words, known_words
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import writable
+from argrpo_cli.system.files import check_fetched, writable
 from argrpo_cli.system.processes import resolve_device
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def open_text_encoder(name: str, right_padded: bool = False) -> TextEncoder:
     """
     from transformers import AutoTokenizer, T5EncoderModel
 
+    check_fetched(name)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(name)

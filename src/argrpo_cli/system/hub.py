@@ -1,0 +1,50 @@
+"""Whether the hub can be reached, told before the library has tried for half a minute."""
+
+from __future__ import annotations
+
+import socket
+import time
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from argrpo_cli.system.files import reason
+
+PATIENCE = 1.0  # seconds for a connection; one that takes longer is slow, and no sign that there is none
+PAUSE = 0.3  # seconds before a name is asked for again that was said to be unknown for now
+
+
+def require_hub() -> None:
+    """Return where the hub may be reached, or the library knows itself that it may not (HF_HUB_OFFLINE).
+
+    A connection that times out may come about later, and the library asks for it five times more with growing pauses.
+    Without a network there is nothing to wait for.
+
+    Raises:
+        ConnectionError: its name (or that of the proxy before it) cannot be resolved, there is no route to it, or
+            nobody listens there.
+    """
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return
+    place = urlsplit(constants.ENDPOINT)
+    proxies = getproxies()
+    proxy = proxies.get(place.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(place.hostname):
+        place = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
+    try:
+        try:
+            _connect(place.hostname, place.port or (443 if place.scheme == "https" else 80))
+        except socket.gaierror as error:
+            if error.errno != socket.EAI_AGAIN:
+                raise
+            time.sleep(PAUSE)
+            _connect(place.hostname, place.port or (443 if place.scheme == "https" else 80))
+    except TimeoutError:
+        return
+    except OSError as error:
+        raise ConnectionError(f"the hub is not reached ({place.hostname}: {reason(error)})") from error
+
+
+def _connect(host: str | None, port: int) -> None:
+    socket.create_connection((host, port), PATIENCE).close()
