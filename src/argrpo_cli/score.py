@@ -88,8 +88,11 @@ def score_images(
     check_writable(target)
     if len(items) == 1:
         items[0].read(LARGE)  # a bad one is refused before anything is loaded
+    from argrpo_cli.rewards import check_weights, load_rewards
+
+    for name in rewards:
+        check_weights(name, (options or {}).get(name, {}))
     notice(f"loading {', '.join(rewards)} ...")
-    from argrpo_cli.rewards import load_rewards
     from argrpo_cli.system.processes import resolve_device
 
     reward_set = load_rewards(list(rewards), resolve_device(device), options)

@@ -21,6 +21,7 @@ from argrpo_cli.policy.llamagen import published
 from argrpo_cli.policy.llamagen.checkpoints import to_published
 from argrpo_cli.policy.llamagen.config import VQConfig, published_config
 from argrpo_cli.policy.llamagen.geometry import SIZES, published_geometry
+from argrpo_cli.policy.llamagen.model import LlamaGenNetwork
 from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration, VQModel
 from argrpo_cli.policy.open import outline_policy
 from argrpo_cli.system.errors import UserError
@@ -49,7 +50,7 @@ def test_every_size_has_the_published_keys_shapes_and_counts(name):
     size = name.removeprefix("GPT-").partition("_")[0]
     assert config == published_geometry(size, image_size=384, condition=condition)
     with torch.device("meta"):
-        model = LlamaGenForImageGeneration(config)
+        model = LlamaGenNetwork(config)
     assert {key: list(value.shape) for key, value in to_published(model).items()} == shapes
     assert sum(p.numel() for p in model.parameters()) == facts["n_parameters"]
     assert sum(v.numel() for v in model.state_dict().values()) == facts["n_state_dict_elements"]

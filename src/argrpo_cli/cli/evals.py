@@ -254,11 +254,13 @@ def drawbench(
     names, options = read_rewards(columns, set_, "--columns")
     refuse_comparing(names)  # before prompts are fetched
     networks = _networks(diversity)
-    check_policies(policies, out, "drawbench", drawing.seed, n)
-    from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.drawbench import DrawBench, read_prompts
 
-    benchmark = DrawBench(read_prompts(prompts, limit), names, options)
+    asked = read_prompts(prompts, limit)
+    check_policies(policies, out, "drawbench", drawing.seed, n, {name: options.get(name, {}) for name in names})
+    from argrpo_cli.evals.benchmark import run
+
+    benchmark = DrawBench(asked, names, options)
     result = run(benchmark, policies, out, n=n, diversity=networks, **_options(drawing, baseline_cfg_scale))
     _print(result, f"images, scores and summary.json in {out}")
 

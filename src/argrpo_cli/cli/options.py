@@ -140,16 +140,24 @@ def set_options(context: typer.Context, names: Iterable[str]) -> list[str]:
 
 
 def check_policies(
-    policies: Sequence[str], out: Path | None = None, space: str = "", seed: int = 0, n: int = 1
+    policies: Sequence[str],
+    out: Path | None = None,
+    space: str = "",
+    seed: int = 0,
+    n: int = 1,
+    rewards: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Refuse before torch is loaded what needs none: policies that are not there, an --out in use, odd numbers.
+    """Refuse before torch is loaded what needs none: policies that are not there, an --out in use, odd numbers, and
+    last what is not on this machine and cannot be fetched.
 
     Args:
         space: of `seeds.py`, where images are drawn of it.
+        rewards: that judge the images, with their options.
     """
     from argrpo_cli import seeds
     from argrpo_cli.kept import check_claim
     from argrpo_cli.policy.folder import check_weights_at_hand, glance
+    from argrpo_cli.rewards import check_weights
     from argrpo_cli.system.processes import notice
 
     for policy in policies:
@@ -160,6 +168,8 @@ def check_policies(
         seeds.check(space, seed, n)
     for policy in policies:
         check_weights_at_hand(policy)
+    for name, options in (rewards or {}).items():
+        check_weights(name, options)
     notice(f"loading {', '.join(policies)} ..." if policies else "loading ...")
 
 
@@ -195,17 +205,6 @@ def read_rewards(
 def check_rewards(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse before torch is loaded rewards that there are not, and options that they do not have."""
     from argrpo_cli.rewards import check_options
-    from argrpo_cli.system.files import check_fetched, in_cache
 
     for name in names:
-        own = options.get(name, {})
-        reward = check_options(name, own)
-        for file in reward.needs(own, "cpu").files:
-            if in_cache(file.repo):  # of what is there in part, it is seen when it is opened whether that is enough
-                continue
-            option = next((key for key, one in reward.files.items() if one == file), None)
-            try:
-                check_fetched(file.repo, file.file if option else "")
-            except UserError as error:
-                mend = f"give it by --set {name}.{option}=FILE"
-                raise UserError(str(error).replace("give the file instead", mend)) from error
+        check_options(name, options.get(name, {}))

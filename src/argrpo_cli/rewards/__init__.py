@@ -23,6 +23,7 @@ from argrpo_cli import __version__
 from argrpo_cli.rewards.base import FAMILIES, Reward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import BadPicture, UserError, did_you_mean, first_line, out_of_memory, refuse_secrets
+from argrpo_cli.system.files import check_fetched, in_cache
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,6 +98,20 @@ def check_options(name: str, options: Mapping[str, Any]) -> type[Reward]:
     reward = check_reward(name)
     reward.check_options(options)
     return reward
+
+
+def check_weights(name: str, options: Mapping[str, Any]) -> None:
+    """UserError, before torch is loaded, for a reward whose files are neither on this machine nor can be fetched."""
+    reward = check_reward(name)
+    for file in reward.needs(options).files:
+        if in_cache(file.repo):  # of what is there in part, it is seen when it is opened whether that is enough
+            continue
+        option = next((key for key, one in reward.files.items() if one == file), None)
+        try:
+            check_fetched(file.repo, file.file if option else "")
+        except UserError as error:
+            mend = f"give it as the option {option} (--set {name}.{option}=FILE)"
+            raise UserError(str(error).replace("give the file instead", mend)) from error
 
 
 def load_reward(

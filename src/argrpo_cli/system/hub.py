@@ -7,8 +7,6 @@ import time
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from argrpo_cli.system.files import reason
-
 PATIENCE = 1.0  # seconds for a connection; one that takes longer is slow, and no sign that there is none
 PAUSE = 0.3  # seconds before a name is asked for again that was said to be unknown for now
 
@@ -43,7 +41,8 @@ def require_hub() -> None:
     except TimeoutError:
         return
     except OSError as error:
-        raise ConnectionError(f"the hub is not reached ({place.hostname}: {reason(error)})") from error
+        why = (error.strerror or str(error)).lower()
+        raise ConnectionError(f"the hub is not reached ({place.hostname}: {why})") from error
 
 
 def _connect(host: str | None, port: int) -> None:
