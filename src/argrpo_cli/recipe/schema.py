@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import Field, field_serializer, model_validator
 
+from argrpo_cli.recipe.grpo import GrpoSection
 from argrpo_cli.recipe.sections import (
     ConditionSection,
     DistilSection,
-    GrpoSection,
     GuardSection,
     LoggingSection,
     PolicySection,

@@ -20,7 +20,7 @@ from argrpo_cli.training.gathering import whole_model
 
 if TYPE_CHECKING:
     from argrpo_cli.policy import Policy
-    from argrpo_cli.recipe.sections import TokenSection
+    from argrpo_cli.recipe.grpo import TokenSection
     from argrpo_cli.training.grpo import ImageGRPOTrainer
 
 ADVANTAGE_WEIGHTS, KL_WEIGHTS = "advantage_weights", "kl_weights"  # entries of a batch, [B, T]

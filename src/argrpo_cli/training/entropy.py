@@ -19,7 +19,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from argrpo_cli.recipe.sections import GrpoSection
+    from argrpo_cli.recipe.grpo import GrpoSection
     from argrpo_cli.training.grpo import ImageGRPOTrainer
 
 STATE = "entropy.json"  # of a checkpoint

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from argrpo_cli.policy.outline import Outline
     from argrpo_cli.recipe import Recipe
-    from argrpo_cli.recipe.sections import DistilSection, GrpoSection
+    from argrpo_cli.recipe.grpo import GrpoSection
+    from argrpo_cli.recipe.sections import DistilSection
 
 CAPTION_FILES = (".txt", ".jsonl")
 PRECISION = {"float32": "in float32", "bfloat16": "float32 weights, computed in bfloat16"}
