@@ -101,6 +101,7 @@ def rows_of_model(bench: Bench, size: str, pixels: int, dtype: torch.dtype, sett
             rate = bench.card[f"matmul {dtype}".replace("torch.", "")]["TFLOP_s"] * 1e12
             floor = max((weights + cache) / bench.card["copy"]["GB_s"] / 1e9, flops / rate)
             figures["of_floor"] = floor * config.block_size / again
+        sampling_loop.rooms.clear()
         bench.free()
         some = min(config.block_size, PUBLISHED_TOKENS)
         sample_as_published(model, classes, cfg_scale, 2)
@@ -163,7 +164,9 @@ def compiled(bench: Bench) -> None:
     plain = partial(sampling_loop.Decoder, bucketed=False)
     with patch.object(sampling_loop, "Decoder", plain):
         row("no graphs")
+    sampling_loop.rooms.clear()
     row("graphs" if bench.device == "cuda" else "no graphs (as on a GPU)")
+    sampling_loop.rooms.clear()  # or its graphs would go on with the layers as they were
     compile_layers(model, "inductor" if bench.device == "cuda" else "eager")
     row("graphs of compiled layers")
 

@@ -145,22 +145,29 @@ class Draws:
         self.logprobs = torch.empty(count, length, dtype=torch.float32, device=device) if logp else None
         self.broken = torch.zeros((), dtype=torch.bool, device=device)
 
-    def choose(self, logits: Tensor, conditional: Callable[[], Tensor], index: int | slice) -> Tensor:
-        """The images' next tokens, int64 [B], or the next n of them, int64 [B, n].
+    def choose(self, logits: Tensor, conditional: Callable[[], Tensor], index: int | slice | Tensor) -> Tensor:
+        """The images' next tokens, int64 [B], or the next n of them, int64 [B, n]. The CPU never waits for the device.
 
         Args:
             logits: (guided) logits float32 [B, V], or [B, n, V].
             conditional: gives the unguided ones, where they are needed.
-            index: of the token, or the tokens, within the image.
+            index: of the token, or the tokens, within the image; a tensor int64 [1] where the operations must not
+                depend on it (CUDA graphs).
         """
         one = self.sampling
         filtered = filter_logits(logits, one.temperature, one.top_k, one.top_p)
         self.broken.logical_or_(~logits.sum().isfinite())  # one pass; a sum keeps what is no number
-        tokens = inverse_cdf(filtered, self.uniforms[:, index])
-        if self.logp == "guided":
-            self.logprobs[:, index] = log_prob(filtered, tokens)
-        elif self.logp == "conditional":
-            self.logprobs[:, index] = log_prob(filter_logits(conditional(), one.temperature), tokens)
+        one_place = isinstance(index, Tensor)
+        uniforms = self.uniforms.index_select(1, index)[:, 0] if one_place else self.uniforms[:, index]
+        tokens = inverse_cdf(filtered, uniforms)
+        if self.logp is None:
+            return tokens
+        scored = filtered if self.logp == "guided" else filter_logits(conditional(), one.temperature)
+        logp = log_prob(scored, tokens)
+        if one_place:
+            self.logprobs.index_copy_(1, index, logp[:, None])
+        else:
+            self.logprobs[:, index] = logp
         return tokens
 
     def drawn(self, tokens: Tensor) -> Drawn:

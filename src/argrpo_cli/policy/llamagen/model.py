@@ -145,7 +145,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back before it is scaled by the weight."""
+    """x / rms(x) in float32, as torch computes it of any type, cast back before it is scaled by the weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+        normed = F.rms_norm(x, (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
         return normed.to(computed_dtype(normed))  # once, for all the matrix products that follow
 
 
@@ -180,9 +180,11 @@ class Attention(nn.Module):
         """x [B, S, D]; with `past`, this layer's cache, which is written in place, see `Backbone.run`."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         turned, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        q, k = apply_rope(turned, table).transpose(1, 2).split([self.heads, self.kv_heads], dim=1)
+        one, turned = x.shape[1] == 1, apply_rope(turned, table)
+        if one:  # queries and keys at once, as `attend` and the cache would each
+            turned = turned.to(v.dtype)
+        q, k = turned.transpose(1, 2).split([self.heads, self.kv_heads], dim=1)
         v = v.transpose(1, 2)
-        one = x.shape[1] == 1
         if past is not None:
             for cache, new in zip(past, (k, v), strict=True):
                 if positions is None:
