@@ -101,6 +101,16 @@ def test_the_truth_of_fresh_scenes_is_found(judge):
     assert np.mean([abs(a - b.x) <= 1 for a, b in zip(match.x.tolist(), truth, strict=True)]) > 0.9
 
 
+def test_the_moments_beside_the_judge_are_those_of_its_reference(judge):
+    """Of a fifth of it, up to what so many scenes tell."""
+    mean, deviation = j.reference_moments()
+    features = judge.features(judge.reference_images[:240]).double()
+    assert ((features.mean(0) - mean) / deviation * 240**0.5).abs().max() < 4
+    assert (features.std(0) / deviation).log().abs().max() < 0.25
+
+
 def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"moments\.safetensors is missing"):
+        j.reference_moments(tmp_path)
     with pytest.raises(UserError, match=r"tokens\.safetensors"):
         j.load_judge(tmp_path)

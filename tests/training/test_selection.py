@@ -115,17 +115,20 @@ def test_advantages_are_divided_by_the_deviation_over_updates(new_trainer: Build
     assert got == pytest.approx((centred / (centred.square().mean().sqrt() + 1e-4)).flatten(), abs=1e-5)
 
 
-def test_rewards_are_normalised_before_their_sum(new_trainer: Build) -> None:
-    """One image lacks a score, and counts in neither reward."""
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_rewards_are_normalised_before_their_sum(new_trainer: Build, scale: str) -> None:
+    """One image lacks a score, and counts in neither reward. The sum is normalised over the batch, or left."""
 
     def first_missing(images: Tensor) -> Tensor:
         return torch.cat([torch.tensor([NAN]), images[1:].float().mean((1, 2, 3))])
 
     rewards = FakeRewards(threes=count_of_3, mean=first_missing)
-    trainer = new_trainer(rewards, aggregation="normalize_then_sum", steps=1, weights={"mean": 2.0})
+    keys = {"aggregation": "normalize_then_sum", "scale_rewards": scale}
+    trainer = new_trainer(rewards, **keys, steps=1, weights={"mean": 2.0})
     got, table = last_batch(trainer)
     assert table[0].isnan().all()
     z = torch.cat([(group - group.mean(0)) / (group.std(0) + 1e-4) for group in (table[1:4], table[4:])])
     total = z @ torch.tensor([1.0, 2.0])
     assert got[0] == 0
-    assert got[1:] == pytest.approx((total - total.mean()) / (total.std() + 1e-4), abs=1e-4)
+    expected = (total - total.mean()) / (total.std() + 1e-4) if scale == "group" else total
+    assert got[1:] == pytest.approx(expected, abs=1e-4)

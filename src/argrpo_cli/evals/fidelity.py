@@ -336,12 +336,7 @@ def load_statistics(path: Path) -> tuple[Gaussian, Gaussian] | None:
             return None
         expected = f"expected {ARRAY} (images), or {', '.join(STATISTICS)}, or both"
         raise UserError(f"{path} holds {file.content}; {expected}")
-    for key in STATISTICS:
-        header = file.header(key)
-        if header.dtype.kind not in "fiu" or max(header.shape, default=0) > WIDEST:
-            what = f"{header.dtype} {list(header.shape)}"
-            raise UserError(f"{path}: {key} is {what}; expected numbers, at most {WIDEST} a side")
-    mu, sigma, mu_s, sigma_s = (torch.from_numpy(file.read(key).astype(np.float64)) for key in STATISTICS)
+    mu, sigma, mu_s, sigma_s = (torch.from_numpy(one) for one in file.numbers(STATISTICS, WIDEST))
     for name, mean, covariance in (("mu, sigma", mu, sigma), ("mu_s, sigma_s", mu_s, sigma_s)):
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             shapes = f"{list(mean.shape)}, {list(covariance.shape)}"

@@ -24,6 +24,7 @@ from argrpo_cli.evals.fidelity import NEIGHBOURS, Gaussian, load_statistics
 from argrpo_cli.images import ARRAY, ImageSet, Item, open_images
 from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.networks.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
+from argrpo_cli.rewards.features import ADM_NAME, ADM_URL
 from argrpo_cli.shapes import Shot
 from argrpo_cli.system.download import fetch_url
 from argrpo_cli.system.errors import UserError
@@ -31,11 +32,6 @@ from argrpo_cli.system.files import load_tensors, open_regular, readable, save_t
 from argrpo_cli.system.npz import Npz
 from argrpo_cli.system.processes import Team
 
-ADM_NAME = "adm-256"
-ADM_URL = (
-    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
-    "VIRTUAL_imagenet256_labeled.npz"
-)
 ADM_IMAGES, ADM_SIZE = 10_000, (256, 256)
 POOL, SPATIAL, PROBABILITIES, HASHES = "pool", "spatial", "probabilities", "hashes"  # what is kept of an image
 CACHED = ("pool_mean", "pool_root", "spatial_mean", "spatial_root")

@@ -33,8 +33,9 @@ from argrpo_cli.networks.weights import load_weights
 from argrpo_cli.policy.llamagen.pretrained import VQModel
 from argrpo_cli.policy.llamagen.vq import from_uint8
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import WEIGHTS, read_json
+from argrpo_cli.system.files import WEIGHTS, load_tensors, read_json, save_tensors
 
+MOMENTS_FILE = "moments.safetensors"
 LARGEST = scenes.SINGLE_SIZES[1]
 CENTRE = sum(scenes.SINGLE_SIZES) / 2
 SPATIAL_CHANNELS = 7
@@ -188,6 +189,27 @@ class Judge:
         return self.spatial_features(self.reference_images)
 
 
+def load_recogniser(folder: str | Path = WEIGHTS / "nano-judge") -> RecognitionNet:
+    """The judge's classifier alone, on the CPU."""
+    return load_weights(RecognitionNet(**read_json(Path(folder) / "config.json")["recogniser"]), folder)
+
+
+def save_moments(folder: Path, recogniser: RecognitionNet, images: Tensor) -> None:
+    """Write mean and standard deviation of the features of the reference images, uint8 [R, 3, 64, 64]: decoding them
+    takes ten seconds, and a reward needs no more of them."""
+    with torch.inference_mode():
+        features = torch.cat([recogniser.features(from_uint8(chunk)) for chunk in images.split(AT_ONCE)]).double()
+    save_tensors(folder / MOMENTS_FILE, {"mean": features.mean(0), "deviation": features.std(0, correction=0)})
+
+
+def reference_moments(folder: str | Path = WEIGHTS / "nano-judge") -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the reference's features, float64 [128]; UserError where they are missing."""
+    moments = load_tensors(Path(folder) / MOMENTS_FILE)
+    if moments is None:
+        raise UserError(f"{Path(folder) / MOMENTS_FILE} is missing; install the package again or run `make nano`")
+    return moments["mean"], moments["deviation"]
+
+
 @lru_cache(maxsize=1)
 def load_judge(folder: str | Path = WEIGHTS / "nano-judge") -> Judge:
     """The bundled judge, on the CPU, kept in memory; UserError when its files are missing."""
@@ -200,7 +222,7 @@ def load_judge(folder: str | Path = WEIGHTS / "nano-judge") -> Judge:
     images = decode(vq, canonical.flatten(0, 1)).unflatten(0, canonical.shape[:2])
     return Judge(
         templates=[solve_template(one) for one in images],
-        recogniser=load_weights(RecognitionNet(**read_json(Path(folder) / "config.json")["recogniser"]), folder),
+        recogniser=load_recogniser(folder),
         tokenizer=vq,
         reference_tokens=tokens["reference"].long(),
         reference_classes=tokens["reference_classes"].long(),

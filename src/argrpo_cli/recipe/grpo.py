@@ -60,8 +60,8 @@ class GrpoSection(OptimSection):
     # n, d = 0.9.
     scale_rewards: Literal["group", "batch", "global", "none"] = "group"
     # Of several rewards. First the sum r = sum_k w_k r_k; or first each in its group, z_k = (r_k - mean r_k) / std r_k,
-    # and A = (Z - mean Z) / std Z over the batch of Z = sum_k w_k z_k (GDPO), where w_k has to weigh deviations: set
-    # the factors of the terms to 1.
+    # and A = (Z - mean Z) / std Z over the batch of Z = sum_k w_k z_k (GDPO), or with scale_rewards: none A = Z (arXiv
+    # 2603.23086). There w_k has to weigh deviations: set the factors of the terms to 1.
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     # Dynamic sampling (DAPO): groups whose images all score alike are replaced by groups of further conditions, until
     # n x batch_size images have been drawn for the update; 0 is off.
@@ -141,9 +141,10 @@ class GrpoSection(OptimSection):
             raise ValueError(
                 f"dynamic_sampling {self.dynamic_sampling:g} leaves no image for other groups; use more than 1, or 0"
             )
-        if self.aggregation == "normalize_then_sum" and self.scale_rewards != "group":
+        if self.aggregation == "normalize_then_sum" and self.scale_rewards not in ("group", "none"):
             raise ValueError(
-                f"scale_rewards {self.scale_rewards} has no part in aggregation: normalize_then_sum; leave it out"
+                f"scale_rewards {self.scale_rewards} has no part in aggregation: normalize_then_sum; leave it out, or "
+                "set none to leave the sum of normalised rewards as it is"
             )
         return self
 

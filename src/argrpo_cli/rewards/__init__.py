@@ -58,6 +58,7 @@ REWARDS = {  # name to the class that carries all else that is to be known of it
     "geneval": "argrpo_cli.rewards.geneval:GenEval",
     "geneval2": "argrpo_cli.rewards.geneval2:GenEval2",
     "ocr": "argrpo_cli.rewards.ocr:Ocr",
+    "loo-fid": "argrpo_cli.rewards.loo_fid:LooFid",
 }
 
 OPERATIONAL = ("url", "timeout", "concurrency", "attempts", "backoff")  # options that change no score

@@ -16,7 +16,7 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -128,6 +128,19 @@ class Npz:
             content = self.bytes(key, header.start, header.dtype.itemsize * math.prod(header.shape))
             order = "F" if header.in_columns else "C"
             return np.frombuffer(content, header.dtype).reshape(header.shape, order=order).copy()
+
+    def numbers(self, keys: Sequence[str], widest: int) -> list[np.ndarray]:
+        """Whole arrays of numbers as float64; each is looked at before the first is read.
+
+        Raises:
+            UserError: one holds something else, or has a side longer than `widest`; and see `header`.
+        """
+        for key in keys:
+            header = self.header(key)
+            if header.dtype.kind not in "fiu" or max(header.shape, default=0) > widest:
+                what = f"{header.dtype} {list(header.shape)}"
+                raise UserError(f"{self.path}: {key} is {what}; expected numbers, at most {widest} a side")
+        return [self.read(key).astype(np.float64) for key in keys]
 
     @contextmanager
     def _damage(self, why: str = "it is damaged or cut short") -> Iterator[None]:

@@ -118,10 +118,13 @@ class ImageGRPOTrainer(GRPOTrainer):
         if self.beta_at is not None:  # the same for all updates of a batch: where it is 0, TRL asks no reference
             self.beta = self.beta_at(self.state.global_step)
         batch = super()._generate_and_score_completions(inputs)
-        level = ~(self.scorer.spread > 0).repeat_interleave(self.num_generations)
-        first = self.accelerator.process_index * len(batch["advantages"])
-        own = level[first : first + len(batch["advantages"])].to(batch["advantages"].device)
-        batch["advantages"] = batch["advantages"].masked_fill(own, 0).float()
+        advantages, summed = batch["advantages"], self.scorer.summed
+        first = self.accelerator.process_index * len(advantages)
+        own = slice(first, first + len(advantages))
+        if summed is not None and self.scale_rewards == "none":  # TRL always divides such a sum by its deviation
+            advantages = summed[own].to(advantages)
+        level = ~(self.scorer.spread > 0).repeat_interleave(self.num_generations)[own]
+        batch["advantages"] = advantages.masked_fill(level.to(advantages.device), 0).float()
         return batch if self.credit is None else batch | self.credit(self, batch)
 
     def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:

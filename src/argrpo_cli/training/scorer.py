@@ -107,6 +107,8 @@ class BatchScorer:
         aggregation: of several rewards, `grpo.aggregation`.
         table: scores of the latest batch, float64 [B, rewards], `settled`; NaN for an image that is left out.
         spread: by how much the images of each of its groups differ, [groups], as `spreads` gives it.
+        summed: sum_k w_k z_k of the latest batch, float64 [B], 0 for an image that is left out; None where rewards are
+            not each normalised first.
     """
 
     rewards: RewardSet
@@ -119,6 +121,7 @@ class BatchScorer:
     aggregation: str = "sum_then_normalize"
     table: Tensor = field(init=False, repr=False)
     spread: Tensor = field(init=False, repr=False)
+    summed: Tensor | None = field(default=None, init=False, repr=False)
     _images: list[Tensor] | None = field(default=None, init=False, repr=False)
     _measured: tuple[list[Tensor], Measured, dict[str, float]] | None = field(default=None, init=False, repr=False)
     _scores: dict[str, list[float | None]] = field(default_factory=dict, init=False, repr=False)
@@ -157,7 +160,8 @@ class BatchScorer:
         self._watch(table.isnan().double().mean(dim=0))
         # TRL sums the rewards of a sample with nansum, which would count a missing one as 0. A sample that lacks any
         # reward that counts gets None for all: TRL then leaves it out of its group and sets its advantage to 0.
-        scores, total, self.spread = self._groups(table)
+        scores, total, self.spread, summed = self._groups(table)
+        self.summed = None if summed is None else summed.nan_to_num().flatten()
         self.table = scores.transpose(1, 2).flatten(0, 1)
         if not self.blank:
             log_metric(WITHIN_GROUP_STD, group_std(total).nanmean().item())
@@ -236,10 +240,11 @@ class BatchScorer:
         """Take these as the scores of the images when TRL asks for them, and log `counts` then."""
         self._measured = images, own, counts
 
-    def _groups(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores [groups, rewards, G], total reward [groups, G] and spread [groups] of raw scores [B, rewards].
+    def _groups(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Of raw scores [B, rewards]: scores [groups, rewards, G], total reward [groups, G], spread [groups], and the sum
+        of normalised rewards [groups, G] or None.
 
-        Both are `settled`, a total by the size of those rewards that differ in the group: beside a constant of 1e8 one
+        All are `settled`, a total by the size of those rewards that differ in the group: beside a constant of 1e8 one
         of 0 and 1 counts. NaN for images that lack a reward that counts.
         """
         weights = torch.tensor(list(self.weights.values()), dtype=table.dtype)
@@ -251,13 +256,13 @@ class BatchScorer:
         total = (weights[:, None] * scores.nan_to_num()).sum(dim=1)
         total = settled(total.masked_fill(missing.view_as(total), torch.nan), size)
         if self.aggregation == "sum_then_normalize":
-            return scores, total, group_std(total)
+            return scores, total, group_std(total), None
         # As TRL normalises them. Rewards that pull apart alike cancel, and rounding leaves something of their sum.
         z = ((scores - scores.nanmean(-1, keepdim=True)) / (spread[..., None] + ADVANTAGE_EPSILON)).nan_to_num()
         size = z.abs().amax(-1) @ weights.abs()
         together = settled((weights[:, None] * z).sum(dim=1).masked_fill(total.isnan(), torch.nan), size)
         deviations = spread[:, weights != 0] @ weights[weights != 0].abs()
-        return scores, total, deviations.masked_fill(group_std(together) == 0, 0)
+        return scores, total, deviations.masked_fill(group_std(together) == 0, 0), together
 
     def _watch(self, missing: Tensor) -> None:
         """Fail when too many scores were missing; `missing` [rewards] is their share in the latest batch."""

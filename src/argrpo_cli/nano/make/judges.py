@@ -14,7 +14,7 @@ from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS, STRIDE, Detector, 
 from argrpo_cli.geneval.prompts import TAGS
 from argrpo_cli.geneval.rules import judge_image
 from argrpo_cli.nano import scenes
-from argrpo_cli.nano.judge import LARGEST, RecognitionNet, canonical_layout
+from argrpo_cli.nano.judge import LARGEST, RecognitionNet, canonical_layout, save_moments
 from argrpo_cli.nano.make.corrupt import augmented
 from argrpo_cli.nano.make.fit import Lesson, Setting, decay_groups
 from argrpo_cli.nano.tokens import CAPTIONS_FILE, TOKENS_FILE, decode, encode
@@ -81,6 +81,7 @@ def judge(setting: Setting, count: int = 4800, references: int = 1200, batch: in
     def save(folder: Path) -> None:
         save_tensors(folder / TOKENS_FILE, {name: some.to(torch.int16) for name, some in tokens.items()})
         save_network(folder, network, JUDGE)
+        save_moments(folder, network, unseen)
 
     return Lesson(
         network=network,

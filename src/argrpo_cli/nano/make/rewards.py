@@ -17,9 +17,8 @@ from argrpo_cli.nano.make.policies import base_policy, proposer
 from argrpo_cli.nano.tokens import decode, encode
 from argrpo_cli.networks.nano import CriticNet, QualityNet, WordTokenizer, build_clip, soft_limit
 from argrpo_cli.networks.pixels import to_unit
-from argrpo_cli.networks.weights import save_network
+from argrpo_cli.networks.weights import load_network, save_network
 from argrpo_cli.policy import Policy
-from argrpo_cli.rewards.nano import NanoQuality
 from argrpo_cli.seeds import of as seed_of
 from argrpo_cli.shapes import Sampling, Shot, class_prompt
 
@@ -161,7 +160,7 @@ def quality(
     held = make_study(setting, 30_000, unseen, 2, propose, task)
     network = QualityNet(**QUALITY)
     if task == "captions":
-        network.load_state_dict(NanoQuality(folder=setting.weights / "nano-quality").network.state_dict())
+        network.load_state_dict(load_network(QualityNet, setting.weights / "nano-quality").state_dict())
 
     def loss(step: int) -> Tensor:
         damaged = setting.rows(batch[1], len(study.rows))
@@ -250,7 +249,7 @@ def critic(
     held = make_study(setting, 50_000, unseen, 1, propose, task)
     held_generated = sampled(policy, 1, setting.seed, unseen)
     network = CriticNet(**CRITIC)
-    network.body.load_state_dict(NanoQuality(folder=setting.weights / eye).network.body.state_dict())
+    network.body.load_state_dict(load_network(QualityNet, setting.weights / eye).body.state_dict())
 
     def loss(step: int) -> Tensor:
         material = (study.pool.images, generated, study.images)
