@@ -9,6 +9,7 @@ from argrpo_cli.recipe import list_recipes, load_recipe
 
 NAMES = [name.removeprefix("plus/") for name in list_recipes() if name.startswith("plus/")]
 POLICY = {"c2i_b256": "c2i-b-256", "c2i_l384": "c2i-l-384", "c2i_xl384": "c2i-xl-384", "t2i_xl256": "t2i-xl-256"}
+METHODS = {"loo_fid": "c2i_b256"}  # published since, and what they differ from by their method alone
 GUIDANCE = {"c2i_b256": 2.0, "c2i_l384": 2.0, "c2i_xl384": 1.75, "t2i_xl256": [2.0, 4.0, 7.5]}  # of the teachers
 
 
@@ -18,7 +19,7 @@ def plus(name):
 
 def test_every_size_has_guidance_first_and_the_two_controls_are_there():
     both = {name for size in POLICY for name in (size, f"{size}_distil")}
-    assert both | {"c2i_l384_unguided", "t2i_xl256_unguided", "c2i_l384_cca"} == set(NAMES)
+    assert both | {"c2i_l384_unguided", "t2i_xl256_unguided", "c2i_l384_cca", *METHODS} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,6 +51,21 @@ def test_the_controls_differ_from_their_siblings_by_the_start_alone():
         apart = {key for key in left if left[key] != right[key]}
         assert apart == ({"policy"} if other.endswith("cca") else {"start"})
     assert plus("c2i_l384_cca").policy.checkpoint == "c2i-l-384-cca"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_differs_from_its_sibling_by_its_rewards_and_how_they_are_added(name):
+    left, right = (plus(one).model_dump(exclude={"name", "description"}) for one in (name, METHODS[name]))
+    apart = {key for key in left if left[key] != right[key]}
+    changed = {key for key in left["grpo"] if left["grpo"][key] != right["grpo"][key]}
+    assert apart == {"rewards", "grpo", "start"} and changed == {"aggregation", "scale_rewards"}
+    assert left["start"]["distil"] == right["start"]["distil"]
+
+
+def test_leave_one_out_fid_is_weighed_as_published():
+    terms = {term.name: term for term in plus("loo_fid").rewards.terms}
+    assert (terms["loo-fid"].weight, terms["loo-fid"].options) == (2.0, {"decay": 0.5})
+    assert sum(terms[name].weight * terms[name].factor for name in ("clip", "hpsv2")) == 1.0
 
 
 def test_gcpo_s_setting_is_as_in_its_authors_configuration():

@@ -241,8 +241,8 @@ class BatchScorer:
         self._measured = images, own, counts
 
     def _groups(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Of raw scores [B, rewards]: scores [groups, rewards, G], total reward [groups, G], spread [groups], and the sum
-        of normalised rewards [groups, G] or None.
+        """Of raw scores [B, rewards]: scores [groups, rewards, G], total reward [groups, G], spread [groups], and sum
+        of normalised rewards [groups, G], or None.
 
         All are `settled`, a total by the size of those rewards that differ in the group: beside a constant of 1e8 one
         of 0 and 1 counts. NaN for images that lack a reward that counts.
