@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 from scipy.stats import gmean
 
@@ -23,7 +24,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
 from tests.captioned import as_they_are, replayed, save_captioned_policy
 from tests.rewards.judge.fake_server import FakeServer
-from tests.rewards.judge.tiny_vlm import tiny_model, tiny_processor
+from tests.rewards.judge.tiny_vlm import tiny_qwen3
 from tests.together import together
 
 MOST = 40  # of the nano prompts
@@ -143,6 +144,7 @@ def test_the_nano_version_runs_to_a_result_that_opens_everywhere(finished, tmp_p
     assert result.protocol["judge"]["model"] == "nano-detector" and result.protocol["judge"]["weights"]
     assert result.protocol["prompts"]["count"] == MOST and "prompts geneval2-nano, 40 of them" in result.departures[0]
     assert any("5 atoms compose nano words" in text for text in result.warnings)
+    assert Image.open(out / "geneval2.png").width > 600
     console = Console(width=80, record=True)
     console.print(table(result, 80))
     text = console.export_text()
@@ -286,9 +288,8 @@ def test_faults_are_missing_answers_that_are_counted_told_and_asked_again(policy
 
 
 def test_a_model_in_this_process_has_the_corrected_values_beside_the_published(policy, prompts, tmp_path):
-    processor = tiny_processor(["Yes", " yes", "two", "one"])
-    tiny_model(processor).save_pretrained(tmp_path / "vlm")
-    processor.save_pretrained(tmp_path / "vlm")
+    for part in tiny_qwen3(["Yes", " yes", "two", "one"]):
+        part.save_pretrained(tmp_path / "vlm")
     options = {"model": str(tmp_path / "vlm")}
     result = evaluate([policy], tmp_path / "o", prompts, options)
     own = result.rows[name_of(result)]

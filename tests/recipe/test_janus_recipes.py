@@ -11,7 +11,8 @@ NAMES = [name for name in list_recipes() if name.startswith("janus/")]
 
 
 def test_there_is_one_for_each_setting():
-    assert NAMES == ["janus/janus_pro_1b_geneval", "janus/janus_pro_1b_unguided", "janus/janus_pro_7b_lora"]
+    settings = ["1b_geneval", "1b_geneval2", "1b_unguided", "7b_lora"]
+    assert [f"janus/janus_pro_{setting}" for setting in settings] == NAMES
     for name in NAMES:
         recipe = load_recipe(name)
         assert recipe.name == name.removeprefix("janus/").replace("_", "-")
@@ -29,6 +30,14 @@ def test_gcpo_s_and_stage_s_setting():
     keys = {"name", "description"}
     left, right = (one.model_dump(exclude=keys) for one in (recipe, unguided))
     assert {key for key in left if left[key] != right[key]} == {"sampling"} and unguided.sampling.cfg_scale == 1.0
+
+
+def test_geneval_2s_questions_are_gcpo_s_setting_with_another_reward():
+    recipe, gcpo = load_recipe("janus/janus_pro_1b_geneval2"), load_recipe("janus/janus_pro_1b_geneval")
+    (term, watch) = recipe.rewards.terms
+    assert (term.name, term.weight, term.options["backend"]) == ("geneval2", 1.0, "server") and watch.weight == 0.0
+    left, right = (one.model_dump(exclude={"name", "description", "published"}) for one in (recipe, gcpo))
+    assert {key for key in left if left[key] != right[key]} == {"rewards"}
 
 
 def test_unirl_s_setting():

@@ -20,7 +20,7 @@ from argrpo_cli.rewards.geneval2 import GenEval2
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from tests.rewards.judge.fake_server import FakeServer
-from tests.rewards.judge.tiny_vlm import tiny_model, tiny_processor
+from tests.rewards.judge.tiny_vlm import tiny_qwen3
 
 MODEL = GenEval2.published
 CAPTION = Condition("a photo of a red dog")
@@ -29,11 +29,10 @@ WORDS = ["Yes", "yes", " yes", "one", " one", "One"]  # " Yes" and " One" begin 
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory):
-    """A judge in this process that has some variants as tokens of their own."""
+    """The benchmark's judge in miniature, which has some variants as tokens of their own."""
     path = tmp_path_factory.mktemp("vlm")
-    processor = tiny_processor(WORDS)
-    tiny_model(processor).save_pretrained(path)
-    processor.save_pretrained(path)
+    for part in tiny_qwen3(WORDS):
+        part.save_pretrained(path)
     return GenEval2(model=str(path))
 
 

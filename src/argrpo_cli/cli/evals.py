@@ -154,7 +154,7 @@ def geneval2(
     benchmark = GenEval2(prompts, options, limit, judge_batch_size)
     options = _options(drawing, baseline_cfg_scale)
     result = run(benchmark, policies, out, n=n, images=images, diversity=networks, **options)
-    _print(result, f"images, answers and summary.json in {out}")
+    _print(result, f"images, answers, summary.json and a picture (geneval2.png) in {out}")
 
 
 @command(without=("text_device",))

@@ -15,6 +15,7 @@ two their values with each token counted once. Beside what every benchmark write
     POLICY/images/          the pictures
     POLICY/answers.jsonl    prompt, questions and answers of each
     POLICY/score_lists.json what the benchmark's soft_tifa_analysis.py reads, where no answer is missing and n is 1
+    geneval2.png            Soft-TIFA by atoms and by skill
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing_extensions import TypedDict
 from argrpo_cli.evals.benchmark import Benchmark, Subject
 from argrpo_cli.evals.drawbench import MOST_MISSING
 from argrpo_cli.evals.geneval import draws_nano_world
+from argrpo_cli.evals.plots import draw_groups
 from argrpo_cli.evals.statistics import Measure, mean_of
 from argrpo_cli.geneval import questions as q
 from argrpo_cli.images import file_item, read_metadata, read_runs
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Card
     from argrpo_cli.system.processes import Team
 
-REWARD = Judge.name
+REWARD, PICTURE = Judge.name, "geneval2.png"
 ALL, SKILL, ATOMS = "all prompts", "Soft-TIFA AM by skill", "Soft-TIFA GM by atoms"
 HEADLINES = {"gm": "Soft-TIFA GM", "am": "Soft-TIFA AM", "tifa": "TIFA", "vqascore": "VQAScore"}
 EXACT = {"gm_exact": "GM, each token once", "am_exact": "AM, each token once"}
@@ -280,6 +282,7 @@ class GenEval2(Benchmark):
             ]
             if self.prompts() == [item.prompt for item in items] and not any(None in own for own in lists):
                 write_text(subject.folder / "score_lists.json", to_json(lists))
+        draw_groups(result, (ATOMS, SKILL), out / PICTURE)
         return result
 
     def _told(self, shot: Shot, item: q.Item, row: Row) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL in miniature: the real architecture and processor, random weights and a tokenizer of bytes."""
+"""Qwen2.5-VL and Qwen3-VL in miniature: real architectures and processors, random weights, a tokenizer of bytes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from collections.abc import Sequence
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2TokenizerFast,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
@@ -81,8 +86,50 @@ def tiny_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGenera
         vision_end_token_id=ids["<|vision_end|>"],
     )
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    with torch.no_grad():  # far apart, so that another position or padding shows
+    return far_apart(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def tiny_qwen3(words: Sequence[str]) -> tuple[Qwen3VLProcessor, Qwen3VLForConditionalGeneration]:
+    """The processor, and the model as above; both of Qwen3-VL."""
+    tokenizer = tiny_processor(words).tokenizer
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=16),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=CHAT,
+    )
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 1, 1]},
+            "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    torch.manual_seed(0)
+    return processor, far_apart(Qwen3VLForConditionalGeneration(config))
+
+
+def far_apart(model: PreTrainedModel) -> PreTrainedModel:
+    """With larger weights, so that another position or padding shows."""
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
