@@ -6,6 +6,7 @@
 # make bench   speed of sampling (with and without the cache, and against the published algorithm), rewards, updates,
 #              Inception and precision/recall (against torch-fidelity)
 # make nano    train the nano world again (hours; in build/nano), put it into the package and measure it
+# make diversity   what keeps diversity, method by method: docs/diversity.md (an hour and a half; goes on if stopped)
 # make paper-nano  the paper's tables in the nano world, on one page: docs/paper_nano.md (about an hour)
 #
 # Variables: PYTHON=python3.12   the Python to make .venv with, 3.11 or newer
@@ -21,7 +22,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test fuzz lint bench nano paper-nano
+.PHONY: install demo test fuzz lint bench nano paper-nano diversity
 
 install: $(STAMP)
 
@@ -69,3 +70,6 @@ nano: install
 
 paper-nano: install
 	$(BIN)/python -m argrpo_cli.paper_nano
+
+diversity: install
+	$(BIN)/python -m argrpo_cli.diversity_nano

@@ -20,16 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from argrpo_cli import paper_numbers
 from argrpo_cli.captions import SHARED, read_captions
 from argrpo_cli.evals.benchmark import run
 from argrpo_cli.evals.entropy import measure as measure_entropy
 from argrpo_cli.evals.entropy_results import Question, Subject, subjects_of_run
 from argrpo_cli.evals.geneval import NANO_SETS, RESULTS, TOTALS, GenEval, shares
-from argrpo_cli.evals.nano import CORRECTED, measure_policy
-from argrpo_cli.evals.statistics import mean_of
 from argrpo_cli.geneval.nano_detector import load_detector
 from argrpo_cli.geneval.prompts import prompt_set
 from argrpo_cli.kept import claim
@@ -39,6 +35,7 @@ from argrpo_cli.policy import load_policy
 from argrpo_cli.recipe import dump_recipe, load_recipe
 from argrpo_cli.rewards import REWARDS, load_rewards
 from argrpo_cli.shapes import Sampling, Value
+from argrpo_cli.study import BATCH_SIZE, SEED, Study, Units, corrected, markdown, mean_row, paired
 from argrpo_cli.system.errors import UserError, exit_code
 from argrpo_cli.system.files import (
     atomic_path,
@@ -46,14 +43,11 @@ from argrpo_cli.system.files import (
     make_dir,
     read_json,
     read_jsonl,
-    save_tensors,
     write_json,
     write_text,
 )
 from argrpo_cli.system.processes import join_team
-from argrpo_cli.training import run_training
 
-Units = dict[str, Any]  # measure to its values over units, a tensor [U]
 Verdicts = Sequence[tuple[Any, float]]  # prompt and 1 or 0 for each image
 
 REPEATED, SEEDS = ("c2i", "t2i"), (0, 1, 2)  # trained three times, to see how far one training is from the next
@@ -61,8 +55,7 @@ C2I = ("c2i", "c2i_no_kl", "c2i_a", "c2i_b", "c2i_c", "c2i_cfg_1", "c2i_cfg_4", 
 T2I = ("t2i", "t2i_a", "t2i_b", "t2i_c")
 SAMPLING_SCALES = (1.0, 2.0, 4.0, 7.0, 10.0)  # figure 6, right; of the model trained at 7
 TRAINED_SCALES = {1: "c2i_cfg_1", 2: "c2i", 4: "c2i_cfg_4", 7: "c2i_cfg_7"}  # figure 6, middle; sampled at 2
-SEED = 0  # of all samples
-LEAST_IMAGES, MOST_PER_PROMPT, BATCH_SIZE = 96, 64, 64
+LEAST_IMAGES, MOST_PER_PROMPT = 96, 64
 IS = "inception_score"
 FIDELITY = {IS: "IS", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall"}
 MEASURES = {**FIDELITY, "match": "match, dB", "recognised": "recognised", "entropy": "entropy"}
@@ -71,11 +64,9 @@ CLEAR = 3.0  # standard errors from which a difference is called one
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Workplace(Study):
     """Where runs and results lie, and how many images are drawn."""
 
-    root: Path
-    images: int
     per_prompt: int
 
     def claim(self) -> None:
@@ -104,23 +95,8 @@ class Workplace:
 
     def run(self, name: str, seed: int = 0) -> str:
         """The trained policy of a recipe under a training seed; trains it, or what is left of it."""
-        out = self.root / "runs" / (f"{name}-seed{seed}" if seed else name)
-        if not (out / "policy" / "policy.json").is_file():
-            resume = (out / "recipe.yaml").is_file()
-            recipe = load_recipe(f"nano/paper/{name}").model_copy(update={"seed": seed})
-            run_training(recipe, out, resume=resume)
-        return str(out)
-
-    def fidelity(self, policy: str, cfg_scale: float = 2.0) -> dict[str, Any]:
-        """The measures of `argrpo eval nano` as values over units."""
-        opened = load_policy(policy)
-        path = self.root / "results" / f"{opened.fingerprint()[:16]}-cfg{cfg_scale:g}.safetensors"
-        if not path.is_file():
-            folder = path.with_suffix(".drawn")
-            measures = measure_policy(opened, self.images, Sampling(cfg_scale=cfg_scale), SEED, folder)
-            save_tensors(path, {key: one.strata[0] for key, one in measures.items()})
-            shutil.rmtree(folder)
-        return load_file(path)
+        recipe = load_recipe(f"nano/paper/{name}").model_copy(update={"seed": seed})
+        return self.trained(recipe, f"{name}-seed{seed}" if seed else name)
 
     def geneval(self, policy: str) -> list[tuple[Any, float]]:
         """Prompt and verdict of every image, official and added prompts together."""
@@ -182,8 +158,8 @@ class Results:
 
 def page(results: Results, images: int, per_prompt: int) -> str:
     """The page in Markdown."""
-    c2i = {name: _fidelity_row(runs) for name, runs in results.c2i.items()}
-    swept = {scale: _fidelity_row([units]) for scale, units in results.swept.items()}
+    c2i = {name: mean_row(runs, MEASURES) for name, runs in results.c2i.items()}
+    swept = {scale: mean_row([units], MEASURES) for scale, units in results.swept.items()}
     fidelity = paper_numbers.before_and_after(2, "c2i-b-256")
     without = paper_numbers.table(5)["c2i_b256_no_kl"]["trained"]
     return fill_template(
@@ -202,7 +178,7 @@ def page(results: Results, images: int, per_prompt: int) -> str:
         with_kl=dict(zip(("base", "with KL"), fidelity.values(), strict=True)) | {"without KL": without},
         of_geneval=paper_numbers.before_and_after(3),
         ablations={number: paper_numbers.ablation(number) for number in (6, 7)},
-        table=_table,
+        table=markdown,
         clear=CLEAR,
         results=results,
         last_steps=[row for row in results.curve if row["step"]][-2:],
@@ -223,12 +199,12 @@ def comparisons(results: Results) -> dict[str, Callable[..., str]]:
 
     def fidelity(claim: str, one: str, other: str, key: str, sign: int) -> str:
         runs = results.c2i[one], results.c2i[other]
-        means = [_corrected(units, key).mean().item() for units in results.c2i["c2i"]]
+        means = [corrected(units, key).mean().item() for units in results.c2i["c2i"]]
         error = of_training(means, (one, runs[0]), (other, runs[1]))
-        return _verdict(claim, _difference(*runs, key), error, sign)
+        return _verdict(claim, paired(*runs, key), error, sign)
 
     def scale(claim: str, one: float, other: float, key: str, sign: int) -> str:  # one training is behind both
-        return _verdict(claim, _difference([results.swept[one]], [results.swept[other]], key), 0.0, sign)
+        return _verdict(claim, paired([results.swept[one]], [results.swept[other]], key), 0.0, sign)
 
     def geneval(claim: str, one: str, other: str, tags: Sequence[str], sign: int = +1) -> str:
         runs = results.t2i[one], results.t2i[other]
@@ -274,22 +250,13 @@ def draw_figures(results: Results, path: Path) -> None:
     ):
         second = axes.twinx()
         for own, key, color in ((axes, "fid", "tab:blue"), (second, IS, "tab:orange")):
-            values = [_fidelity_row(runs)[key] for runs in rows.values()]
+            values = [mean_row(runs, MEASURES)[key] for runs in rows.values()]
             means, errors = [one.value for one in values], [one.error for one in values]
             own.errorbar(list(rows), means, errors, color=color, marker="o", capsize=3)
             own.set_ylabel(FIDELITY[key], color=color)
         axes.set_xlabel(label)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
-
-
-def _corrected(units: Units, key: str) -> Any:
-    """Values over units; those of FID and sFID without their bias."""
-    return units.get(f"{key}{CORRECTED}", units[key]).double()
-
-
-def _fidelity_row(runs: list[Units]) -> dict[str, Value]:
-    return {key: mean_of(sum(units[key].double() for units in runs) / len(runs)).summary() for key in MEASURES}
 
 
 def _mean_verdicts(runs: list[Verdicts]) -> Verdicts:
@@ -301,27 +268,10 @@ def _categories(verdicts: Verdicts) -> dict[str, Value]:
     return {tag: one.summary() for tag, one in shares(verdicts).items() if tag not in TOTALS}
 
 
-def _difference(one: list[Units], other: list[Units], key: str) -> Value:
-    """Difference of the means over runs, with the error of drawing the samples, unit by unit."""
-    means = [sum(_corrected(units, key) for units in runs) / len(runs) for runs in (one, other)]
-    return mean_of(means[0] - means[1]).summary()
-
-
 def _verdict(claim: str, difference: Value, of_training: float, sign: int) -> str:
     mean, error = difference.value, math.hypot(difference.error, of_training)
     word = "shows" if mean * sign > 0 else "does not repeat: the opposite shows"
     return f"{claim}: **{word if abs(mean) > CLEAR * error else 'not clear'}** ({mean:+.3f} ± {error:.3f})"
-
-
-def _table(rows: dict[str, dict[str, Value]], columns: dict[str, str], paper: dict[str, paper_numbers.Row]) -> str:
-    """Rows of measures, each followed by the paper's numbers where it has some, for the first of the columns."""
-    lines = ["| | " + " | ".join(columns.values()) + " |", "| --- |" + " ---: |" * len(columns)]
-    for name, row in rows.items():
-        lines.append(" | ".join([f"| {name}", *(row[key].text() for key in columns)]) + " |")
-        if name in paper:
-            numbers = [f"{paper[name][key]:g}" if key in paper[name] else "" for key in columns]
-            lines.append(" | ".join([f"| *{name}, in the paper*", *numbers]) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -1,0 +1,95 @@
+"""The page that compares methods: errors join drawing and training, and what is said follows from the numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from argrpo_cli import diversity_nano as study
+from argrpo_cli.recipe import load_recipe
+from argrpo_cli.shapes import Value
+from argrpo_cli.system.errors import UserError
+
+N = 48
+NOISE = torch.linspace(-1, 1, 20).double()
+KEYS = [key for key in study.MEASURES if key != study.GAIN]
+
+
+def units(total=0.0, **values):
+    """Measures over twenty units, and the total reward of two images of each class, which are `total` -1 and +1."""
+    spread = torch.tensor([-1.0] * 24 + [1.0] * 24).double()
+    return {key: values.get(key, 0.5) + 1e-3 * NOISE for key in KEYS} | {"total_reward": total + spread}
+
+
+def results(**changed):
+    start = units(recall=0.8, entropy=5.0)
+    methods = {
+        "grpo": [units(1.0 + shift, recall=0.7, entropy=4.8) for shift in (-0.01, 0.0, 0.01)],
+        "kl": [units(0.99, recall=0.8, entropy=5.0) for _ in range(3)],
+        "eg": [units(0.2, recall=0.8, entropy=5.0) for _ in range(3)],
+    }
+    both = {name: (own, own) for name, own in (methods | changed).items()}
+    seconds = {"grpo": 1.0, "kl": 1.3, "eg": 1.01}
+    return study.Results(units(), (start, start), both, {"kl": methods["kl"]}, seconds)
+
+
+def page(some):
+    return study.page(some, N, load_recipe("nano/methods/grpo"))
+
+
+def test_a_gain_is_in_standard_deviations_of_one_class_of_the_start():
+    gained = study.with_gain(units(3.0), units())[study.GAIN]
+    assert torch.allclose(gained, torch.full((N,), 3 / math.sqrt(2), dtype=torch.float64))  # sd of -1 and 1
+
+
+def test_the_error_of_a_mean_over_runs_joins_drawing_and_training():
+    value = study.over_runs([1.0, 2.0, 3.0], Value(2.0, 0.4, N))
+    assert value.error == pytest.approx(math.hypot(0.4, 1 / math.sqrt(3))) and value.value == 2.0
+    assert study.over_runs([1.0], Value(1.0, 0.4, N)).error == 0.4
+
+
+def test_differences_are_of_equal_seeds():
+    runs = [units(recall=0.5 + shift) for shift in (0.0, 0.1, 0.2)]
+    others = [units(recall=0.4 + shift) for shift in (0.0, 0.1, 0.2)]  # the seeds' luck, which both share
+    difference = study.minus(runs, others, "recall")
+    assert difference.value == pytest.approx(0.1) and difference.error == pytest.approx(0, abs=1e-12)
+    assert study.minus(runs, [others[0]], "recall").error == pytest.approx(0.1 / math.sqrt(3))
+
+
+def test_the_page_says_what_keeps_diversity_and_what_is_clear():
+    text = page(results())
+    assert "No further below the distilled policy than one standard error: KL term." in text
+    assert "- KL term: recall +0.100 ± 0.000; entropy +0.200 ± 0.000." in text
+    assert "- EG-GRPO: reward gain, sd -0.566 ± 0.004;" in text
+    assert "What takes longer than plain GRPO" in text and "KL term 1.30" in text
+    less = [units(0.8, recall=0.8, entropy=5.0) for _ in range(3)]  # four fifths of the gain
+    assert "None does." in page(results(kl=less))
+    wider = [units(0.95, recall=0.79, entropy=5.0) for _ in range(3)]
+    assert "None does." in page(results(kl=wider))
+
+
+def test_the_policy_of_equal_time_is_the_last_checkpoint_within_it(tmp_path):
+    rows = [{"step": step, "seconds_total": 2.0 * step} for step in range(1, 11)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in (3, 6, 10):
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    assert study.after(tmp_path, 13.9) == str(tmp_path / "checkpoints" / "step_000006")
+    assert study.after(tmp_path, 20.0).endswith("step_000010")
+    with pytest.raises(UserError, match=r"no checkpoint of its first 5 seconds; lower logging\.save_every"):
+        study.after(tmp_path, 5.0)
+
+
+@pytest.mark.parametrize("name", study.METHODS)
+def test_every_recipe_starts_from_the_distilled_policy_and_draws_the_same_images(name):
+    plain, recipe = (study.recipe_of(one, "some/policy", 7) for one in (study.PLAIN, name))
+    assert recipe.policy.checkpoint == "some/policy" and recipe.seed == 7 and recipe.start is None
+    drawn = [one.grpo.steps // one.grpo.updates_per_batch * one.grpo.batch_size for one in (plain, recipe)]
+    assert drawn[0] == drawn[1] and recipe.sampling == plain.sampling
+
+
+def test_the_picture_shows_every_method(tmp_path):
+    study.draw_front(results(), tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
