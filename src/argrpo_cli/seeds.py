@@ -31,6 +31,8 @@ SPACES = {
     "drawbench": Space(1_500_000_000, 100_000, 5_000),
     "imagenet": Space(2_000_000_000, 100_000, 10_000, least=5),  # for three neighbours without one of the images
     "geneval2": Space(3_100_000_000, 100_000, 2_000),
+    "unigenbench": Space(3_300_000_000, 100_000, 2_000),
+    "wise": Space(3_500_000_000, 100_000, 2_000),
 }
 
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
+from argrpo_cli.cli.eval_options import (
+    both_policies,
+    check_file,
+    check_images,
+    judge_options,
+    networks_of,
+    run_options,
+    show_result,
+)
 from argrpo_cli.cli.options import (
     OF_A_POLICY,
     Drawing,
@@ -16,11 +24,9 @@ from argrpo_cli.cli.options import (
     read_rewards,
     set_options,
     tell,
-    warn,
 )
 from argrpo_cli.geneval import check_detector
 from argrpo_cli.rewards import refuse_comparing
-from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
 
 ADM = "adm-256"
@@ -47,14 +53,14 @@ def nano(
         --n: Images per policy.
         --out: A file for the numbers, as JSON.
     """
-    policies = _both(policy, baseline, baseline_cfg_scale) if images is None else []
-    _check_images(context, images)
+    policies = both_policies(policy, baseline, baseline_cfg_scale) if images is None else []
+    check_images(context, images)
     check_policies(policies, None, "nano", drawing.seed, n)
-    _check_file(out)
+    check_file(out)
     from argrpo_cli.evals.nano import run_nano
 
-    result = run_nano(policies, images, out, n=n, **_options(drawing, baseline_cfg_scale))
-    _print(result, "" if out is None else f"the numbers are in {out}")
+    result = run_nano(policies, images, out, n=n, **run_options(drawing, baseline_cfg_scale))
+    show_result(result, "" if out is None else f"the numbers are in {out}")
 
 
 @command(least={"detector_batch_size": 1})
@@ -88,20 +94,20 @@ def geneval(
         --detector-batch-size: Images in Mask2Former at a time.
         --out: Folder for images, verdicts and numbers.
     """
-    policies = _both(policy, baseline, baseline_cfg_scale) if images is None else []
-    _check_images(context, images, "folder")
+    policies = both_policies(policy, baseline, baseline_cfg_scale) if images is None else []
+    check_images(context, images, "folder")
     if detector is not None:
         check_detector(detector)
-    networks = _networks(diversity)
+    networks = networks_of(diversity)
     check_policies(policies, out, "geneval", drawing.seed, n)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.geneval import GenEval
 
     benchmark = GenEval(detector, colors, detector_batch_size)
-    options = _options(drawing, baseline_cfg_scale)
+    options = run_options(drawing, baseline_cfg_scale)
     result = run(benchmark, policies, out, n=n, images=images, diversity=networks, **options)
     failed = " and the failures as a picture (failures.png)" if (out / "failures.png").is_file() else ""
-    _print(result, f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
+    show_result(result, f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
 
 
 @command(least={"limit": 1, "judge_batch_size": 1})
@@ -141,20 +147,20 @@ def geneval2(
         --judge-batch-size: Images in the judge at a time.
         --out: Folder for images, answers and numbers.
     """
-    policies = _both(policy, baseline, baseline_cfg_scale) if images is None else []
-    _check_images(context, images, "folder")
+    policies = both_policies(policy, baseline, baseline_cfg_scale) if images is None else []
+    check_images(context, images, "folder")
     _, options = read_rewards("geneval2", set_, "the judge's options,")
     options = {**options.get("geneval2", {}), **_judge(judge, url)}
     check_rewards(["geneval2"], {"geneval2": options})
-    networks = _networks(diversity)
+    networks = networks_of(diversity)
     check_policies(policies, out, "geneval2", drawing.seed, n)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.geneval2 import GenEval2
 
     benchmark = GenEval2(prompts, options, limit, judge_batch_size)
-    options = _options(drawing, baseline_cfg_scale)
+    options = run_options(drawing, baseline_cfg_scale)
     result = run(benchmark, policies, out, n=n, images=images, diversity=networks, **options)
-    _print(result, f"images, answers, summary.json and a picture (geneval2.png) in {out}")
+    show_result(result, f"images, answers, summary.json and a picture (geneval2.png) in {out}")
 
 
 @command(without=("text_device",))
@@ -193,16 +199,16 @@ def imagenet(
         --save-statistics: A file for the reference's statistics, as ADM's files have them.
         --out: Folder for the numbers, and what is kept.
     """
-    _check_images(context, images)
+    check_images(context, images)
     if policy is None and images is None and (save_statistics is None or set_options(context, OF_A_POLICY)):
         raise UserError("nothing to measure; give --policy, such as c2i-b-256, or --images")
-    policies = _both(policy, baseline, baseline_cfg_scale) if policy is not None else []
-    networks = _networks(diversity)
+    policies = both_policies(policy, baseline, baseline_cfg_scale) if policy is not None else []
+    networks = networks_of(diversity)
     if policies or images is not None:
         check_policies(policies, out, "imagenet", drawing.seed, n)
     if reference != ADM and not Path(reference).exists():
         raise UserError(f"no folder or .npz file {reference}")
-    _check_file(save_statistics)
+    check_file(save_statistics)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.imagenet import ImageNet, save_reference_statistics
 
@@ -214,9 +220,9 @@ def imagenet(
             keep_images=keep_images,
             keep_features=keep_features,
         )
-        options = _options(drawing, baseline_cfg_scale)
+        options = run_options(drawing, baseline_cfg_scale)
         result = run(benchmark, policies, out, n=n, images=images, diversity=networks, **options)
-        _print(result, f"figures, warnings and protocol are in {out / 'summary.json'}")
+        show_result(result, f"figures, warnings and protocol are in {out / 'summary.json'}")
     if save_statistics is not None:
         save_reference_statistics(reference, save_statistics, inception, drawing.batch_size, drawing.device)
 
@@ -250,10 +256,10 @@ def drawbench(
         --n, --per-prompt: Images per prompt.
         --out: Folder for images, scores and numbers.
     """
-    policies = _both(policy, baseline, baseline_cfg_scale)
+    policies = both_policies(policy, baseline, baseline_cfg_scale)
     names, options = read_rewards(columns, set_, "--columns")
     refuse_comparing(names)  # before prompts are fetched
-    networks = _networks(diversity)
+    networks = networks_of(diversity)
     from argrpo_cli.evals.drawbench import DrawBench, read_prompts
 
     asked = read_prompts(prompts, limit)
@@ -261,8 +267,102 @@ def drawbench(
     from argrpo_cli.evals.benchmark import run
 
     benchmark = DrawBench(asked, names, options)
-    result = run(benchmark, policies, out, n=n, diversity=networks, **_options(drawing, baseline_cfg_scale))
-    _print(result, f"images, scores and summary.json in {out}")
+    result = run(benchmark, policies, out, n=n, diversity=networks, **run_options(drawing, baseline_cfg_scale))
+    show_result(result, f"images, scores and summary.json in {out}")
+
+
+@command(least={"limit": 1})
+def unigenbench(
+    context: typer.Context,
+    policy: str = "t2i-xl-256",
+    baseline: str | None = None,
+    baseline_cfg_scale: float | None = None,
+    images: Path | None = None,
+    prompts: Path | None = None,
+    wording: Path | None = None,
+    limit: int | None = None,
+    judge: str | None = None,
+    url: str | None = None,
+    set_: list[str] | None = None,
+    n: int = 4,
+    diversity: str | None = None,
+    out: Path = Path("unigenbench"),
+    *,
+    drawing: Drawing,
+) -> None:
+    """UniGenBench++: 600 prompts, whose test points a model behind a server judges, in ten dimensions.
+
+    Interrupted, or where verdicts are missing, the same command goes on where it stopped.
+
+    Options:
+        --policy: A policy of captions: a name, a run directory, a checkpoint folder.
+        --images: Measure these pictures instead: a folder with 0_0.png, 0_1.png and so on.
+        --prompts: A file in the format of the benchmark's test_prompts_en.csv.  [default: that file, fetched]
+        --wording: The benchmark's eval_common.py, which says how the judge is asked; read, not run.  [default: fetched]
+        --limit: Only so many prompts, for a trial.
+        --judge: The judge, as its server calls it.  [default: CodeGoat24/UniGenBench-EvalModel-qwen3vl-32b-v1]
+        --url: Of the OpenAI-compatible server that has the judge, such as http://localhost:8000/v1.
+        --set unigenbench.KEY=VALUE: Another option of asking: attempts, concurrency, timeout, image_format, backoff.
+        --n, --per-prompt: Images per prompt.
+        --out: Folder for images, verdicts and numbers.
+    """
+    policies = both_policies(policy, baseline, baseline_cfg_scale) if images is None else []
+    check_images(context, images, "folder")
+    networks, options = networks_of(diversity), judge_options("unigenbench", judge, url, set_)
+    check_policies(policies, out, "unigenbench", drawing.seed, n)
+    from argrpo_cli.evals.benchmark import run
+    from argrpo_cli.evals.unigenbench import UniGenBench
+
+    benchmark, drawn = UniGenBench(prompts, wording, options, limit), run_options(drawing, baseline_cfg_scale)
+    result = run(benchmark, policies, out, n=n, images=images, diversity=networks, **drawn)
+    show_result(result, f"images, verdicts and summary.json in {out}")
+
+
+@command(least={"limit": 1})
+def wise(
+    context: typer.Context,
+    policy: str = "t2i-xl-256",
+    baseline: str | None = None,
+    baseline_cfg_scale: float | None = None,
+    images: Path | None = None,
+    prompts: Path | None = None,
+    wording: Path | None = None,
+    limit: int | None = None,
+    judge: str | None = None,
+    url: str | None = None,
+    set_: list[str] | None = None,
+    n: int = 1,
+    diversity: str | None = None,
+    out: Path = Path("wise"),
+    *,
+    drawing: Drawing,
+) -> None:
+    """WISE-Verified: 1,000 prompts that want world knowledge; a model behind a server says right or wrong.
+
+    Interrupted, or where verdicts are missing, the same command goes on where it stopped.
+
+    Options:
+        --policy: A policy of captions: a name, a run directory, a checkpoint folder.
+        --images: Measure these pictures instead: a folder with 1.png to 1000.png.
+        --prompts: A file in the format of the benchmark's data_verified/merge.json.  [default: that file, fetched]
+        --wording: The benchmark's vllm_eval.py, which says how the judge is asked; read, not run.  [default: fetched]
+        --limit: Only so many prompts, for a trial.
+        --judge: The judge, as its server calls it.  [default: Qwen3.5-35B-A3B]
+        --url: Of the OpenAI-compatible server that has the judge, such as http://localhost:8000/v1.
+        --set wise.KEY=VALUE: Another option of asking: attempts, concurrency, timeout, thinking, image_format, backoff.
+        --n, --per-prompt: Images per prompt.
+        --out: Folder for images, verdicts and numbers.
+    """
+    policies = both_policies(policy, baseline, baseline_cfg_scale) if images is None else []
+    check_images(context, images, "folder")
+    networks, options = networks_of(diversity), judge_options("wise", judge, url, set_)
+    check_policies(policies, out, "wise", drawing.seed, n)
+    from argrpo_cli.evals.benchmark import run
+    from argrpo_cli.evals.wise import Wise
+
+    benchmark, drawn = Wise(prompts, wording, options, limit), run_options(drawing, baseline_cfg_scale)
+    result = run(benchmark, policies, out, n=n, images=images, diversity=networks, **drawn)
+    show_result(result, f"images, verdicts and summary.json in {out}")
 
 
 @command()
@@ -291,19 +391,10 @@ BENCHMARKS = {
     "geneval2": geneval2,
     "imagenet": imagenet,
     "drawbench": drawbench,
+    "unigenbench": unigenbench,
+    "wise": wise,
     "report": report,
 }
-
-
-def _print(result: Result | None, words: str) -> None:
-    """A result as a table, and what it left on disk; of several processes only the first has one to tell of."""
-    if result is None:
-        return
-    from argrpo_cli.evals.tables import show
-
-    show(result)
-    if words:
-        tell(words)
 
 
 def _judge(name: str | None, url: str | None) -> dict[str, str]:
@@ -311,49 +402,3 @@ def _judge(name: str | None, url: str | None) -> dict[str, str]:
     if name == "nano":
         return {"backend": "nano"} | ({} if url is None else {"url": url})
     return ({} if name is None else {"model": name}) | ({} if url is None else {"backend": "server", "url": url})
-
-
-def _options(drawing: Drawing, baseline_cfg_scale: float | None) -> dict[str, Any]:
-    """What `benchmark.run` takes of every benchmark."""
-    return {**vars(drawing), "baseline_cfg_scale": baseline_cfg_scale, "warn": warn}
-
-
-def _networks(names: str | None) -> list[str]:
-    """The networks of `--diversity`; UserError for one that there is not."""
-    if names is None:
-        return []
-    from argrpo_cli.evals.diversity_networks import check_networks
-
-    networks = [name.strip() for name in names.split(",") if name.strip()]
-    check_networks(networks)
-    return networks
-
-
-def _both(policy: str, baseline: str | None, cfg_scale: float | None) -> list[str]:
-    """The policies; UserError for guidance of a baseline that is none, or out of range."""
-    if cfg_scale is not None:
-        if baseline is None:
-            raise UserError(f"--baseline-cfg-scale {cfg_scale:g}: there is no --baseline")
-        Sampling(cfg_scale=cfg_scale).check("--baseline-")
-    return [policy] if baseline is None else [policy, baseline]
-
-
-def _check_images(context: typer.Context, images: Path | None, kind: str = "folder or .npz file") -> None:
-    """UserError where finished pictures, if any, are not there, or an option says how a policy draws some."""
-    if images is None:
-        return
-    for name in set_options(context, OF_A_POLICY):
-        raise UserError(f"--images measures finished pictures; leave out --{name.replace('_', '-')}")
-    if not images.exists():
-        raise UserError(f"no {kind} {images}")
-
-
-def _check_file(path: Path | None) -> None:
-    """UserError where a file that a command is to write, if any, cannot be written."""
-    if path is None:
-        return
-    from argrpo_cli.system.files import check_writable
-
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
-    check_writable(path.parent)

@@ -185,9 +185,18 @@ def read_rewards(
     Raises:
         UserError: another form, a reward that is not among the names; and what `check_rewards` refuses.
     """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    options = read_settings(settings, names, where)
+    check_rewards(names, options)
+    return names, options
+
+
+def read_settings(
+    settings: Sequence[str] | None, names: Sequence[str], where: str = "--rewards"
+) -> dict[str, dict[str, Any]]:
+    """`hpsv2.version=2.0` and the like as options of those with these names; arguments and errors of `read_rewards`."""
     from argrpo_cli.recipe.text import parse_yaml
 
-    names = [name.strip() for name in text.split(",") if name.strip()]
     options: dict[str, dict[str, Any]] = {}
     for setting in settings or ():
         key, equals, value = setting.partition("=")
@@ -198,8 +207,7 @@ def read_rewards(
             hint = did_you_mean(name, names)
             raise UserError(f"--set {setting}: {name!r} is not among {where} {','.join(names)}{hint}")
         options.setdefault(name, {})[option] = parse_yaml(value, f"--set {setting}")
-    check_rewards(names, options)
-    return names, options
+    return options
 
 
 def check_rewards(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:

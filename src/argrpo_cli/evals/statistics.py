@@ -88,6 +88,24 @@ def average(parts: Sequence[Measure]) -> Measure:
     return Measure(sum(part.value for part in parts) * share, strata, sum(part.count for part in parts))
 
 
+def weighted(parts: Sequence[Measure], weights: Sequence[float], clusters: int) -> Measure:
+    """The weighted mean of means of values, such as shares of several kinds of questions about the same pictures.
+
+    With m_d the mean of part d's n_d values x_i, w_d its weight, and clusters g = 0 to G - 1 (those of the parts),
+
+        e_g = sum_d w_d / n_d sum_(i in d and g) (x_i - m_d),    error^2 = G / (G - 1) sum_g e_g^2
+
+    as for `mean_of`; a cluster in which no value is known has e_g = 0, so that two policies always share their units.
+    """
+    value = math.fsum(weight * part.value for weight, part in zip(weights, parts, strict=True))
+    units = torch.zeros(clusters, dtype=torch.float64)
+    for weight, part in zip(weights, parts, strict=True):
+        there = ~part.values.isnan()
+        residuals = part.values[there] - part.value
+        units.index_add_(0, part.clusters[there], weight / max(part.count, 1) * residuals)
+    return Measure(value, (value + clusters * units,), sum(part.count for part in parts))
+
+
 def differences(measured: Mapping[str, Mapping[str, Measure]], columns: Iterable[str]) -> dict[str, Value]:
     """Of two rows the first less the second, in the columns that both have; {} for one row."""
     if len(measured) != 2:

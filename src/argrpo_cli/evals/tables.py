@@ -22,6 +22,8 @@ TITLES = {
     "geneval": "GenEval (table 3)",
     "geneval2": "GenEval 2",
     "drawbench": "DrawBench (table 4)",
+    "unigenbench": "UniGenBench++",
+    "wise": "WISE-Verified",
     "nano": "Nano world, single objects",
     "entropy": "Policy entropy, nats per token (figures 3 and 4)",
     "score": "Reward scores",

@@ -163,7 +163,7 @@ class GenEval2(VisionModel):
         settings = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
         return super().request(image, condition) | settings
 
-    def read(self, response: Any) -> list[tuple[str, float]]:
+    def read(self, response: Any, condition: Question) -> list[tuple[str, float]]:
         return next_tokens(response)
 
 

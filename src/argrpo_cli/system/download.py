@@ -15,18 +15,19 @@ CHUNK = 2**20
 SECONDS = 60  # without a byte from the server
 
 
-def fetch_url(url: str, option: str, sha256: str = "", note: str = "") -> Path:
+def fetch_url(url: str, option: str, sha256: str = "", note: str = "", name: str = "") -> Path:
     """The file at an address in the user's cache, fetched if it is not there.
 
     Args:
         option: that takes the file otherwise, for messages.
         sha256: of the file, where it is known.
         note: said before it is fetched, such as its licence.
+        name: of the file in the cache, where the address's would not tell it from others.
 
     Raises:
         UserError: no connection, fewer bytes than announced, or another file than `sha256` is of.
     """
-    target = user_cache() / url.rpartition("/")[2]
+    target = user_cache() / (name or url.rpartition("/")[2])
     if target.is_file():
         return target
     mend, digest = f"download {url} and give the file with {option}", hashlib.sha256()

@@ -28,6 +28,7 @@ class FakeServer(ThreadingHTTPServer):
     """Start with `with FakeServer() as server`; `server.url` is its address."""
 
     daemon_threads = True
+    request_queue_size = 64  # of connections at the same time that wait to be taken; more are refused
 
     def __init__(self, reply: Callable[[int], str] | None = None, models: Any = None):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -91,7 +92,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        [url] = [part["image_url"]["url"] for part in body["messages"][0]["content"] if part["type"] == "image_url"]
+        parts = [part for message in body["messages"] for part in message["content"] if isinstance(part, dict)]
+        [url] = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
         grey = Image.open(io.BytesIO(base64.b64decode(url.partition("base64,")[2]))).getpixel((0, 0))[0]
         with server.lock:
             attempt, server.attempts[grey] = server.attempts[grey], server.attempts[grey] + 1

@@ -124,5 +124,5 @@ class Deqa(ServerReward):
     def request(self, image: Image, condition: Condition) -> dict[str, Any]:
         return build_request(data_url(squared(image), self.image_format))
 
-    def read(self, response: Any) -> float:
+    def read(self, response: Any, condition: Condition) -> float:
         return score_of(response)

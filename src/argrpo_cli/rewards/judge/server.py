@@ -103,12 +103,7 @@ class ServerReward(Reward):
         image_format: Literal["png", "jpeg"] = "png",
         backoff: float = 1.0,
     ):
-        if url is None:
-            raise UserError(
-                f"{self.name}: url is missing; serve {self.published} with an OpenAI-compatible server and give its "
-                "url, such as http://localhost:8000/v1"
-            )
-        self.device, self.url, self.model = device, read_url(url), model or self.published
+        self.device, self.url, self.model = device, self.check_url(url), model or self.published
         self.attempts, self.concurrency, self.timeout, self.backoff = attempts, concurrency, timeout, backoff
         self.image_format = image_format
         self._run(self._check_server)
@@ -121,6 +116,16 @@ class ServerReward(Reward):
             read_url(options["url"])
 
     @classmethod
+    def check_url(cls, url: str | None) -> str:
+        """The address, see `read_url`; UserError where it is missing, too."""
+        if url is None:
+            raise UserError(
+                f"{cls.name}: url is missing; serve {cls.published} with an OpenAI-compatible server and give its "
+                "url, such as http://localhost:8000/v1"
+            )
+        return read_url(url)
+
+    @classmethod
     def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
         """Nothing here but the server's address."""
         url, model = options.get("url"), options.get("model") or cls.published
@@ -129,7 +134,7 @@ class ServerReward(Reward):
 
     def score(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """uint8 [B, 3, H, W] and B conditions to float32 [B]; NaN where there was no score."""
-        return self.scores_of(self._run(self._ask_all, to_pil(images), conditions))
+        return self.scores_of(self.answers(images, conditions))
 
     def texts(self, condition: Condition) -> tuple[str, str]:
         """What is said before an image and after it."""
@@ -141,11 +146,11 @@ class ServerReward(Reward):
         picture = {"type": "image_url", "image_url": {"url": data_url(image, self.image_format)}}
         return {"messages": [{"role": "user", "content": [*before, picture, *after]}], "max_tokens": MAX_TOKENS}
 
-    def read_reply(self, reply: str) -> float:
+    def read_reply(self, reply: str) -> Any:
         """The score in the text of a reply; UnusableReply where there is none."""
         raise NotImplementedError
 
-    def read(self, response: Any) -> float:
+    def read(self, response: Any, condition: Condition) -> Any:
         """The score in the JSON of a response; UnusableReply where there is none, Fault where it is of another kind."""
         try:
             reply = response["choices"][0]["message"]["content"]
@@ -157,6 +162,10 @@ class ServerReward(Reward):
             return self.read_reply(reply)
         except UnusableReply as error:
             raise UnusableReply(f"{error}: {_excerpt(reply)}") from None
+
+    def answers(self, images: Tensor, conditions: Sequence[Condition]) -> list[Answer]:
+        """uint8 [B, 3, H, W] and B conditions to what became of each image."""
+        return self._run(self._ask_all, to_pil(images), conditions)
 
     def scores_of(self, answers: Sequence[Answer]) -> Tensor:
         """float32 [B] on the reward's device, NaN where there is none, which is counted and the latest reason kept."""
@@ -196,12 +205,12 @@ class ServerReward(Reward):
 
         async def one(image: Image, condition: Condition) -> Answer:
             async with turns:
-                return await self._ask(client, await asyncio.to_thread(self.request, image, condition))
+                return await self._ask(client, await asyncio.to_thread(self.request, image, condition), condition)
 
         async with self._client() as client:
             return await asyncio.gather(*map(one, images, conditions))
 
-    async def _ask(self, client: AsyncClient, request: dict[str, Any]) -> Answer:
+    async def _ask(self, client: AsyncClient, request: dict[str, Any], condition: Condition) -> Answer:
         sampling: dict[str, Any] = {}
         if self.resample:
             sampling = {**(RESAMPLING if self.temperature > 0 else {}), "temperature": self.temperature}
@@ -211,7 +220,8 @@ class ServerReward(Reward):
                 sampling.pop("top_k", None)
             wait = 0.0
             try:
-                return Answer(self.read(await self._json(client, {"model": self.model, **request, **sampling})))
+                response = await self._json(client, {"model": self.model, **request, **sampling})
+                return Answer(self.read(response, condition))
             except UnusableReply as error:
                 why = _clean(str(error))
                 if self.resample:
