@@ -21,7 +21,7 @@ from argrpo_cli.recipe.sections import (
     Section,
     section_of,
 )
-from argrpo_cli.rewards import published_factor
+from argrpo_cli.rewards import REWARDS, check_reward, published_factor
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.files import expanded
 
@@ -97,6 +97,13 @@ class Recipe(Section):
             for term in self.rewards.terms
         ]
         self.rewards = self.rewards.model_copy(update={"terms": terms})
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_fit(self) -> Recipe:
+        for term in self.rewards.terms if self.method == "grpo" else ():
+            if term.name in REWARDS and (why := check_reward(term.name).unfit(term.options, self)):
+                raise ValueError(f"reward {term.name}: {why}")
         return self
 
     @model_validator(mode="after")

@@ -59,6 +59,7 @@ REWARDS = {  # name to the class that carries all else that is to be known of it
     "geneval2": "argrpo_cli.rewards.geneval2:GenEval2",
     "ocr": "argrpo_cli.rewards.ocr:Ocr",
     "loo-fid": "argrpo_cli.rewards.loo_fid:LooFid",
+    "clusters": "argrpo_cli.rewards.clusters:Clusters",
 }
 
 OPERATIONAL = ("url", "timeout", "concurrency", "attempts", "backoff")  # options that change no score

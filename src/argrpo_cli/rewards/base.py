@@ -21,6 +21,8 @@ from argrpo_cli.system.files import HubFile
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from argrpo_cli.recipe import Recipe
+
 FAMILIES = ("conditional", "quality", "realism")  # r_C, r_I, r_R of equations 7 to 9
 SCOPES = ("image", "group", "batch")  # what a reward looks at before it scores an image
 
@@ -107,6 +109,11 @@ class Reward:
             UserError: an option that decides what is fetched has a value that there is not.
         """
         return cls.network_needs(options, cls.files, cls.parameters, cls.network_name)
+
+    @classmethod
+    def unfit(cls, options: Mapping[str, Any], recipe: Recipe) -> str:
+        """Why a recipe of GRPO makes no sense with it, in words that follow its name; "" where it does."""
+        return ""
 
     @classmethod
     def network_needs(
