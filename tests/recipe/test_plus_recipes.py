@@ -10,6 +10,7 @@ from argrpo_cli.recipe import list_recipes, load_recipe
 NAMES = [name.removeprefix("plus/") for name in list_recipes() if name.startswith("plus/")]
 POLICY = {"c2i_b256": "c2i-b-256", "c2i_l384": "c2i-l-384", "c2i_xl384": "c2i-xl-384", "t2i_xl256": "t2i-xl-256"}
 METHODS = {"loo_fid": "c2i_b256", "clusters": "t2i_xl256"}  # published since, and the recipe without them
+TOKENS = {"gcpo": "gcpo", "stage": "stage", "guidance_contrast": "guidance", "eg_grpo": "eg"}  # grpo.tokens.method
 GUIDANCE = {"c2i_b256": 2.0, "c2i_l384": 2.0, "c2i_xl384": 1.75, "t2i_xl256": [2.0, 4.0, 7.5]}  # of the teachers
 
 
@@ -19,7 +20,14 @@ def plus(name):
 
 def test_every_size_has_guidance_first_and_the_two_controls_are_there():
     both = {name for size in POLICY for name in (size, f"{size}_distil")}
-    assert both | {"c2i_l384_unguided", "t2i_xl256_unguided", "c2i_l384_cca", *METHODS} == set(NAMES)
+    assert both | {
+        "c2i_l384_unguided",
+        "t2i_xl256_unguided",
+        "c2i_l384_cca",
+        "loo_fid_whole",
+        *METHODS,
+        *TOKENS,
+    } == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,6 +68,26 @@ def test_a_method_differs_from_its_sibling_by_its_rewards_and_how_they_are_added
     changed = {key for key in left["grpo"] if left["grpo"][key] != right["grpo"][key]}
     assert apart == {"rewards", "grpo", "start"} and changed - {"group_size"} == {"aggregation", "scale_rewards"}
     assert left["start"]["distil"] == right["start"]["distil"]
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_weights_of_tokens_are_all_that_a_recipe_of_them_changes(name):
+    left, right = (
+        plus(one).model_dump(exclude={"name", "description", "published"}) for one in (name, "t2i_xl256_unguided")
+    )
+    assert left.pop("grpo") == right.pop("grpo") | {
+        "tokens": {"method": TOKENS[name], "confidence": 0.5 if name == "gcpo" else 0.0}
+    }
+    assert left == right
+
+
+def test_leave_one_out_fid_with_all_that_its_authors_use():
+    whole, alone = plus("loo_fid_whole"), plus("loo_fid")
+    grpo = whole.grpo
+    assert whole.rewards == alone.rewards and whole.start.policy.checkpoint == whole.policy.checkpoint == "c2i-l-256"
+    assert (grpo.group_size, grpo.batch_size, grpo.updates_per_batch, grpo.importance) == (12, 1152, 2, "sequence")
+    assert (grpo.entropy_controller, grpo.entropy_weight, grpo.entropy_target) == ("loo_fid", 2.2e-3, None)
+    assert (grpo.reference_decay, grpo.learning_rate, grpo.betas, grpo.weight_decay) == (0.999, 1e-5, [0.9, 0.95], 0.01)
 
 
 def test_leave_one_out_fid_is_weighed_as_published():
