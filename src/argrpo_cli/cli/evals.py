@@ -147,11 +147,15 @@ def geneval2(
         --judge-batch-size: Images in the judge at a time.
         --out: Folder for images, answers and numbers.
     """
+    from argrpo_cli.geneval import questions
+
     policies = both_policies(policy, baseline, baseline_cfg_scale) if images is None else []
     check_images(context, images, "folder")
     _, options = read_rewards("geneval2", set_, "the judge's options,")
     options = {**options.get("geneval2", {}), **_judge(judge, url)}
     check_rewards(["geneval2"], {"geneval2": options})
+    if prompts not in (None, questions.NANO):
+        questions.read_items(prompts)
     networks = networks_of(diversity)
     check_policies(policies, out, "geneval2", drawing.seed, n)
     from argrpo_cli.evals.benchmark import run
@@ -401,4 +405,8 @@ def _judge(name: str | None, url: str | None) -> dict[str, str]:
     """What --judge and --url say, as options of the reward `geneval2`."""
     if name == "nano":
         return {"backend": "nano"} | ({} if url is None else {"url": url})
+    if name is not None and url is None:
+        from argrpo_cli.rewards.judge.questions import check_model
+
+        check_model(name)
     return ({} if name is None else {"model": name}) | ({} if url is None else {"backend": "server", "url": url})

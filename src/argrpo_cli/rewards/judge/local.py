@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from argrpo_cli.networks.weights import load_pretrained, quiet_transformers
-from argrpo_cli.rewards.judge.questions import FORCED_PREFIX, UnusableReply
+from argrpo_cli.rewards.judge.questions import FORCED_PREFIX, UnusableReply, check_model
 from argrpo_cli.rewards.judge.server import MAX_TOKENS, RESAMPLING, Answer
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import fetch
@@ -153,12 +153,9 @@ def model_folder(name: str) -> Path:
     """A model's folder: `name` itself, or that of the hub's cache, to which the model is fetched first."""
     from huggingface_hub import snapshot_download
 
+    check_model(name)
     if Path(name).is_dir():
         return Path(name)
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
-        raise UserError(
-            f"judge: there is no model folder {name!r}, and a hub name looks like Qwen/Qwen2.5-VL-3B-Instruct"
-        )
     fetch(name, "config.json")
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))

@@ -21,7 +21,10 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from argrpo_cli.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,14 @@ _STRING_PARTS = {end: re.compile(rf"[\\{end}]") for end in _CLOSING_QUOTES.value
 _AFTER_STRING = re.compile(rf"\s{{0,200}}+(?:\Z|}}|```|//|[,，]\s{{0,200}}+(?:\Z|}}|//|{_KEY.pattern})|{_QUOTED_KEY})")
 _AFTER_ITEM = re.compile(r"\s{0,200}+(?:\Z|[\],，]|```|//)")
 _LITERALS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "none": None}
+
+
+def check_model(name: str) -> None:
+    """UserError for what is neither a folder nor like the hub's name of a model; the hub is not asked."""
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", ".", "~"))):
+        raise UserError(
+            f"judge: there is no model folder {name!r}, and a hub name looks like Qwen/Qwen2.5-VL-3B-Instruct"
+        )
 
 
 class UnusableReply(ValueError):
