@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from argrpo_cli.geneval.prompts import SETS, TAGS, content, mirrored, prompt_set
+from argrpo_cli.geneval.prompts import SETS, TAGS, Prompt, content, mirrored, prompt_set
 from argrpo_cli.system.errors import UserError, did_you_mean
 from argrpo_cli.system.files import expanded, read_jsonl, read_text
 from argrpo_cli.system.plain import lines_of, parse_json, unguarded
@@ -92,19 +92,26 @@ def nano_captions() -> tuple[str, ...]:
     from argrpo_cli.nano.scenes import caption_scene
 
     rng = np.random.default_rng(SEED)
-    benchmark = {content(prompt) for name in ("geneval", "geneval-nano-extra") for prompt in prompt_set(name)}
     rows: list[list[str]] = []
     for tag in TAGS:
         captions: dict[str, None] = {}
         for _ in range(40 * PER_CATEGORY):  # enough to meet every caption of the small categories
             prompt = caption_scene(rng, tag).prompt
-            held_out = tag not in SHARED and (
-                content(prompt) in benchmark or (tag == "position" and content(mirrored(prompt)) in benchmark)
-            )
-            if prompt.tag == tag and len(captions) < PER_CATEGORY and not held_out:
+            if prompt.tag == tag and len(captions) < PER_CATEGORY and not asked_by_the_benchmark(prompt):
                 captions[prompt.text] = None
         rows.append(list(captions))
     return tuple(row[place] for place in range(PER_CATEGORY) for row in rows if place < len(row))
+
+
+@cache
+def _benchmark() -> frozenset[Any]:
+    return frozenset(content(prompt) for name in ("geneval", "geneval-nano-extra") for prompt in prompt_set(name))
+
+
+def asked_by_the_benchmark(prompt: Prompt) -> bool:
+    """Whether GenEval, or its nano version, asks for the same in any words, where a category is held out."""
+    asked = content(prompt) in _benchmark() or (prompt.tag == "position" and content(mirrored(prompt)) in _benchmark())
+    return asked and prompt.tag not in SHARED
 
 
 def captions_in(row: dict[str, Any], column: str, where: str) -> list[str]:

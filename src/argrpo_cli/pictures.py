@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -40,6 +40,7 @@ ORIENTATION, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 0x0102, 0x0106, 0x0153  
 WHITE_IS_ZERO = 0
 SILENCE = threading.Lock()  # of standard error, which is one for all threads
 TELLING, TOLD = threading.Lock(), set()  # folders of which something was said
+Opener = Callable[[Path], BinaryIO]
 UNSIGNED = {1, 4}  # whole numbers, or nothing said
 CONVERTED = {"1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
 # Orientation to a view of the upright picture [3, H, W] that has the rows and columns of the file.
@@ -74,7 +75,9 @@ def suffixes() -> frozenset[str]:
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in known)
 
 
-def read_image(path: Path, most: int | None = None, upright: bool = True) -> np.ndarray | None:
+def read_image(
+    path: Path, most: int | None = None, upright: bool = True, opener: Opener = open_regular
+) -> np.ndarray | None:
     """A picture as uint8 [3, H, W], RGB; see above.
 
     In memory are Pillow's picture and the result, nothing else of its size: 7 bytes for each pixel.
@@ -82,11 +85,12 @@ def read_image(path: Path, most: int | None = None, upright: bool = True) -> np.
     Args:
         most: None is returned, before anything is unpacked, for one of more pixels.
         upright: make the turn that EXIF asks for.
+        opener: opens what `path` names, where that is no file of its own.
 
     Raises:
         BadPicture: it cannot be read, or unpacks to more than twice as many pixels as Pillow takes for harmless.
     """
-    with opened_image(path) as image:
+    with opened_image(path, opener) as image:
         if most is not None and image.width * image.height > most:
             return None
         if not image.width * image.height:
@@ -106,13 +110,13 @@ def read_image(path: Path, most: int | None = None, upright: bool = True) -> np.
 
 
 @contextmanager
-def opened_image(path: Path) -> Iterator[Image.Image]:
+def opened_image(path: Path, opener: Opener = open_regular) -> Iterator[Image.Image]:
     """A picture file, opened by Pillow; what goes wrong while it is looked at is a `BadPicture` as in `read_image`."""
     from PIL import Image
 
     warnings.filterwarnings("ignore", module="PIL")  # of odd files that Pillow reads all the same
     try:
-        with open_regular(path) as file, Image.open(file, formats=formats()) as image:
+        with opener(path) as file, Image.open(file, formats=formats()) as image:
             yield image
     except UserError:
         raise

@@ -1,4 +1,4 @@
-"""`argrpo train`: GRPO, or guidance distilled, from a recipe."""
+"""`argrpo train`: GRPO, or another method, from a recipe."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def train(
     processes: int | None = None,
     accelerate_config: str | None = None,
 ) -> None:
-    """Fine-tune a policy as a recipe says: by GRPO, or by distilling its guidance into it.
+    """Fine-tune a policy as a recipe says: by GRPO, by distilling its guidance into it, or from real images.
 
     `--processes 8` starts accelerate's launcher; `accelerate launch -m argrpo_cli train RECIPE` works as well.
 
     Options:
         [RECIPE]: A recipe file, or a bundled recipe such as nano/c2i.
         --set KEY=VALUE: Override a recipe key, e.g. grpo.beta=0; repeatable.
-        --steps NUMBER: Updates; as --set grpo.steps=NUMBER, or distil.steps in a recipe of that method.
+        --steps NUMBER: Updates; as --set grpo.steps=NUMBER, or in a recipe of another method of its section.
         --lr: Learning rate of the same section.
         --seed: Of what is drawn, in which order; as --set seed=.
         --device: auto, cpu, cuda, cuda:1, mps; as --set policy.device=.
@@ -184,8 +184,8 @@ def _tell_sampling(recipe: Recipe) -> None:
         return
     seen, rollouts = glance(recipe.policy.checkpoint), recipe.model_dump()["sampling"]
     name, own = recipe.policy.checkpoint, seen.sampling if seen is not None else {}
-    if recipe.start is not None and recipe.start.method == "distil":
-        name, own = "the distilled policy", {"cfg_scale": 1.0}
+    if recipe.start is not None and recipe.start.unguided:
+        name, own = "the policy of the start", {"cfg_scale": 1.0}
     choose_sampling(name, own, {key: value for key, value in rollouts.items() if own.get(key) != value})
 
 

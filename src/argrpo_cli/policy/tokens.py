@@ -210,14 +210,17 @@ def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """The tokens int64 [...] at which the cumulative softmax of logits [..., V] passes uniforms float64 [...].
+    """The tokens int64 [...] at which the cumulative softmax of logits [..., V] passes uniforms float64 [...]; several
+    of each, [..., n], for uniforms [..., n].
 
     Tokens of probability zero (logit -inf) are never returned.
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=uniforms.dtype)
     # Scaled by the total, which is 1 only up to rounding; right=True steps over tokens that add nothing.
-    threshold = uniforms[..., None] * cumulative[..., -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
+    several = uniforms.ndim == logits.ndim
+    threshold = (uniforms if several else uniforms[..., None]) * cumulative[..., -1:]
+    tokens = torch.searchsorted(cumulative, threshold, right=True)
+    tokens = tokens if several else tokens[..., 0]
     return tokens.clamp_(max=logits.shape[-1] - 1)  # only NaN logits get here; the caller reports those
 
 

@@ -16,6 +16,7 @@ from argrpo_cli.policy.folder import glance
 from argrpo_cli.recipe.explain import explain
 from argrpo_cli.recipe.layers import Layer, Layers, of_option, of_override, whole
 from argrpo_cli.recipe.schema import OWN_KEYS, Recipe, merge, with_whole_start
+from argrpo_cli.recipe.sections import UNGUIDED
 from argrpo_cli.recipe.text import parse_yaml, write_yaml
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line, shortened
 from argrpo_cli.system.files import expanded, read_text
@@ -67,7 +68,7 @@ def _as_the_policy_says(tree: dict[str, Any]) -> dict[str, Any]:
         own = glance(whole(tree)["policy"]["checkpoint"]).sampling
     except (UserError, OSError, TypeError, AttributeError):  # what is wrong with it is told elsewhere
         own = {}
-    if isinstance(tree.get("start"), dict) and with_whole_start(tree)["start"]["method"] == "distil":
+    if isinstance(tree.get("start"), dict) and with_whole_start(tree)["start"]["method"] in UNGUIDED:
         own = {**own, "cfg_scale": 1.0}  # guidance is in the weights by then
     return merge({"sampling": {key: own[key] for key in ("cfg_scale", "temperature") if key in own}}, tree)
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from argrpo_cli.recipe.layers import Layer, reach, value_at
 from argrpo_cli.recipe.schema import Recipe, sections
-from argrpo_cli.recipe.sections import section_of
+from argrpo_cli.recipe.sections import METHODS, section_of
 from argrpo_cli.system.errors import did_you_mean, shortened
 
 # Keys that take values of several kinds, for which pydantic reports one fault per kind.
@@ -76,7 +76,7 @@ def _keys(fault: Any, tree: Any) -> list[Any]:
 def _elsewhere(keys: Sequence[Any], tree: Any) -> str:
     """`; did you mean 'grpo.beta'?` where an unknown key is one of another section, of the method's before others."""
     start = "start." if keys[0] == "start" else ""
-    own = "distil" if value_at(tree, ["method"]) == "distil" else "grpo"
+    own = said if (said := value_at(tree, ["method"])) in METHODS else "grpo"
     names = [name.replace("[]", ".0") for name, model in sections(Recipe) if keys[-1] in model.model_fields]
     if not names:
         return ""

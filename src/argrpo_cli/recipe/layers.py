@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from argrpo_cli.recipe.schema import Recipe, merge, with_whole_start
+from argrpo_cli.recipe.sections import METHODS
 from argrpo_cli.recipe.text import MOST_LEVELS, parse_yaml
 from argrpo_cli.system.errors import UserError, refuse_secrets
 
@@ -84,7 +85,7 @@ class Layers:
 
     def fit_warmups(self) -> None:
         """Give a warm-up that is longer than the run the same share of it as before, where a lower layer said it."""
-        for keys in (("grpo",), ("distil",), ("start", "grpo"), ("start", "distil")):
+        for keys in ((*start, method) for start in ((), ("start",)) for method in METHODS):
             section = value_at(whole(self.tree), keys)
             warmup, steps = (value_at(section, [key]) for key in ("warmup_steps", "steps"))
             if not (type(warmup) is type(steps) is int and warmup > steps > 0):
@@ -122,7 +123,7 @@ def of_override(text: str, tree: dict[str, Any]) -> Layer:
 
 def of_option(option: str, value: Any, below: Layers) -> Layer:
     """The layer of an option that stands for a key; UserError where a --set says something else."""
-    method = "distil" if below.tree.get("method") == "distil" else "grpo"
+    method = said if (said := below.tree.get("method")) in METHODS else "grpo"
     keys = OPTIONS[option].format(method=method).split(".")
     for layer in (one for one in below.layers if one.source.startswith(SET)):
         if reach(keys, layer.tree) == len(keys) and value_at(layer.tree, keys) != value:

@@ -27,8 +27,8 @@ command line. Mappings merge, lists replace; `rewards: {add: [{name: hpsv2}]}`, 
 `rewards.terms`, or changes the term of that name, and leaves the others as they are. [training.md](training.md) says
 what the keys are for.
 
-`--steps`, `--lr`, `--seed` and `--device` stand for `grpo.steps`, `grpo.learning_rate` (of `distil` in a recipe of that
-method), `seed` and `policy.device`.
+`--steps`, `--lr`, `--seed` and `--device` stand for `grpo.steps`, `grpo.learning_rate` (of another method in its own
+recipes), `seed` and `policy.device`.
 """
 
 

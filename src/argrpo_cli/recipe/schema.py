@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, get_origin
 
 from pydantic import Field, field_serializer, model_validator
 
 from argrpo_cli.recipe.grpo import GrpoSection
+from argrpo_cli.recipe.real import CcaSection, PixelSection, RealSection
 from argrpo_cli.recipe.sections import (
+    UNGUIDED,
     ConditionSection,
     DistilSection,
     GuardSection,
     LoggingSection,
+    Method,
+    OptimSection,
     PolicySection,
     PublishedSection,
     RewardSection,
@@ -36,7 +40,7 @@ class Recipe(Section):
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of what is drawn, in which order
     out: str | None = None  # run directory; null is runs/<name>
-    method: Literal["grpo", "distil"] = "grpo"  # of training; the section of that name has its settings
+    method: Method = "grpo"  # of training; the section of that name has its settings
     # A run before this one, in the folder start of its run directory, from whose policy this one goes on: the name or
     # path of a recipe, or keys as here. What it does not say is as in this recipe, but its method is distil.
     start: Recipe | None = None
@@ -46,12 +50,15 @@ class Recipe(Section):
     rewards: RewardSection = RewardSection()
     grpo: GrpoSection = GrpoSection()
     distil: DistilSection = DistilSection()
+    real: RealSection = RealSection()
+    cca: CcaSection = CcaSection()
+    pixel: PixelSection = PixelSection()
     guards: GuardSection = GuardSection()
     logging: LoggingSection = LoggingSection()
     published: list[PublishedSection] = Field([])
 
     @property
-    def optim(self) -> GrpoSection | DistilSection:
+    def optim(self) -> OptimSection:
         """The section of the recipe's method."""
         return getattr(self, self.method)
 
@@ -63,7 +70,17 @@ class Recipe(Section):
     @property
     def scored(self) -> bool:
         """Whether rewards look at images in this run, its start left out."""
-        return self.method == "grpo" or isinstance(self.distil.cfg_scale, list)
+        return self.method == "grpo" or (self.method == "distil" and isinstance(self.distil.cfg_scale, list))
+
+    @property
+    def unguided(self) -> bool:
+        """Whether its policy is drawn without guidance, which is in the weights by then."""
+        return self.method in UNGUIDED
+
+    @property
+    def learns_from_images(self) -> bool:
+        """Whether it needs real images."""
+        return self.method in ("cca", "pixel")
 
     @property
     def selects(self) -> bool:
@@ -104,6 +121,12 @@ class Recipe(Section):
         for term in self.rewards.terms if self.method == "grpo" else ():
             if term.name in REWARDS and (why := check_reward(term.name).unfit(term.options, self)):
                 raise ValueError(f"reward {term.name}: {why}")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_images_to_contrast(self) -> Recipe:
+        if self.method == "cca" and self.cca.batch_size < 2:
+            raise ValueError("cca.batch_size 1: an image is held against the condition of another; use 2 or more")
         return self
 
     @model_validator(mode="after")

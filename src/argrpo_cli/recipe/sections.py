@@ -21,6 +21,9 @@ Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=1, le=10**6)]  # of what is listed before a run begins
 Name = Annotated[str, Field(min_length=1)]
 Action = Literal["stop", "warn", "ignore"]
+Method = Literal["grpo", "distil", "cca", "pixel"]
+METHODS: tuple[str, ...] = get_args(Method)
+UNGUIDED = ("distil", "cca")  # methods that put guidance into the weights: their policy is drawn without
 
 
 class Section(BaseModel):
@@ -154,7 +157,7 @@ class RewardSection(Section):
 
 
 class OptimSection(Section):
-    """How weights are moved, whatever for: the keys that `grpo` and `distil` share."""
+    """How weights are moved, whatever for: the keys that all methods share."""
 
     batch_size: Amount = 64  # images per update, of all processes together; of grpo, a multiple of group_size
     micro_batch_size: Count | None = None  # images per forward pass of a process; null takes all that it draws

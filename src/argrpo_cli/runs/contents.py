@@ -61,6 +61,7 @@ class Notes(TypedDict, total=False):
     base_policy: str
     trained: list[str]
     conditions: str
+    real: str
     tokens: int
     sharding: str
     started: str

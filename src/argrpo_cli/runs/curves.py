@@ -94,6 +94,13 @@ def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
             ("divergence_teacher", "teacher's images", "plain"),
             ("divergence_student", "student's images", "second"),
         ),
+        panel("loss of the contrast", ("contrast", "", "plain")),
+        panel(
+            "log-ratio of images to the base (nats)",
+            ("gain_own", "under their own condition", "plain"),
+            ("gain_other", "under another", "second"),
+        ),
+        panel("share of images told apart by their condition", ("told_apart", "", "plain")),
         panel("total reward, std within groups", ("within_group_std", "", "total")),
         panel(
             "standard deviation of advantages",
@@ -124,6 +131,7 @@ def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
             "and most of each step is noise.",
         ),
         panel("policy entropy (nats per token)", ("entropy", "", "plain")),
+        panel("cross entropy to real images' codes (nats per token)", ("cross_entropy", "", "plain")),
         panel("weight of the entropy bonus", ("entropy_weight", "", "plain"), exact=True),
         panel("ratio to the sampler, mean", ("ratio", "", "plain")),
         panel(

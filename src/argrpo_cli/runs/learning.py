@@ -19,6 +19,11 @@ FEWEST = 10  # updates in a window, and in a mean of gradients' squares, below w
 ERRORS = 2.0  # standard errors from which on something counts as seen
 NOISY = 2.0  # noise scale over batch size from which on an update is mostly noise
 SATURATED = 0.5  # share of effective groups, and of the spread at the start, below which a run runs dry
+OTHERS = (  # what methods without rewards lower: its key, what it is, and its unit
+    ("divergence", "The divergence to the guided teacher", " nats a token"),
+    ("contrast", "The loss of the contrast", ""),
+)
+ALONG_IMAGES = ("reward", "The reward of what is drawn along real images", "")
 WASTEFUL = 0.1  # KL efficiency below which most of the KL was spent on noise
 
 
@@ -142,8 +147,8 @@ def last(records: Sequence[Record], key: str) -> Any:
 
 
 def conclusions(records: Sequence[Record], batch_size: int, notes: Mapping[str, Any]) -> list[str]:
-    """What a run came to, in sentences for its last lines and its report; empty with few updates. Of a distillation
-    that is how far the divergence fell.
+    """What a run came to, in sentences for its last lines and its report; empty with few updates. Of methods without
+    rewards that is how far fell what they lower.
 
     The rules, in the order in which they are said:
 
@@ -162,11 +167,14 @@ def conclusions(records: Sequence[Record], batch_size: int, notes: Mapping[str, 
         batch_size: images of an update.
         notes: of run.json: `tokens` of an image, and `transfer`, the rows of `training.instruments.transfer`.
     """
-    gained, apart = gain(records), [one["divergence"] for one in records if one.get("divergence") is not None]
-    if len(apart) >= 2 * FEWEST:
-        n = max(FEWEST, round(SHARE * len(apart)))
-        fell = f"{np.mean(apart[:n]):.3g} to {np.mean(apart[-n:]):.3g} nats a token"
-        return [f"The divergence to the guided teacher went from {fell} (first and last {n} updates)."]
+    gained = gain(records)
+    along = any("cross_entropy" in one for one in records)  # rewards of images that differ much more than draws of one
+    for key, what, unit in (*OTHERS, *([ALONG_IMAGES] if along else [])):
+        values = [one[key] for one in records if one.get(key) is not None]
+        if len(values) >= 2 * FEWEST:
+            n = max(FEWEST, round(SHARE * len(values)))
+            went = f"{np.mean(values[:n]):.3g} to {np.mean(values[-n:]):.3g}{unit}"
+            return [f"{what} went from {went} (first and last {n} updates)."]
     return [] if gained is None else list(_conclusions(gained, records, batch_size, notes))
 
 

@@ -37,6 +37,7 @@ from argrpo_cli.recipe import dump_recipe, load_recipe
 from argrpo_cli.recipe.explain import explain
 from argrpo_cli.recipe.layers import Layer
 from argrpo_cli.recipe.schema import Recipe
+from argrpo_cli.recipe.sections import METHODS
 from argrpo_cli.runs.contents import MetricsRow, Notes
 from argrpo_cli.runs.disk import TEMPORARY, is_full, recover, remove_folder, sync_folder
 from argrpo_cli.system.errors import UserError, first_line, shortened
@@ -58,7 +59,7 @@ START = "start"
 PILOT_FILE, PILOT_SCRATCH = "pilot.yaml", ".pilot"  # a pilot's proposal, and its run directory while it runs
 # What may change when a run is continued: how long, what is watched, what is kept. Anything else is another run.
 CHANGEABLE = (
-    "grpo.steps", "grpo.time_limit_minutes", "distil.steps", "distil.time_limit_minutes", "guards.", "logging.",
+    *(f"{method}.{key}" for method in METHODS for key in ("steps", "time_limit_minutes")), "guards.", "logging.",
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")  # whose versions are noted
 

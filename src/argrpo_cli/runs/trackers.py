@@ -26,13 +26,15 @@ GRID = "grid"  # the name under which pictures go
 
 # Names that stay as they are from version to version, and what they are called in a record of metrics.jsonl.
 _DIVERGENCE = ("divergence", "divergence_teacher", "divergence_student")
+_ENTROPY = ("entropy", "cross_entropy", "entropy_weight")
+_CONTRAST = ("contrast", "told_apart", "gain_own", "gain_other")
 _GROUPS = ("groups_without_spread", "groups_replaced", "images_extra")
 _RATIO = ("ratio", "ratio_deviation_mean", "ratio_deviation", "clip_low", "clip_high")
 SCALARS = {"reward/total": "reward"} | {
     f"{group}/{key}": key
     for group, keys in {
         "reward": ("within_group_std", *_GROUPS, "images_left_out", "advantage_std", "gain"),
-        "policy": (*_DIVERGENCE, "kl", "kl_start", "kl_base", "kl_efficiency", "entropy", "entropy_weight", *_RATIO),
+        "policy": (*_DIVERGENCE, *_CONTRAST, "kl", "kl_start", "kl_base", "kl_efficiency", *_ENTROPY, *_RATIO),
         "optim": ("loss", "grad_norm", "learning_rate", "noise_scale", "noise_scale_least", "updates_left_out"),
     }.items()
     for key in keys

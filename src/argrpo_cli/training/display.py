@@ -22,6 +22,8 @@ RECENT = 10  # steps over which speed is averaged
 
 MEASURES = (  # of a record, below its rewards: what the table calls it, its key and how it is written
     ("divergence to the guided teacher", "divergence", ".4f"),
+    ("loss of the contrast", "contrast", ".4f"),
+    ("images told apart by their condition", "told_apart", ".1%"),
     ("std within groups", "within_group_std", ".4f"),
     ("groups without spread", "groups_without_spread", ".0%"),
     ("KL to the base policy", "kl", ".5f"),
@@ -119,8 +121,10 @@ class RunDisplay:
         if record.get("updates_left_out"):
             ends = f"  {record['updates_left_out']:.0f} changed nothing{ends}"
         if "rewards" not in record:
+            name = "contrast" if "contrast" in record else "divergence"
+            apart = f"  told apart {number(record['told_apart'], '.1%')}" if "told_apart" in record else ""
             return (
-                f"step {record['step']}/{self.steps}  divergence {number(record['divergence'])}"
+                f"step {record['step']}/{self.steps}  {name} {number(record[name])}{apart}"
                 f"  entropy {number(record['entropy'], '.3f')}  gradient {number(record['grad_norm'])}{ends}"
             )
         rewards = ", ".join(f"{name} {number(value['mean'], '.3f')}" for name, value in record["rewards"].items())

@@ -4,14 +4,11 @@ The teacher is the policy as it is, frozen and guided; the student is the same p
 of a batch of images the two are compared over all codes. The teacher draws the images, and a share `distil.lmbda` of
 the batches the student, so that it learns in the states that it will come to itself. What it learns needs no second
 pass for the null condition any more: an image costs half.
-
-Around it stands what stands around GRPO: its callbacks, checkpoints, display and processes. TRL's own GKDTrainer reads
-texts.
+TRL's own GKDTrainer reads texts.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,25 +19,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from argrpo_cli.seeds import happens, of_training
 from argrpo_cli.shapes import Shot
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.training.batches import BatchTrainer, build, frozen
 from argrpo_cli.training.conditions import prompt_dataset
-from argrpo_cli.training.gathering import check_sharding, whole_model
-from argrpo_cli.training.grpo import lora_config, trainer_settings
+from argrpo_cli.training.gathering import whole_model
 from argrpo_cli.training.instruments import total_rewards
-from argrpo_cli.training.launch import check_alone, images_per_process
-from argrpo_cli.training.rollout import Rollout
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from argrpo_cli.policy import Policy
     from argrpo_cli.policy.protocol import Encoded
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.rewards import RewardSet
     from argrpo_cli.shapes import Condition
     from argrpo_cli.system.processes import Team
+    from argrpo_cli.training.rollout import Rollout
 
 SCALE_STEP = -3  # stands for "no step" in the seeds of the images that choose a scale
 SCALE_IMAGES = 256  # drawn at each scale
@@ -73,45 +70,34 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
-class DistilTrainer(Trainer):
-    """A Trainer whose batches are images that it draws when an update begins.
+class DistilTrainer(BatchTrainer):
+    """A trainer whose batches are images that it draws when an update begins.
 
     Args:
         teacher: the frozen policy's model, whole on every device.
-        rollout: reads conditions and draws images.
         cfg_scale: the teacher's guidance.
     """
 
-    def __init__(self, *args: Any, teacher: nn.Module, rollout: Rollout, cfg_scale: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: nn.Module, cfg_scale: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the mean of a micro-batch is divided by their number
-        self.teacher, self.rollout = teacher, rollout
-        self.guided = replace(rollout.recipe.sampling, cfg_scale=cfg_scale)
-        self.sampling = replace(rollout.recipe.sampling, cfg_scale=1.0)  # the student's
+        self.teacher = teacher
+        self.guided = replace(self.sampling, cfg_scale=cfg_scale)
         self.own = False  # the student has drawn the batch
-        self._parts: list[tuple[Encoded, Tensor]] = []  # micro-batches of the update that are not trained on yet
-        self._entropies: list[Tensor] = []
-        optim = rollout.recipe.optim
+        rollout, optim = self.rollout, self.rollout.recipe.optim
         self._prompts = prompt_dataset(rollout.conditions, optim.steps * optim.batch_size, rollout.recipe.seed)
 
-    def _prepare_inputs(self, inputs: Any) -> tuple[Encoded, Tensor]:
-        """The next micro-batch: conditions and tokens int64 [B, T]. What comes from the data set is not looked at."""
-        if not self._parts:
-            encoded, tokens = self._draw()
-            size = images_per_process(self.rollout.recipe, self.rollout.team.count)[1]
-            parts = [slice(start, start + size) for start in range(0, len(tokens), size)]
-            self._parts = [(encoded[part], tokens[part]) for part in parts]
-        return self._parts.pop(0)
+    def update(self) -> list[tuple[Encoded, Tensor]]:
+        """Conditions and tokens int64 [B, T] of each micro-batch."""
+        encoded, tokens = self._draw()
+        return [(encoded[part], tokens[part]) for part in self.parts()]
 
     def _draw(self) -> tuple[Encoded, Tensor]:
-        """This process's images of the update: as in GRPO the recipe and the number of updates done decide them."""
+        """This process's images of the update, as in GRPO."""
         rollout, step = self.rollout, self.state.global_step
-        recipe, team = rollout.recipe, rollout.team
-        share = images_per_process(recipe, team.count)[0]
-        first = step * recipe.optim.batch_size + team.index * share
-        prompts = self._prompts[first : first + share]["prompt"]
+        recipe, team, slots = rollout.recipe, rollout.team, self.slots()
+        prompts = self._prompts[slots.start : slots.stop]["prompt"]
         _, encoded = team.together(lambda: rollout.read(prompts))
-        seeds = [of_training(recipe.seed, step, team.index * share + index) for index in range(share)]
+        seeds = [of_training(recipe.seed, step, team.index * self.share + index) for index in range(self.share)]
         self.own = happens("student", of_training(recipe.seed, step, 0), recipe.distil.lmbda)
         sampling, drawing = self.guided, nullcontext(self.teacher)
         if self.own:
@@ -136,14 +122,12 @@ class DistilTrainer(Trainer):
             return torch.stack([divergence(goal, logp, self.rollout.recipe.distil.beta), entropy], dim=-1)
 
         distance, entropy = model(encoded, tokens, self.sampling, False, compare).compared.unbind(-1)
-        self._entropies.append(entropy.detach().mean())
+        self.note(entropy=entropy.mean(1))
         return distance.mean()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # not the trainer's summary at its end
-            entropy = self.rollout.team.gather(torch.stack(self._entropies).mean()[None]).mean().item()
-            self._entropies = []
-            logs |= {"entropy": entropy, "divergence_student" if self.own else "divergence_teacher": logs["loss"]}
+        if "loss" in logs:
+            logs |= {"divergence_student" if self.own else "divergence_teacher": logs["loss"]}
         super().log(logs, start_time)
 
 
@@ -155,37 +139,12 @@ def build_distil_trainer(
     output_dir: Path,
     callbacks: Sequence[TrainerCallback],
 ) -> DistilTrainer:
-    """The trainer of `policy.model`, in place; the teacher is a copy of it.
+    """The trainer of `policy.model`, in place; the teacher is a copy of it. See `batches.build`.
 
-    Parameters that require no gradient stay as they are. What the null condition alone reads gets no gradient; a
-    distilled policy is not meant to be guided again.
-
-    Raises:
-        UserError: several GPUs without a launcher, or no layer of a LoRA target.
+    What the null condition alone reads gets no gradient; a distilled policy is not meant to be guided again.
     """
-    team, model = rollout.team, policy.model
-    check_alone(team.count, model.device.type)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    if recipe.policy.lora is not None:
-        config = lora_config(recipe.policy.lora, policy)
-        from peft import get_peft_model
-
-        model = get_peft_model(model, config)
-    settings = trainer_settings(recipe, output_dir, str(policy.model.device.type), team.count)
-    batches = recipe.optim.steps * settings["gradient_accumulation_steps"] * team.count
-    trainer = DistilTrainer(
-        model,
-        TrainingArguments(**settings | {"per_device_train_batch_size": 1, "remove_unused_columns": False}),
-        data_collator=lambda rows: {"rows": torch.tensor(rows)},
-        train_dataset=range(batches),  # a row for each micro-batch, which is drawn and not read
-        callbacks=list(callbacks),
-        teacher=teacher,
-        rollout=rollout,
-        cfg_scale=cfg_scale,
-    )
-    trainer.remove_callback(PrinterCallback)
-    check_sharding(trainer)
-    return trainer
+    own = {"teacher": frozen(policy.model), "cfg_scale": cfg_scale}
+    return build(DistilTrainer, recipe, policy, rollout, output_dir, callbacks, **own)
 
 
 def choose_scale(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import reason, save_png
 from argrpo_cli.system.grids import before_after
 from argrpo_cli.system.processes import Team
+from argrpo_cli.training.cca import build_cca_trainer
 from argrpo_cli.training.conditions import Conditions, digest, load_position, save_position
 from argrpo_cli.training.display import RunDisplay, silent_console
 from argrpo_cli.training.distil import SCALE_IMAGES, build_distil_trainer, choose_scale
@@ -33,6 +35,7 @@ from argrpo_cli.training.guards import GuardCallback
 from argrpo_cli.training.instruments import GradientMeter, Start, transfer, transfer_shots
 from argrpo_cli.training.launch import images_per_process
 from argrpo_cli.training.metrics import MetricsCallback, StopCallback, StopRequest
+from argrpo_cli.training.pixel import NAMES, build_pixel_trainer
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.saving import (
     CheckpointCallback,
@@ -56,8 +59,15 @@ if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.rewards import RewardSet
     from argrpo_cli.shapes import Condition
+    from argrpo_cli.training.real import Real
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+BUILDERS: dict[str, Callable[..., Trainer]] = {  # of each method's trainer
+    "grpo": build_trainer,
+    "distil": build_distil_trainer,
+    "cca": build_cca_trainer,
+    "pixel": build_pixel_trainer,
+}
 TORCH_WRITER = "inline_container"  # torch.save says no more than this file of its own when the disk is full
 
 
@@ -69,6 +79,7 @@ class Job:
 
     Attributes:
         rewards: None where none are asked.
+        real: the images that the method learns from, tokenised; None where it needs none.
         request: whether the run is to stop.
         console: where the first process shows its progress; standard output by default.
         whole: the run directory that this one is or lies in, which the user knows.
@@ -79,6 +90,7 @@ class Job:
     policy: Policy
     conditions: Conditions
     rewards: RewardSet | None
+    real: Real | None
     request: StopRequest
     team: Team
     console: Console | None
@@ -147,12 +159,18 @@ class Job:
             "trained": trained,
             "conditions": digest(self.conditions),
         }
+        if self.real is not None:
+            noted = team.from_lead(lambda: run.notes().get("real"))
+            notes["real"] = self.real.digest()
+            if notes["real"] != (noted or notes["real"]):
+                path = recipe.real.path
+                team.fail(f"real.path {path}: {run.root} was started with other images; a run keeps its own")
         team.lead(lambda: run.note(**notes, finished=None, sharding=kind))
         self.display.note(self._opening(start, scale))
         team.lead(lambda: self.trackers.open(start))
         # The base policy, and whole: only when training starts is a checkpoint loaded, and the model shared out.
         before = team.lead(lambda: self.gallery.save(run, 0))
-        if recipe.method == "distil":  # from here on it is another policy than the base
+        if recipe.unguided:  # from here on it is another policy than the base
             self.policy.sampling = {**self.policy.sampling, "cfg_scale": 1.0}
         if checkpoint is not None:
             load_position(self.conditions, checkpoint)
@@ -284,6 +302,8 @@ class Job:
         if self.recipe.start is not None or self.whole != self.root:
             stage = f"stage {2 if self.whole == self.root else 1} of 2, "
         what = f"{optim.batch_size // optim.group_size} groups of {optim.group_size}"
+        if self.real is not None:
+            what = f"of {len(self.real.conditions)} real ones"
         return (
             f"{stage}{self.recipe.name}: {optim.steps} updates of {optim.batch_size} images "
             f"({what if scale is None else f'guidance {scale:g} is distilled'})"
@@ -336,7 +356,7 @@ class Job:
         self.selection = Selection(recipe, self.conditions) if recipe.selects or recipe.scales_globally else None
         rollout = Rollout(recipe, self.conditions, policy, stopwatch, team, scorer, self.selection)
         grpo = recipe.method == "grpo"
-        names = list(self.weights) if grpo else None
+        names = {"grpo": list(self.weights), "pixel": list(NAMES)}.get(recipe.method)
         metrics = MetricsCallback(run, self.display, stopwatch, names, optim.batch_size, seconds_before, team)
         stop = StopCallback(self.request, metrics, optim.updates_per_batch, self.time_limit, team)
         saved = partial(refresh_report, run, recipe, training=True)
@@ -356,13 +376,9 @@ class Job:
         callbacks += [checkpoints, grids]
         if team.first:
             metrics.watch = self.trackers.record
-        trainer = team.together(
-            lambda: (
-                build_trainer(recipe, policy, rollout, scorer, run.partial_dir, callbacks)
-                if grpo
-                else build_distil_trainer(recipe, policy, rollout, scale, run.partial_dir, callbacks)
-            )
-        )
+        own = {"grpo": scorer, "distil": scale}.get(recipe.method, self.real)
+        new = BUILDERS[recipe.method]
+        trainer = team.together(lambda: new(recipe, policy, rollout, own, run.partial_dir, callbacks))
         if grpo:
             metrics.ratio_meter, self.states = trainer.ratio_meter, trainer.states
         for key, callback in (("ema_decay", self.ema), ("reference_decay", grpo and trainer.reference)):

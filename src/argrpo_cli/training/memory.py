@@ -124,18 +124,22 @@ def estimate(
         device: "cpu" or "cuda".
         measure: says what autograd keeps, in the place of `pass_bytes`.
     """
-    optim, model, distil = recipe.optim, outline.policy.model, recipe.method == "distil"
+    optim, model, method = recipe.optim, outline.policy.model, recipe.method
+    grpo, distil = method == "grpo", method == "distil"
     autocast, adapted = recipe.policy.dtype == "bfloat16", recipe.policy.lora is not None
     parameters = [parameter.numel() for parameter in model.parameters()]
     weights, trained = sum(parameters), trained_parameters(outline.policy, recipe.policy.lora)
-    steered = distil or recipe.sampling.cfg_scale > 1
-    reference = distil or (recipe.grpo.refers and not adapted)
-    guided = not distil and recipe.grpo.logprob == "guided"
+    steered = distil or (recipe.sampling.cfg_scale > 1 and not recipe.unguided)
+    reference = recipe.unguided or (grpo and recipe.grpo.refers and not adapted)
+    guided = grpo and recipe.grpo.logprob == "guided"
+    rows = 2 * micro if method == "cca" else micro  # of the training pass: an image under two conditions
     sampling = recipe.sampling if guided else replace(recipe.sampling, cfg_scale=1.0)
     measure = measure or pass_bytes
-    kept = measure(outline, micro, sampling, autocast=autocast, checkpointing=optim.gradient_checkpointing)
-    images, number = min(share, drawn_at_once(outline.policy.card.tokens)), 2 if autocast else 4
+    kept = measure(outline, rows, sampling, autocast=autocast, checkpointing=optim.gradient_checkpointing)
+    drawn = recipe.logging.grid_images if recipe.learns_from_images else share
+    images, number = min(drawn, drawn_at_once(outline.policy.card.tokens)), 2 if autocast else 4
     cache = outline.drawing_bytes(images, guided=steered, recorded=device != "cpu", number=number)
+    decoded = micro * recipe.pixel.samples if method == "pixel" else 0  # while the training pass is held
     again = 4 * max(parameters) if micro < share else 0  # a further micro-batch's gradient, before it is added
     matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     reading = {"same": "always", "offload": "reading"}.get(recipe.policy.text_device)
@@ -152,12 +156,13 @@ def estimate(
         *(Part(f"reward: {one.network}", one.weights or 0, "always") for one in needs),
         Part("keys and values", cache, "rollout"),
         Part("decoding images", outline.decoding_bytes(images), "rollout"),
+        Part("decoding what is drawn of real ones", outline.decoding_bytes(decoded) if decoded else 0, "update"),
         Part("bfloat16 copies of the matrices", 2 * matrices if autocast else 0, "rollout"),
         Part("rewards at work", max((one.working for one in needs), default=0), "scoring"),
         Part("gradients, float32", 4 * trained + again, "update"),
         Part("gradients in transit (DDP)", 4 * trained if processes > 1 else 0, "update"),
         Part("training pass", kept, "update"),
-        Part("logits, a part of them, and their gradients", (1 + distil) * outline.logits_bytes(micro), "update"),
+        Part("logits, a part of them, and their gradients", (1 + distil) * outline.logits_bytes(rows), "update"),
     ]
     return [part for part in parts if part.bytes]
 

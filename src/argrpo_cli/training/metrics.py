@@ -38,7 +38,7 @@ class MetricsCallback(TrainerCallback):
     """Writes the record of each update.
 
     Attributes:
-        names: of the rewards; of distillation, which has none, None.
+        names: of the rewards; None of methods that have none.
         images: drawn per batch, for images per second.
         seconds: training time of the whole run, interruptions left out.
         ratio_meter: the trainer's, which is built after its callbacks.
@@ -111,7 +111,7 @@ class MetricsCallback(TrainerCallback):
         # The trainer leaves a loss that is no number out of its sum, which would never get rid of it.
         loss = logs["loss"] if grad_norm is None or math.isfinite(grad_norm) else None
         fields = {
-            **(self._of_grpo(logs) if self.names is not None else _of_distillation(logs, loss)),
+            **(self._of_grpo(logs) if self.names is not None else _of_others(logs, loss)),
             "loss": loss,
             "grad_norm": grad_norm,
             "gradient_signal": signal,
@@ -132,7 +132,7 @@ class MetricsCallback(TrainerCallback):
         learnt: dict[str, Any] = {"noise_scale": self._noise_scale.value, "noise_scale_least": self._noise_scale.least}
         measured, self.measured = self.measured, {}
         learnt |= measured
-        if measured and self.names is not None:
+        if measured and self.names is not None and "cross_entropy" not in fields:
             gained = gain(self.records)
             learnt["gain"], learnt["gain_error"] = (None, None) if gained is None else gained[:2]
             learnt["kl_efficiency"] = kl_efficiency(gained, measured.get("kl_start"), self.tokens)
@@ -155,6 +155,7 @@ class MetricsCallback(TrainerCallback):
             },
             "kl": logs.get("kl"),
             "entropy": logs.get("entropy"),
+            **({"cross_entropy": logs["cross_entropy"]} if "cross_entropy" in logs else {}),  # to real images' codes
             "entropy_weight": logs.get("entropy_coef"),  # with an entropy bonus only
             # Losses that clip in another way, or not at all, have neither; cispo clips above alone.
             "clip_low": logs.get("clip_ratio/low_mean"),
@@ -175,8 +176,12 @@ class MetricsCallback(TrainerCallback):
         self._noise_scale.add(record.get("gradient_signal"), record.get("gradient_noise"))
 
 
-def _of_distillation(logs: dict[str, Any], loss: float | None) -> dict[str, Any]:
-    """Divergence in nats per token, also by who drew the batch, and the student's entropy."""
+def _of_others(logs: dict[str, Any], loss: float | None) -> dict[str, Any]:
+    """Of a distillation the divergence in nats per token, also by who drew the batch; of a contrast its loss, the mean
+    log-ratio of images to the base in nats under both conditions, and how often the own one is the larger; the entropy.
+    """
+    if "gain_own" in logs:
+        return {"contrast": loss, **{key: logs.get(key) for key in ("told_apart", "gain_own", "gain_other", "entropy")}}
     by = {key: loss if key in logs else None for key in ("divergence_teacher", "divergence_student")}
     return {"divergence": loss, **by, "entropy": logs.get("entropy")}
 

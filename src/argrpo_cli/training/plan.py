@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from argrpo_cli.nano.scenes import find_font
+from argrpo_cli.networks.distance import LINEAR, VGG16, VGG16_PARAMETERS
 from argrpo_cli.policy.open import adapted_layers, choose_trainable, outline_policy
 from argrpo_cli.policy.tokens import scale_weights
 from argrpo_cli.rewards import REWARDS, check_options, check_reward, load_rewards, reward_weights
@@ -21,6 +23,8 @@ from argrpo_cli.system.processes import is_device, resolve_device
 from argrpo_cli.training.conditions import check_source, run_captions, run_conditions
 from argrpo_cli.training.launch import check_alone, check_processes, images_per_process, settle_dtype
 from argrpo_cli.training.memory import PHASES, Part, estimate, room_here, total, trained_parameters, what_fits
+from argrpo_cli.training.real import NANO, SCENES
+from argrpo_cli.training.shards import shards
 from argrpo_cli.training.streams import open_captions
 
 if TYPE_CHECKING:
@@ -28,8 +32,7 @@ if TYPE_CHECKING:
 
     from argrpo_cli.policy.outline import Outline
     from argrpo_cli.recipe import Recipe
-    from argrpo_cli.recipe.grpo import GrpoSection
-    from argrpo_cli.recipe.sections import DistilSection
+    from argrpo_cli.recipe.sections import OptimSection
 
 CAPTION_FILES = (".txt", ".jsonl")
 PRECISION = {"float32": "in float32", "bfloat16": "float32 weights, computed in bfloat16"}
@@ -81,8 +84,9 @@ def plan(recipe: Recipe, processes: int = 1, config: str = "ddp") -> Plan:
     packages |= {name: name for name in recipe.logging.trackers} | ({"peft": "peft"} if policy.lora else {})
     absent = list(dict.fromkeys(pip for module, pip in packages.items() if find_spec(module) is None))
     draws, missing = _draws(recipe, outline)
-    supply = [f"reward {name}: {one.missing}" for name, one in needs.items() if one.missing] + missing
-    networks = _networks(recipe, device)
+    real, absent_images = _real(recipe)
+    supply = absent_images + [f"reward {name}: {one.missing}" for name, one in needs.items() if one.missing] + missing
+    networks, every = _networks(recipe, device), [*needs.values(), *_distance(recipe)]
     memory = estimate(recipe, outline, networks, share=share, micro=micro, processes=processes, device=device)
     lacks, here = _this_machine(given, outline, total(memory), processes)
     lacks += _devices(recipe, processes, config)
@@ -100,12 +104,13 @@ def plan(recipe: Recipe, processes: int = 1, config: str = "ddp") -> Plan:
             f"{outline.policy.card.tokens} tokens an image",
             f"trained: {what}, {PRECISION[policy.dtype]}",
         ],
+        "learns from": [real] if recipe.learns_from_images else [],
         "draws": [f"{draws}, {_guidance(recipe)}"],
         "update": _update(optim, processes, share, micro),
         "run": [f"{optim.steps} updates, {images} images in all{limit}"],
         "rewards": _rewards(recipe, needs) if recipe.scored else [],
         "memory": [*_memory(memory, needs), *here],
-        "files": _files([*outline.files, *(file for one in needs.values() for file in one.files)]),
+        "files": _files([*outline.files, *(file for one in every for file in one.files)]),
         "missing": [f"pip install {' '.join(absent)}"] if absent else [],
         "to supply": supply,
         "lacking": lacks,
@@ -136,6 +141,23 @@ def _draws(recipe: Recipe, outline: Outline) -> tuple[str, list[str]]:
     if outline.reads:
         _check_bundled_rewards(recipe, policy.conditions(captions))
     return f"{len(captions)} captions" + (f" of {named}" if isinstance(named, str) else ""), []
+
+
+def _real(recipe: Recipe) -> tuple[str, list[str]]:
+    """The real images, in words, and what the user has to bring for them."""
+    section = recipe.real
+    count = "" if section.limit is None else f", {section.limit:,} at most"
+    if not recipe.learns_from_images:
+        return "", []
+    if section.path == NANO:
+        try:
+            find_font()
+        except UserError as error:
+            return "rendered scenes of the nano world", [str(error)]
+        return f"{section.limit or SCENES:,} rendered scenes of the nano world", []
+    there = [path for path in shards(section.path) or [expanded(section.path)] if path.exists()]
+    say = f"real.path {section.path} is missing: a folder of pictures, the .tar files of a webdataset, or codes (.npz)"
+    return f"real images of {section.path}{count}", [] if there else [say]
 
 
 def _check_bundled_rewards(recipe: Recipe, conditions: Sequence) -> None:
@@ -170,6 +192,8 @@ def _published(recipe: Recipe) -> list[str]:
 
 
 def _guidance(recipe: Recipe) -> str:
+    if recipe.learns_from_images:
+        return "in grids alone" + ("" if recipe.unguided else f", with guidance {recipe.sampling.cfg_scale:g}")
     if recipe.method == "grpo":
         return f"with guidance {recipe.sampling.cfg_scale:g}"
     scales, own = recipe.distil.cfg_scale, recipe.distil.lmbda
@@ -180,7 +204,7 @@ def _guidance(recipe: Recipe) -> str:
     return what + (f"; {own:.0%} of the batches by the student without" if own else "")
 
 
-def _update(optim: GrpoSection | DistilSection, processes: int, share: int, micro: int) -> list[str]:
+def _update(optim: OptimSection, processes: int, share: int, micro: int) -> list[str]:
     size = optim.group_size
     lines = [f"{optim.batch_size} images" + (f": {optim.batch_size // size} groups of {size}" if size > 1 else "")]
     each = share / size
@@ -223,7 +247,17 @@ def _networks(recipe: Recipe, device: str) -> list[Needs]:
     """What is loaded of rewards on a device, each network once."""
     terms = recipe.rewards.terms if recipe.scored else []
     needs = [check_reward(term.name).needs(term.options, device) for term in terms]
+    needs += _distance(recipe)
     return list({one.network: one for one in needs if not one.server}.values())
+
+
+def _distance(recipe: Recipe) -> list[Needs]:
+    """What compares pictures, where a method does."""
+    pixel = recipe.pixel
+    if recipe.method != "pixel" or pixel.perceptual == "nano" or not pixel.perceptual_weight:
+        return []
+    files = (VGG16, LINEAR) if pixel.perceptual_folder is None else ()
+    return [Needs(files, weights=4 * VGG16_PARAMETERS, network="LPIPS (VGG16)")]
 
 
 def _this_machine(recipe: Recipe, outline: Outline, size: int, processes: int) -> tuple[list[str], list[str]]:

@@ -243,7 +243,7 @@ class Gallery:
     ) -> None:
         count, shown = recipe.logging.grid_images, spread(conditions, recipe.logging.grid_images)
         # A student is drawn as it is trained, without guidance, and so is the policy that it was.
-        own = {"cfg_scale": 1.0} if recipe.method == "distil" else policy.card.sampling
+        own = {"cfg_scale": 1.0} if recipe.unguided else policy.card.sampling
         self.policy, self.sampling = policy, replace(recipe.sampling, **own)
         self.shots = [Shot(one, of_training(recipe.seed, GRID_STEP, index)) for index, one in enumerate(shown)]
         self.labels = [

@@ -32,6 +32,7 @@ from argrpo_cli.training.guards import check_weights
 from argrpo_cli.training.job import Job
 from argrpo_cli.training.launch import images_per_process, settle_dtype
 from argrpo_cli.training.metrics import StopRequest
+from argrpo_cli.training.real import Real, open_real
 from argrpo_cli.training.saving import trained_weights
 from argrpo_cli.training.streams import StreamedConditions
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.rewards import RewardSet
 
+Loaded = tuple["Policy", Conditions, "RewardSet | None", Real | None]
 PATIENCE = timedelta(hours=2)  # for the slowest of several processes: one may wait for a judge, or draw a grid
 
 
@@ -86,18 +88,26 @@ def run_training(
         team.together(lambda: _refuse(out, recipe, resume, team))
         first, finished, begun = recipe.start, *team.from_lead(lambda: state(out / START))
         if first is not None and not finished:
-            loaded = team.together(lambda: _load(first, out / START, begun, rewards, team, then=recipe))
+            loaded = _loaded(lambda: _load(first, out / START, begun, rewards, team, then=recipe), team)
             team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
             with ExitStack() as meanwhile:
                 team.lead(lambda: meanwhile.enter_context(open_run(out / START, first, begun)))
                 _work(Job(first, out / START, *loaded, request, team, console, whole=out), begun, Job.train)
             del loaded  # as large as what comes next
             request.end_of_training(team)
-        loaded = team.together(lambda: _load(recipe, out, resume, rewards, team))
+        loaded = _loaded(lambda: _load(recipe, out, resume, rewards, team), team)
         if first is None or finished:
             team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
         _work(Job(recipe, out, *loaded, request, team, console, whole=out), resume, work or Job.train)
     return out
+
+
+def _loaded(load: Callable[[], Loaded], team: Team) -> Loaded:
+    """What `_load` gives in each process, with real images tokenised, which they share."""
+    loaded = team.together(load)
+    if loaded[-1] is not None:
+        loaded[-1].tokenise(team)
+    return loaded
 
 
 def _work(job: Job, resume: bool, work: Callable[[Job, bool], None]) -> None:
@@ -139,14 +149,14 @@ def _leaving_at_once(request: StopRequest, out: Path | None, console: Console | 
 
 def _load(
     recipe: Recipe, out: Path, resume: bool, rewards: RewardSet | None, team: Team, then: Recipe | None = None
-) -> tuple[Policy, Conditions, RewardSet | None]:
+) -> Loaded:
     """All that a run needs before it writes anything: policy, conditions and rewards, each process its own.
 
     Args:
         then: what is trained from its policy, and is checked now as far as it can be.
 
     Returns:
-        No rewards where none are asked.
+        No rewards where none are asked, and no real images.
     """
     policy = _load_base_policy(recipe, out, resume, team.device)
     check_weights(policy.model, recipe.policy.checkpoint)
@@ -169,8 +179,12 @@ def _load(
         source = section.dataset.name if section.dataset is not None else section.captions
         source = "classes" if section.source == "classes" else source
         raise UserError(f"conditions: {out} was started with others; a run keeps its own ({source})")
+    if then is not None and then.learns_from_images:
+        open_real(then, policy)  # raises what there is to complain of
+    if recipe.learns_from_images:
+        return policy, conditions, None, open_real(recipe, policy)
     if not recipe.scored or (recipe.method == "distil" and "scale" in notes):
-        return policy, conditions, None
+        return policy, conditions, None, None
     if rewards is None:
         from argrpo_cli.rewards import load_rewards
 
@@ -180,7 +194,7 @@ def _load(
             conditions.require(rewards.check)  # and pass over what they cannot read
         else:
             rewards.check(conditions)
-    return policy, conditions, rewards
+    return policy, conditions, rewards, None
 
 
 def _load_base_policy(recipe: Recipe, out: Path, resume: bool, device: str) -> Policy:
