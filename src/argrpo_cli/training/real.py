@@ -141,15 +141,20 @@ def open_images(section: RealSection, policy: Policy) -> Real:
         return Real(policy, conditions_of(images, policy), images, cropped)
     images = replace(images, items=images.items[: section.limit])
     _refuse_unsaid(images, lambda item: item.condition, section)
-    return Real(policy, policy.conditions(item.condition.prompt for item in images.items), images, cropped)
+    return Real(policy, _asked(policy, [item.condition.prompt for item in images.items], path), images, cropped)
+
+
+def _asked(policy: Policy, asked: Sequence[str | int], path: Path) -> list[Condition]:
+    try:
+        return policy.conditions(asked)
+    except UserError as error:
+        raise UserError(f"real.path {path}: {error}") from error
 
 
 def _refuse_unsaid(images: ImageSet, said: Callable[[Item], object], section: RealSection) -> None:
     silent = next((item.file for item in images.items if said(item) is None), None)
     if silent is not None:
-        raise UserError(
-            f"real.path {section.path}: nothing says what {silent} shows; see real.captions and real.column"
-        )
+        raise UserError(f"real.path {section.path}: nothing says what {silent} shows; see real.captions, real.column")
     if len(images.items) < 2:
         raise UserError(f"real.path {section.path}: {len(images.items)} images are too few to learn from; give more")
 
@@ -170,7 +175,8 @@ def _captioned(folder: Path, section: RealSection) -> ImageSet:
 
 def _beside(folder: Path, item: Item) -> Condition | None:
     text = (folder / item.file).with_suffix(".txt")
-    return Condition(" ".join(read_text(text).split())) if text.is_file() else None
+    caption = " ".join(read_text(text).split()) if text.is_file() else ""
+    return Condition(caption) if caption else None
 
 
 def _cropped_member(item: Item, size: int) -> Read:
@@ -230,4 +236,4 @@ def _of_codes(path: Path, limit: int | None, policy: Policy) -> Real:
         raise UserError(f"{path}: {CODES} holds {low} to {high}; {card.name} has the codes 0 to {card.codes - 1}")
     order = balanced_order(asked.tolist())[:limit] if classes else list(range(count))[:limit]
     kept = torch.from_numpy(codes[order].astype(np.int16 if card.codes <= 2**15 else np.int32))
-    return Real(policy, policy.conditions(asked[order].tolist()), codes=kept)
+    return Real(policy, _asked(policy, asked[order].tolist(), path), codes=kept)

@@ -80,7 +80,7 @@ def members(tars: Sequence[Path], column: str, limit: int | None) -> Iterator[It
 
 def _samples(tar: Path) -> Iterator[tuple[str, tarfile.TarInfo, dict[str, str]]]:
     """Keys, pictures and the texts beside them; what has no picture is passed over."""
-    key, picture, texts = "", None, {}
+    key, own, picture, texts = "", "its beginning", None, {}
     why = "it is no .tar, a compressed or a damaged one; the shards of a webdataset are plain .tar files"
     faults = (tarfile.TarError, ValueError, EOFError, OverflowError)
     with readable(tar, faults, why), open_regular(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -104,6 +104,11 @@ def _samples(tar: Path) -> Iterator[tuple[str, tarfile.TarInfo, dict[str, str]]]
                 texts[f".{ending}"] = archive.extractfile(member).read().decode("utf-8", "replace")
             elif picture is None and is_picture(path.name):
                 picture = member
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(
+            tarfile.NUL
+        ):  # of what ends a .tar, tarfile takes a part of a header for it
+            raise UserError(f"cannot read {tar}: it is cut short or damaged after {own}")
         if picture is not None:
             yield key, picture, texts
 
