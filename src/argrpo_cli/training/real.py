@@ -119,9 +119,7 @@ def open_images(section: RealSection, policy: Policy) -> Real:
     """
     path, classes = expanded(section.path), policy.card.reads == "classes"
     if section.captions is not None and (classes or section.path == NANO or not path.is_dir()):
-        raise UserError(
-            f"real.captions {section.captions}: of a folder of pictures, for a policy of captions; leave out"
-        )
+        raise UserError(f"real.captions {section.captions}: only for a folder and a policy of captions; leave it out")
     if section.path == NANO:
         return _scenes(section.limit or SCENES, policy)
     if is_npz(path):

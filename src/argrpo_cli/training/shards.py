@@ -105,9 +105,7 @@ def _samples(tar: Path) -> Iterator[tuple[str, tarfile.TarInfo, dict[str, str]]]
             elif picture is None and is_picture(path.name):
                 picture = member
         file.seek(archive.offset)
-        if file.read(tarfile.BLOCKSIZE).strip(
-            tarfile.NUL
-        ):  # of what ends a .tar, tarfile takes a part of a header for it
+        if file.read(tarfile.BLOCKSIZE).strip(tarfile.NUL):  # tarfile takes a part of a header for the end
             raise UserError(f"cannot read {tar}: it is cut short or damaged after {own}")
         if picture is not None:
             yield key, picture, texts
