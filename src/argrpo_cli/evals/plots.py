@@ -18,7 +18,7 @@ def draw_groups(result: Result, groups: Sequence[str], path: Path) -> None:
 
     panels = [[key for key, column in result.columns.items() if column.group == group] for group in groups]
     names = list(reversed(result.rows))  # the baseline first
-    figure = Figure(figsize=(1.5 + 0.85 * sum(map(len, panels)), 4), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 1.5 + 0.85 * sum(map(len, panels))), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=[len(keys) for keys in panels])[0]
     for panel, group, keys in zip(axes, groups, panels, strict=True):
         for number, (name, shade) in enumerate(zip(names, SHADES[-len(names) :], strict=True)):
@@ -40,6 +40,6 @@ def draw_groups(result: Result, groups: Sequence[str], path: Path) -> None:
         panel.set_title(group)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("%" if all(column.percent for column in result.columns.values()) else "")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
