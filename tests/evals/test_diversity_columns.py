@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,6 +197,8 @@ def test_dinov2_is_transformers_own_on_normalised_pixels(tmp_path):
     mean, std = (torch.tensor(one)[:, None, None] for one in (MEAN, STD))
     with torch.no_grad():
         expected = theirs((images / 255 - mean) / std).last_hidden_state[:, 0]
+    check_networks([f"dinov2={tmp_path / 'dino'}"])
+    assert load_features(f"dinov2={tmp_path / 'dino'}").name == "dinov2"
     ours = load_dinov2(str(tmp_path / "dino"))
     assert torch.allclose(ours.features(images), expected, atol=1e-5) and expected.std() > 0.1
     assert ours.features(images[:, :, :40, :90]).shape == (2, 16)
@@ -235,7 +238,15 @@ def test_clip_is_the_network_of_the_reward(monkeypatch):
 
     monkeypatch.setattr("argrpo_cli.networks.clip.load_open_clip", lambda *given, **rest: asked.append(given) or Clip)
     assert load_features("clip").source.startswith("CLIP ViT-B/32")
-    assert asked == [("ViT-B-32-quickgelu", "openai")]
+    load_features("clip=weights.safetensors")
+    assert asked == [
+        ("ViT-B-32-quickgelu", "openai", None, "cpu"),
+        ("ViT-B-32-quickgelu", "openai", Path("weights.safetensors"), "cpu"),
+    ]
+
+
+def no_hub():
+    raise ConnectionError("the hub is not reached (h: no route)")
 
 
 @pytest.mark.parametrize(
@@ -243,12 +254,23 @@ def test_clip_is_the_network_of_the_reward(monkeypatch):
     [
         ("clip,dino", "--diversity 'dino' is unknown; there are clip, dinov2, dreamsim, nano-clip, nano-judge"),
         ("clip,clip", "--diversity names 'clip' twice"),
+        ("dinov2,dinov2=absent", "--diversity names 'dinov2' twice"),
+        ("dinov2=absent", "--diversity dinov2=absent: no such file or folder"),
+        ("nano-clip=.", "--diversity nano-clip=.: nano-clip takes no files"),
+        (
+            "dinov2",
+            "cannot fetch model.safetensors of facebook/dinov2-large: the hub is not reached (h: no route)",
+        ),
+        ("nano-judge,clip", "and give it: --diversity clip=PATH"),
         (",", "--diversity is empty; name at least one of clip"),
         ("dreamsim", "--diversity dreamsim needs its package; install it (pip install dreamsim), or leave it out"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_at_once(asked, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(diversity_networks, "find_spec", lambda name: None)
+    monkeypatch.setattr(diversity_networks, "in_cache", lambda repo: False)
+    monkeypatch.setattr("argrpo_cli.system.files.is_cached", lambda *_: False)
+    monkeypatch.setattr("argrpo_cli.system.hub.require_hub", no_hub)
     assert command(["eval", "geneval", "--diversity", asked, "--out", str(tmp_path / "o")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "o").exists()
 

@@ -99,7 +99,7 @@ def geneval(
     if detector is not None:
         check_detector(detector)
     networks = networks_of(diversity)
-    check_policies(policies, out, "geneval", drawing.seed, n)
+    check_policies(policies, out, "geneval", drawing.seed, n, networks=networks)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.geneval import GenEval
 
@@ -157,7 +157,7 @@ def geneval2(
     if prompts not in (None, questions.NANO):
         questions.read_items(prompts)
     networks = networks_of(diversity)
-    check_policies(policies, out, "geneval2", drawing.seed, n)
+    check_policies(policies, out, "geneval2", drawing.seed, n, networks=networks)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.geneval2 import GenEval2
 
@@ -209,7 +209,7 @@ def imagenet(
     policies = both_policies(policy, baseline, baseline_cfg_scale) if policy is not None else []
     networks = networks_of(diversity)
     if policies or images is not None:
-        check_policies(policies, out, "imagenet", drawing.seed, n)
+        check_policies(policies, out, "imagenet", drawing.seed, n, networks=networks)
     if reference != ADM and not Path(reference).exists():
         raise UserError(f"no folder or .npz file {reference}")
     check_file(save_statistics)
@@ -267,7 +267,8 @@ def drawbench(
     from argrpo_cli.evals.drawbench import DrawBench, read_prompts
 
     asked = read_prompts(prompts, limit)
-    check_policies(policies, out, "drawbench", drawing.seed, n, {name: options.get(name, {}) for name in names})
+    judges = {name: options.get(name, {}) for name in names}
+    check_policies(policies, out, "drawbench", drawing.seed, n, judges, networks)
     from argrpo_cli.evals.benchmark import run
 
     benchmark = DrawBench(asked, names, options)
@@ -313,7 +314,7 @@ def unigenbench(
     policies = both_policies(policy, baseline, baseline_cfg_scale) if images is None else []
     check_images(context, images, "folder")
     networks, options = networks_of(diversity), judge_options("unigenbench", judge, url, set_)
-    check_policies(policies, out, "unigenbench", drawing.seed, n)
+    check_policies(policies, out, "unigenbench", drawing.seed, n, networks=networks)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.unigenbench import UniGenBench
 
@@ -360,7 +361,7 @@ def wise(
     policies = both_policies(policy, baseline, baseline_cfg_scale) if images is None else []
     check_images(context, images, "folder")
     networks, options = networks_of(diversity), judge_options("wise", judge, url, set_)
-    check_policies(policies, out, "wise", drawing.seed, n)
+    check_policies(policies, out, "wise", drawing.seed, n, networks=networks)
     from argrpo_cli.evals.benchmark import run
     from argrpo_cli.evals.wise import Wise
 

@@ -39,6 +39,7 @@ class Drawing:
         --images: Measure these pictures instead of a policy: a folder, or an .npz with arr_0.
         --diversity NETWORKS: Compare the images in features of clip, dinov2, dreamsim, nano-clip, nano-judge, with
             commas between: how they differ within a prompt and, with --baseline, how much of its variety is left.
+            clip=FILE and dinov2=FOLDER are local weights.
     """
 
     sampling: Mapping[str, Any]
@@ -146,6 +147,7 @@ def check_policies(
     seed: int = 0,
     n: int = 1,
     rewards: Mapping[str, Mapping[str, Any]] | None = None,
+    networks: Sequence[str] = (),
 ) -> None:
     """Refuse before torch is loaded what needs none: policies that are not there, an --out in use, odd numbers, and
     last what is not on this machine and cannot be fetched.
@@ -153,6 +155,7 @@ def check_policies(
     Args:
         space: of `seeds.py`, where images are drawn of it.
         rewards: that judge the images, with their options.
+        networks: of `--diversity`.
     """
     from argrpo_cli import seeds
     from argrpo_cli.kept import check_claim
@@ -170,6 +173,10 @@ def check_policies(
         check_weights_at_hand(policy)
     for name, options in (rewards or {}).items():
         check_weights(name, options)
+    if networks:
+        from argrpo_cli.evals.diversity_networks import check_at_hand
+
+        check_at_hand(networks)
     notice(f"loading {', '.join(policies)} ..." if policies else "loading ...")
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from argrpo_cli.evals.diversity_networks import FeatureNetwork, check_networks, load_features
+from argrpo_cli.evals.diversity_networks import FeatureNetwork, check_networks, load_features, name_of
 from argrpo_cli.images import file_item, read_runs
 from argrpo_cli.kept import Tensors, in_batches, kept
 from argrpo_cli.shapes import Column, Result, Shot
@@ -48,7 +48,7 @@ class Diversity:
     """The networks, and what becomes of the images of policies in them.
 
     Args:
-        names: of `diversity_networks.NETWORKS`.
+        names: of `diversity_networks.NETWORKS`, see `check_networks`.
 
     Raises:
         UserError: no such network, one named twice, none, or its package is not installed.
@@ -56,12 +56,12 @@ class Diversity:
 
     def __init__(self, names: Sequence[str]):
         check_networks(names)
-        self.names = list(names)
+        self.given, self.names = list(names), [name_of(one) for one in names]
         self.networks: list[FeatureNetwork] = []
 
     def open(self, team: Team) -> None:
         """Load the networks; UserError where one cannot be had."""
-        self.networks = [load_features(name, team.device) for name in self.names]
+        self.networks = [load_features(one, team.device) for one in self.given]
 
     @staticmethod
     def check(subjects: Sequence[Subject]) -> None:

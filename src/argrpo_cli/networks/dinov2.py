@@ -1,7 +1,7 @@
 """DINOv2 (Oquab et al. 2023) in transformers' layout: how images look, whatever they are called.
 
 from argrpo_cli.networks.dinov2 import load_dinov2
-load_dinov2().features(images)                                           # float32 [B, 1024]
+load_dinov2("facebook/dinov2-large").features(images)                    # float32 [B, 1024]
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from argrpo_cli.networks.pixels import Preprocess
 from argrpo_cli.networks.weights import load_pretrained
 from argrpo_cli.system.files import fetch_folder
 
-MODEL = "facebook/dinov2-large"  # ViT-L/14, as evaluations of generated images take it (Stein et al. 2023)
 FILES = ("config.json", "model.safetensors")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 SIZE = 224  # pixels; the network's table of positions, made for 518, is interpolated
@@ -35,7 +34,7 @@ class DinoV2:
         return self.network(self.prepare(images.to(self.device))).pooler_output
 
 
-def load_dinov2(model: str = MODEL, device: str = "cpu") -> DinoV2:
+def load_dinov2(model: str, device: str = "cpu") -> DinoV2:
     """A DINOv2 of the hub, fetched once, or of a local folder.
 
     Raises:
