@@ -103,6 +103,8 @@ SEALED = [
     ("tokenizer/config.json", edited(ch=-1), "it is no policy ("),
     ("ema.safetensors", lambda path: save_file({"x": torch.zeros(2)}, path), "holds other weights than the policy"),
     ("ema.safetensors", garbage, "is unreadable"),
+    ("reference.safetensors", lambda path: save_file({"x": torch.zeros(2)}, path), "holds other weights than the pol"),
+    ("entropy.json", garbage, "is unreadable"),
     ("model.safetensors", renamed, "holds other weights than those that the run started from"),
 ]
 

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 
 from argrpo_cli.policy import Policy
 from argrpo_cli.recipe import dump_recipe, load_recipe
-from argrpo_cli.training.entropy import LooFid, ReasonGen, controller
+from argrpo_cli.system.errors import UserError
+from argrpo_cli.training.entropy import EntropyCallback, LooFid, ReasonGen, controller
 from argrpo_cli.training.grpo import ImageGRPOTrainer
 from tests.training.test_train import Stopped, at_batch, die, metrics, train, without_times
 from tests.training.test_trainer import Build
@@ -94,6 +95,22 @@ def test_the_weight_in_training_follows_the_entropy_of_the_update_before(new_tra
         assert log["entropy_coef"] == pytest.approx(law.weight(step))
         law.observe(log["entropy"])
     assert len({log["entropy_coef"] for log in logs}) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "has no entropy.json: the run was started without grpo.entropy_controller"),
+        ('{"psi": 1e9}', "psi"),
+        ('{"psi": "x"}', "psi"),
+        ("[]", "cannot read"),
+    ],
+)
+def test_a_checkpoint_without_a_state_of_use_is_one_line(tmp_path: Path, text: str | None, why: str) -> None:
+    if text is not None:
+        (tmp_path / "entropy.json").write_text(text)
+    with pytest.raises(UserError, match=why):
+        EntropyCallback(ReasonGen(0.0, 7.0, 5e-5, 5e-3), None).load(tmp_path)
 
 
 # beta

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from typing_extensions import TypedDict
 
@@ -136,8 +136,8 @@ class ReasonGen:
 class State(TypedDict, total=False):
     """Of either controller."""
 
-    entropy: float
-    psi: float
+    entropy: Annotated[float, Ge(0)]
+    psi: Annotated[float, Interval(ge=-99, le=99)]  # more would overflow its sinh
     mean: float
     square: Annotated[float, Ge(0)]
     count: Annotated[float, Ge(0)]
