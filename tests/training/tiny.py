@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -16,8 +16,10 @@ from argrpo_cli.policy.llamagen.config import LlamaGenConfig, VQConfig
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration, VQModel
 from argrpo_cli.policy.llamagen.text import TextEncoder
-from argrpo_cli.recipe import Recipe
 from argrpo_cli.shapes import Condition, Sampling
+
+if TYPE_CHECKING:
+    from argrpo_cli.recipe import Recipe
 
 CODES, TOKENS, CLASSES = 32, 16, 4
 NAMES = ("ant", "bee", "cat", "dog")
@@ -152,6 +154,8 @@ def tiny_recipe(checkpoint: str | Path = "tiny", rewards: Sequence[str] = ("brig
 
     `weights` gives rewards a weight other than 1, by name.
     """
+    from argrpo_cli.recipe import Recipe  # the policies above are used where pydantic is missing
+
     weights = grpo.pop("weights", {})
     logging = {
         key: grpo.pop(key)
