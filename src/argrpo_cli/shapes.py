@@ -184,9 +184,13 @@ class Result:
     departures: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
+    def plain(self) -> dict[str, Any]:
+        """Plain data, as it is saved."""
+        return {"format": RESULT_FORMAT, **asdict(self)}
+
     def save(self, path: str | Path) -> None:
         """Write it as JSON, atomically."""
-        write_json(path, {"format": RESULT_FORMAT, **asdict(self)})
+        write_json(path, self.plain())
 
     @classmethod
     def load(cls, path: str | Path) -> Result:

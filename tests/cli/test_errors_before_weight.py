@@ -87,7 +87,7 @@ REFUSED = [  # of `train nano/c2i`, by the start and by --dry-run alike
     (["--set", "conditions.dataset={name: 'https://hunter2@hub/captions.parquet'}"], "the url has a user"),
     (["--set", JUDGE % "reading: logit"], "reading 'logit' is for the 0/1 questions"),
     (["--set", JUDGE % "attempts: 0"], "attempts is 0"),
-    (["--set", "beta=0"], "unknown key 'beta'; the keys are"),
+    (["--set", "beta=0"], "? The keys are name"),
     (["--set", "beta=0"], "did you mean 'grpo.beta'?"),
     (["--set", "policy.cfg_scale=1"], "did you mean 'sampling.cfg_scale'?"),
     (["--steps", "0"], "--steps 0: "),

@@ -70,7 +70,7 @@ def test_good_pictures_are_scored_among_bad_ones_and_not_again(folder, seen, cap
         out, err = capsys.readouterr()
         assert [err.count(name) for name in BAD] == [1] * 6 and "30.0000" not in err
         assert "6 of 10 images could not be read and have no scores" in err.splitlines()[-1]
-        assert "WARNING: 6 images cannot be read" in out and ("(4 were scored before)" in out) == bool(call)
+        assert "WARNING: 6 images cannot be read" in err and ("(4 were scored before)" in out) == bool(call)
         rows = read_jsonl(folder / "scores.jsonl")
         assert [row["file"] for row in rows] == NAMES
         assert [row["scores"]["bright"] for row in rows] == [10, 20, *[None] * 6, 30, 40]

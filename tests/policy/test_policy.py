@@ -293,7 +293,7 @@ def test_a_run_directory_without_checkpoints_means_its_final_policy(saved, tmp_p
 
 
 def test_an_unknown_name_lists_the_bundled_ones(tmp_path):
-    with pytest.raises(UserError, match=r"no policy 'nano-c2j'.*nano-c2i, nano-t2i, the published .* did you mean"):
+    with pytest.raises(UserError, match=r"no policy 'nano-c2j'.*; did you mean 'nano-c2i'\? \(`argrpo list policies`"):
         load_policy("nano-c2j")
     with pytest.raises(UserError, match=r"is no policy: it has no policy\.json"):
         load_policy(tmp_path)

@@ -110,7 +110,7 @@ def test_images_and_conditions_must_match(rewards, pictures):
 
 
 def test_an_unknown_reward_is_named_before_anything_is_loaded():
-    with pytest.raises(UserError, match=r"'nano-qualty' is unknown; there are nano-clip.*did you mean 'nano-quality'"):
+    with pytest.raises(UserError, match=r"'nano-qualty' is unknown; did you mean 'nano-quality'\? \(`argrpo"):
         load_rewards(["nano-clip", "nano-qualty"])
 
 

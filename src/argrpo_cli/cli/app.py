@@ -16,6 +16,7 @@ import typer
 from argrpo_cli import __version__
 from argrpo_cli.cli.entropy import entropy
 from argrpo_cli.cli.evals import BENCHMARKS
+from argrpo_cli.cli.list import list_command
 from argrpo_cli.cli.sample import sample
 from argrpo_cli.cli.score import score
 from argrpo_cli.cli.train import train
@@ -73,6 +74,7 @@ def _options(
 
 for _command in (sample, score, train, entropy):
     app.command()(_command)
+app.command("list")(list_command(BENCHMARKS))
 app.add_typer(benchmarks)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from argrpo_cli.cli.options import Drawing, check_policies, command, tell, warn
+from argrpo_cli.cli.options import Drawing, check_policies, command, present, tell, warn
 from argrpo_cli.policy.folder import glance
 from argrpo_cli.system.errors import UserError
 
@@ -52,8 +52,6 @@ def entropy(
         raise UserError(f"--n {n}: an interval needs 2 images or more")
     if prompts is not None:
         read_captions(prompts)
-    from rich.console import Console
-
     from argrpo_cli.evals import entropy_results as results
     from argrpo_cli.labelled import open_labelled, some_of
 
@@ -80,7 +78,7 @@ def entropy(
 
     def report() -> None:
         figures = results.write_results(rows, out)
-        Console().print(results.table(rows))
+        present(results.result_of(rows).plain, lambda width: results.table(rows))
         shown = " and ".join(str(path) for path in figures)
         tell(f"numbers, also by position, in {out / results.NUMBERS}, picture{'s' * (len(figures) > 1)} in {shown}")
 

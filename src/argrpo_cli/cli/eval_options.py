@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from argrpo_cli.cli.options import OF_A_POLICY, Drawing, read_settings, set_options, tell, warn
+from argrpo_cli.cli.options import OF_A_POLICY, Drawing, present, read_settings, set_options, tell, warn
 from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
 
@@ -16,9 +16,9 @@ def show_result(result: Result | None, words: str) -> None:
     """A result as a table, and what it left on disk; of several processes only the first has one to tell of."""
     if result is None:
         return
-    from argrpo_cli.evals.tables import show
+    from argrpo_cli.evals.tables import table
 
-    show(result)
+    present(result.plain, lambda width: table(result, width))
     if words:
         tell(words)
 

@@ -370,7 +370,7 @@ def wise(
     show_result(result, f"images, verdicts and summary.json in {out}")
 
 
-@command()
+@command(tells=())
 def report(results: list[Path], out: Path = Path("report.md")) -> None:
     """Result files as one page: base, trained, difference, and the paper's numbers below.
 
@@ -384,7 +384,7 @@ def report(results: list[Path], out: Path = Path("report.md")) -> None:
     warnings = [(section.title, warning) for section in sections for warning in section.warnings]
     for title, warning in warnings:
         if warning.startswith(CONFLICT):
-            tell(f"{title}: {warning}")
+            warn(f"{title}: {warning}")
     notes = len(warnings)
     remarks = f", with {notes} {'note' if notes == 1 else 'notes'}" if notes else ""
     tell(f"{len(sections)} {'table' if len(sections) == 1 else 'tables'} in {out}{remarks}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,8 @@ import typer
 
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError, did_you_mean, printable
+from argrpo_cli.system.plain import to_json
+from argrpo_cli.system.processes import WARNING, quietly
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,21 @@ class Drawing:
     text_device: str = "same"
 
 
+@dataclass(frozen=True)
+class Output:
+    """How a command tells what it has found.
+
+    Options:
+        --json: Print the result as JSON, and nothing else on standard output.
+        --quiet: No progress and no remarks: the table or the JSON alone, and warnings.
+    """
+
+    json: bool = False
+    quiet: bool = False
+
+
+AS_TABLE = Output()
+OUTPUT: ContextVar[Output] = ContextVar("output", default=AS_TABLE)
 SAMPLING = {  # None is not given: a policy may have its own
     name: one if name == "dtype" else one.replace(annotation=one.annotation | None, default=None)
     for name, one in inspect.signature(Sampling, eval_str=True).parameters.items()
@@ -60,7 +79,11 @@ OF_A_POLICY = ("policy", *BASELINE, "n", "diversity", "resize", "keep_images", "
 
 
 def command(
-    *, least: Mapping[str, int] | None = None, without: Sequence[str] = (), **defaults: Any
+    *,
+    least: Mapping[str, int] | None = None,
+    without: Sequence[str] = (),
+    tells: Sequence[str] = ("json", "quiet"),
+    **defaults: Any,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function whose docstring ends with its options, in the words of `--help`.
 
@@ -74,25 +97,33 @@ def command(
     Args:
         least: name of a number to the least it may be.
         without: options of drawing that the command has no use for.
+        tells: options of `Output` that it has; `present` and `tell` do as they say.
         defaults: of options of drawing, where it has its own.
     """
     least = {"seed": 0, "batch_size": 1, **(least or {})}
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = dict(inspect.signature(function, eval_str=True).parameters)
-        entries = _options_in(Drawing) | _options_in(function)
+        entries = _options_in(Drawing) | _options_in(Output) | _options_in(function)
         names = [name for name in DRAWING if name not in without] if own.pop("drawing", None) else []
         shared = [DRAWING[name].replace(default=defaults.get(name, DRAWING[name].default)) for name in names]
+        shared += [inspect.signature(Output, eval_str=True).parameters[name] for name in tells]
 
         @functools.wraps(function)
         def parsed(**values: Any) -> None:
+            output = Output(**{one.name: values.pop(one.name) for one in fields(Output) if one.name in values})
             if names:
                 drawing = {name: values.pop(name) for name in names}
                 sampling = {name: drawing.pop(name) for name in names if name in SAMPLING}
                 sampling = {name: value for name, value in sampling.items() if value is not None}
                 Sampling(**sampling).check()
                 values["drawing"] = Drawing(sampling, **drawing)
-            function(**values)
+            before = OUTPUT.set(output)
+            try:
+                with quietly(output.quiet):
+                    function(**values)
+            finally:
+                OUTPUT.reset(before)
 
         parameters = []
         for one in (*own.values(), *shared):
@@ -123,8 +154,23 @@ def _options_in(thing: Callable[..., Any]) -> dict[str, tuple[list[str], str | N
 
 
 def tell(text: str) -> None:
-    """A line on standard output; names of files in it become `printable`."""
-    print(printable(text))
+    """A line on standard output, or beside JSON on standard error; names of files in it become `printable`."""
+    output = OUTPUT.get()
+    if not output.quiet:
+        print(printable(text), file=sys.stderr if output.json else sys.stdout)
+
+
+def present(plain: Callable[[], Any], table: Callable[[int], Any] | None = None) -> None:
+    """What a command was asked for: plain data as JSON with --json, else a table, if any, for so wide a terminal."""
+    if OUTPUT.get().json:
+        print(to_json(plain(), indent=2))
+    elif table is not None:
+        from rich.console import Console
+
+        width = Console().width
+        shown = table(width)
+        least = Console(width=10**4).measure(shown).minimum
+        Console(width=max(width, least)).print(shown)  # wider lines than the terminal's rather than figures in pieces
 
 
 def warn(text: str) -> None:
@@ -132,7 +178,7 @@ def warn(text: str) -> None:
     from rich.console import Console
 
     console = Console(stderr=True)
-    console.print(f"WARNING: {printable(text)}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{WARNING}{printable(text)}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def set_options(context: typer.Context, names: Iterable[str]) -> list[str]:

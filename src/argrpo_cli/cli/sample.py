@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from argrpo_cli.cli.options import Drawing, command, tell
+from argrpo_cli.cli.options import Drawing, command, present, tell
 
 
 @command(least={"n": 1, "resize": 1})
@@ -39,7 +39,8 @@ def sample(
         --overwrite: Replace the samples in --out.
     """
     from argrpo_cli.captions import read_captions
-    from argrpo_cli.sample import GRID, Order, draw_samples
+    from argrpo_cli.listing import METADATA
+    from argrpo_cli.sample import GRID, NPZ, Order, draw_samples
 
     captions = [*(prompt or ()), *(read_captions(prompts) if prompts is not None else ())]
     order = Order(
@@ -62,5 +63,8 @@ def sample(
     )
     if samples is not None:  # the first of several processes tells
         count, before = samples
+        files = {"grid": GRID, "metadata": METADATA, **({"npz": NPZ} if npz else {})}
+        paths = {name: str(out / file) for name, file in files.items()}
+        present(lambda: {"out": str(out), "policy": order.policy, "images": count, "drawn_before": before, **paths})
         kept = f" ({before} were there already)" if before else ""
         tell(f"{count} images{kept} in {out}, overview in {out / GRID}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from argrpo_cli.cli.options import command, read_rewards, tell
+from argrpo_cli.cli.options import command, present, read_rewards, tell, warn
 from argrpo_cli.shapes import Value
 from argrpo_cli.system.errors import UserError
 
@@ -39,7 +39,7 @@ def score(
         --out: Where to write the scores.  [default: beside the images]
         --strict: Stop at the first image that cannot be read. Otherwise the others are scored, and the exit code is 2.
     """
-    from argrpo_cli.evals.tables import show
+    from argrpo_cli.evals.tables import table
     from argrpo_cli.score import SHEET, UNREADABLE, score_images
 
     names, options = read_rewards(rewards, set_)
@@ -58,9 +58,9 @@ def score(
     ranges = result.protocol["rewards"]
     (means,) = result.rows.values()
     ends = {end: {name: Value(row[end]) for name, row in ranges.items()} for end in ("min", "max")}
-    show(replace(result, rows={"mean": means, **ends}))
+    present(result.plain, lambda width: table(replace(result, rows={"mean": means, **ends}), width))
     for warning in result.warnings:
-        tell(f"WARNING: {warning}")
+        warn(warning)
     if note:
         tell(note)
     for name, row in ranges.items():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PILOT_MINUTES = 5.0
 
 
-@command(least={"processes": 1, "steps": 1})
+@command(tells=(), least={"processes": 1, "steps": 1})
 def train(
     recipe: str | None = None,
     set_: list[str] | None = None,

@@ -63,34 +63,45 @@ def table(result: Result, width: int = 80) -> Table:
         alike = all(column.counted == IMAGES for column in result.columns.values())
         heads.insert(0, IMAGES if alike else "count")
         cells = {key: ["" if counts[key] is None else str(counts[key]), *own] for key, own in cells.items()}
-    if sum(_widths(cells.values())) + FRAME * (len(heads) + 1) + LABEL_WIDTH > width:
+    if sum(_widths(cells.values())) + FRAME * (len(heads) + 1) + 1 + LABEL_WIDTH > width:
         cells = {key: [text.replace(" ± ", "\n± ") for text in own] for key, own in cells.items()}
     about = [result.protocol[key] for key in ("about", "errors") if key in result.protocol]
     about += [f"not as in the paper: {', '.join(result.departures)}"] if result.departures else []
-    least = min(width, TITLE_WIDTH)
     images = {key: count for key, count in counts.items() if result.columns[key].counted == IMAGES}
-    out = Table(title=title(result, images), caption="\n".join(about), min_width=least, caption_justify="left")
-    out.add_column("", min_width=LABEL_WIDTH)
-    for head, least in zip(heads, _widths(cells.values()), strict=True):
+    labels = {key: _label(column) for key, column in result.columns.items()}
+    first, *widths = _fitted(list(labels.values()), heads, _widths(cells.values()), width)
+    out = Table(title=title(result, images), caption="\n".join(about), caption_justify="left")
+    out.min_width = min(width, TITLE_WIDTH)
+    out.add_column("", width=first)
+    for head, own in zip(heads, widths, strict=True):
         style = "dim" if head.startswith("paper: ") else None
-        out.add_column(head, justify="right", min_width=least, style=style, overflow="fold")
+        out.add_column(head, justify="right", width=own, style=style, overflow="fold")
     group = ""
     for key, column in result.columns.items():
         if column.group != group:
             out.add_section()
             out.add_row(f"[bold]{column.group}[/bold]")
             group = column.group
-        unit = f", {column.unit}" if column.unit else ""
-        out.add_row(f"{'  ' if group else ''}{column.label}{ARROWS.get(column.better, '')}{unit}", *cells[key])
+        out.add_row(labels[key], *cells[key])
     return out
 
 
-def show(result: Result) -> None:
-    """Print the table."""
-    from rich.console import Console
+def _label(column: Column) -> str:
+    unit = f", {column.unit}" if column.unit else ""
+    return f"{'  ' if column.group else ''}{column.label}{ARROWS.get(column.better, '')}{unit}"
 
-    console = Console()
-    console.print(table(result, console.width))
+
+def _fitted(labels: Sequence[str], heads: Sequence[str], figures: Sequence[int], width: int) -> list[int]:
+    """Widths of the columns, labels first: figures stand whole, though the table be wider than `width`; what room there
+    is goes to whole words of the heads, then to the labels, then to whole heads."""
+    widths = [LABEL_WIDTH, *figures]
+    words = [max((len(word) for word in head.split()), default=0) for head in heads]
+    lines = [max(map(len, head.split("\n"))) for head in heads]
+    for goals in ([0, *words], [max(map(len, labels), default=0), *words], [0, *lines]):
+        for place in sorted(range(len(widths)), key=lambda place: goals[place] - widths[place]):  # small wants first
+            spare = width - sum(widths) - FRAME * len(widths) - 1
+            widths[place] += max(0, min(spare, goals[place] - widths[place]))
+    return widths
 
 
 def _widths(rows: Iterable[Sequence[str]]) -> list[int]:

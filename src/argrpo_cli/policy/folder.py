@@ -18,9 +18,9 @@ from annotated_types import Interval
 from typing_extensions import TypedDict
 
 from argrpo_cli.shapes import Sampling
-from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.errors import UserError, did_you_mean, offer
 from argrpo_cli.system.files import WEIGHTS, check_fetched, read_json, read_text, write_json
-from argrpo_cli.system.processes import say
+from argrpo_cli.system.processes import WARNING, say
 
 CARD = "policy.json"
 LARGEST = 8192  # pixels a side of what a policy draws, or is scaled to
@@ -188,9 +188,8 @@ def find_policy(name_or_path: str | Path) -> Path:
     if path.suffix in WEIGHT_FILES and not path.exists():
         raise UserError(f"no checkpoint file {path}")
     if not path.exists():
-        hint = did_you_mean(name_or_path, (*BUNDLED_POLICIES, *POLICIES))
-        names = f"the bundled policies are {', '.join(BUNDLED_POLICIES)}, the published ones {', '.join(POLICIES)}"
-        raise UserError(f"no policy {str(name_or_path)!r}: not a folder; {names}{hint}")
+        near = offer(name_or_path, (*BUNDLED_POLICIES, *POLICIES), "policies")
+        raise UserError(f"no policy {str(name_or_path)!r}: neither a folder nor a known name{near}")
     if (path / CARD).is_file():
         return path
     checkpoints = [folder for folder in checkpoint_folders(path).values() if (folder / CARD).is_file()]
@@ -336,7 +335,7 @@ def choose_sampling(
     if decided:
         tell(f"sampled as {policy} says: {chosen.words(decided)}")
     if warning := guidance_warning(policy, own, chosen.cfg_scale):
-        tell(f"WARNING: {warning}")
+        tell(f"{WARNING}{warning}")
     return chosen
 
 

@@ -18,7 +18,7 @@ from argrpo_cli.recipe.layers import Layer, Layers, of_option, of_override, whol
 from argrpo_cli.recipe.schema import OWN_KEYS, Recipe, merge, with_whole_start
 from argrpo_cli.recipe.sections import UNGUIDED
 from argrpo_cli.recipe.text import parse_yaml, write_yaml
-from argrpo_cli.system.errors import UserError, did_you_mean, first_line, shortened
+from argrpo_cli.system.errors import UserError, first_line, offer, shortened
 from argrpo_cli.system.files import expanded, read_text
 from argrpo_cli.system.processes import say
 
@@ -105,8 +105,8 @@ def find_recipe(path_or_name: str | Path, relative_to: Path | None = None) -> Pa
         raise UserError(f"no recipe {text[:60]!r}: {first_line(error)}") from error
     if bundled is None:
         names = list_recipes()
-        hint = did_you_mean(text.removesuffix(".yaml").removesuffix(".yml"), names)
-        raise UserError(f"no recipe {text!r}: not a file, and the bundled ones are {', '.join(names)}{hint}")
+        near = offer(text.removesuffix(".yaml").removesuffix(".yml"), names, "recipes", "the bundled ones are")
+        raise UserError(f"no recipe {text!r}: not a file, nor a bundled one{near}")
     return bundled
 
 

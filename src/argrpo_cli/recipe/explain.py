@@ -21,6 +21,13 @@ UNIONS = {
     "policy.trainable": "must be 'all', a part of the parameters' names or a list of such parts",
 }
 
+# What other trainers call a key.
+SYNONYMS = {
+    "lr": "learning_rate", "num_generations": "group_size", "max_steps": "steps", "kl_coef": "beta",
+    "clip_range": "epsilon", "guidance_scale": "cfg_scale", "guidance": "cfg_scale", "wd": "weight_decay",
+    "max_norm": "max_grad_norm", "warmup": "warmup_steps", "ema": "ema_decay",
+}  # fmt: skip
+
 
 def explain(error: ValidationError, layers: Sequence[Layer], tree: dict[str, Any]) -> str:
     """One line for the first fault that pydantic found, and how many more there are; `tree` is what it looked at."""
@@ -38,8 +45,11 @@ def explain(error: ValidationError, layers: Sequence[Layer], tree: dict[str, Any
     if fault["type"] == "extra_forbidden":
         allowed, section = _allowed_keys(keys[:-1]), ".".join(map(str, keys[:-1]))
         inside = f"the keys of {section}" if section else "the keys"
-        hint = _elsewhere(keys, tree) or did_you_mean(keys[-1], allowed)
-        return f"{source}: unknown key {shortened(dotted)}; {inside} are {', '.join(allowed)}{hint}{tail}"
+        hint, meant = _elsewhere(keys, tree), SYNONYMS.get(str(keys[-1]))
+        hint = f"; did you mean {meant!r}?" if meant in allowed else hint or did_you_mean(keys[-1], allowed)
+        names = f"{inside} are {', '.join(allowed)}"
+        names = f"{hint} {names[0].upper()}{names[1:]}" if hint else f"; {names}"
+        return f"{source}: unknown key {shortened(dotted)}{names}{tail}"
     if fault["type"] == "missing":
         return f"{source}: the key {dotted!r} is missing{tail}"
     message = fault["msg"].removeprefix("Value error, ")

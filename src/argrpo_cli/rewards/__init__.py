@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli import __version__
 from argrpo_cli.rewards.base import FAMILIES, Reward
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.errors import BadPicture, UserError, did_you_mean, first_line, out_of_memory, refuse_secrets
+from argrpo_cli.system.errors import BadPicture, UserError, first_line, offer, out_of_memory, refuse_secrets
 from argrpo_cli.system.files import check_fetched, in_cache
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def check_reward(name: str) -> type[Reward]:
 
     if (function := find_function(name)) is not None:
         return reward_of(name, function)
-    how = "or module:function for one of your own"
-    raise UserError(f"reward {name!r} is unknown; there are {', '.join(REWARDS)}, {how}{did_you_mean(name, REWARDS)}")
+    how = ", or module:function for one of your own"
+    raise UserError(f"reward {name!r} is unknown{offer(name, REWARDS, 'rewards', more=how)}")
 
 
 def published_factor(name: str) -> float:

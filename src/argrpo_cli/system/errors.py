@@ -109,3 +109,18 @@ def did_you_mean(value: object, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` when one of `allowed` is close to `value`, else an empty string."""
     close = difflib.get_close_matches(str(value), [str(name) for name in allowed], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def offer(value: object, allowed: Iterable[str], lists: str = "", words: str = "there are", more: str = "") -> str:
+    """What `value` may have been meant for, first; then all that is `allowed`.
+
+    Args:
+        lists: for many names, the kind by which `argrpo list` shows them: where one is close the others are not named.
+        words: before the names.
+        more: behind them.
+    """
+    names = [str(name) for name in allowed]
+    hint, listed = did_you_mean(value, names), f"{words} {', '.join(names)}{more}"
+    if not hint:
+        return f"; {listed}"
+    return f"{hint} (`argrpo list {lists}` names all)" if lists else f"{hint} {listed[0].upper()}{listed[1:]}"

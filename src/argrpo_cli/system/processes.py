@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+WARNING = "WARNING: "  # begins a line that is told however quiet it is to be
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 LOCK = ".lock"  # in a folder that one process holds
 LINE_EVERY_SECONDS = 10.0  # of progress, where there is no terminal
 LONGEST_JOB = timedelta(days=30)  # the first to finish waits for the last
@@ -234,6 +237,16 @@ def alone_in(folder: str | os.PathLike[str], busy: str) -> Iterator[None]:
                 path.rmdir()  # where nothing came of it
 
 
+@contextmanager
+def quietly(on: bool = True) -> Iterator[None]:
+    """Within this context, if `on`, there is no progress, and of remarks the warnings alone."""
+    before = _QUIET.set(on or _QUIET.get())
+    try:
+        yield
+    finally:
+        _QUIET.reset(before)
+
+
 def notice(text: str) -> None:
     """A line on the terminal, from the first of several processes: what takes a while is under way."""
     if sys.stderr.isatty():
@@ -242,13 +255,16 @@ def notice(text: str) -> None:
 
 def say(text: str) -> None:
     """A line on standard error, from the first of several processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and (text.startswith(WARNING) or not _QUIET.get()):
         print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
     """Show the progress of a job of `total` units on standard error; yields `advance(count)`."""
+    if _QUIET.get():
+        yield lambda count: None
+        return
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
