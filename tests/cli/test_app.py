@@ -128,7 +128,7 @@ def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(capsys, tmp_pat
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rewards.terms=[{name: nano-clop}]", "'nano-clop' is unknown; there are nano-clip"),
+        ("rewards.terms=[{name: nano-clop}]", "'nano-clop' is unknown; did you mean 'nano-clip'"),
         ("policy.checkpoint=nano-c3i", "no policy 'nano-c3i'"),
     ],
 )
