@@ -43,6 +43,7 @@ demo: install
 		echo "curves             $(DEMO)/curves.png"; \
 		echo "report             $(DEMO)/report.html"; \
 		echo "trained policy     $(DEMO)/policy"; \
+		echo "use it             $(BIN)/argrpo sample --policy $(DEMO) --out images"; \
 		echo "To run it afresh: make demo DEMO=runs/demo-2 (or remove $(DEMO) first)"; \
 	elif [ -f "$(DEMO)/recipe.yaml" ]; then \
 		$(BIN)/argrpo train --resume "$(DEMO)"; \

@@ -17,7 +17,7 @@ from argrpo_cli.images import SAMPLE
 from argrpo_cli.kept import SETTINGS, check_claim, claim
 from argrpo_cli.listing import EARLIER_SETTINGS, METADATA
 from argrpo_cli.pictures import read_image
-from argrpo_cli.policy.folder import LARGEST, check_weights_at_hand, choose_sampling, glance
+from argrpo_cli.policy.folder import LARGEST, check_weights_at_hand, choose_sampling, glance, say_unfinished, unfinished
 from argrpo_cli.shapes import Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import atomic_path, make_dir, read_json, save_png, writable, write_json, write_jsonl
@@ -101,11 +101,13 @@ def draw_samples(
     if not overwrite or not out.is_dir():
         check_claim(out)
     check_weights_at_hand(order.policy)
+    say_unfinished(order.policy)
     notice(f"loading {order.policy} ...")
     from argrpo_cli.draw import draw_into
     from argrpo_cli.policy import load_policy
     from argrpo_cli.system.processes import join_team
 
+    where = unfinished(order.policy)
     team, dtype = join_team(device), Sampling(**order.sampling).check().dtype
     policy = team.together(lambda: load_policy(order.policy, team.device, dtype, text_device))
     sampling = choose_sampling(order.policy, policy.card.sampling, order.sampling)
@@ -121,7 +123,10 @@ def draw_samples(
         _write_grid(shots, policy.card, order.n, out)
         if npz:
             _write_npz([out / shot.file for shot in shots], out / NPZ)
-        write_jsonl(out / METADATA, [_row(shot, policy.card, order, sampling) for shot in shots])
+        rows = [_row(shot, policy.card, order, sampling) for shot in shots]
+        if where:
+            rows = [row | {"unfinished": where} for row in rows]
+        write_jsonl(out / METADATA, rows)
 
     team.lead(finish)
     return (len(shots), before) if team.first else None

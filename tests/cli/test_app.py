@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -9,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 import argrpo_cli
-from argrpo_cli.cli.app import app, run
+from argrpo_cli.cli.app import _terminate, app, run
+from argrpo_cli.system.processes import again
 
-COMMANDS = ("sample", "score", "train", "eval", "entropy")
+COMMANDS = ("sample", "score", "train", "eval", "entropy", "list")
 HEAVY = (
     "torch",
     "transformers",
@@ -151,6 +154,57 @@ def test_ctrl_c_is_one_line_and_code_130(capsys, monkeypatch):
     monkeypatch.setattr("argrpo_cli.recipe.load_recipe", interrupted)
     assert run(["train", "nano/c2i"]) == 130
     assert capsys.readouterr().err == "argrpo: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "goes_on"),
+    [
+        (["score", "x"], "; the same command goes on where it stopped"),
+        (["sample", "--out", "x", "--overwrite"], "; the same command without --overwrite goes on where it stopped"),
+        (["eval", "geneval"], "; the same command goes on where it stopped"),
+        (["eval", "nano"], ""),
+    ],
+)
+def test_an_interrupted_command_says_whether_it_goes_on(arguments, goes_on, capsys, monkeypatch, tmp_path):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def terminated(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("argrpo_cli.system.processes.resolve_device", interrupted)
+    monkeypatch.setattr("argrpo_cli.policy.folder.find_policy", interrupted)
+    monkeypatch.setattr("argrpo_cli.score.find_items", interrupted)
+    assert run(arguments) == 130
+    assert capsys.readouterr().err == f"argrpo: interrupted{goes_on}\n"
+    before = signal.signal(signal.SIGTERM, _terminate)  # as `main` does
+    try:
+        monkeypatch.setattr("argrpo_cli.policy.folder.find_policy", terminated)
+        monkeypatch.setattr("argrpo_cli.score.find_items", terminated)
+        assert run(arguments) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == f"argrpo: terminated{goes_on}\n"
+
+
+def test_a_hint_is_a_command_that_works_as_typed(monkeypatch, tmp_path):
+    """After `make demo` the command is none of the shell's."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    script = tmp_path / "venv" / "bin" / "argrpo"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(script), "train"])
+    monkeypatch.setenv("PATH", "/bin")
+    assert again("train", "--resume", tmp_path / "my run") == f"venv/bin/argrpo train --resume '{tmp_path}/my run'"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert again("sample") == "argrpo sample"
+    monkeypatch.setattr("sys.argv", ["/x/argrpo_cli/__main__.py"])
+    monkeypatch.setattr("sys.executable", str(tmp_path / "venv" / "bin" / "python"))
+    assert again("sample") == "venv/bin/python -m argrpo_cli sample"
+    monkeypatch.setattr("sys.argv", ["/x/pytest"])
+    assert again("sample") == "argrpo sample"
 
 
 def test_an_os_error_is_told_in_the_system_s_words(fails, monkeypatch):

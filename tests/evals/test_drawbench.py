@@ -81,6 +81,7 @@ def rewards(monkeypatch):
     monkeypatch.setattr(d, "load_rewards", load)
     monkeypatch.setattr("argrpo_cli.rewards.check_weights", lambda name, options: None)  # theirs are not looked at
     monkeypatch.setattr(Brightness, "calls", 0)
+    monkeypatch.setattr("argrpo_cli.rewards.check_weights", lambda name, options: None)  # no network is needed
     return kinds
 
 

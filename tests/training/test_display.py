@@ -102,3 +102,13 @@ def test_terminal_shows_held_out_rewards_gradient_and_stages() -> None:
 
 def test_a_loss_that_clips_on_one_side_shows_that_side() -> None:
     assert "clip 2.00%" in shown(False, [record(1, clip_low=None)])
+
+
+def test_a_live_table_acknowledges_a_signal_and_names_the_end_of_the_batch() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    display = RunDisplay("demo", steps=10, log_every=1, console=console)
+    display.start(0)
+    display.step(record(5))
+    display.stopping(updates_per_batch=4)
+    display.stop()
+    assert "finishing update 8; again to stop now" in console.file.getvalue()

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from argrpo_cli.policy import load_policy
+from argrpo_cli.policy.folder import unfinished
 from argrpo_cli.recipe import Recipe, load_recipe
 from argrpo_cli.runs import learning
 from argrpo_cli.runs.run import Interrupted, open_run
@@ -169,7 +170,7 @@ def test_same_recipe_same_run(finished: Path, recipe: Recipe, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_and_resume_equals_an_uninterrupted_run(
-    finished: Path, recipe: Recipe, tmp_path: Path, number: signal.Signals, code: int
+    finished: Path, recipe: Recipe, tmp_path: Path, number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     console = Console(file=io.StringIO(), width=200)
@@ -179,12 +180,15 @@ def test_signal_saves_and_resume_equals_an_uninterrupted_run(
     assert console.file.getvalue().splitlines()[-1] == (
         f"stopped after step 3; continue with: argrpo train --resume {out}"
     )
+    assert "finishing update 3; again to stop now\n" in capfd.readouterr().err, "said in the moment of the signal"
     assert (out / "checkpoints" / "step_000003" / "policy.json").exists()
     assert not (out / "policy").exists()
     load_policy(out)  # usable as it is
+    assert (unfinished(out), unfinished(finished)) == ("step 3 of 6", "")
 
     shown = train(load_recipe(out / "recipe.yaml"), out, resume=True)
     assert "continuing after step 3" in shown
+    assert unfinished(out) == ""
     assert_same_run(finished, out, step=6)
 
 

@@ -6,6 +6,7 @@ Every module below cli/ imports heavy libraries inside its functions, so that `a
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from argrpo_cli.cli.train import train
 from argrpo_cli.system.errors import UserError, one_line
 from argrpo_cli.system.processes import LAST_WORDS
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+_TERMINATED: list[int] = []  # the signal, once it came
 
 # Typer has carried click as a dependency and as a copy of its own; this finds the class it really raises.
 ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -81,6 +83,7 @@ app.add_typer(benchmarks)
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    _TERMINATED.clear()
     try:
         code = app(args=arguments, prog_name="argrpo", standalone_mode=False)
         sys.stdout.flush()
@@ -98,13 +101,30 @@ def run(arguments: Sequence[str] | None = None) -> int:
         where = f" {error.filename}" if error.filename else ""
         return _complain(f"the system refused{where}: {error.strerror or error}")
     if code == INTERRUPTED:  # Typer turns KeyboardInterrupt into this code
-        print("argrpo: interrupted", file=sys.stderr)
+        print(f"argrpo: {'terminated' if _TERMINATED else 'interrupted'}{_goes_on(arguments)}", file=sys.stderr)
+        return TERMINATED if _TERMINATED else INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def _goes_on(arguments: Sequence[str]) -> str:
+    """That the same command continues, of those that do."""
+    command = next((one for one in arguments if not one.startswith("-")), "")
+    if command not in ("sample", "score", "eval", "entropy") or arguments[:2] in (["eval", "nano"], ["eval", "report"]):
+        return ""
+    without = " without --overwrite" if "--overwrite" in arguments else ""
+    return f"; the same command{without} goes on where it stopped"
+
+
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM is as Ctrl-C: what is begun is left in order."""
+    _TERMINATED.append(number)
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point of the installed command."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal's encoding does not
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run())
 
 

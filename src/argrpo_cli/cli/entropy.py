@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from argrpo_cli.cli.options import Drawing, check_policies, command, present, tell, warn
-from argrpo_cli.policy.folder import glance
+from argrpo_cli.policy.folder import glance, unfinished
 from argrpo_cli.system.errors import UserError
 
 
@@ -58,7 +58,7 @@ def entropy(
     names = policy or ["nano-t2i" if prompts is not None else "nano-c2i"]
     if len(set(names)) < len(names):
         raise UserError(f"--policy names {next(name for name in names if names.count(name) > 1)} twice")
-    subjects = [results.Subject(one, one) for one in names] if run is None else results.subjects_of_run(run)
+    subjects = [results.Subject(one, _title(one)) for one in names] if run is None else results.subjects_of_run(run)
     pictures = None if data is None else some_of(open_labelled(data), n)
     for remark in pictures.remarks if pictures else ():
         warn(remark)
@@ -83,3 +83,9 @@ def entropy(
         tell(f"numbers, also by position, in {out / results.NUMBERS}, picture{'s' * (len(figures) > 1)} in {shown}")
 
     team.lead(report)
+
+
+def _title(policy: str) -> str:
+    """What a policy is called in tables and pictures: as it was given, and the step of a run that is not at its end."""
+    where = unfinished(policy)
+    return f"{policy} ({where})" if where else policy

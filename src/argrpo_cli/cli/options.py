@@ -205,7 +205,7 @@ def check_policies(
     """
     from argrpo_cli import seeds
     from argrpo_cli.kept import check_claim
-    from argrpo_cli.policy.folder import check_weights_at_hand, glance
+    from argrpo_cli.policy.folder import check_weights_at_hand, glance, say_unfinished
     from argrpo_cli.rewards import check_weights
     from argrpo_cli.system.processes import notice
 
@@ -217,6 +217,7 @@ def check_policies(
         seeds.check(space, seed, n)
     for policy in policies:
         check_weights_at_hand(policy)
+        say_unfinished(policy)
     for name, options in (rewards or {}).items():
         check_weights(name, options)
     if networks:

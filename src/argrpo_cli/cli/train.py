@@ -135,7 +135,13 @@ def train(
         tell(f"its start          {result / 'start'}")
     if (result / "policy_ema").is_dir():
         tell(f"running mean       {result / 'policy_ema'}")
-    tell(f"use it             argrpo sample --policy {result} --out images")
+    tell(f"use it             {again('sample', '--policy', result, '--out', _unused('images'))}")
+
+
+def _unused(name: str) -> str:
+    """A folder that is not there yet: this name, or one with a number."""
+    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
+    return next(one for one in names if not Path(one).exists())
 
 
 def _check_pilot(pilot: bool, minutes: float | None, resume: Path | None, dry_run: bool) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli import seeds
 from argrpo_cli.images import file_item
 from argrpo_cli.kept import PASSED, check_claim, claim
-from argrpo_cli.policy.folder import choose_sampling, guidance_warning
+from argrpo_cli.policy.folder import choose_sampling, guidance_warning, unfinished
 from argrpo_cli.runs.run import versions
 from argrpo_cli.shapes import Column, Result, Sampling, Shot, shared_settings
 from argrpo_cli.system.errors import UserError
@@ -268,6 +268,7 @@ def run(
         subjects = []
         for (name, card), own in zip(cards.items(), each, strict=False):
             about = {"weights": loaded[name].fingerprint(), "base": card.base, "image_size": card.image_size}
+            about |= {"unfinished": where} if (where := unfinished(card.name)) else {}
             shots, pictures = benchmark.shots(loaded[name], n, seed), out / name / benchmark.pictures
             chosen = choose_sampling(card.name, card.sampling, own, benchmark.sampling)
             subjects.append(Subject(name, card.name, out / name, pictures, shots, card, about, chosen))

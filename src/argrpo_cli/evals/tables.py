@@ -37,7 +37,8 @@ FRAME = 3  # characters between two columns
 EXPECTED = "what `argrpo eval`, `score` or `entropy` wrote: summary.json, or the file of `eval nano --out`"
 CONFLICT = "not measured alike"
 MEASURED, DIFFERENCE, PAPER = "measured", "difference", "paper"
-OWN = {"path", "weights", "base", "step", "sha256", "images_sha256", "files", "count"}  # tells a row from others
+# What tells a row from others.
+OWN = {"path", "weights", "base", "step", "unfinished", "sha256", "images_sha256", "files", "count"}
 DETAILS = {"n", "batch_size", "keep_images"}
 HASH = re.compile(r"[0-9a-f]{64}")
 HEADING = "Measured beside the AR-GRPO paper"
@@ -117,7 +118,8 @@ def _order(result: Result) -> list[str]:
 
 def _head(result: Result, name: str, gap: str = " ") -> str:
     """The name of a row, and how its policy was sampled where that is not as the others."""
-    words = _drawn(_own_sampling(result, name))
+    where = result.protocol.get("measured", {}).get(name, {}).get("unfinished")
+    words = ([f"unfinished, {where}"] if where else []) + _drawn(_own_sampling(result, name))
     return f"{name}{gap}({', '.join(words)})" if words else name
 
 

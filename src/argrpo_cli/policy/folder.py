@@ -169,6 +169,25 @@ def glance(name_or_path: str | Path) -> Glance | None:
     return Glance(str(name_or_path), "captions" if _reads_captions(card) else "classes", card.get("classes", ()), own)
 
 
+def unfinished(name_or_path: str | Path) -> str:
+    """`step 60 of 130` where this is a run that is not at its end, and stands for its newest checkpoint; else ""."""
+    run = Path(name_or_path)
+    if (run / CARD).is_file() or not (run / "run.json").is_file():
+        return ""
+    notes, folder = read_json(run / "run.json"), find_policy(run)
+    if notes.get("finished") or folder.parent.name != CHECKPOINTS:
+        return ""
+    recipe = notes.get("recipe") or {}
+    steps = (recipe.get(recipe.get("method", "grpo")) or {}).get("steps")
+    return f"step {int(folder.name.removeprefix(CHECKPOINT_PREFIX))}" + (f" of {steps}" if steps else "")
+
+
+def say_unfinished(name_or_path: str | Path) -> None:
+    """A line on the terminal where a policy is that of an unfinished run."""
+    if where := unfinished(name_or_path):
+        say(f"{WARNING}{name_or_path} is a run that is not finished: this is its policy at {where}")
+
+
 def check_weights_at_hand(name_or_path: str | Path) -> None:
     """UserError, before torch is loaded, for a published policy that is neither in the cache nor can be fetched."""
     if entry := published_entry(name_or_path):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -235,6 +237,27 @@ def alone_in(folder: str | os.PathLike[str], busy: str) -> Iterator[None]:
         with suppress(OSError):
             for path in new:
                 path.rmdir()  # where nothing came of it
+
+
+def program() -> str:
+    """The command as a shell in this folder finds it: `argrpo` where that is the one that runs, else by its path."""
+    this = Path(sys.argv[0])
+    if this.parts[-2:] == ("argrpo_cli", "__main__.py"):
+        this = Path(sys.executable)
+    elif this.stem != "argrpo":
+        return "argrpo"  # a program of someone else's, whose user knows where ours is
+    there = shutil.which(this.name)
+    if there is not None and os.path.samefile(there, this):
+        name = this.name.removesuffix(".exe")
+    else:
+        inside = this.absolute().is_relative_to(Path.cwd())
+        name = shlex.quote(str(this.absolute().relative_to(Path.cwd()) if inside else this))
+    return name if this.stem == "argrpo" else f"{name} -m argrpo_cli"
+
+
+def again(*arguments: str | os.PathLike[str]) -> str:
+    """A command of this program, to be typed as it is."""
+    return f"{program()} {shlex.join(map(os.fspath, arguments))}"
 
 
 @contextmanager

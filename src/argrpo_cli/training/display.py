@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Collection, Mapping
@@ -72,6 +73,7 @@ class RunDisplay:
         self.live: Live | None = None
         self.first: dict[str, Any] | None = None
         self.last: dict[str, Any] | None = None
+        self.ending = ""  # what is said of a run that was asked to stop
         self._ends: deque[tuple[int, float]] = deque(maxlen=RECENT + 1)
 
     def note(self, line: str | Text) -> None:
@@ -83,7 +85,7 @@ class RunDisplay:
         """Training starts after `step` updates."""
         self._ends.append((step, time.monotonic()))
         if self.console.is_terminal:
-            self.live = Live(self._picture(), console=self.console, refresh_per_second=4)
+            self.live = Live(get_renderable=self._picture, console=self.console, refresh_per_second=4)
             self.live.start()
 
     def step(self, record: dict[str, Any]) -> None:
@@ -92,9 +94,17 @@ class RunDisplay:
         self.last = record
         self._ends.append((record["step"], time.monotonic()))
         if self.live is not None:
-            self.live.update(self._picture())
+            self.live.refresh()
         elif record["step"] % self.log_every == 0 or record["step"] in (1, self.steps):
             self.note(self._line(record))
+
+    def stopping(self, updates_per_batch: int = 1) -> None:
+        """Say that the run ends with the update, or the batch of updates, in progress. Called within the handler of a
+        signal, where a console may be in the middle of a line: a live table shows it with its next refresh."""
+        last = self._ends[-1][0] // updates_per_batch * updates_per_batch + updates_per_batch
+        self.ending = f"finishing update {last}; again to stop now"
+        if self.live is None and not self.console.quiet:
+            os.write(2, f"{self.ending}\n".encode())
 
     def stop(self) -> None:
         """Training is over, for whatever reason; the last table stays on the screen."""
@@ -148,6 +158,8 @@ class RunDisplay:
             parts.append(self._table(self.first, self.last))
             if stages := _stages(self.last):
                 parts.append(Text(f"time: {stages}", style="dim"))
+        if self.ending:
+            parts.append(Text(self.ending, style="yellow"))
         return Group(*parts)
 
     def _table(self, first: dict[str, Any], last: dict[str, Any]) -> Table:

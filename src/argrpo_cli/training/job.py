@@ -23,7 +23,7 @@ from argrpo_cli.runs.trackers import Trackers
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import reason, save_png
 from argrpo_cli.system.grids import before_after
-from argrpo_cli.system.processes import Team
+from argrpo_cli.system.processes import Team, again
 from argrpo_cli.training.cca import build_cca_trainer
 from argrpo_cli.training.conditions import Conditions, digest, load_position, save_position
 from argrpo_cli.training.display import RunDisplay, silent_console
@@ -108,7 +108,7 @@ class Job:
             self.weights = reward_weights(recipe.rewards, self.rewards.family)
             self.rewards.tolerated = {name for name, weight in self.weights.items() if not weight}
             self.rewards.mixed = recipe.policy.dtype == "bfloat16"
-        self.again = f"argrpo train --resume {self.whole}"
+        self.again = again("train", "--resume", self.whole)
         self.time_limit = None if optim.time_limit_minutes is None else 60 * optim.time_limit_minutes
         held_out = [name for name, weight in self.weights.items() if not weight]
         console = self.console if self.team.first else silent_console()
@@ -422,6 +422,7 @@ class Job:
     def _update(self, trainer: Trainer, checkpoint: Path | None, start: int) -> None:
         """All updates that are left, with the display on."""
         self.display.start(start)
+        self.request.acknowledge = partial(self.display.stopping, self.recipe.optim.updates_per_batch)
         self.request.training = True
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)

@@ -204,12 +204,14 @@ class StopRequest:
     Attributes:
         training: whether there are updates to finish. Before the first there is nothing to save: a signal ends the
             run at once.
+        acknowledge: is called in the moment of a signal that waits for the end of the update.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.failure: str | None = None
         self.training = False
+        self.acknowledge: Callable[[], None] = lambda: None
         self._heard = False  # a signal came to this process itself; `agree` brings those of others
 
     @property
@@ -252,6 +254,7 @@ class StopRequest:
         self._heard, self.signal = True, signal.Signals(number)
         if at_once:
             raise KeyboardInterrupt
+        self.acknowledge()
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from argrpo_cli.runs.run import (
 )
 from argrpo_cli.runs.trackers import check_trackers
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.processes import Team, join_team
+from argrpo_cli.system.processes import Team, again, join_team
 from argrpo_cli.training.conditions import Conditions, digest, run_conditions
 from argrpo_cli.training.display import RunDisplay
 from argrpo_cli.training.grpo import lora_config, quiet_libraries
@@ -142,7 +142,8 @@ def _leaving_at_once(request: StopRequest, out: Path | None, console: Console | 
             raise
         if os.environ.get("RANK", "0") == "0":
             begun = out is not None and RunDirectory(out).recipe_file.exists()
-            line = f"stopped; continue with: argrpo train --resume {out}" if begun else "stopped before the run began"
+            line = f"stopped; continue with: {again('train', '--resume', out)}"
+            line = line if begun else "stopped before the run began"
             RunDisplay("", 0, 1, console=console).note(line)
         raise Interrupted(request.exit_code) from None
 
