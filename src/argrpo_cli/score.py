@@ -17,6 +17,7 @@ from argrpo_cli.images import Item, read_runs, refuse
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.listing import PARTIAL, SCORES, SUMMARY, TABLE
 from argrpo_cli.pictures import LARGE
+from argrpo_cli.rewards.custom import title
 from argrpo_cli.shapes import Column, Condition, Result, Value
 from argrpo_cli.subjects import find_items
 from argrpo_cli.system.errors import BadPicture, UserError, printable
@@ -246,7 +247,8 @@ def _result(
     return Result(
         benchmark="score",
         columns={
-            name: Column(name, better="higher", digits=4, group=family) for name, family in reward_set.family.items()
+            name: Column(title(name), better="higher", digits=4, group=family)
+            for name, family in reward_set.family.items()
         },
         rows={source: values},
         protocol={"images": len(next(iter(columns.values()))), "rewards": rewards}
@@ -265,7 +267,7 @@ def best_and_worst(items: Sequence[Item], columns: Mapping[str, Sequence[float |
         order = sorted((index for index, score in enumerate(scores) if score is not None), key=lambda i: -scores[i])
         for word, chosen in (("best", order[:count]), ("worst", order[::-1][:count])):
             span = f"{scores[chosen[0]]:.4g} to {scores[chosen[-1]]:.4g}" if chosen else "no scores"
-            rows.append((f"{name}, {word}: {span}", chosen))
+            rows.append((f"{title(name)}, {word}: {span}", chosen))
     small = {}
     for index in sorted({i for _, chosen in rows for i in chosen}):
         with suppress(BadPicture):  # gone since it was scored

@@ -31,7 +31,7 @@ def score(
 
     Options:
         IMAGES...: A folder of images, an .npz, or image files.
-        --rewards: Names of rewards, or module:function, with commas between them.
+        --rewards: Names of rewards, or your own as module:function or file.py:function, with commas between them.
         --prompt: What every image should show, when there is no metadata.jsonl.
         --class NAME: The same, as a class name: 'a photo of a NAME'.
         --prompts FILE: A caption for each image: .txt (one a line), .jsonl, .csv, ...

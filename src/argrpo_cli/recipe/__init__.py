@@ -21,6 +21,7 @@ from argrpo_cli.recipe.text import parse_yaml, write_yaml
 from argrpo_cli.system.errors import UserError, first_line, offer, shortened
 from argrpo_cli.system.files import expanded, read_text
 from argrpo_cli.system.processes import say
+from argrpo_cli.system.references import relative_to
 
 MOST_BYTES, MOST_FILES = 10**6, 50  # of one file, and files that one recipe is made of
 
@@ -154,6 +155,7 @@ def _named(name: str, key: str, source: str, folder: Path | None, opened: tuple[
 
 def _own_layers(layer: Layer, folder: Path | None, opened: tuple[Path, ...]) -> Iterator[Layer]:
     """A layer, and before it, where its `start` is a name, that recipe's keys in the place of any start so far."""
+    layer = Layer(layer.source, _placed(layer.tree, folder or Path()))
     start = layer.tree.get("start")
     if isinstance(start, str):
         yield Layer(layer.source, {"start": None})
@@ -161,3 +163,21 @@ def _own_layers(layer: Layer, folder: Path | None, opened: tuple[Path, ...]) -> 
             yield Layer(inner.source, {"start": inner.tree})
         layer = Layer(layer.source, {key: value for key, value in layer.tree.items() if key != "start"})
     yield layer
+
+
+def _placed(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tree, in which rewards of one's own files are named from the root: they count from the recipe's folder."""
+
+    def named(term: Any) -> Any:
+        if isinstance(term, dict) and isinstance(term.get("name"), str):
+            return {**term, "name": relative_to(term["name"], folder)}
+        return relative_to(term, folder) if isinstance(term, str) else term
+
+    tree, section = dict(tree), tree.get("rewards")
+    if isinstance(section, dict):
+        lists = {key: section[key] for key in ("terms", "add") if key in section}
+        lists = {key: [*map(named, one)] if isinstance(one, list) else named(one) for key, one in lists.items()}
+        tree["rewards"] = {**section, **lists}
+    if isinstance(tree.get("start"), dict):
+        tree["start"] = _placed(tree["start"], folder)
+    return tree

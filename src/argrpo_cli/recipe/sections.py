@@ -126,7 +126,7 @@ class SamplingSection(Section):
 class RewardTerm(Section):
     """One reward; its family (conditional, quality or realism) decides which lambda applies to it."""
 
-    name: str  # of the package, or module:function of your own
+    name: str  # of the package, or of your own: module:function, or file.py:function beside the recipe
     factor: float | None = None  # brings the raw score to the scale of the others; null is the published one, or 1
     weight: float = 1.0  # how much it counts within its family; 0 measures and logs it, for a watch on reward hacking
     options: dict[str, Any] = {}  # of the reward itself, such as {model: ViT-L-14-quickgelu} of clip

@@ -81,7 +81,7 @@ def check_reward(name: str) -> type[Reward]:
 
     if (function := find_function(name)) is not None:
         return reward_of(name, function)
-    how = ", or module:function for one of your own"
+    how = ", or module:function, or file.py:function, for one of your own"
     raise UserError(f"reward {name!r} is unknown{offer(name, REWARDS, 'rewards', more=how)}")
 
 

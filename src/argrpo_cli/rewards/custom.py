@@ -9,11 +9,16 @@ rewards, `conditions` has B items with `.prompt` and `.class_id`; B numbers come
 `reward.family = "quality"` (or "realism") says that it does not look at the prompt. `reward.scope = "group"` says that
 it compares the images of one condition, "batch" that it compares all images of an update: it is called with those of
 all processes then. A package offers one under a name of its own as an entry point of the group `argrpo.rewards`.
+
+`brightness:reward` is looked for in the working directory and among what is installed; `path/brightness.py:reward` is
+that file, in a recipe relative to the recipe's own folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import math
 import os
@@ -27,6 +32,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from argrpo_cli.rewards.base import FAMILIES, SCOPES, Reward, choose
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, first_line, out_of_memory
+from argrpo_cli.system.files import expanded
+from argrpo_cli.system.references import IN_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +43,7 @@ GROUP = "argrpo.rewards"
 
 @cache
 def find_function(name: str) -> Callable[..., Any] | None:
-    """The function behind `module:function` or the name of an entry point; None for a name that is neither.
+    """The function behind `module:function`, `path/file.py:function` or the name of an entry point; None for other names.
 
     Modules are also looked for in the working directory.
 
@@ -45,11 +52,16 @@ def find_function(name: str) -> Callable[..., Any] | None:
     """
     point = next(iter(entry_points(group=GROUP, name=name)), None)
     target = point.value if point is not None else name
+    if IN_FILE in target:
+        return _function_in(name, *target.rsplit(":", 1))
     module, colon, attribute = target.partition(":")
     if not colon or not module or not attribute:
         return None
     if not all(part.isidentifier() for part in [*module.split("."), attribute]):
-        raise UserError(f"reward {name}: write module:function with Python's names, such as brightness:reward, no path")
+        raise UserError(
+            f"reward {name}: write module:function with Python's names, such as brightness:reward, or a file as "
+            "path/brightness.py:reward"
+        )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -57,8 +69,32 @@ def find_function(name: str) -> Callable[..., Any] | None:
     except Exception as error:  # whatever its author's code raises while it is imported
         where = f" (looked in {os.getcwd()} and among what is installed)" if isinstance(error, ImportError) else ""
         raise UserError(f"reward {name}: cannot import {module}: {_in_words(error)}{where}") from error
+    return _checked(name, function, module, attribute)
+
+
+def _function_in(name: str, file: str, attribute: str) -> Callable[..., Any]:
+    """A function of a file, which may import what lies beside it."""
+    path = expanded(file).absolute()
+    if not path.is_file():
+        raise UserError(f"reward {name}: no file {path}")
+    # Its own name would take the place of a module that is called alike.
+    key = f"argrpo_reward_{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(key, path)
+    module = importlib.util.module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    sys.modules[key] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever its author's code raises while it is imported
+        del sys.modules[key]
+        raise UserError(f"reward {name}: cannot import {path}: {_in_words(error)}") from error
+    return _checked(name, getattr(module, attribute, None), str(path), attribute)
+
+
+def _checked(name: str, function: Any, place: str, attribute: str) -> Callable[..., Any]:
     if not callable(function):
-        raise UserError(f"reward {name}: {module} has no function {attribute!r}")
+        raise UserError(f"reward {name}: {place} has no function {attribute!r}")
     return function
 
 

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from argrpo_cli.rewards.custom import title
 from argrpo_cli.runs.curves import STAGES
 from argrpo_cli.runs.run import duration
 from argrpo_cli.system.errors import printable
@@ -137,7 +138,9 @@ class RunDisplay:
                 f"step {record['step']}/{self.steps}  {name} {number(record[name])}{apart}"
                 f"  entropy {number(record['entropy'], '.3f')}  gradient {number(record['grad_norm'])}{ends}"
             )
-        rewards = ", ".join(f"{name} {number(value['mean'], '.3f')}" for name, value in record["rewards"].items())
+        rewards = ", ".join(
+            f"{title(name)} {number(value['mean'], '.3f')}" for name, value in record["rewards"].items()
+        )
         return (
             f"step {record['step']}/{self.steps}  reward {number(record['reward'])} ({rewards})"
             f"  std {number(record['within_group_std'], '.3f')}  kl {number(record['kl'])}"
@@ -171,7 +174,7 @@ class RunDisplay:
             table.add_row("reward, weighted total", number(first["reward"]), number(last["reward"]))
         for name, value in last.get("rewards", {}).items():
             before = first["rewards"].get(name, {}).get("mean")
-            label = f"  {name}, held out" if name in self.held_out else f"  {name}"
+            label = f"  {title(name)}, held out" if name in self.held_out else f"  {title(name)}"
             table.add_row(label, number(before), number(value["mean"]))
         first, last = ({**record, "clip": _clip(record)} if "reward" in record else record for record in (first, last))
         for label, key, pattern in MEASURES:
