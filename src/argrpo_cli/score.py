@@ -17,13 +17,13 @@ from argrpo_cli.images import Item, read_runs, refuse
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.listing import PARTIAL, SCORES, SUMMARY, TABLE
 from argrpo_cli.pictures import LARGE
-from argrpo_cli.rewards.custom import title
 from argrpo_cli.shapes import Column, Condition, Result, Value
 from argrpo_cli.subjects import find_items
 from argrpo_cli.system.errors import BadPicture, UserError, printable
 from argrpo_cli.system.files import atomic_path, check_writable, make_dir, save_png, write_jsonl
 from argrpo_cli.system.plain import guarded
 from argrpo_cli.system.processes import alone_in, notice, say
+from argrpo_cli.system.references import title
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -220,7 +220,7 @@ def test_an_option_of_the_wrong_type_is_told_before_anything_is_fetched(name, op
     assert message in str(told.value)
 
 
-@pytest.mark.parametrize("name", ["./brightness:reward", "brightness.py/:reward", "bright ness:reward"])
+@pytest.mark.parametrize("name", ["./brightness:reward", "brightness.py/:reward", "bright ness:reward", "a.b/c:reward"])
 def test_a_path_is_no_module(name):
     with pytest.raises(UserError, match="write module:function with Python's names"):
         check_reward(name)
@@ -354,7 +354,8 @@ def test_the_documented_reward_of_ones_own(own):
 
 def test_the_documented_reward_of_the_package(tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text("utf-8")
-    (tmp_path / "sharpness_documented.py").write_text(text.split("```python\n")[2].split("```")[0])
+    block = next(one for one in text.split("```python\n") if "class Sharpness" in one)
+    (tmp_path / "sharpness_documented.py").write_text(block.split("```")[0])
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(REWARDS, "sharpness", "sharpness_documented:Sharpness")
     rewards = load_rewards(["sharpness"], options={"sharpness": {"step": 2}})

@@ -24,6 +24,7 @@ from argrpo_cli.cli.options import (
     read_rewards,
     set_options,
     tell,
+    warn,
 )
 from argrpo_cli.geneval import check_detector
 from argrpo_cli.rewards import refuse_comparing

@@ -43,7 +43,7 @@ GROUP = "argrpo.rewards"
 
 @cache
 def find_function(name: str) -> Callable[..., Any] | None:
-    """The function behind `module:function`, `path/file.py:function` or the name of an entry point; None for other names.
+    """The function behind `module:function`, `path/file.py:function` or an entry point's name; None for other names.
 
     Modules are also looked for in the working directory.
 

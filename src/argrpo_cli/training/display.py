@@ -14,10 +14,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from argrpo_cli.rewards.custom import title
 from argrpo_cli.runs.curves import STAGES
 from argrpo_cli.runs.run import duration
 from argrpo_cli.system.errors import printable
+from argrpo_cli.system.references import title
 
 RECENT = 10  # steps over which speed is averaged
 
@@ -138,9 +138,8 @@ class RunDisplay:
                 f"step {record['step']}/{self.steps}  {name} {number(record[name])}{apart}"
                 f"  entropy {number(record['entropy'], '.3f')}  gradient {number(record['grad_norm'])}{ends}"
             )
-        rewards = ", ".join(
-            f"{title(name)} {number(value['mean'], '.3f')}" for name, value in record["rewards"].items()
-        )
+        means = {title(name): number(value["mean"], ".3f") for name, value in record["rewards"].items()}
+        rewards = ", ".join(f"{name} {mean}" for name, mean in means.items())
         return (
             f"step {record['step']}/{self.steps}  reward {number(record['reward'])} ({rewards})"
             f"  std {number(record['within_group_std'], '.3f')}  kl {number(record['kl'])}"
