@@ -52,7 +52,12 @@ METHODS = {  # recipe to what stands in the table
     "eg": "EG-GRPO",
     "sequence": "ratio of images, two updates a batch",
     "twice": "two updates a batch",
+    "loo_fid": "leave-one-out FID",
+    "loo_fid_light": "leave-one-out FID, a quarter of its weight",
+    "clusters": "cluster bonus",
 }
+PIXEL, CCA = "pixel", "cca"  # which draw no images: for as long as plain GRPO takes, or the distillation
+SCENES = {PIXEL: "VA-pi", CCA: "CCA instead of the distillation"}
 SEEDS = (0, 1, 2)
 GUIDED = 2.0
 SLOWER = 1.05  # times the seconds of plain GRPO, from which on equal time is another policy than equal images
@@ -79,7 +84,8 @@ class Results:
     Attributes:
         base, start: of nano-c2i under guidance, and of its distillation without and with it.
         methods: of each method its runs, drawn without guidance and with.
-        timed: of those that take longer than plain GRPO, what they were after its seconds, without guidance.
+        timed: what those that take longer than plain GRPO were after its seconds, and what draws no images; all without
+            guidance.
         seconds: a method's training, mean over its runs, as a multiple of plain GRPO's.
     """
 
@@ -90,18 +96,19 @@ class Results:
     seconds: dict[str, float]
 
 
-def recipe_of(name: str, start: str, seed: int) -> Recipe:
-    """A recipe of the folder, from the policy `start`."""
-    return load_recipe(f"nano/methods/{name}", [f"policy.checkpoint={start}", f"seed={seed}"])
+def recipe_of(name: str, start: str, seed: int, seconds: float | None = None) -> Recipe:
+    """A recipe of the folder, from the policy `start`, and for so many seconds of training."""
+    limit = [] if seconds is None else [f"{name}.time_limit_minutes={seconds / 60}"]  # their sections have their names
+    return load_recipe(f"nano/methods/{name}", [f"policy.checkpoint={start}", f"seed={seed}", *limit])
 
 
 def take(study: Study, names: Sequence[str]) -> None:
     """Take the folder for these recipes and networks; UserError where it holds results of others."""
+    recipes = {name: dump_recipe(recipe_of(name, "start", 0)) for name in (*names, *SCENES)}
     identity = {
         "images": study.images,
         "seed": SEED,
-        "recipes": {name: dump_recipe(recipe_of(name, "start", 0)) for name in names}
-        | {START: dump_recipe(load_recipe(START))},
+        "recipes": recipes | {START: dump_recipe(load_recipe(START))},
         "base": load_policy("nano-c2i").fingerprint(),
         "judge": fingerprint([load_judge().recogniser]),
     }
@@ -111,12 +118,17 @@ def take(study: Study, names: Sequence[str]) -> None:
 def compare(study: Study, names: Sequence[str] = tuple(METHODS), seeds: Sequence[int] = SEEDS) -> Results:
     """Train and measure everything, a seed of all methods before the next."""
     take(study, names)
-    start = str(Path(study.trained(load_recipe(START), "start")) / "policy")
-    runs: dict[str, list[Path]] = {name: [] for name in names}
+    distilled = Path(study.trained(load_recipe(START), "start"))
+    start = str(distilled / "policy")
+    runs: dict[str, list[Path]] = {name: [] for name in (*names, *SCENES)}
     for seed in seeds:
-        for name in names:
+        for name in runs:
             print(f"training {name}, seed {seed}", flush=True)
-            runs[name].append(Path(study.trained(recipe_of(name, start, seed), f"{name}-seed{seed}")))
+            recipe = recipe_of(name, start, seed)
+            if name in SCENES:
+                like = distilled if name == CCA else runs[PLAIN][-1]
+                recipe = recipe_of(name, "nano-c2i" if name == CCA else start, seed, _seconds(like)[-1])
+            runs[name].append(Path(study.trained(recipe, f"{name}-seed{seed}")))
     print("measuring", flush=True)
     taken = {name: [_seconds(run)[-1] for run in runs[name]] for name in names}
     slower = [name for name in names if statistics.fmean(taken[name]) > SLOWER * statistics.fmean(taken[PLAIN])]
@@ -124,6 +136,7 @@ def compare(study: Study, names: Sequence[str] = tuple(METHODS), seeds: Sequence
         name: [study.fidelity(after(run, limit), 1.0) for run, limit in zip(runs[name], taken[PLAIN], strict=True)]
         for name in slower
     }
+    timed |= {name: [study.fidelity(str(run / "policy"), 1.0) for run in runs[name]] for name in SCENES}
     return Results(
         study.fidelity("nano-c2i", GUIDED),
         (study.fidelity(start, 1.0), study.fidelity(start, GUIDED)),
@@ -217,11 +230,10 @@ def page(results: Results, images: int, recipe: Recipe) -> str:
         seeds=len(plain),
         methods=METHODS,
         unguided=unguided | {METHODS[name]: row(own) for name, own in runs.items()},
-        timed=unguided | {METHODS[name]: row(own) for name, own in {PLAIN: plain, **timed}.items()},
+        timed=unguided | {(METHODS | SCENES)[name]: row(own) for name, own in {PLAIN: plain, **timed}.items()},
         guided={"distilled": row([with_gain(guided, guided)])}
         | {METHODS[name]: row(own) for name, own in others.items()},
         seconds=results.seconds,
-        slower=timed,
         table=partial(markdown, columns=MEASURES, paper={}),
         sentences=sentences,
         changes={

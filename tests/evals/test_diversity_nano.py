@@ -33,7 +33,7 @@ def results(**changed):
     }
     both = {name: (own, own) for name, own in (methods | changed).items()}
     seconds = {"grpo": 1.0, "kl": 1.3, "eg": 1.01}
-    return study.Results(units(), (start, start), both, {"kl": methods["kl"]}, seconds)
+    return study.Results(units(), (start, start), both, {"kl": methods["kl"], "cca": methods["eg"]}, seconds)
 
 
 def page(some):
@@ -64,7 +64,7 @@ def test_the_page_says_what_keeps_diversity_and_what_is_clear():
     assert "No further below the distilled policy than one standard error: KL term." in text
     assert "- KL term: recall +0.100 ± 0.000; entropy +0.200 ± 0.000." in text
     assert "- EG-GRPO: reward gain, sd -0.566 ± 0.004;" in text
-    assert "What takes longer than plain GRPO" in text and "KL term 1.30" in text
+    assert text.count("| CCA instead of the distillation |") == 1 and "KL term 1.30" in text
     less = [units(0.8, recall=0.8, entropy=5.0) for _ in range(3)]  # four fifths of the gain
     assert "None does." in page(results(kl=less))
     wider = [units(0.95, recall=0.79, entropy=5.0) for _ in range(3)]
@@ -80,6 +80,13 @@ def test_the_policy_of_equal_time_is_the_last_checkpoint_within_it(tmp_path):
     assert study.after(tmp_path, 20.0).endswith("step_000010")
     with pytest.raises(UserError, match=r"no checkpoint of its first 5 seconds; lower logging\.save_every"):
         study.after(tmp_path, 5.0)
+
+
+def test_what_draws_no_images_trains_for_seconds():
+    recipe = study.recipe_of("cca", "nano-c2i", 1, 90.0)
+    assert recipe.method == "cca" and recipe.optim.time_limit_minutes == 1.5
+    pixel = study.recipe_of("pixel", "a/policy", 1, 30.0)
+    assert pixel.optim.time_limit_minutes == 0.5 and pixel.sampling.cfg_scale == 1
 
 
 @pytest.mark.parametrize("name", study.METHODS)
