@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,17 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from argrpo_cli.networks.weights import save_model
+from argrpo_cli.policy.folder import choose_sampling
 from argrpo_cli.policy.protocol import Card, Compare, Drawn, Encoded, Scored
-from argrpo_cli.shapes import Sampling
+from argrpo_cli.shapes import Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import make_dir
+from argrpo_cli.system.processes import WARNING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from argrpo_cli.policy.generated import Generated
     from argrpo_cli.policy.llamagen.vq import VQNetwork
 
 MIN_TEMPERATURE = 1e-5  # as in LlamaGen: temperature 0 is a very sharp distribution, not a division by zero
@@ -43,7 +47,13 @@ class TokenPolicy:
     network: nn.Module
     tokenizer: VQNetwork
     image_size: int
+    name: str
+    sampling: dict[str, Any]
     draw: ClassVar[Callable[..., Drawn]]
+
+    def conditions(self, requests: Iterable[str | int]) -> list[Condition]:
+        """See `protocol.Policy`."""
+        raise NotImplementedError
 
     def sample(
         self,
@@ -56,6 +66,52 @@ class TokenPolicy:
     ) -> Drawn:
         """See `protocol.Policy`."""
         return type(self).draw(self.network if model is None else model, encoded, sampling, seeds, logp)
+
+    def generate(
+        self,
+        requests: str | int | Sequence[str | int],
+        n: int = 1,
+        *,
+        seed: int = 0,
+        cfg_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cfg_interval: int | None = None,
+        size: int | None = None,
+        batch_size: int = 64,
+    ) -> Generated:
+        """Draw n images of each request: class names or ids, or captions. `argrpo sample` draws the same.
+
+        Args:
+            seed: of the first image of each request; the next take seed + 1, ...
+            cfg_scale, temperature, top_k, top_p, cfg_interval: as of `Sampling`; None is the policy's own, else usual.
+            size: pixels a side to scale the images to; None as drawn.
+            batch_size: images at a time.
+
+        Raises:
+            UserError: a class or caption that the policy cannot draw, a setting out of range, or weights that give no
+                finite numbers.
+        """
+        from argrpo_cli.draw import draw_batch
+        from argrpo_cli.policy.generated import Generated
+
+        options = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options = {key: one for key, one in (options | {"cfg_interval": cfg_interval}).items() if one is not None}
+        sampling = choose_sampling(self.name or "this policy", self.sampling, options, tell=_warn)
+        for name, number in (("n", n), ("batch_size", batch_size)):
+            if number < 1:
+                raise UserError(f"{name} is {number}: must be 1 or more")
+        if not 0 <= seed <= 2**32 - n:  # torch's CPU generator looks at no more bits: images would repeat
+            raise UserError(f"seed {seed} with n {n}: seeds are 0 to 2**32 - 1")
+        asked = [requests] if isinstance(requests, str | int) else list(requests)
+        shots = [Shot(one, seed + i) for one in self.conditions(asked) for i in range(n)]
+        if not shots:
+            raise UserError("nothing to draw: give at least one class or caption")
+        batches = [shots[start : start + batch_size] for start in range(0, len(shots), batch_size)]
+        tokens, images = zip(*(draw_batch(self, batch, sampling, size) for batch in batches), strict=True)
+        conditions, seeds = [one.condition for one in shots], [one.seed for one in shots]
+        return Generated(torch.cat(images), torch.cat(tokens), conditions, seeds)
 
     @torch.no_grad()
     def tokenise(self, images: Tensor) -> Tensor:
@@ -84,6 +140,12 @@ class TokenPolicy:
     def save_card(self, folder: str | Path) -> None:
         """Add to a folder with the model's own files what makes it a policy folder."""
         raise NotImplementedError
+
+
+def _warn(text: str) -> None:
+    """What a caller should know, of the lines that a terminal would be told."""
+    if text.startswith(WARNING):
+        warnings.warn(text.removeprefix(WARNING), stacklevel=3)
 
 
 def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
