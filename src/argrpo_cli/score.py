@@ -131,7 +131,9 @@ def score_images(
             before = kept(items, score, store, batch_size=batch_size, label="scoring", whole=False)
             reward_set.last_error |= single.last_error
         if comparing:
-            compared = compare_items(reward_set.only(comparing), items, batch_size, note)
+            some = reward_set.only(comparing)
+            compared = compare_items(some, items, batch_size, note)
+            reward_set.last_error |= some.last_error
         for why in unreadable.values():
             say(why)
         if len(unreadable) == len(items):
@@ -219,7 +221,7 @@ def compare_items(
     columns: dict[str, list[float | None]] = {}
     for name, parts in seen.items():
         columns[name] = [None] * len(items)
-        scores = reward_set.compare(name, torch.cat(parts), conditions).tolist() if parts else []
+        scores = reward_set.compare(name, torch.cat(parts) if parts else None, conditions).tolist()
         for place, score in zip(known, scores, strict=True):
             columns[name][place] = None if math.isnan(score) else score
     return columns

@@ -60,6 +60,7 @@ REWARDS = {  # name to the class that carries all else that is to be known of it
     "ocr": "argrpo_cli.rewards.ocr:Ocr",
     "loo-fid": "argrpo_cli.rewards.loo_fid:LooFid",
     "clusters": "argrpo_cli.rewards.clusters:Clusters",
+    "stage-entropy": "argrpo_cli.rewards.stage_entropy:StageEntropy",
 }
 
 OPERATIONAL = ("url", "timeout", "concurrency", "attempts", "backoff")  # options that change no score
@@ -209,7 +210,9 @@ class RewardSet:
             raise ValueError(f"{len(images)} images but {len(conditions)} conditions")
         remote = {name: reward for name, reward in self.rewards.items() if reward.remote}
         parts: dict[str, list[Tensor | None]] = {
-            name: [] for name in self.rewards if name not in remote and name not in self.bases
+            name: []
+            for name, reward in self.rewards.items()
+            if not (name in remote or name in self.bases or reward.reads_policy)
         }
         with ThreadPoolExecutor(max_workers=max(1, len(remote))) as waiting:
             pending = {name: waiting.submit(self._scores, name, images, conditions) for name in remote}
@@ -237,7 +240,8 @@ class RewardSet:
         """Raw scores, as `score`, by one reward of scope group or batch.
 
         Args:
-            seen: what it saw of all N images, as `look` gives it; None where it failed, so that all scores are missing.
+            seen: what it saw of all N images, as `look` gives it, or, of one that reads the policy, the training; None
+                where it failed, so that all scores are missing.
             group_size: images side by side that are a group; by default those with the same condition are one.
         """
         import torch

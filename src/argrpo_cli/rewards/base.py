@@ -70,6 +70,8 @@ class Reward:
         low, high: the range of its scores; one outside it is taken for none.
         factor: what brings the paper's own rewards to a like scale (appendix D).
         reads_prompt: what the image should show is looked at, too.
+        reads_policy: `compare` is given, in the place of what `look` sees, mean entropies of the policy and of the
+            reference on each image and the total of the other rewards, [N, 3]; training alone has those.
         label, unit, divisor: of its column in table 4: the heading, the unit there, and what a raw score is divided by.
         files: of the hub, under the option that names a local file in its place.
         parameters, network_name: of what is loaded, in the number format of the option dtype.
@@ -86,6 +88,7 @@ class Reward:
     high: ClassVar[float] = math.inf
     factor: ClassVar[float] = 1.0
     reads_prompt: ClassVar[bool] = True
+    reads_policy: ClassVar[bool] = False
     label: ClassVar[str] = ""
     unit: ClassVar[str] = ""
     divisor: ClassVar[float] = 1.0

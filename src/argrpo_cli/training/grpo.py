@@ -28,6 +28,7 @@ from argrpo_cli.training.conditions import prompt_dataset
 from argrpo_cli.training.credit import ADVANTAGE_WEIGHTS, KL_WEIGHTS, Credit, TokenBeta
 from argrpo_cli.training.entropy import EntropyCallback, controller
 from argrpo_cli.training.gathering import check_sharding
+from argrpo_cli.training.image_entropy import image_entropies
 from argrpo_cli.training.instruments import RatioMeter
 from argrpo_cli.training.launch import check_alone, images_per_process
 from argrpo_cli.training.rollout import Rollout
@@ -108,6 +109,8 @@ class ImageGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, *args: Any) -> Tensor:
         """TRL's rewards [B, rewards], in float64 as the scorer has them, and so are means and deviations made of them:
         0.1 seven times, added up in float32, is not seven times 0.1."""
+        if self.scorer.policy_readers:
+            self.scorer.entropies = image_entropies(self, args[-1])
         super()._calculate_rewards(*args)
         device = self.accelerator.device
         return self.scorer.table.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has none

@@ -105,6 +105,8 @@ class BatchScorer:
         team: the processes that score the batch together, each its own images. What is measured and decided here is
             that of the whole batch, the same in all of them; a group may lie on several.
         aggregation: of several rewards, `grpo.aggregation`.
+        entropies: float32 [N, 2] of this process's images, see `image_entropies`; the trainer sets them before it asks
+            for the scores of rewards that read the policy.
         table: scores of the latest batch, float64 [B, rewards], `settled`; NaN for an image that is left out.
         spread: by how much the images of each of its groups differ, [groups], as `spreads` gives it.
         summed: sum_k w_k z_k of the latest batch, float64 [B], 0 for an image that is left out; None where rewards are
@@ -119,6 +121,7 @@ class BatchScorer:
     fail: Callable[[str], None] = lambda why: None
     team: Team = ALONE
     aggregation: str = "sum_then_normalize"
+    entropies: Tensor | None = field(default=None, init=False, repr=False)
     table: Tensor = field(init=False, repr=False)
     spread: Tensor = field(init=False, repr=False)
     summed: Tensor | None = field(default=None, init=False, repr=False)
@@ -128,7 +131,10 @@ class BatchScorer:
     _missing: deque[Tensor] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.comparing = [name for name in self.weights if self.rewards.scope[name] != "image"]
+        comparing = [name for name in self.weights if self.rewards.scope[name] != "image"]
+        self.policy_readers = [name for name in comparing if self.rewards.rewards[name].reads_policy]
+        # Those that read the policy come last: they also ask which image is best by all others.
+        self.comparing = [name for name in comparing if name not in self.policy_readers] + self.policy_readers
 
     def functions(self) -> list[Callable[..., list[float | None]]]:
         """One TRL reward function per reward, named after it (TRL logs it under that name)."""
@@ -196,19 +202,30 @@ class BatchScorer:
         if self.comparing:
             conditions = [condition for part in self.team.exchange(own.conditions) for condition in part]
         for name in self.comparing:
-            everywhere = all(self.team.exchange(name in own.seen))
-            seen = self.team.gather(own.seen[name]) if everywhere else None
+            if name in self.policy_readers:
+                seen = self._policy_and_total(table)
+            else:
+                everywhere = all(self.team.exchange(name in own.seen))
+                seen = self.team.gather(own.seen[name]) if everywhere else None
             scores = torch.full((len(table),), torch.nan)
             try:
                 with self.stopwatch.measure("reward"):
                     scores = self.rewards.compare(name, seen, conditions, self.group_size)
-                    if advance and everywhere:
+                    if advance and seen is not None:
                         self.rewards.advance(name, seen)
             except UserError as error:
                 self.fail(str(error))
             # Those of the first process: one's own function may draw numbers, and all must have the same.
             table[:, list(self.weights).index(name)] = self.team.gather(scores.double())[: len(table)]
         return table.masked_fill(~table.isfinite(), torch.nan)
+
+    def _policy_and_total(self, table: Tensor) -> Tensor:
+        """`entropies` of the whole batch beside the total of those rewards that do not read them, float64 [B, 3]."""
+        rest = table.clone()
+        rest[:, [list(self.weights).index(name) for name in self.policy_readers]] = 0
+        _, total, _, summed = self._groups(rest)
+        total = total if summed is None else summed
+        return torch.cat([self.team.gather(self.entropies).double(), total.reshape(-1, 1)], dim=1)
 
     def save(self, folder: Path) -> None:
         """Add what rewards remember of earlier updates to a checkpoint, if they do."""
