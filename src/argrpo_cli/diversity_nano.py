@@ -55,6 +55,7 @@ METHODS = {  # recipe to what stands in the table
     "loo_fid": "leave-one-out FID",
     "loo_fid_light": "leave-one-out FID, a quarter of its weight",
     "clusters": "cluster bonus",
+    "stage_entropy": "STAGE's entropy reward",
 }
 PIXEL, CCA = "pixel", "cca"  # which draw no images: for as long as plain GRPO takes, or the distillation
 SCENES = {PIXEL: "VA-pi", CCA: "CCA instead of the distillation"}

@@ -29,7 +29,7 @@ from tests.training import together_worker
 from tests.training.tiny import FakeRewards, save_tiny_policy, tiny_caption_policy, tiny_recipe
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-TWO = ("plain", "straddling", "level", "captions", "stopped", "resumed", "failing", "refused", "broken")
+TWO = ("plain", "straddling", "comparing", "level", "captions", "stopped", "resumed", "failing", "refused", "broken")
 
 
 def start(folder: Path, *cases: str, config: str | None = None) -> list[dict[str, str]]:
@@ -62,7 +62,7 @@ def one(two: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("one")
     for name in ("policy", "captions"):
         (folder / name).symlink_to(two[0] / name)
-    for name in ("plain", "straddling"):
+    for name in ("plain", "straddling", "comparing"):
         together_worker.CASES[name](folder, folder / name)
     together_worker.captions(folder, folder / "run_of_captions")
     return folder
@@ -115,6 +115,15 @@ def test_two_processes_train_as_one_does(one: Path, two: tuple[Path, Any], case:
     uneven = metrics(one / "straddling")
     assert any(record["images_left_out"] for record in uneven), "some groups had gaps"
     assert any(record["images_extra"] for record in uneven), "and some had to be drawn again"
+
+
+def test_two_processes_compare_images_as_one_does_also_when_they_go_on(one: Path, two: tuple[Path, Any]) -> None:
+    """What loo-fid remembers comes out of the checkpoint."""
+    assert [end["comparing"] for end in two[1]] == ["", ""]
+    assert_same_training(one / "comparing", two[0] / "comparing", two[0] / "policy")
+    for record in metrics(one / "comparing"):
+        spreads = {name: reward["within_group_std"] for name, reward in record["rewards"].items()}
+        assert len(spreads) == 4 and all(spread > 0 for spread in spreads.values()), "each has something to say"
 
 
 def assert_nothing_changed(out: Path, base: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import argrpo_cli.nano.judge  # noqa: F401 (before the forks)
 from argrpo_cli.policy import tokens as shared
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.recipe import Recipe
@@ -50,6 +51,24 @@ def straddling(folder: Path, out: Path) -> None:
         return brightness(images).mul(COARSE).round().masked_fill(redness(images) > 0.005, torch.nan)
 
     run_training(recipe, out, rewards=FakeRewards(bright=some_missing, red=redness))
+
+
+def comparing(folder: Path, out: Path) -> None:
+    """Rewards that compare a group, on two processes, or all images; one that remembers earlier updates, and one that
+    reads the policy. Two processes stop on the way and go on."""
+    keys = {"batch_size": 16, "group_size": 8, "micro_batch_size": 4, "save_every": 2, "beta": 0.05}
+    keys |= {"aggregation": "normalize_then_sum", "scale_rewards": "none", "grid_every": 2}
+    recipe = tiny_recipe(folder / "policy", **keys).model_dump()
+    nano = {"features": "nano"}
+    recipe["rewards"]["terms"] = [
+        {"name": "stage-entropy", "weight": 0.4},
+        {"name": "loo-fid", "weight": 2.0, "options": {**nano, "decay": 0.5}},
+        {"name": "nano-quality"},
+        {"name": "clusters", "options": {**nano, "clusters": 3}},
+    ]
+    for steps in (2, 4) if "RANK" in os.environ else (4,):
+        recipe["grpo"]["steps"] = steps
+        run_training(Recipe.model_validate(recipe), out, resume=out.exists())
 
 
 def level(folder: Path, out: Path) -> None:
@@ -117,7 +136,8 @@ def broken(folder: Path, out: Path) -> None:
 
 
 CASES: dict[str, Callable[[Path, Path], None]] = {
-    one.__name__: one for one in (plain, straddling, level, captions, stopped, resumed, failing, refused, broken)
+    one.__name__: one
+    for one in (plain, straddling, comparing, level, captions, stopped, resumed, failing, refused, broken)
 }
 
 
