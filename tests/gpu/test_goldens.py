@@ -90,7 +90,7 @@ def test_the_image_tokenizer(device, published):  # noqa: F811
     model, golden, _ = published
     model = copy.deepcopy(model).to(device)
     codes = golden["in/codes"].view(len(golden["out/decoded"]), -1).to(device)
-    torch.testing.assert_close(model.decode_tokens(codes).cpu(), golden["out/decoded"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.decode_tokens(codes).cpu(), golden["out/decoded"], atol=2e-4, rtol=0)
     indices = model.encode(golden["in/images"].to(device)).cpu().flatten()
     assert (indices == golden["out/enc_indices"].flatten()).float().mean() > 0.99, "but where two codes are as near"
     with torch.autocast(device, torch.bfloat16):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import platform
 import resource
 import statistics
@@ -83,7 +82,6 @@ class Bench:
     def free(self) -> None:
         """Give memory that nothing holds back to the device, and begin to look for the peak again."""
         if self.device == "cuda":
-            gc.collect()  # CUDA
             torch.cuda.empty_cache()  # CUDA
             torch.cuda.reset_peak_memory_stats()  # CUDA
 
