@@ -6,11 +6,13 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from argrpo_cli.policy import load_policy
 from tests.rewards.judge.fake_server import FakeServer
 from tests.training.tiny import tiny_caption_policy
 
@@ -68,14 +70,18 @@ def chat_server(judge, reply) -> FakeServer:
     return FakeServer(reply, {"data": [{"id": judge.published}]})
 
 
+LOADED_ONCE = cache(load_policy)
+
+
 def draw_greys(monkeypatch) -> None:
-    """Let every policy draw the picture number i of its seeds in the grey i."""
+    """Let every policy, which is loaded once, draw the picture number i of its seeds in the grey i."""
 
     def draw_batch(policy, shots, sampling, size=None):
         greys = torch.tensor([shot.seed % 100 for shot in shots], dtype=torch.uint8)
         return None, greys[:, None, None, None].expand(-1, 3, 16, 16)
 
     monkeypatch.setattr("argrpo_cli.draw.draw_batch", draw_batch)
+    monkeypatch.setattr("argrpo_cli.policy.load_policy", LOADED_ONCE)
 
 
 def save_two_policies(folder: Path) -> list[str]:

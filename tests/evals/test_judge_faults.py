@@ -13,7 +13,7 @@ from argrpo_cli.cli.app import run
 from argrpo_cli.evals.unigenbench import UniGenJudge
 from argrpo_cli.evals.wise import WiseJudge
 from argrpo_cli.rewards.geneval2 import GenEval2
-from argrpo_cli.rewards.judge import JudgeQuality, UnifiedReward
+from argrpo_cli.rewards.judge import UnifiedReward
 from argrpo_cli.rewards.judge.deqa import LEVELS, Deqa
 from argrpo_cli.shapes import Result
 from argrpo_cli.system.files import read_jsonl
@@ -40,7 +40,6 @@ def with_logprobs(text, others=("Yes", "No")):
 CASES = {
     "unigenbench": (UniGenJudge, ("<score>[1]</score>", "<score>[0]</score>"), (1, 0), "Style"),
     "wise": (WiseJudge, ("Score: 1", "Score: 0"), (1, 0), "Culture"),
-    "judge-quality": (JudgeQuality, ('{"score": 4}', '{"score": 1}'), (4, 1), "judge-quality"),
     "unified-reward": (UnifiedReward, ("Final Score: 4", "Final Score: 1"), (4 / 5, 1 / 5), "unified-reward"),
     "deqa": (Deqa, (with_logprobs("good", LEVELS), with_logprobs("bad", LEVELS)), (4 / 5, 1 / 5), "deqa"),
     "geneval2": (GenEval2, (with_logprobs("Yes"), with_logprobs("No")), (1, 0), "gm"),
@@ -64,9 +63,8 @@ def command(name, policy, folder, url, timeout=PATIENT):
     if name in (*JUDGED, "geneval2"):
         return ["eval", name, *shared, *files, "--url", url, *settings]
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    settings += [f"--set={name}.url={url}"] + ([f"--set={name}.backend=server"] if name == "judge-quality" else [])
     prompts = ["--prompts", str(folder / "prompts.txt"), "--columns", name]
-    return ["eval", "drawbench", *shared, *prompts, *settings]
+    return ["eval", "drawbench", *shared, *prompts, *settings, f"--set={name}.url={url}"]
 
 
 @pytest.mark.parametrize("name", CASES)
