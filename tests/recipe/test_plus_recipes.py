@@ -11,6 +11,8 @@ NAMES = [name.removeprefix("plus/") for name in list_recipes() if name.startswit
 POLICY = {"c2i_b256": "c2i-b-256", "c2i_l384": "c2i-l-384", "c2i_xl384": "c2i-xl-384", "t2i_xl256": "t2i-xl-256"}
 METHODS = {"loo_fid": "c2i_b256", "clusters": "t2i_xl256"}  # published since, and the recipe without them
 TOKENS = {"gcpo": "gcpo", "stage": "stage", "guidance_contrast": "guidance", "eg_grpo": "eg"}  # grpo.tokens.method
+REAL = {"cca_b384": "c2i-b-384", "cca_l384": "c2i-l-384", "cca_xl384": "c2i-xl-384", "pixel": "c2i-xxl-384"}
+REAL |= {"pixel_t2i": "t2i-xl-256"}  # learn from real images
 GUIDANCE = {"c2i_b256": 2.0, "c2i_l384": 2.0, "c2i_xl384": 1.75, "t2i_xl256": [2.0, 4.0, 7.5]}  # of the teachers
 
 
@@ -27,6 +29,7 @@ def test_every_size_has_guidance_first_and_the_two_controls_are_there():
         "loo_fid_whole",
         *METHODS,
         *TOKENS,
+        *REAL,
     } == set(NAMES)
 
 
@@ -36,7 +39,8 @@ def test_all_draw_and_train_one_distribution_without_guidance(name):
     assert recipe.name == f"plus-{name.replace('_', '-')}" and recipe.policy.checkpoint in POLICIES
     assert (recipe.sampling.cfg_scale, recipe.sampling.temperature) == (1.0, 1.0)
     assert (recipe.sampling.top_k, recipe.sampling.top_p) == (0, 1.0)
-    assert recipe.method == ("distil" if name.endswith("_distil") else "grpo")
+    own = name.partition("_")[0] if name in REAL else "grpo"
+    assert recipe.method == ("distil" if name.endswith("_distil") else own)
     assert recipe.optim.steps == recipe.logging.keep_steps[-1] and recipe.optim.batch_size % 64 == 0
 
 
@@ -110,10 +114,27 @@ def test_gcpo_s_setting_is_as_in_its_authors_configuration():
 def test_published_numbers_are_of_the_start_where_no_such_run_is_published():
     told = {name: one for name in NAMES for one in plus(name).published}
     assert told.keys() == set(NAMES)
-    assert {name for name, one in told.items() if one.trained} == {"t2i_xl256_unguided"}
+    assert {name for name, one in told.items() if one.trained} == {"t2i_xl256_unguided", "pixel", "pixel_t2i"}
     gcpo, cca = told["t2i_xl256_unguided"], told["c2i_l384_cca"]
     assert (gcpo.step, gcpo.measures, gcpo.base, gcpo.trained) == (1875, ["overall"], [0.306], [0.39])
     assert (cca.step, cca.measures, cca.base) == (0, ["FID"], [3.43])
     guided = told["c2i_l384"]
     assert (guided.table, guided.step, guided.base) == ("table 2", 0, [256.07, 3.08, 6.09, 0.83, 0.52])
     assert told["t2i_xl256_distil"].base[-1] == 0.306  # table 3, overall
+
+
+def test_what_learns_from_real_images_is_set_as_its_authors_say():
+    for name, policy in REAL.items():
+        assert plus(name).policy.checkpoint == policy
+    for size, weight in (("b", 1000), ("l", 300), ("xl", 1000)):
+        recipe = plus(f"cca_{size}384")
+        cca = recipe.cca
+        assert (cca.beta, cca.lmbda, cca.condition_dropout, cca.batch_size) == (0.02, weight, 0.1, 256)
+        assert (cca.learning_rate, cca.steps, cca.betas, cca.weight_decay) == (1e-5, 5000, [0.9, 0.95], 0.05)
+    for name, noise in (("pixel", 0.0), ("pixel_t2i", 0.5)):
+        recipe = plus(name)
+        pixel = recipe.pixel
+        assert (pixel.samples, pixel.noise, pixel.cross_entropy_weight, pixel.perceptual) == (8, noise, 0.1, "lpips")
+        assert (pixel.mse_weight, pixel.perceptual_weight, pixel.learning_rate) == (1.0, 1.0, 1e-6)
+        assert pixel.steps * pixel.batch_size == recipe.real.limit == 12_800
+        assert (pixel.betas, pixel.weight_decay) == ([0.9, 0.999], 1e-4)
