@@ -38,6 +38,8 @@ MISTAKES = [  # a command line, and what the error names
     (["train", "nano/c2i", "--set", "policy.checkpoint=nano-c3i", "--dry-run"], "no policy 'nano-c3i'"),
     (["train", "nano/c2i", "--set", "policy.checkpoint=nano-t2i"], "set conditions.source: captions"),
     (["train", "nano/c2i", "--set", "conditions.classes=[dgo]"], "no class 'dgo'"),
+    (["train", "nano/cca", "--set", "real.path=gone"], "real.path gone: no folder, .npz or .tar files"),
+    (["train", "nano/c2i", "--set", "start={method: pixel, real: {path: gone}}"], "real.path gone: no folder"),
     (["train", "nano/c2i", "--out", "used"], "used is not empty and not a run"),
     (["eval", "nano", "--policy", "nano-c3i"], "no policy 'nano-c3i'"),
     (["eval", "nano", "--n", "47"], "--n 47: give 48 to"),

@@ -61,6 +61,7 @@ def train(
     from argrpo_cli.runs.run import clear_for_pilot, refuse_edited, refuse_used
     from argrpo_cli.system.files import check_writable
     from argrpo_cli.training.launch import check_launch
+    from argrpo_cli.training.shards import check_there
 
     set_ = set_ or []
     options = {"steps": steps, "lr": lr, "seed": seed, "device": device}
@@ -93,6 +94,8 @@ def train(
             refuse_used(run_dir)
             check_writable(run_dir)
     check_launch(processes, loaded.policy.device, accelerate_config)
+    if not dry_run:  # which lists what is missing
+        check_there(loaded)
     notice(f"loading {loaded.policy.checkpoint} ...")
     if dry_run:
         # The plan for people on standard error, the resolved recipe for a file on standard output.

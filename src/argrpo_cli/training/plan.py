@@ -23,8 +23,8 @@ from argrpo_cli.system.processes import is_device, resolve_device
 from argrpo_cli.training.conditions import check_source, run_captions, run_conditions
 from argrpo_cli.training.launch import check_alone, check_processes, images_per_process, settle_dtype
 from argrpo_cli.training.memory import PHASES, Part, estimate, room_here, total, trained_parameters, what_fits
-from argrpo_cli.training.real import NANO, SCENES
-from argrpo_cli.training.shards import shards
+from argrpo_cli.training.real import SCENES
+from argrpo_cli.training.shards import NANO, shards
 from argrpo_cli.training.streams import open_captions
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from argrpo_cli.subjects import find_items
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import expanded, read_text, user_cache
 from argrpo_cli.system.npz import Npz
-from argrpo_cli.training.shards import members, shards
+from argrpo_cli.training.shards import NANO, members, shards
 
 if TYPE_CHECKING:
     from argrpo_cli.nano.scenes import Scene
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from argrpo_cli.recipe.real import RealSection
     from argrpo_cli.system.processes import Team
 
-NANO = "nano"
 SCENES = 10_000  # of the nano world, where no limit is said
 SCENE_SEED = 83  # apart from those that its networks were trained and measured on
 

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -26,6 +26,10 @@ from argrpo_cli.system.errors import UserError, shortened
 from argrpo_cli.system.files import expanded, open_regular, readable
 from argrpo_cli.system.plain import parse_json
 
+if TYPE_CHECKING:
+    from argrpo_cli.recipe import Recipe
+
+NANO = "nano"  # of `real.path`: scenes that are rendered
 MOST_TEXT = 2**20  # bytes of what says what a picture shows
 SAYING = (".txt", ".cls", ".json")
 
@@ -41,6 +45,13 @@ def shards(pattern: str) -> list[Path]:
         return []
     names = glob.glob(str(path)) or [str(path)]
     return [Path(name) for name in sorted(names, key=natural)]
+
+
+def check_there(recipe: Recipe) -> None:
+    """UserError where real images that the recipe learns from are not there; nothing is opened."""
+    for path in (one.real.path for one in recipe.stages if one.learns_from_images):
+        if path != NANO and not any(file.exists() for file in shards(path) or [expanded(path)]):
+            raise UserError(f"real.path {path}: no folder, .npz or .tar files; or say {NANO}, for rendered scenes")
 
 
 def members(tars: Sequence[Path], column: str, limit: int | None) -> Iterator[Item]:
