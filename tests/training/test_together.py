@@ -195,7 +195,8 @@ def test_a_fault_of_one_process_is_told_by_the_first_alone(two: tuple[Path, Any]
 
 def test_sharded_parameters_train_as_whole_ones_do(one: Path, tmp_path: Path) -> None:
     """FSDP2 by the configuration that the package ships; one run is stopped and resumed."""
-    ends = start(tmp_path, "captions", "level", "stopped", "resumed", config="fsdp2")
+    ends = start(tmp_path, "captions", "level", "stopped", "resumed", "moving", config="fsdp2")
+    assert ends[0]["moving"].startswith("UserError grpo.reference_decay needs whole weights in each process")
     assert [end["stopped"] for end in ends] == ["Interrupted 143"] * 2
     assert_same_training_of_captions(one / "run_of_captions", tmp_path / "run_of_captions", tmp_path / "captions")
     assert_same_training(one / "plain", tmp_path / "stopped", tmp_path / "policy")

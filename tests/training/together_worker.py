@@ -121,6 +121,11 @@ def refused(folder: Path, out: Path) -> None:
     run_training(tiny_recipe(folder / name, **PLAIN), out, rewards=FakeRewards())
 
 
+def moving(folder: Path, out: Path) -> None:
+    """A reference that follows weights which are nowhere whole, where they are shared out."""
+    run_training(tiny_recipe(folder / "policy", **PLAIN, reference_decay=0.5), out, rewards=FakeRewards())
+
+
 def broken(folder: Path, out: Path) -> None:
     """The sampler of one process finds weights that are not numbers."""
     draw = LlamaGen.sample
@@ -137,7 +142,7 @@ def broken(folder: Path, out: Path) -> None:
 
 CASES: dict[str, Callable[[Path, Path], None]] = {
     one.__name__: one
-    for one in (plain, straddling, comparing, level, captions, stopped, resumed, failing, refused, broken)
+    for one in (plain, straddling, comparing, level, captions, stopped, resumed, failing, refused, moving, broken)
 }
 
 
