@@ -34,6 +34,11 @@ MISTAKES = [  # a command line, and what the error names
     (["train", "nano/c3i"], "no recipe 'nano/c3i'"),
     (["train", "nano/c2i", "--set", "grpo.bta=1"], "unknown key 'grpo.bta'"),
     (["train", "nano/c2i", "--set", "rewards.terms=[{name: nano-clop}]"], "'nano-clop' is unknown"),
+    (["train", "nano/c2i", "--set", "rewards.terms=[{name: loo-fid}]"], "reward loo-fid needs options.reference, or "),
+    (
+        ["train", "nano/c2i", "--set", "rewards.terms=[{name: loo-fid, options: {reference: gone.npz}}]"],
+        "reward loo-fid: no file gone.npz",
+    ),
     (["train", "nano/c2i", "--set", "policy.checkpoint=nano-c3i"], "no policy 'nano-c3i'"),
     (["train", "nano/c2i", "--set", "policy.checkpoint=nano-c3i", "--dry-run"], "no policy 'nano-c3i'"),
     (["train", "nano/c2i", "--set", "policy.checkpoint=nano-t2i"], "set conditions.source: captions"),

@@ -146,7 +146,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path, monkeypatch):
         load_reward("loo-fid", options={"reference": "adm-256"})
     with pytest.raises(UserError, match="decay is 1"):
         load_reward("loo-fid", options={"decay": 1.0})
-    assert "argrpo eval imagenet fetches" in LooFid.needs({}).missing
+    assert "which `argrpo eval imagenet` fetches" in LooFid.needs({}).missing
     assert LooFid.needs({"features": "nano"}).missing == LooFid.needs({"reference": "a.npz"}).missing == ""
     (tmp_path / "VIRTUAL_imagenet256_labeled.npz").touch()
     assert LooFid.needs({}).missing == "" and "torch_fidelity" in LooFid.needs({}).packages

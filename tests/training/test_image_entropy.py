@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from argrpo_cli.cli.app import run
@@ -16,11 +19,14 @@ from argrpo_cli.rewards import RewardSet
 from argrpo_cli.rewards.base import Reward
 from argrpo_cli.rewards.stage_entropy import StageEntropy
 from argrpo_cli.shapes import Sampling
+from argrpo_cli.training import run_training
 from argrpo_cli.training.grpo import ImageGRPOTrainer
 from argrpo_cli.training.image_entropy import image_entropies
 from argrpo_cli.training.rollout import Stopwatch
 from argrpo_cli.training.scorer import BatchScorer
-from tests.training.tiny import count_of_3, tiny_recipe
+from tests.policy.test_var_training import tiny_var
+from tests.policy.tiny_janus import PROMPTS, tiny_janus
+from tests.training.tiny import brightness, count_of_3, tiny_recipe
 
 NAN = float("nan")
 
@@ -104,6 +110,29 @@ def test_entropies_are_those_of_the_policy_and_of_its_reference(
     best = table[..., 1] == table[..., 1].amax(1, keepdim=True)
     torch.testing.assert_close(table[..., 0], torch.where(best, bonus, 0), rtol=1e-6, atol=0)
     assert best.sum() < best.numel()
+
+
+class Bright(Reward):
+    def score(self, images: Tensor, conditions: Any) -> Tensor:
+        return brightness(images)
+
+
+@pytest.mark.parametrize("family", [tiny_var, tiny_janus])
+def test_every_family_begins_with_the_reference_s_entropy_and_leaves_it(
+    family: Callable[[], Any], tmp_path: Path
+) -> None:
+    """The best of four images has 1 before the first update, and less after."""
+    family().save(tmp_path / "policy")
+    captions = {"source": "captions", "captions": list(PROMPTS)} if family is tiny_janus else {}
+    recipe = tiny_recipe(
+        tmp_path / "policy", ["stage-entropy", "imagereward"], steps=2, beta=0.01, learning_rate=0.05,
+        conditions=captions, cfg_scale=1.0, weights={"stage-entropy": 0.4},
+    )  # fmt: skip
+    rewards = RewardSet({"stage-entropy": StageEntropy(), "imagereward": Bright()})
+    run_training(recipe, tmp_path / "run", rewards=rewards, console=Console(file=io.StringIO()))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, second = (line["rewards"]["stage-entropy"]["mean"] for line in lines)
+    assert first == pytest.approx(0.25, abs=1e-6) and 0 < second < 0.25 - 1e-6
 
 
 @pytest.mark.parametrize(

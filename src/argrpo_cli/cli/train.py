@@ -109,6 +109,7 @@ def train(
         sys.stdout.write(dump_recipe(loaded))
         return
     check_weights_at_hand(loaded.policy.checkpoint)
+    _check_supplies(loaded)
     if processes is not None and processes > 1:
         what = [str(recipe), "--out", str(run_dir)] if resume is None else ["--resume", str(resume)]
         again = ["train", *what, *(f"--set={text}" for text in set_)]
@@ -172,6 +173,15 @@ def _check_names(recipe: Recipe) -> None:
         check_source(section, seen.reads, recipe.policy.checkpoint)
         for name in (*(section.classes if section.classes != "all" else ()), *section.weights):
             class_id(name, seen.names)
+
+
+def _check_supplies(recipe: Recipe) -> None:
+    """Refuse before torch is loaded, and a policy fetched, a reward without what nobody but the user can supply."""
+    from argrpo_cli.rewards import check_reward
+
+    for term in (term for one in recipe.stages if one.scored for term in one.rewards.terms):
+        if missing := check_reward(term.name).needs(term.options).missing:
+            raise UserError(f"reward {term.name} needs {missing}")
 
 
 def _tell_whose(recipe: Recipe, options: dict[str, Any]) -> None:

@@ -97,8 +97,6 @@ class LooFid(Reward):
         decay: Annotated[float, Ge(0), Lt(1)] | None = None,
         base: File = None,
     ):
-        if base is not None and decay is None:
-            raise UserError("reward loo-fid: base is where running moments start, and there are none; set decay, too")
         if features == "nano" and reference is None:
             from argrpo_cli.nano.judge import reference_moments
 
@@ -115,13 +113,23 @@ class LooFid(Reward):
             self.running = Moments(mean, deviation.square() + mean.square())
 
     @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """UserError also for a file that is not there, and for a start of moments that do not run."""
+        super().check_options(options)
+        if options.get("base") is not None and options.get("decay") is None:
+            raise UserError("reward loo-fid: base is where running moments start, and there are none; set decay, too")
+        for key in ("reference", "base", "weights"):
+            if (file := options.get(key)) not in (None, ADM_NAME) and not Path(file).is_file():
+                raise UserError(f"reward loo-fid: no file {file}; give {key} as a path")
+
+    @classmethod
     def needs(cls, options: Mapping[str, Any], device: str = "cpu") -> Needs:
         """Inception and a reference; the nano world's are bundled."""
         kind = options.get("features", "inception")
         needs = Features.needs(kind, options)
         if kind == "nano" or options.get("reference") not in (None, ADM_NAME) or adm_file().is_file():
             return needs
-        return needs._replace(missing=f"options.reference, or {adm_file()}, which argrpo eval imagenet fetches")
+        return needs._replace(missing=f"options.reference, or {adm_file()}, which `argrpo eval imagenet` fetches")
 
     def look(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """Features float32 [B, D]."""
