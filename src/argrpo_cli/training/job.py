@@ -96,14 +96,13 @@ class Job:
     console: Console | None
     whole: Path
     ema: EmaCallback | None = None
-    scorer: BatchScorer | None = None
-    selection: Selection | None = None
     start: Start | None = None  # of the first process
 
     def __post_init__(self) -> None:
         recipe, optim = self.recipe, self.recipe.optim
         self.weights: dict[str, float] = {}  # what each raw reward counts
-        self.states: list[EntropyCallback | ReferenceCallback] = []  # of GRPO's trainer
+        # What a checkpoint holds beside the trainer's own, of GRPO.
+        self.states: list[BatchScorer | EntropyCallback | ReferenceCallback | Selection] = []
         if self.rewards is not None:
             self.weights = reward_weights(recipe.rewards, self.rewards.family)
             self.rewards.tolerated = {name for name, weight in self.weights.items() if not weight}
@@ -174,10 +173,6 @@ class Job:
             self.policy.sampling = {**self.policy.sampling, "cfg_scale": 1.0}
         if checkpoint is not None:
             load_position(self.conditions, checkpoint)
-            if self.selection is not None:
-                self.selection.load(checkpoint)
-            if self.scorer is not None:
-                self.scorer.load(checkpoint)
             team.together(lambda: [one.load(checkpoint) for one in self.states])
         for folder in (run.policy_dir, run.ema_dir):  # an earlier end of this run is overtaken once it goes on
             team.lead(partial(remove_folder, folder))
@@ -352,9 +347,8 @@ class Job:
         scorer = BatchScorer(
             self.rewards, self.weights, optim.group_size, stopwatch, limit, fail, team, recipe.grpo.aggregation
         )
-        self.scorer = scorer if recipe.method == "grpo" else None
-        self.selection = Selection(recipe, self.conditions) if recipe.selects or recipe.scales_globally else None
-        rollout = Rollout(recipe, self.conditions, policy, stopwatch, team, scorer, self.selection)
+        selection = Selection(recipe, self.conditions) if recipe.selects or recipe.scales_globally else None
+        rollout = Rollout(recipe, self.conditions, policy, stopwatch, team, scorer, selection)
         grpo = recipe.method == "grpo"
         names = {"grpo": list(self.weights), "pixel": list(NAMES)}.get(recipe.method)
         metrics = MetricsCallback(run, self.display, stopwatch, names, optim.batch_size, seconds_before, team)
@@ -380,7 +374,8 @@ class Job:
         new = BUILDERS[recipe.method]
         trainer = team.together(lambda: new(recipe, policy, rollout, own, run.partial_dir, callbacks))
         if grpo:
-            metrics.ratio_meter, self.states = trainer.ratio_meter, trainer.states
+            metrics.ratio_meter = trainer.ratio_meter
+            self.states = [scorer, *([] if selection is None else [selection]), *trainer.states]
         for key, callback in (("ema_decay", self.ema), ("reference_decay", grpo and trainer.reference)):
             if callback and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
                 team.fail(
@@ -412,10 +407,6 @@ class Job:
         if self.ema is not None:
             self.ema.save(folder)
         save_position(self.conditions, folder)
-        if self.selection is not None:
-            self.selection.save(folder)
-        if self.scorer is not None:
-            self.scorer.save(folder)
         for one in self.states:
             one.save(folder)
 
