@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from argrpo_cli.cli.options import command, tell
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.processes import notice, say
+from argrpo_cli.system.processes import again, notice, say
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
@@ -112,10 +112,10 @@ def train(
     _check_supplies(loaded)
     if processes is not None and processes > 1:
         what = [str(recipe), "--out", str(run_dir)] if resume is None else ["--resume", str(resume)]
-        again = ["train", *what, *(f"--set={text}" for text in set_)]
-        again += [f"--{name}={value}" for name, value in options.items()]
-        again += ["--pilot", f"--minutes={minutes or PILOT_MINUTES}"] if pilot else []
-        return _together(again, loaded, processes, accelerate_config or "ddp")
+        line = ["train", *what, *(f"--set={text}" for text in set_)]
+        line += [f"--{name}={value}" for name, value in options.items()]
+        line += ["--pilot", f"--minutes={minutes or PILOT_MINUTES}"] if pilot else []
+        return _together(line, loaded, processes, accelerate_config or "ddp")
 
     if resume is None:
         _tell_sampling(loaded)
