@@ -25,7 +25,7 @@ from argrpo_cli.policy.folder import (
 from argrpo_cli.shapes import DTYPES
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line
 from argrpo_cli.system.files import read_json
-from argrpo_cli.system.processes import resolve_device
+from argrpo_cli.system.processes import resolve_device, tell_slow
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,6 +69,7 @@ def load_policy(
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     device = resolve_device(device)
+    tell_slow(dtype, device)
     if is_published(name_or_path):
         return _published(name_or_path).open_published(name_or_path, device, dtype, text_device)
     folder = find_policy(name_or_path)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from argrpo_cli.system.errors import UserError, did_you_mean
+from argrpo_cli.system.processes import quick_in_bfloat16
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
@@ -65,22 +66,12 @@ def images_per_process(recipe: Recipe, processes: int) -> tuple[int, int]:
 
 
 def settle_dtype(recipe: Recipe, device: str) -> Recipe:
-    """The recipe with `policy.dtype: auto` settled for a device.
-
-    Without AMX a CPU takes 1.3 times as long in bfloat16 as in float32 although it has AVX-512 instructions for it, and
-    three times without those (nano-c2i, oneDNN held to these instructions).
-    """
-    import torch
-
+    """The recipe with `policy.dtype: auto` settled for a device."""
     if recipe.start is not None:
         recipe = recipe.model_copy(update={"start": settle_dtype(recipe.start, device)})
     if recipe.policy.dtype != "auto":
         return recipe
-    if device.startswith("cuda"):
-        fast = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch before 2.11 does not say
-        fast = device == "cpu" and capabilities().get("amx_bf16", False)
+    fast = quick_in_bfloat16(device)
     policy = recipe.policy.model_copy(update={"dtype": "bfloat16" if fast else "float32"})
     return recipe.model_copy(update={"policy": policy})
 
