@@ -63,3 +63,13 @@ def test_before_stands_left_of_after_and_a_base_left_of_both(tmp_path):
     assert np.array_equal(before_after(before, after, columns=2, base=tmp_path / "base.png"), sheet)
     with pytest.raises(ValueError, match="same conditions"):
         before_after(before, after[:1], columns=2)
+
+
+def test_captions_stand_below_the_images_of_labelled_rows():
+    images = np.full((4, 3, 64, 64), 128, np.uint8)
+    plain = image_grid(images, 2, ["first", "second"], scale=2)
+    told = image_grid(images, 2, ["first", "second"], scale=2, captions=["0.5 a dog", "", "0.1 " + "a cat " * 9, "x"])
+    assert told.width == plain.width and told.height > plain.height + 2 * 2 * 10, "up to three lines in each row"
+    rows, pixels = told.height // 2, np.asarray(told)
+    assert (pixels[rows - 50 : rows, : told.width // 2] < 100).any(), "ink below the first"
+    assert (pixels[rows - 50 : rows, told.width // 2 :] == 255).all(), "and none below the second"

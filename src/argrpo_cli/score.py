@@ -260,7 +260,7 @@ def _result(
 
 
 def best_and_worst(items: Sequence[Item], columns: Mapping[str, Sequence[float | None]]) -> Image.Image:
-    """A sheet with two rows for each reward, of the images it likes best and least."""
+    """A sheet with two rows for each reward, of the images it likes best and least, their scores and captions below."""
     from argrpo_cli.system.grids import image_grid
 
     count = min(SHEET_COLUMNS, len(items))
@@ -277,7 +277,15 @@ def best_and_worst(items: Sequence[Item], columns: Mapping[str, Sequence[float |
     blank = np.full((3, THUMBNAIL, THUMBNAIL), 255, np.uint8)
     padded = [index for _, chosen in rows for index in [*chosen, *[-1] * (count - len(chosen))]]
     tiles = [small.get(index, blank) for index in padded]
-    return image_grid(np.stack(tiles), count, [label for label, _ in rows])
+    named = [name for name in columns for _ in range(2)]  # the reward of each row
+    scores = [columns[name] for name in named for _ in range(count)]
+    captions = [_caption(items[i], score[i]) if i >= 0 else "" for i, score in zip(padded, scores, strict=True)]
+    return image_grid(np.stack(tiles), count, [label for label, _ in rows], captions=captions)
+
+
+def _caption(item: Item, score: float) -> str:
+    """What an image scored and should show, or where that is not known its file."""
+    return f"{score:.4g} {item.file if item.condition is None else item.condition.prompt}"
 
 
 def _thumbnail(pixels: np.ndarray) -> np.ndarray:

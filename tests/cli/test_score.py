@@ -305,7 +305,7 @@ def test_missing_scores_are_told_and_left_out_of_the_statistics(folder, rewards,
     row = result.protocol["rewards"]["bright"]
     assert (result.rows[str(folder)]["bright"].value, row["missing"], row["last_error"]) == (2, 1, "no answer")
     assert (folder / "scores.partial").exists(), "the same call asks again for what is missing"
-    assert result.warnings == [warning] and warning in " ".join(capsys.readouterr().out.split())
+    assert result.warnings == [warning] and warning in capsys.readouterr().err
 
 
 # --- interruption ---

@@ -72,7 +72,8 @@ def test_curves_are_drawn_from_the_first_update_on(tmp_path: Path, count: int) -
 def test_gaps_zeros_and_ends_of_floats_are_no_obstacle(tmp_path: Path, deviations: tuple[float, float]) -> None:
     mean, largest = deviations
     measured = {"ratio_deviation_mean": mean, "ratio_deviation": largest, "clip_low": 0.0, "clip_high": 0.0}
-    records = [record(step, reward=None, **measured) for step in (1, 2, 3)]
+    records = [record(step, reward=None, **measured) for step in (1, 2)]
+    records.append(record(3, reward=None, ratio_deviation_mean=1e-3, ratio_deviation=1e-2))
     panel_svg(next(one for one in panels(records, {}) if "ratio - 1" in one.title), [1, 2, 3])
     draw_curves(records, tmp_path / "curves.png", "a run", ROLES)
     assert (tmp_path / "curves.png").exists()
@@ -133,3 +134,14 @@ def test_errors_hold_for_trends_with_correlated_noise(correlation: float, least:
         moved = change((trend + noise).tolist())
         misses.append((moved.difference - (trend[-14:].mean() - trend[:14].mean())) / moved.error)
     assert least < np.std(misses) < most  # 1 where the errors are exactly right
+
+
+def test_what_is_the_same_all_along_has_no_panel_but_a_reward_and_a_runs_first_update_have() -> None:
+    still = {"clip_low": 0.0, "clip_high": 0.0, "ratio": 1.0, "grad_norm": None}
+    flat = {"nano-clip": {"mean": 0.5}}
+    shown = {panel.title for panel in panels([record(step, rewards=flat, **still) for step in (1, 2, 3)], ROLES)}
+    assert not {"share of tokens clipped", "ratio to the sampler, mean", "gradient norm"} & shown
+    assert {"reward: nano-clip", "policy entropy (nats per token)"} <= shown
+    jitter = [record(step, ratio=1 + 1e-8 * step) for step in (1, 2, 3)]
+    assert "ratio to the sampler, mean" not in {panel.title for panel in panels(jitter, ROLES)}, "it is rounding"
+    assert "ratio to the sampler, mean" in {panel.title for panel in panels([record(1)], ROLES)}

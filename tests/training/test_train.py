@@ -183,6 +183,7 @@ def test_signal_saves_and_resume_equals_an_uninterrupted_run(
     assert "finishing update 3; again to stop now\n" in capfd.readouterr().err, "said in the moment of the signal"
     assert (out / "checkpoints" / "step_000003" / "policy.json").exists()
     assert not (out / "policy").exists()
+    assert (out / "grids" / "step_000003.png").is_file() and (out / "before_after.png").is_file(), "as far as it came"
     load_policy(out)  # usable as it is
     assert (unfinished(out), unfinished(finished)) == ("step 3 of 6", "")
 

@@ -109,7 +109,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _goes_on(arguments: Sequence[str]) -> str:
     """That the same command continues, of those that do."""
     command = next((one for one in arguments if not one.startswith("-")), "")
-    if command not in ("sample", "score", "eval", "entropy") or arguments[:2] in (["eval", "nano"], ["eval", "report"]):
+    kept = any(one.partition("=")[0] == "--out" for one in arguments) or arguments[:2] != ["eval", "nano"]
+    if command not in ("sample", "score", "eval", "entropy") or arguments[:2] == ["eval", "report"] or not kept:
         return ""
     without = " without --overwrite" if "--overwrite" in arguments else ""
     return f"; the same command{without} goes on where it stopped"

@@ -188,7 +188,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Two panels: mean entropy against step (or by policy) with 95 % intervals, and entropy by position."""
+    """Two panels: mean entropy against step (or by policy) ± standard error, and entropy by position."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -199,10 +199,10 @@ def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for mode, color in COLORS.items():
         own = [row for row in rows if row["mode"] == mode]
         x = [steps[row["policy"]] if along_run else names.index(row["policy"]) for row in own]
-        error = [NORMAL_95 * row["standard_error"] for row in own]
+        error = [row["standard_error"] for row in own]
         left.errorbar(x, [row["mean"] for row in own], error, color=color, marker="o", capsize=3, label=mode,
                       linestyle="-" if along_run else "none")  # fmt: skip
-    left.set_ylabel("entropy, nats per token")
+    left.set_ylabel("entropy, nats per token ± standard error")
     left.set_xlabel("step" if along_run else "")
     if not along_run:
         left.set_xticks(range(len(names)), [_shortened(name) for name in names])
@@ -235,7 +235,7 @@ def has_bars(rows: Sequence[dict[str, Any]]) -> bool:
 
 
 def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel for each mode: bars with 95 % intervals, side by side the policies of one size, resolution and kind.
+    """A panel for each mode: bars ± standard error, side by side the policies of one size, resolution and kind.
 
     The axis does not start at zero: the differences are small beside the entropy itself. Above each bar but the first
     of its group stands the change with its own, paired error, which is smaller than the bars' errors suggest.
@@ -257,10 +257,10 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for group, members in enumerate(families.values()):
             for place, name in enumerate(members):
                 row, x = of[name], group + (place - (len(members) - 1) / 2) * width
-                error = NORMAL_95 * row["standard_error"]
+                error = row["standard_error"]
                 axes.bar(x, row["mean"], 0.9 * width, yerr=error, capsize=3, color=SHADES[place % len(SHADES)])
                 if place:
-                    change = f"{row['change']:+.4f}\n± {NORMAL_95 * row['change_error']:.4f}"
+                    change = f"{row['change']:+.4f}\n± {row['change_error']:.4f}"
                     axes.annotate(change, (x, row["mean"] + error), (0, 4), textcoords="offset points", ha="center",
                                   fontsize=8)  # fmt: skip
                 ticks.append(x)
@@ -269,8 +269,8 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
             ticks, names, rotation=20 if count > 2 else 0, ha="right" if count > 2 else "center", fontsize=8
         )
         axes.set_xlim(-0.6, len(families) - 0.4)
-        low = min(row["mean"] - NORMAL_95 * row["standard_error"] for row in of.values())
-        high = max(row["mean"] + NORMAL_95 * row["standard_error"] for row in of.values())
+        low = min(row["mean"] - row["standard_error"] for row in of.values())
+        high = max(row["mean"] + row["standard_error"] for row in of.values())
         room = max(high - low, 0.02)
         axes.set_ylim(max(0.0, low - 0.5 * room), high + 0.4 * room)
         above = axes.secondary_xaxis("top")
@@ -278,7 +278,9 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
         above.tick_params(length=0)
         scales = " and ".join(dict.fromkeys(f"{row['cfg_scale']:g}" for row in of.values()))
         axes.set_title(mode if mode == "conditional" else f"guided, cfg {scales}", fontsize=11)
-        axes.set_ylabel("entropy, nats per token" + (" (not from 0)" if axes.get_ylim()[0] > 0 else ""))
+        axes.set_ylabel(
+            "entropy, nats per token ± standard error" + (" (not from 0)" if axes.get_ylim()[0] > 0 else "")
+        )
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     _save(figure, path)

@@ -75,7 +75,7 @@ from argrpo_cli.policy.llamagen.pretrained import VQModel
 from argrpo_cli.rewards import RewardSet, check_reward, load_rewards, reward_weights
 from argrpo_cli.shapes import Column, Condition, Result, Sampling, Shot, class_prompt
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.processes import ALONE, Team, join_team
+from argrpo_cli.system.processes import ALONE, Team, join_team, say
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Card, Policy
@@ -216,6 +216,7 @@ class Nano(Benchmark):
 
     def of_pictures(self, images: Tensor, class_ids: Tensor | None) -> Measures:
         """Every measure of uint8 images [B, 3, 64, 64]; without their classes, int64 [B], what needs none."""
+        say(f"measuring {len(images):,} images: fidelity and diversity")
         features = self.judge.features(images.cpu())
         groups = class_groups(len(images), class_ids)
         measures = set_measures(images, features, self.judge, groups) | manifold_measures(features, self.judge, groups)
@@ -241,6 +242,7 @@ class Nano(Benchmark):
     def _of_classes(self, images: Tensor, features: Tensor, class_ids: Tensor) -> Measures:
         """What can be said of each picture whose class is known."""
         conditions = [_condition(one) for one in class_ids.tolist()]
+        say(f"measuring {len(images):,} images: rewards and the match with a rendering")
         raw = {name: scores.cpu() for name, scores in self.rewards.score(images, conditions, self.batch_size).items()}
         match = self.judge.match(images, class_ids)
         values = {

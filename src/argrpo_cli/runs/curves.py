@@ -74,7 +74,8 @@ MOST_PARTS = 5  # of a model, whose drift is shown: those that moved most
 
 
 def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
-    """The panels of a run, one per question, in the order in which they are read; what was never measured has none.
+    """The panels of a run, one per question, in the order in which they are read; what was never measured, or is
+    constant, has none (a constant reward has: something is wrong with it).
 
     Args:
         records: lines of metrics.jsonl. Keys that an earlier version did not write count as not measured.
@@ -156,9 +157,16 @@ def panels(records: Sequence[Record], roles: Roles) -> list[Panel]:
         ),
     ]
     for one in every:
-        least = 2 if one.exact else 1
-        one.lines[:] = [line for line in one.lines if len({*line.values} - {None}) >= least]
+        one.lines[:] = [line for line in one.lines if _says_something(one, line)]
     return [one for one in every if one.lines]
+
+
+def _says_something(panel: Panel, line: Line) -> bool:
+    """Whether a line was measured and, but for a reward's and a run's first update, is not the same all along."""
+    known = [value for value in line.values if value is not None]
+    if panel.reward or panel.held_out or (len(known) == 1 and not panel.exact):
+        return bool(known)
+    return bool(known) and max(known) - min(known) > ROUNDING * max(map(abs, known))
 
 
 def _drift(records: Sequence[Record]) -> Panel:

@@ -190,7 +190,11 @@ def _stages(records: Sequence[Record], batch_size: int) -> list[dict[str, str]]:
     if not total:
         return []
     seconds = {stage: [record.get(f"seconds_{stage}") or 0.0 for record in records] for stage in STAGES}
-    parts = [(stage, sum(each), COLOURS[stage]) for stage, each in seconds.items() if sum(each) / total > 0.0005]
+    parts = [
+        (stage, sum(each), COLOURS[stage])
+        for stage, each in seconds.items()
+        if sum(each) / total > 0.0005 and max(each) > NO_STAGE
+    ]
     rest = max(0.0, total - sum(map(sum, seconds.values())))
     rows = []
     for name, time, colour in [*parts, ("grids, checkpoints, the rest", rest, "var(--rule)")]:

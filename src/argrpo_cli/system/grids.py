@@ -14,7 +14,12 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def image_grid(
-    images: Any, columns: int, labels: Sequence[str] | None = None, pad: int = 2, scale: int = 1
+    images: Any,
+    columns: int,
+    labels: Sequence[str] | None = None,
+    pad: int = 2,
+    scale: int = 1,
+    captions: Sequence[str] | None = None,
 ) -> Image.Image:
     """Images row by row, `columns` to a row.
 
@@ -24,6 +29,7 @@ def image_grid(
             With one column the two readings agree in number; the text then goes above.
         pad: white pixels around each image.
         scale: each pixel becomes scale x scale pixels, so that 64-pixel images can be seen on a screen.
+        captions: texts below the images, one each, where the labels are those of rows.
     """
     pixels = _as_array(images)
     count, _, height, width = pixels.shape
@@ -36,9 +42,12 @@ def image_grid(
         raise ValueError(f"{len(labels)} labels for {count} images in {rows} rows; give one per row or per image")
     by_row = labels is not None and len(labels) == rows
     font = ImageFont.load_default(max(11, min(18, width // 6)))
-    lines = [] if labels is None or by_row else [_wrap(label, font, width) for label in labels]
-    text = _line_height(font) * max(map(len, lines), default=1) if labels is not None else 0
-    cell_height, cell_width = height + 2 * pad + text, width + 2 * pad
+    below = captions if captions is not None else None if by_row else labels
+    small = font if captions is None else ImageFont.load_default(max(10, min(14, width // 10)))
+    lines = [] if below is None else [_wrap(label, small, width) for label in below]
+    head = _line_height(font) if by_row else 0
+    foot = _line_height(small) * max(map(len, lines), default=0)
+    cell_height, cell_width = height + 2 * pad + head + foot, width + 2 * pad
 
     sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
@@ -48,9 +57,9 @@ def image_grid(
         tile = Image.fromarray(np.ascontiguousarray(pixels[index].transpose(1, 2, 0)))
         if scale != 1:
             tile = tile.resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(tile, (x, y + text if by_row else y))
+        sheet.paste(tile, (x, y + head))
         if lines:
-            draw.multiline_text((x, y + height), "\n".join(lines[index]), fill=INK, font=font, spacing=2)
+            draw.multiline_text((x, y + head + height), "\n".join(lines[index]), fill=INK, font=small, spacing=2)
     if by_row:
         for row, label in enumerate(labels):
             draw.text((pad, row * cell_height + pad), _fit(label, font, sheet.width - pad), fill=INK, font=font)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -240,9 +240,13 @@ class Job:
         step = trainer.state.global_step
         if self.request.failure is not None:
             team.fail(f"stopped after step {step}: {self.request.failure}; continue with: {self.again}")
-        if self.request.signal is not None and step < recipe.optim.steps and not stop.out_of_time:
-            self._interrupted(step)
         averaged = recipe.optim.result == "ema"
+        if self.request.signal is not None and step < recipe.optim.steps and not stop.out_of_time:
+            # A second signal leaves the picture out; the checkpoint is saved by now.
+            mean = self.ema.in_place_of(trainer.model) if averaged else nullcontext()
+            with suppress(KeyboardInterrupt), mean, whole_model(trainer):
+                team.lead(lambda: self._compare(before, step))
+            self._interrupted(step)
         with self.ema.in_place_of(trainer.model) if averaged else nullcontext():
             with whole_model(trainer):
                 team.lead(lambda: self._compare(before, step))
