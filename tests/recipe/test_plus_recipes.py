@@ -138,3 +138,6 @@ def test_what_learns_from_real_images_is_set_as_its_authors_say():
         assert (pixel.mse_weight, pixel.perceptual_weight, pixel.learning_rate) == (1.0, 1.0, 1e-6)
         assert pixel.steps * pixel.batch_size == recipe.real.limit == 12_800
         assert (pixel.betas, pixel.weight_decay) == ([0.9, 0.999], 1e-4)
+    started = load_recipe("plus/c2i_l384_unguided", ["start=plus/cca_l384"])
+    assert started.start.cca == plus("cca_l384").cca and started.start.real.path == "imagenet/train"
+    assert started.sampling.cfg_scale == started.start.sampling.cfg_scale == 1.0

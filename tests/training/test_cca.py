@@ -164,13 +164,14 @@ def test_what_comes_out_is_drawn_without_guidance_and_says_what_there_is_to_say(
     assert titles[:2] == ["loss of the contrast", "log-ratio of images to the base (nats)"]
 
 
-def test_a_run_keeps_its_images(finished: Path, policy_folder: Path, codes: Path, tmp_path: Path) -> None:
-    recipe = real_recipe("cca", policy_folder, tmp_path / "codes.npz", steps=6)
-    save_codes(tmp_path / "codes.npz", count=24)
-    train(real_recipe("cca", policy_folder, tmp_path / "codes.npz", steps=2), tmp_path / "run")
-    save_codes(tmp_path / "codes.npz", count=23)
-    with pytest.raises(UserError, match=r"real\.path .*codes\.npz: .* was started with other images"):
-        train(recipe, tmp_path / "run", resume=True)
+def test_a_run_keeps_its_images(
+    finished: Path, policy_folder: Path, codes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (finished / "run.json").read_bytes()
+    monkeypatch.setattr(Real, "digest", lambda self: "of others")
+    with pytest.raises(UserError, match=r"real\.path: .*run was started with other images than there are now"):
+        train(real_recipe("cca", policy_folder, codes, steps=6), finished, resume=True)
+    assert (finished / "run.json").read_bytes() == before
 
 
 def test_adapters_learn_from_images_too(policy_folder: Path, codes: Path, tmp_path: Path) -> None:

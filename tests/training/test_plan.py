@@ -62,6 +62,25 @@ def test_a_distillation_keeps_a_teacher_and_asks_no_rewards_but_for_its_scale() 
     assert "by the teacher with one of the guidances 1.5, 2, as rewards choose\n" in chosen and "hpsv2" in chosen
 
 
+def test_what_learns_from_real_images_asks_for_them_and_draws_nothing() -> None:
+    plain = planned("nano/c2i", "start=null", "grpo.micro_batch_size=8")
+    cca = planned("nano/cca", "cca.micro_batch_size=4", "real.path=gone/*.tar")
+    parts, others = ({part.name: part.bytes for part in each.memory} for each in (cca, plain))
+    assert parts["reference policy, float32"] == parts["policy, float32"]
+    assert parts["training pass"] == others["training pass"], "each image under two conditions"
+    assert cca.supply == [
+        "real.path gone/*.tar is missing: a folder of pictures, the .tar files of a webdataset, or codes (.npz)"
+    ]
+    assert "real images of gone/*.tar, 10,000 at most\n" in shown(cca) and "24 classes, in grids alone\n" in shown(cca)
+    here = [f"real.path={Path(__file__).parent}", "pixel.perceptual=lpips"]
+    pixel = planned("nano/pixel", *here)
+    parts = {part.name: part.bytes for part in pixel.memory}
+    assert parts["reward: LPIPS (VGG16)"] == 4 * 14_714_688 and "reference policy, float32" not in parts
+    assert parts["decoding what is drawn of real ones"] > 0 and pixel.supply == []
+    assert "timm/vgg16.tv_in1k: model.safetensors" in shown(pixel)
+    assert "vgg16" not in shown(planned("nano/pixel", *here, "pixel.perceptual_folder=x"))
+
+
 def test_judges_are_counted_once_and_a_server_not_at_all() -> None:
     local = planned("c2i_b256")
     assert sum("Qwen" in part.name for part in local.memory) == 1

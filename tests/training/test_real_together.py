@@ -33,7 +33,7 @@ FAMILIES = {
     "llamagen": (tiny_caption_policy, {"prompts": WORDS}, WORDS),
 }
 SHARED = [("var", "cca"), ("janus", "pixel")]  # by two processes
-ALONE = [("var", "pixel"), ("janus", "cca"), ("llamagen", "cca"), ("llamagen", "pixel")]
+ALONE = [("var", "pixel"), ("janus", "cca"), ("llamagen", "cca")]
 
 
 def work(

@@ -158,12 +158,7 @@ class Job:
             "trained": trained,
             "conditions": digest(self.conditions),
         }
-        if self.real is not None:
-            noted = team.from_lead(lambda: run.notes().get("real"))
-            notes["real"] = self.real.digest()
-            if notes["real"] != (noted or notes["real"]):
-                path = recipe.real.path
-                team.fail(f"real.path {path}: {run.root} was started with other images; a run keeps its own")
+        notes |= {} if self.real is None else {"real": self.real.digest()}
         team.lead(lambda: run.note(**notes, finished=None, sharding=kind))
         self.display.note(self._opening(start, scale))
         team.lead(lambda: self.trackers.open(start))

@@ -88,25 +88,28 @@ def run_training(
         team.together(lambda: _refuse(out, recipe, resume, team))
         first, finished, begun = recipe.start, *team.from_lead(lambda: state(out / START))
         if first is not None and not finished:
-            loaded = _loaded(lambda: _load(first, out / START, begun, rewards, team, then=recipe), team)
+            loaded = _loaded(lambda: _load(first, out / START, begun, rewards, team, then=recipe), team, out / START)
             team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
             with ExitStack() as meanwhile:
                 team.lead(lambda: meanwhile.enter_context(open_run(out / START, first, begun)))
                 _work(Job(first, out / START, *loaded, request, team, console, whole=out), begun, Job.train)
             del loaded  # as large as what comes next
             request.end_of_training(team)
-        loaded = _loaded(lambda: _load(recipe, out, resume, rewards, team), team)
+        loaded = _loaded(lambda: _load(recipe, out, resume, rewards, team), team, out)
         if first is None or finished:
             team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
         _work(Job(recipe, out, *loaded, request, team, console, whole=out), resume, work or Job.train)
     return out
 
 
-def _loaded(load: Callable[[], Loaded], team: Team) -> Loaded:
+def _loaded(load: Callable[[], Loaded], team: Team, out: Path) -> Loaded:
     """What `_load` gives in each process, with real images tokenised, which they share."""
     loaded = team.together(load)
-    if loaded[-1] is not None:
-        loaded[-1].tokenise(team)
+    if (real := loaded[-1]) is not None:
+        real.tokenise(team)
+        noted = team.from_lead(lambda: RunDirectory(out).notes().get("real"))
+        if noted not in (None, real.digest()):
+            team.fail(f"real.path: {out} was started with other images than there are now; a run keeps its own")
     return loaded
 
 
