@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class StageEntropy(Reward):
-    """From 0 to 1; the authors weigh it 0.4. It costs two forward passes over the images of an update."""
+    """How near the entropy of a group's best image is to the reference's, 0 to 1; 0 for the others.
+
+    The authors weigh it 0.4. It costs two forward passes over the images of an update.
+    """
 
     name, family, scope, reads_prompt, reads_policy = "stage-entropy", "quality", "group", False, True
     low, high = 0.0, 1.0
