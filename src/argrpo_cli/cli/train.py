@@ -176,12 +176,11 @@ def _check_names(recipe: Recipe) -> None:
 
 
 def _check_supplies(recipe: Recipe) -> None:
-    """Refuse before torch is loaded, and a policy fetched, a reward without what nobody but the user can supply."""
-    from argrpo_cli.rewards import check_reward
+    """Refuse before torch is loaded, and a policy fetched, a reward that lacks what it needs."""
+    from argrpo_cli.rewards import check_weights
 
     for term in (term for one in recipe.stages if one.scored for term in one.rewards.terms):
-        if missing := check_reward(term.name).needs(term.options).missing:
-            raise UserError(f"reward {term.name} needs {missing}")
+        check_weights(term.name, term.options)
 
 
 def _tell_whose(recipe: Recipe, options: dict[str, Any]) -> None:

@@ -88,11 +88,15 @@ def check_options(name: str, options: Mapping[str, Any]) -> type[Reward]:
 
 
 def check_weights(name: str, options: Mapping[str, Any]) -> None:
-    """UserError, before torch is loaded, for a reward whose files are neither on this machine nor can be fetched."""
+    """UserError, before torch is loaded, for a reward that lacks what the user has to supply, or whose files are
+    neither on this machine nor can be fetched."""
     if name not in REWARDS:
         return  # one's own fetches what it likes
     reward = check_reward(name)
-    for file in reward.needs(options).files:
+    needs = reward.needs(options)
+    if needs.missing:
+        raise UserError(f"reward {name} needs {needs.missing}")
+    for file in needs.files:
         if in_cache(file.repo):  # of what is there in part, it is seen when it is opened whether that is enough
             continue
         option = next((key for key, one in reward.files.items() if one == file), None)
