@@ -14,7 +14,7 @@ import argrpo_cli
 from argrpo_cli.cli.app import _terminate, app, run
 from argrpo_cli.system.processes import again
 
-COMMANDS = ("sample", "score", "train", "eval", "entropy", "list")
+COMMANDS = ("sample", "score", "train", "eval", "entropy", "list", "push")
 HEAVY = (
     "torch",
     "transformers",

@@ -18,6 +18,7 @@ from argrpo_cli import __version__
 from argrpo_cli.cli.entropy import entropy
 from argrpo_cli.cli.evals import BENCHMARKS
 from argrpo_cli.cli.list import list_command
+from argrpo_cli.cli.push import push
 from argrpo_cli.cli.sample import sample
 from argrpo_cli.cli.score import score
 from argrpo_cli.cli.train import train
@@ -74,7 +75,7 @@ def _options(
         print(context.get_help())
 
 
-for _command in (sample, score, train, entropy):
+for _command in (sample, score, train, entropy, push):
     app.command()(_command)
 app.command("list")(list_command(BENCHMARKS))
 app.add_typer(benchmarks)

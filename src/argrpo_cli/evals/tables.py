@@ -240,6 +240,13 @@ def write_report(results: Mapping[str, Result], out: Path) -> list[Section]:
     return tables
 
 
+def markdown(results: Mapping[str, Result]) -> str:
+    """The same tables as a part of another page in Markdown."""
+    template = Path(__file__).with_name("page.md.j2")
+    page = fill_template(template, heading="", about="", sections=sections(results), plain=_plain)
+    return page[page.index("## ") :].replace("\n## ", "\n### ").replace("## ", "### ", 1).strip()
+
+
 def sections(results: Mapping[str, Result]) -> list[Section]:
     """A table for each benchmark, or for each of its groups of columns."""
     kinds = [(one.benchmark, column.group) for one in results.values() for column in one.columns.values()]

@@ -19,7 +19,8 @@ from typing_extensions import TypedDict
 
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError, did_you_mean, offer
-from argrpo_cli.system.files import WEIGHTS, check_fetched, read_json, read_text, write_json
+from argrpo_cli.system.files import WEIGHTS, check_fetched, fetch_folder, read_json, read_text, write_json
+from argrpo_cli.system.hub import repo_of
 from argrpo_cli.system.processes import WARNING, say
 
 CARD = "policy.json"
@@ -29,7 +30,9 @@ MANIFEST = "checksums.json"  # of a checkpoint, see runs/checkpoints.py
 CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step_"  # of a run directory: checkpoints/step_000020
 BUNDLED_POLICIES = ("nano-c2i", "nano-t2i")
 BUNDLED_PARTS = ("nano-vq", "nano-t5")  # tokenizers and text encoders
+OWN_MODELS = ("llamagen", "var")  # the same of ours
 MODEL_TYPES = {"janus": "janus", "multi_modality": "janus"}  # of config.json, to the family that opens the folder
+ON_THE_HUB = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")  # files of a policy folder there
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt")
 C2I_REPO, T2I_REPO, TEXT_ENCODER = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i", "google/flan-t5-xl"
 JANUS_OWNER, JANUS_SIZES = "deepseek-community", ("1B", "7B")  # the weights of deepseek-ai in transformers' format
@@ -146,12 +149,29 @@ class Glance:
             class_id(request, self.names)
 
 
+def here(name_or_path: str | Path) -> str | Path:
+    """The folder of a policy that lies on the hub as `user/name` or `user/name@revision`, fetched unless it is in the
+    cache; anything else as it is.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    named = None if published_entry(name_or_path) else repo_of(name_or_path)
+    if named is None:
+        return name_or_path
+    try:
+        return fetch_folder(named[0], ON_THE_HUB, named[1])
+    except UserError as error:
+        raise UserError(f"no policy {str(name_or_path)!r}: no folder here, and on the hub: {error}") from error
+
+
 def glance(name_or_path: str | Path) -> Glance | None:
     """What is known of a policy before anything is loaded; None for weights that say it only when they are read.
 
     Raises:
         UserError: nothing there, or no policy folder.
     """
+    name_or_path = here(name_or_path)
     if entry := published_entry(name_or_path):
         names = class_names(1000) if entry.reads == "classes" else ()
         return Glance(str(name_or_path), entry.reads, names, entry.sampling)
@@ -201,7 +221,7 @@ def find_policy(name_or_path: str | Path) -> Path:
             train = f"python -m argrpo_cli.nano.make.build --only {name_or_path} --install"
             raise UserError(f"the weights of {name_or_path} are not in this version; `{train}` trains them")
         return WEIGHTS / str(name_or_path)
-    path = Path(name_or_path)
+    path = Path(here(name_or_path))
     if not str(name_or_path).strip():
         raise UserError("the name of the policy is empty; name one, such as nano-c2i")
     if path.suffix in WEIGHT_FILES and not path.exists():
@@ -246,7 +266,14 @@ def published_family(name_or_path: str | Path) -> str:
         (one for one in POLICIES.values() if one.file and Path(one.file).name == path.name), None
     )
     if entry is None and path.is_dir():
-        return MODEL_TYPES.get(str(read_json(path / "config.json").get("model_type")), "llamagen")
+        config = read_json(path / "config.json")
+        if config.get("model_type") in OWN_MODELS and "architectures" in config:
+            raise UserError(
+                f"{path} holds a network alone, as `model.save_pretrained` writes it: {CARD} and with it the image "
+                f"tokenizer are missing; save the whole policy with `policy.save(folder)`, or write {path / CARD} as "
+                '{"tokenizer": "nano-vq", "classes": ["dog", ...], "image_size": 64} (docs/extend.md)'
+            )
+        return MODEL_TYPES.get(str(config.get("model_type")), "llamagen")
     return "llamagen" if entry is None else entry.family
 
 

@@ -18,6 +18,7 @@ from argrpo_cli.policy.folder import (
     PolicyCard,
     base_of,
     find_policy,
+    here,
     is_published,
     own_sampling,
     published_family,
@@ -58,7 +59,8 @@ def load_policy(
         name_or_path: a bundled name ("nano-c2i"), a published one ("c2i-l-384", "janus-pro-1b@REVISION"), a policy
             folder, a checkpoint folder of a run (adapters are merged into their base), a run directory (its newest
             checkpoint, or its final policy where there are none), a published checkpoint file, an AR-GRPO folder, or a
-            folder of a Janus as transformers has it.
+            folder of a Janus as transformers has it; or any of these folders on the hub, as "user/name" or
+            "user/name@revision".
         device: a torch device, or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16", for the model; the tokenizer stays in float32.
         text_device: of the text encoder; "same", "offload" or the name of a device, see `TextEncoder.place`.
@@ -68,7 +70,7 @@ def load_policy(
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    device = resolve_device(device)
+    device, name, name_or_path = resolve_device(device), str(name_or_path), here(name_or_path)
     tell_slow(dtype, device)
     if is_published(name_or_path):
         return _published(name_or_path).open_published(name_or_path, device, dtype, text_device)
@@ -81,9 +83,9 @@ def load_policy(
         policy.model = merge_adapter(policy.model, folder).to(getattr(torch, dtype)).eval()
         policy.sampling = own_sampling(folder, card) or policy.sampling
     else:
-        module, name = FAMILIES[_family(folder, card, FAMILIES)]
-        policy = getattr(import_module(module), name).load(folder, device, dtype, text_device)
-    policy.name = str(name_or_path)
+        module, kind = FAMILIES[_family(folder, card, FAMILIES)]
+        policy = getattr(import_module(module), kind).load(folder, device, dtype, text_device)
+    policy.name = name
     return policy
 
 
@@ -93,6 +95,7 @@ def outline_policy(name_or_path: str | Path) -> Outline:
     Raises:
         UserError: nothing is there, or its files are not those of a policy.
     """
+    name_or_path = here(name_or_path)
     if is_published(name_or_path):
         return _published(name_or_path).outline_published(name_or_path)
     folder = find_policy(name_or_path)

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from argrpo_cli import paper_numbers
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.hub import check_repo
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -270,6 +271,21 @@ class LoggingSection(Section):
     keep_steps: list[Count] = []  # checkpoints after these updates are made and never removed
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     project: Name = "argrpo"  # of wandb and trackio
+    # At the end of the run, as `argrpo push RUN hub_model_id` does; log in first (`hf auth login`).
+    push_to_hub: bool = False
+    hub_model_id: Name | None = None  # user/name
+    hub_private_repo: bool | None = None  # of a repository that is made; null is as the account says
+
+    @model_validator(mode="after")
+    def _a_name_to_push_to(self) -> LoggingSection:
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("push_to_hub: where to? give hub_model_id: user/name")
+        if self.hub_model_id is not None:
+            try:
+                check_repo(self.hub_model_id)
+            except UserError as error:
+                raise ValueError(f"hub_model_id: {error}") from error
+        return self
 
 
 class PublishedSection(Section):

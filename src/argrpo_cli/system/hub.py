@@ -1,12 +1,18 @@
-"""Whether the hub can be reached, told before the library has tried for half a minute."""
+"""The hub: names of repositories there, and whether it can be reached, told before the library has tried for long."""
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from argrpo_cli.system.errors import UserError
+
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PATIENCE = 1.0  # seconds for a connection; one that takes longer is slow, and no sign that there is none
 PAUSE = 0.3  # seconds before a name is asked for again that was said to be unknown for now
 
@@ -47,3 +53,17 @@ def require_hub() -> None:
 
 def _connect(host: str | None, port: int) -> None:
     socket.create_connection((host, port), PATIENCE).close()
+
+
+def check_repo(name: str) -> None:
+    """UserError for what is no name of a repository of one's own on the hub."""
+    if not REPO.fullmatch(name) or len(name) > 96 or "--" in name or ".." in name or name.endswith((".git", "-", ".")):
+        raise UserError(f"{name!r} is no name on the hub: give USER/NAME, of letters, digits, '-', '_' and '.'")
+
+
+def repo_of(name: str | os.PathLike[str]) -> tuple[str, str | None] | None:
+    """Repository and revision of `user/name` or `user/name@revision`; None for what is, or looks like, a path here."""
+    repo, at, revision = str(name).partition("@")
+    if not REPO.fullmatch(repo) or (at and not revision):
+        return None
+    return None if Path(str(name)).exists() or Path(repo).parent.exists() else (repo, revision or None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.open import choose_trainable
+from argrpo_cli.push import check_login, push_policy
 from argrpo_cli.rewards import check_reward, reward_weights
 from argrpo_cli.runs.run import (
     START,
@@ -79,6 +80,9 @@ def run_training(
             code 130 or 143.
     """
     out = Path(out)
+    pushes = work is None and recipe.logging.push_to_hub
+    if pushes:
+        check_login(recipe.logging.hub_model_id)
     request = StopRequest()
     left = out if work is None else None  # of a pilot nothing is
     with quiet_libraries(), request.listening(), _leaving_at_once(request, left, console), ExitStack() as held:
@@ -99,7 +103,18 @@ def run_training(
         if first is None or finished:
             team.lead(lambda: held.enter_context(open_run(out, recipe, resume)))
         _work(Job(recipe, out, *loaded, request, team, console, whole=out), resume, work or Job.train)
+        if pushes and team.first:
+            _push(recipe, out, RunDisplay("", 0, 1, console=console).note)
     return out
+
+
+def _push(recipe: Recipe, out: Path, tell: Callable[[str], None]) -> None:
+    """What `logging.push_to_hub` asks for; the run is safe, and goes to the hub later where it cannot now."""
+    name = recipe.logging.hub_model_id
+    try:
+        tell(f"on the hub         {push_policy(out, name, private=recipe.logging.hub_private_repo)}")
+    except UserError as error:
+        tell(f"warning: {error}; the run is finished and safe, push it with: {again('push', out, name)}")
 
 
 def _loaded(load: Callable[[], Loaded], team: Team, out: Path) -> Loaded:
