@@ -71,7 +71,7 @@ def test_what_learns_from_real_images_asks_for_them_and_draws_nothing() -> None:
     assert cca.supply == [
         "real.path gone/*.tar is missing: a folder of pictures, the .tar files of a webdataset, or codes (.npz)"
     ]
-    assert "real images of gone/*.tar, 10,000 at most\n" in shown(cca) and "24 classes, in grids alone\n" in shown(cca)
+    assert "real images of gone/*.tar, 9,600 at most\n" in shown(cca) and "24 classes, in grids alone\n" in shown(cca)
     here = [f"real.path={Path(__file__).parent}", "pixel.perceptual=lpips"]
     pixel = planned("nano/pixel", *here)
     parts = {part.name: part.bytes for part in pixel.memory}
