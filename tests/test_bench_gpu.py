@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -68,10 +69,18 @@ def test_a_part_that_fails_or_hangs_costs_no_other(tmp_path, monkeypatch, capfd)
     assert "failed" not in table and "before" in table and "after" in table, "what has failed is run again"
 
 
-def test_what_no_longer_fits_is_left_out_with_a_line(tmp_path, capfd):
-    main(["gpu", "--toy", "--out", str(tmp_path), "--minutes", "0.01"])
+def test_what_no_longer_fits_is_left_out_with_a_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "age", lambda: 7.0)  # the start of the process counts
+    main(["gpu", "--toy", "--out", str(tmp_path), "--minutes", "0.2"])
     assert all("skipped" in row for row in lines(tmp_path))
-    assert "  skipped: 1 s were left, and it needs 10\n" in capfd.readouterr().out
+    assert "  skipped: 5 s were left, and it needs 10\n" in capfd.readouterr().out
+
+
+def test_a_process_knows_its_age(monkeypatch):
+    monkeypatch.setattr(gpu, "LONGEST_START", 1e9)
+    assert gpu.age() == pytest.approx(time.time() - psutil.Process().create_time(), abs=2)
+    monkeypatch.setattr(gpu, "LONGEST_START", 1e-9)
+    assert gpu.age() == 0
 
 
 def test_the_table_is_made_of_whole_lines_of_the_last_attempt(tmp_path, capsys):

@@ -63,15 +63,17 @@ def sampler(bench: Bench) -> None:
 
 def sizes(bench: Bench) -> None:
     """The other sizes and batches in bfloat16."""
-    for size, pixels, batches in (
+    every = (
         ("L", 384, (64, 8)), ("B", 256, (64, 8)), ("XL", 384, (8, 256)), ("L", 384, (256,)), ("B", 256, (256,)),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for size, pixels, batches in every[:1] if bench.toy else every:
         rows_of_model(bench, size, pixels, torch.bfloat16, [(batch, 2.0) for batch in batches])
 
 
 def float32(bench: Bench) -> None:
     """In float32 proper: TF32 is off, as torch has it."""
-    for size, pixels, batches in (("B", 256, (64, 8)), ("L", 384, (64, 8)), ("XL", 384, (8, 64))):
+    every = (("B", 256, (64, 8)), ("L", 384, (64, 8)), ("XL", 384, (8, 64)))
+    for size, pixels, batches in every[:1] if bench.toy else every:
         rows_of_model(bench, size, pixels, torch.float32, [(batch, 2.0) for batch in batches])
 
 
