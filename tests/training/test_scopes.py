@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from argrpo_cli.draw import draw_batch
 from argrpo_cli.rewards import Reward, RewardSet
 from argrpo_cli.rewards.custom import reward_of
-from argrpo_cli.shapes import Condition
+from argrpo_cli.shapes import Condition, Sampling, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.processes import join_team
+from argrpo_cli.training.instruments import total_rewards
 from argrpo_cli.training.rollout import Stopwatch
 from argrpo_cli.training.scorer import BatchScorer
 from tests.together import forked
+from tests.training.tiny import tiny_policy
 
 DOG, CAT = Condition("a photo of a dog", 0), Condition("a photo of a cat", 1)
 LEVELS = [0, 10, 20, 60, 100, 100, 130, 250]  # of two groups of four
@@ -194,3 +197,15 @@ def test_two_processes_compare_what_both_have_drawn(tmp_path: Path) -> None:
     assert torch.equal(*tables), "also where a function draws numbers"
     assert tables[0][:, 1].tolist() == tables[0][:, 2].tolist() == distances(LEVELS)
     assert (tables[0][:, 3] < 1).all()
+
+
+def test_what_samplings_are_compared_by_leaves_out_rewards_that_compare_images() -> None:
+    """Of one image by itself they say nothing; where no other counts, nothing is known."""
+    policy, sampling = tiny_policy(), Sampling(cfg_scale=1.0)
+    shots = [Shot(condition, seed) for seed, condition in enumerate(policy.conditions([0, 1, 0]))]
+    some = rewards()
+    weights = {"imagereward": 2.0, "maniqa": 1.0, "aesthetic": 1.0}
+    expected = 2.0 * draw_batch(policy, shots, sampling)[1][:, 0, 0, 0].double()
+    assert torch.equal(total_rewards(policy, shots, sampling, some, weights), expected)
+    nothing = total_rewards(policy, shots, sampling, some, weights | {"imagereward": 0.0})
+    assert nothing.shape == (3,) and nothing.isnan().all()
