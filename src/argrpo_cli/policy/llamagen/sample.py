@@ -289,11 +289,12 @@ class Decoder:
 
     def _advance(self, position: Tensor | None, filled: int, guided: bool) -> None:
         rows, past = 2 * self.batch if guided else self.batch, self.room.past
-        mask = None if self.room.valid is None else self.room.valid[:rows, ..., :filled]
+        seen = None if self.room.valid is None else self.room.valid[:rows, ..., :filled]
         if position is not None:
-            reached = self.positions[:filled] <= position
-            seen = reached[None, None, None] if mask is None else mask & reached
-            # Added to the scores as it is, which every layer would otherwise make of it again.
+            reached = (self.positions[:filled] <= position)[None, None, None]
+            seen = reached if seen is None else seen & reached
+        mask = None
+        if seen is not None:  # what is added to the scores, which every layer would otherwise make of it again
             mask = torch.zeros(seen.shape, dtype=past[0][0].dtype, device=seen.device)
             mask = mask.masked_fill(~seen, float("-inf"))
         past = [(keys[:rows], values[:rows]) for keys, values in past]
