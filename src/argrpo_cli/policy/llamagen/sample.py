@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -205,6 +206,13 @@ def keeps_rooms(model: nn.Module) -> bool:
     return all(type(module).__module__.startswith(("torch.nn.", "argrpo_cli.")) for module in model.modules())  # CUDA
 
 
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where all graphs of a device are recorded: those that share memory must, and libraries keep a workspace for each
+    stream that they have seen."""
+    return torch.cuda.Stream(device)  # CUDA
+
+
 class Decoder:
     """Logits of a batch of images, token by token.
 
@@ -234,7 +242,7 @@ class Decoder:
         self.logits, self.conditional, self.tokens = self.room.logits, self.room.conditional, self.room.tokens
         self.positions = torch.arange(length, device=device)
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = side_stream(device) if device.type == "cuda" else None
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}  # of this batch: what chooses
 
     def start(self, encoded: Encoded) -> None:
