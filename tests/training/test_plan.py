@@ -122,6 +122,18 @@ def test_a_machine_without_a_gpu_says_so_and_what_its_memory_would_suffice_for(m
     assert "lacking  memory: " in text and "this run cannot start here yet; see lacking" in text
 
 
+def test_where_rewards_fill_the_memory_the_advice_is_about_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for room, words in ((15 * 10**9, "nor with"), (25 * 10**9, "it would be with")):
+        monkeypatch.setattr("argrpo_cli.training.plan.room_here", lambda device, room=room: room)
+        text = " ".join(shown(planned("plus/c2i_b256", "policy.device=cpu")).split())
+        assert words in text and "fewer or smaller rewards (ViT-B-32 0.61 GB, " in text and "judges on a server" in text
+        assert "a smaller policy" not in text
+    monkeypatch.setattr("argrpo_cli.training.plan.room_here", lambda device: 10**7)
+    text = shown(planned("nano/c2i", "policy.device=cpu"))
+    assert "so take a smaller policy" in text and "smaller rewards" not in text
+
+
 def test_devices_that_are_not_here_are_lacking_and_those_that_are_none_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = shown(planned("nano/c2i", "policy.device=cuda:7"))

@@ -281,9 +281,15 @@ def _this_machine(recipe: Recipe, outline: Outline, size: int, processes: int) -
         return [], [has]
     fits = what_fits(recipe, outline, networks, room, **kept)
     lines = [f"  {', '.join(one.changes)}: {_gigabytes(one.bytes).strip()}" for one in fits]
-    if fits[0].bytes > room:
+    rewards = {one.network: one.weights for one in networks if one.weights}
+    if heavy := 2 * sum(rewards.values()) > size:  # they fill it, whatever the policy
+        sizes = ", ".join(f"{name} {_gigabytes(taken).strip()}" for name, taken in rewards.items())
+        mend = f"fewer or smaller rewards ({sizes}), or judges on a server (options: {{backend: server, url: ...}})"
+    else:
         mend = "a smaller policy, or GPUs that share its weights: --processes N --accelerate-config fsdp2"
+    if fits[0].bytes > room:
         return [f"memory: {has}"], [f"{has}, which is not enough, nor with", *lines, f"so take {mend}"]
+    lines += [f"  or with {mend}"] if heavy else []
     return [f"memory: {has}"], [f"{has}, which is not enough; it would be with", *lines]
 
 
