@@ -26,6 +26,9 @@ rewards:
     - {name: judge-quality, weight: 0, options: {backend: server, url: "http://localhost:1/v1", model: m, timeout: 3}}
     - {name: clip, options: {model: ViT-L-14-quickgelu, x: [a, null, 1.5]}}
 grpo: {group_size: 4, batch_size: 16, epsilon_high: 0.3, loss: cispo, betas: [0.9, 0.99], warmup_steps: 2}
+real: {path: "x/*.tar", limit: 5, captions: null}
+cca: {lmbda: 8, condition_dropout: 0, steps: 3, betas: [0, 0.5]}
+pixel: {noise: 0, samples: 2, perceptual: nano, mse_weight: 0}
 guards: {ratio: {limit: 0.01}, kl: {action: ignore}, not_a_number: skip}
 logging: {keep_steps: [3, 5], trackers: [tensorboard, wandb], project: "no"}
 published: [{table: table 2, step: 0, measures: [FID], base: [3.1]}]
@@ -36,7 +39,7 @@ KEYS = (
     "rewards.terms.0", "policy.lora", "policy.lora.rank", "conditions.classes", "conditions.weights.dog",
     "rewards.terms.0.options.model",
     "start.distil.steps", "logging.keep_steps.0", "published", "extends", "guards.kl.limit", "sampling",
-    "conditions.dataset.name", "", ".",
+    "conditions.dataset.name", "method", "real.path", "cca.lmbda", "pixel.samples", "", ".",
 )  # fmt: skip
 
 

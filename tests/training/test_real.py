@@ -123,6 +123,8 @@ def test_what_is_missing_is_one_line(classes: Policy, captions: Policy, tmp_path
         (classes, one, "1 images are too few to learn from"),
         (classes, tmp_path / "nowhere", r"real\.path .*nowhere: no folder, \.npz or \.tar files; or say nano"),
         (classes, tmp_path / "nowhere.tar", r"cannot read .*nowhere\.tar: no such file"),
+        (classes, "x\0.tar", "cannot read|no folder"),
+        (classes, "x" * 5000, "no folder"),
         (classes, "nano", "scenes of the nano world are nothing to tiny; name a folder"),
     ]
     classes.name = "tiny"
@@ -226,6 +228,8 @@ def test_codes_are_taken_as_they_are_and_decoded_for_pixels(classes: Policy, cap
         (lambda file: file.update(class_ids=file["class_ids"][:2]), r"class_ids is int64 \[2\]; 4 whole numbers"),
         (lambda file: file.update(class_ids=file["class_ids"] + 1), r"real\.path .*codes\.npz: .*4"),
         (lambda file: file.update({key: value[:1] for key, value in file.items()}), "1 images are too few"),
+        (lambda file: file.update({key: value[:0] for key, value in file.items()}), "0 images are too few"),
+        (lambda file: file.update(codes=np.int16(3)), r"codes is int16 \[\]"),
     ],
 )
 def test_codes_that_do_not_fit_are_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -155,7 +156,7 @@ def _real(recipe: Recipe) -> tuple[str, list[str]]:
         except UserError as error:
             return "rendered scenes of the nano world", [str(error)]
         return f"{section.limit or SCENES:,} rendered scenes of the nano world", []
-    there = [path for path in shards(section.path) or [expanded(section.path)] if path.exists()]
+    there = any(map(os.path.exists, shards(section.path) or [expanded(section.path)]))
     say = f"real.path {section.path} is missing: a folder of pictures, the .tar files of a webdataset, or codes (.npz)"
     return f"real images of {section.path}{count}", [] if there else [say]
 

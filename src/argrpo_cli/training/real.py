@@ -12,6 +12,7 @@ images that LlamaGen's and CCA's authors train on. Codes are in memory, two byte
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -114,10 +115,17 @@ def open_images(section: RealSection, policy: Policy) -> Real:
     """What a recipe's `real` names.
 
     Raises:
-        UserError: it is not there, holds no images, or does not say of one what it shows.
+        UserError: it is not there, holds fewer than two images, or does not say of one what it shows.
     """
+    real = _open(section, policy)
+    if len(real.conditions) < 2:  # of which none could be held against another
+        raise UserError(f"real.path {section.path}: {len(real.conditions)} images are too few to learn from; give more")
+    return real
+
+
+def _open(section: RealSection, policy: Policy) -> Real:
     path, classes = expanded(section.path), policy.card.reads == "classes"
-    if section.captions is not None and (classes or section.path == NANO or not path.is_dir()):
+    if section.captions is not None and (classes or section.path == NANO or not os.path.isdir(path)):
         raise UserError(f"real.captions {section.captions}: only for a folder and a policy of captions; leave it out")
     if section.path == NANO:
         return _scenes(section.limit or SCENES, policy)
@@ -127,7 +135,7 @@ def open_images(section: RealSection, policy: Policy) -> Real:
         items = list(members(tars, section.column, None if classes else section.limit))
         images = ImageSet(tars[0].parent, items, f"the files beside each in {section.path}")
         cropped: Callable[[Item, int], Read] | None = _cropped_member
-    elif path.is_dir():
+    elif os.path.isdir(path):
         images, cropped = open_labelled(path) if classes else _captioned(path, section), None
     else:
         raise UserError(f"real.path {section.path}: no folder, .npz or .tar files; or say nano, for rendered scenes")
@@ -152,8 +160,6 @@ def _refuse_unsaid(images: ImageSet, said: Callable[[Item], object], section: Re
     silent = next((item.file for item in images.items if said(item) is None), None)
     if silent is not None:
         raise UserError(f"real.path {section.path}: nothing says what {silent} shows; see real.captions, real.column")
-    if len(images.items) < 2:
-        raise UserError(f"real.path {section.path}: {len(images.items)} images are too few to learn from; give more")
 
 
 def _captioned(folder: Path, section: RealSection) -> ImageSet:
@@ -221,14 +227,13 @@ def _of_codes(path: Path, limit: int | None, policy: Policy) -> Real:
         if name not in file.keys:
             raise UserError(f"{path} has {file.content}, and no array {name!r}; {CODES} [N, T] and {key} [N] are read")
     codes, asked = file.read(CODES), file.read(key)
-    count, shape = len(codes), f"{codes.dtype} {list(codes.shape)}"
+    shape = f"{codes.dtype} {list(codes.shape)}"
     if codes.dtype.kind not in "iu" or codes.ndim != 2 or codes.shape[1] != card.tokens:
         raise UserError(f"{path}: {CODES} is {shape}; {card.name} reads whole numbers [N, {card.tokens}]")
+    count = len(codes)
     if asked.shape != (count,) or asked.dtype.kind not in ("iu" if classes else "U"):
         raise UserError(f"{path}: {key} is {asked.dtype} {list(asked.shape)}; {count} {what} are read, one an image")
-    if count < 2:
-        raise UserError(f"{path}: {count} images are too few to learn from; give more")
-    low, high = codes.min(), codes.max()
+    low, high = (codes.min(), codes.max()) if count else (0, 0)
     if low < 0 or high >= card.codes:
         raise UserError(f"{path}: {CODES} holds {low} to {high}; {card.name} has the codes 0 to {card.codes - 1}")
     order = balanced_order(asked.tolist())[:limit] if classes else list(range(count))[:limit]

@@ -37,20 +37,21 @@ SAYING = (".txt", ".cls", ".json")
 def shards(pattern: str) -> list[Path]:
     """The .tar files that a path, a pattern or a folder of nothing but such files stands for, in natural order."""
     path = expanded(pattern)
-    if path.is_dir():
-        files = [one for one in path.iterdir() if not one.name.startswith(".")]
+    if os.path.isdir(path):  # which, unlike a Path, takes any text
+        with readable(f"the folder {path}"):
+            files = [one for one in path.iterdir() if not one.name.startswith(".")]
         tars = [one for one in files if one.suffix == ".tar"]
         return sorted(tars, key=lambda one: natural(one.name)) if len(tars) == len(files) else []
     if ".tar" not in path.name:
         return []
-    names = glob.glob(str(path)) or [str(path)]
+    names = (glob.glob(str(path)) if "\0" not in pattern else []) or [str(path)]
     return [Path(name) for name in sorted(names, key=natural)]
 
 
 def check_there(recipe: Recipe) -> None:
     """UserError where real images that the recipe learns from are not there; nothing is opened."""
     for path in (one.real.path for one in recipe.stages if one.learns_from_images):
-        if path != NANO and not any(file.exists() for file in shards(path) or [expanded(path)]):
+        if path != NANO and not any(map(os.path.exists, shards(path) or [expanded(path)])):
             raise UserError(f"real.path {path}: no folder, .npz or .tar files; or say {NANO}, for rendered scenes")
 
 
