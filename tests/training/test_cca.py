@@ -168,7 +168,7 @@ def test_a_run_keeps_its_images(
     finished: Path, policy_folder: Path, codes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (finished / "run.json").read_bytes()
-    monkeypatch.setattr(Real, "digest", lambda self: "of others")
+    monkeypatch.setattr(Real, "digest", "of others")
     with pytest.raises(UserError, match=r"real\.path: .*run was started with other images than there are now"):
         train(real_recipe("cca", policy_folder, codes, steps=6), finished, resume=True)
     assert (finished / "run.json").read_bytes() == before

@@ -93,7 +93,7 @@ def test_class_folders_are_taken_of_all_classes_alike_and_tokenised_as_cropped(c
         again.tokenise(ALONE, tmp_path / "cache")
     finally:
         classes.tokenise = encode
-    assert again.digest() == real.digest() != opened(classes, folder, tmp_path / "cache", limit=7).digest()
+    assert again.digest == real.digest != opened(classes, folder, tmp_path / "cache", limit=7).digest
 
 
 def test_captions_are_read_from_a_file_from_metadata_or_from_beside(captions: Policy, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class BatchTrainer(Trainer):
     def note(self, **values: Tensor) -> None:
         """Remember what the log gets the means of, one number for each image; NaN where there is none."""
         for name, one in values.items():
-            self._notes.setdefault(name, []).append(one.detach().flatten().double().cpu())
+            self._notes.setdefault(name, []).append(one.detach().flatten().cpu().double())
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The next micro-batch. What comes from the data set is not looked at."""

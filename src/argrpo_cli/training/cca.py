@@ -100,7 +100,7 @@ class CcaTrainer(BatchTrainer):
             entropy=scored.compared[: len(tokens)].mean(1),
             gain_own=own.masked_fill(positive, torch.nan),
             gain_other=other.masked_fill(positive, torch.nan),
-            told_apart=torch.where(apart, (own > other).double(), torch.nan),
+            told_apart=torch.where(apart, (own > other).float(), torch.nan),
         )
         return contrast(own, other, positive, cca.beta, cca.lmbda).mean()
 

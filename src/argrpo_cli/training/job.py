@@ -158,7 +158,7 @@ class Job:
             "trained": trained,
             "conditions": digest(self.conditions),
         }
-        notes |= {} if self.real is None else {"real": self.real.digest()}
+        notes |= {} if self.real is None else {"real": self.real.digest}
         team.lead(lambda: run.note(**notes, finished=None, sharding=kind))
         self.display.note(self._opening(start, scale))
         team.lead(lambda: self.trackers.open(start))

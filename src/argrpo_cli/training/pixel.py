@@ -117,18 +117,18 @@ class PixelTrainer(BatchTrainer):
             rewards = self._rewards(drawn.view(uniforms.shape), images)
         self.note(entropy=entropy.mean(1), cross_entropy=-own.mean(1))
         weight = self.rollout.recipe.pixel.cross_entropy_weight
-        return policy_loss(logp, advantages(rewards).float()) - weight * own.mean()
+        return policy_loss(logp, advantages(rewards).float().to(logp.device)) - weight * own.mean()
 
     @torch.no_grad()
     def _rewards(self, drawn: Tensor, images: Tensor) -> Tensor:
-        """Float64 [B, G] of draws int64 [B, T, G] of images uint8 [B, 3, S, S]."""
+        """Float64 [B, G] on the CPU, of draws int64 [B, T, G] of images uint8 [B, 3, S, S]."""
         pixel, samples = self.rollout.recipe.pixel, drawn.shape[2]
         with self.accelerator.autocast():
             pictures = self.rollout.policy.decode(drawn.transpose(1, 2).flatten(0, 1))
         target = images.repeat_interleave(samples, 0)
         error = ((pictures.float() - target.float()) / 127.5).square().mean((1, 2, 3))
         apart = torch.zeros_like(error) if self.distance is None else self.distance(pictures, target)
-        scores = {MSE: error.double().view(-1, samples), PERCEPTUAL: apart.double().view(-1, samples)}
+        scores = {MSE: error.cpu().double().view(-1, samples), PERCEPTUAL: apart.cpu().double().view(-1, samples)}
         rewards = -(pixel.mse_weight * scores[MSE] + pixel.perceptual_weight * scores[PERCEPTUAL])
         spread = group_std(settled(rewards))
         self.note(reward=rewards.mean(1), **{WITHIN_GROUP_STD: spread, WITHOUT_SPREAD: (spread == 0).double()})

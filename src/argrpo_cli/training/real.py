@@ -15,7 +15,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,10 +75,11 @@ class Real:
             store = tokenise(self.images, self.policy, cache or user_cache() / "codes", team, self.cropped)
             self.codes = store.column(in_batches(self.images.items, CHUNK), CODES)
 
+    @cached_property
     def digest(self) -> str:
         """A hash of codes and conditions: a run is continued with the same."""
         content = hashlib.sha256(repr(self.conditions).encode())
-        content.update(self.codes.to(torch.int32).numpy().tobytes())
+        content.update(self.codes.contiguous().numpy())  # as they are: a copy may take gigabytes
         return content.hexdigest()[:16]
 
     def tokens(self, rows: Sequence[int]) -> Tensor:

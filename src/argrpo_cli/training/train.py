@@ -123,7 +123,7 @@ def _loaded(load: Callable[[], Loaded], team: Team, out: Path) -> Loaded:
     if (real := loaded[-1]) is not None:
         real.tokenise(team)
         noted = team.from_lead(lambda: RunDirectory(out).notes().get("real"))
-        if noted not in (None, real.digest()):
+        if noted not in (None, real.digest):
             team.fail(f"real.path: {out} was started with other images than there are now; a run keeps its own")
     return loaded
 
