@@ -169,6 +169,9 @@ def test_half_precision_keeps_its_sums_in_float32():
     x = torch.randn(4, 16, generator=generator).bfloat16()
     wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
     assert torch.equal(norm(x), wide.bfloat16() * norm.weight), "cast back, then scaled, as published"
+    torch.testing.assert_close(norm.float()(x.float()), wide * norm.weight, rtol=1e-6, atol=0)
+    mixed = norm(x)  # bfloat16 states and float32 weights
+    assert torch.equal(mixed, wide.bfloat16() * norm.weight) and mixed.dtype == torch.float32
     conditional, null = torch.full((1, 1), 100.25).bfloat16(), torch.full((1, 1), 100.0).bfloat16()
     conditional[0, 0] = 101.0
     assert guide(conditional, null, 7.5).item() == torch.tensor(107.5).bfloat16().item()

@@ -153,7 +153,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x, (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+        shape = (x.shape[-1],)
+        if x.dtype == self.weight.dtype == torch.float32:  # nothing to cast: one kernel, which keeps less for backward
+            normed = F.rms_norm(x, shape, self.weight, self.eps)
+        else:
+            normed = F.rms_norm(x, shape, eps=self.eps).to(x.dtype) * self.weight
         return normed.to(computed_dtype(normed))  # once, for all the matrix products that follow
 
 
