@@ -212,6 +212,11 @@ READINGS = [
     (WiseJudge, "Score: 0 or Score: 1", "two different scores"),
     (WiseJudge, "Score: 0.5", "no score of 0 or 1"),
     (WiseJudge, "Score: 10", "no score of 0 or 1"),
+    (WiseJudge, "Score (0 or 1): 1", "no score of 0 or 1"),
+    (WiseJudge, "Score: 0/1", "no score of 0 or 1"),
+    (WiseJudge, "Score [0-1]: 1", "no score of 0 or 1"),
+    (WiseJudge, "Score: 1/1", [1]),
+    (WiseJudge, "Score: 0\n1. It misses the answer.", [0]),
     (WiseJudge, "I cannot judge this.", "no score of 0 or 1"),
 ]
 

@@ -74,6 +74,14 @@ def test_an_image_is_held_against_the_condition_of_the_next_one(new: Callable[..
     assert torch.equal(torch.cat([part[1] for part in trainer.update()]), tokens), "the step decides"
 
 
+def test_every_update_drops_other_conditions(new: Callable[..., CcaTrainer]) -> None:
+    trainer, patterns = new(condition_dropout=0.5), set()
+    for trainer.state.global_step in range(4):
+        conditions = torch.cat([part[0].condition.chunk(2)[0] for part in trainer.update()])
+        patterns.add(tuple((conditions == CLASSES).tolist()))
+    assert len(patterns) == 4
+
+
 @pytest.mark.parametrize("parts", [None, 9 * CODES])  # logits at once
 def test_the_loss_of_a_batch_is_that_of_its_logits(
     new: Callable[..., CcaTrainer], monkeypatch: pytest.MonkeyPatch, parts: int | None

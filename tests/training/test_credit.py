@@ -94,6 +94,16 @@ def test_opposed_similarity_and_its_weights_by_hand() -> None:
     assert credit.stage_weights(torch.tensor(-0.6))[1].item() == pytest.approx(0.7)
 
 
+def test_an_image_without_advantage_is_held_against_all_others_and_they_against_it() -> None:
+    """A_i A_j <= 0 takes 0 in: north is compared with both, they with north alone."""
+    east, north = [1.0, 0.0], [0.6, 0.8]
+    vectors = torch.tensor([[[east], [east], [north]]])
+    similarity = credit.opposed_similarity(vectors, torch.tensor([[1.0, 1.0, 0.0]]))
+    assert similarity.flatten().tolist() == pytest.approx([0.6, 0.6, 0.6])
+    similarity = credit.opposed_similarity(vectors, torch.tensor([[1.0, 0.0, -1.0]]))
+    assert similarity.flatten().tolist() == pytest.approx([0.8, 0.8, 0.6])
+
+
 def test_nothing_speaks_against_an_image_that_none_opposes() -> None:
     vectors = F.normalize(torch.randn(1, 2, 3, 4), dim=-1)
     assert (credit.opposed_similarity(vectors, torch.tensor([[1.0, 2.0]])) == -1).all()

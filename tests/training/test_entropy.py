@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from argrpo_cli.policy import Policy
 from argrpo_cli.recipe import dump_recipe, load_recipe
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training.entropy import EntropyCallback, LooFid, ReasonGen, controller
 from argrpo_cli.training.grpo import ImageGRPOTrainer
+from argrpo_cli.training.saving import ReferenceCallback
 from tests.training.test_train import Stopped, at_batch, die, metrics, train, without_times
 from tests.training.test_trainer import Build
 from tests.training.tiny import CODES, tiny_recipe
@@ -178,6 +179,19 @@ def test_a_policy_that_took_the_place_of_the_reference_has_no_distance_from_it(n
     kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
     assert kl[0] == pytest.approx(0, abs=1e-9) and kl[2] == pytest.approx(0, abs=1e-9)
     assert kl[1] > 1e-6 and kl[3] > 1e-6
+
+
+@pytest.mark.parametrize(("decay", "every", "moves"), [(0.0, 2, True), (0.5, 1, False)])
+def test_a_reference_that_is_due_moves_although_the_latest_update_was_left_out(
+    decay: float, every: int, moves: bool
+) -> None:
+    """By updates before that one, where there are any since it last moved."""
+    model, reference = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before, state = reference.weight.detach().clone(), TrainerState(global_step=2)
+    callback = ReferenceCallback(decay, every, model, reference)
+    callback.on_pre_optimizer_step(None, state, None, model=model)  # nothing has a gradient
+    callback.on_step_end(None, state, None, model=model)
+    assert torch.equal(reference.weight, model.weight if moves else before)
 
 
 # all of it

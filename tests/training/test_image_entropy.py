@@ -38,6 +38,8 @@ def test_the_best_images_of_a_group_are_paid_for_the_reference_s_entropy() -> No
     assert StageEntropy().compare(torch.tensor([[1.0, 4.0, -7.0], [1.0, 1.0, -8.0]]), []).tolist() == pytest.approx(
         [0.1, 0]
     )
+    below = torch.tensor([[2.0, 2.0, -1.0], [2.0, 2.0, -2.0], [2.0, 2.0, NAN]])
+    assert StageEntropy().compare(below, []).tolist() == [1, 0, 0], "an unknown total is none of 0"
 
 
 class First(Reward):

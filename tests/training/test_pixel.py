@@ -104,6 +104,15 @@ def test_the_loss_of_a_batch_is_that_of_its_logits(
     assert logs["reward_within_group_std"] == pytest.approx(rewards.std(1).mean().item(), rel=1e-4)
 
 
+def test_every_image_of_every_update_has_noise_of_its_own(new: Callable[..., PixelTrainer]) -> None:
+    trainer, drawn, replaced_at = new(samples=2, noise=0.5), set(), set()
+    for trainer.state.global_step in (0, 1):
+        for _, tokens, noisy, uniforms, _ in trainer.update():
+            drawn |= {tuple(one.flatten().tolist()) for one in uniforms}
+            replaced_at |= {tuple(one.tolist()) for one in noisy != tokens}
+    assert len(drawn) == len(replaced_at) == 16
+
+
 def test_training_draws_what_looks_more_like_the_images(new: Callable[..., PixelTrainer]) -> None:
     trainer = new(steps=40, learning_rate=3e-3, samples=6, cross_entropy_weight=0.0, noise=0.2)
     trainer.train()

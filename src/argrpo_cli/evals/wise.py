@@ -34,7 +34,9 @@ CATEGORIES = {  # as the file calls them; the published tables' names and weight
     "Chemistry": ("Chemistry", 0.12),
 }
 FIELDS = ("Prompt", "Explanation")  # of the wording
-SCORE = re.compile(r"score\W{0,9}([01])(?![.\d])", re.IGNORECASE)
+SCORE = re.compile(  # and no scale: "Score (0 or 1)", "Score: 0/1" say nothing
+    r"score\W{0,9}([01])(?![.\d])(?! ?(?:or|to) ?[01]\b)(?!(?<=0)(?: ?[/|] ?|[-–])1\b)", re.IGNORECASE
+)
 BARE = re.compile(r"^\W{0,9}([01])\W{0,9}$", re.MULTILINE)
 THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 

@@ -170,6 +170,10 @@ class ReferenceCallback(EmaCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """There is nothing to copy: the mean is the reference itself."""
 
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
+        self._left_out &= self.every == 1  # of several updates the others have moved the policy
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             super().on_step_end(args, state, control, **kwargs)
