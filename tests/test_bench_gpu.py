@@ -22,7 +22,7 @@ def lines(folder) -> list[dict]:
 
 
 def test_every_part_runs_through_at_toy_sizes(tmp_path, capfd):
-    main(["gpu", "--toy", "--out", str(tmp_path)])
+    main(["gpu", "--toy", "--out", str(tmp_path), "--minutes", "60"])
     rows = lines(tmp_path)
     assert [row["part"] for row in rows if "seconds" in row] == list(gpu.PARTS)
     assert not [row for row in rows if row.keys() & {"failed", "stopped", "skipped"}]
@@ -56,7 +56,7 @@ def test_a_part_that_fails_or_hangs_costs_no_other(tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(gpu_sampling, "card", fails)
     monkeypatch.setattr(gpu_sampling, "sampler", hangs)
     monkeypatch.setattr(gpu_sampling, "attention", lambda bench: bench.row("after", x=3.0))
-    monkeypatch.setitem(gpu.PARTS, "sampler", gpu.PARTS["sampler"]._replace(most=1))
+    monkeypatch.setitem(gpu.PARTS, "sampler", gpu.PARTS["sampler"]._replace(most=0.1))
     main(["gpu", "--toy", "--out", str(tmp_path), "--parts", "card,sampler,attention"])
     rows = lines(tmp_path)
     assert [row["x"] for row in rows if "row" in row] == [1.0, 2.0, 3.0]
