@@ -65,7 +65,7 @@ def table(result: Result, width: int = 80) -> Table:
         heads.insert(0, IMAGES if alike else "count")
         cells = {key: ["" if counts[key] is None else str(counts[key]), *own] for key, own in cells.items()}
     if sum(_widths(cells.values())) + FRAME * (len(heads) + 1) + 1 + LABEL_WIDTH > width:
-        cells = {key: [text.replace(" ± ", "\n± ") for text in own] for key, own in cells.items()}
+        cells = {key: [_stacked(text) for text in own] for key, own in cells.items()}
     about = [result.protocol[key] for key in ("about", "errors") if key in result.protocol]
     about += [f"not as in the paper: {', '.join(result.departures)}"] if result.departures else []
     images = {key: count for key, count in counts.items() if result.columns[key].counted == IMAGES}
@@ -85,6 +85,12 @@ def table(result: Result, width: int = 80) -> Table:
             group = column.group
         out.add_row(labels[key], *cells[key])
     return out
+
+
+def _stacked(text: str) -> str:
+    """A figure with its error below it, each with the unit."""
+    number, sign, error = text.partition(" ± ")
+    return f"{number}{' %' if text.endswith(' %') else ''}\n± {error}" if sign else text
 
 
 def _label(column: Column) -> str:

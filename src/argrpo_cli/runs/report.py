@@ -105,7 +105,9 @@ def _state(recipe: Recipe, records: Sequence[Record], notes: Mapping[str, Any], 
         return f"training: {done} of {recipe.optim.steps} updates so far"
     if finished and finished.get("out_of_time"):
         return f"finished at the time limit, after {done} of {recipe.optim.steps} updates"
-    return f"finished: {done} update{'s' * (done != 1)}" if finished else f"stopped after {done} of {recipe.optim.steps} updates"
+    if finished:
+        return f"finished: {done} update{'s' * (done != 1)}"
+    return f"stopped after {done} of {recipe.optim.steps} updates"
 
 
 def _facts(recipe: Recipe, records: Sequence[Record], notes: Mapping[str, Any]) -> dict[str, str]:
