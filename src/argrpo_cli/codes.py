@@ -33,6 +33,7 @@ CHUNK = 256  # images that are kept together
 ENCODE_PIXELS = 2**20  # encoded at a time, as many as `Policy.decode` decodes
 PREPROCESSING = "centre crop, on white"  # part of what tokens are known by: another preprocessing needs another name
 CODES = "codes"
+Cropped = Callable[[Item, int], Read]
 
 
 def tokenise(
@@ -40,12 +41,12 @@ def tokenise(
     policy: Policy,
     cache: Path,
     team: Team,
-    cropped: Callable[[Item, int], Read] | None = None,
+    cropped: Cropped | None = None,
 ) -> Tensors:
     """The tokens of pictures as `codes` [B, T] of each batch of `CHUNK`; those that are not kept yet are encoded.
 
     Args:
-        cropped: gives how a picture is read at so many pixels a side; by default `read_cropped` of a file of the set.
+        cropped: see `read_crops`.
 
     Raises:
         UserError: a picture that cannot be read, or a cache that cannot be written.
@@ -55,11 +56,8 @@ def tokenise(
     at_once = max(1, ENCODE_PIXELS // size**2)
 
     def read(batch: Sequence[Item]) -> Tensor:
-        if cropped is not None:
-            return read_pixels([replace(item, read=cropped(item, size)) for item in batch])
-        files = [replace(item, read=partial(read_cropped, images.path / item.file, size)) for item in batch]
-        pixels = read_pixels(files)
-        if any(file_item(images.path, item.file).stamp != item.stamp for item in batch):
+        pixels = read_crops(images, batch, size, cropped)
+        if cropped is None and any(file_item(images.path, item.file).stamp != item.stamp for item in batch):
             raise UserError(f"pictures in {images.path} changed while they were read; give the command again")
         return pixels
 
@@ -74,9 +72,14 @@ def tokenise(
     return store
 
 
-def read_pixels(items: Sequence[Item]) -> Tensor:
-    """Pictures of one size, uint8 [B, 3, S, S]; BadPicture for the first that cannot be read."""
-    pixels = list(read_ahead(items))
+def read_crops(images: ImageSet, items: Sequence[Item], size: int, cropped: Cropped | None = None) -> Tensor:
+    """Some pictures of a set, uint8 [B, 3, size, size]; BadPicture for the first that cannot be read.
+
+    Args:
+        cropped: gives how a picture is read at so many pixels a side; by default `read_cropped` of a file of the set.
+    """
+    cropped = cropped or (lambda item, size: partial(read_cropped, images.path / item.file, size))
+    pixels = list(read_ahead([replace(item, read=cropped(item, size)) for item in items]))
     if bad := next((one for one in pixels if isinstance(one, BadPicture)), None):
         raise bad
     return torch.from_numpy(np.stack(pixels))

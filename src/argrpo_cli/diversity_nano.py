@@ -33,7 +33,7 @@ from argrpo_cli.runs.run import RunDirectory
 from argrpo_cli.shapes import Value
 from argrpo_cli.study import BATCH_SIZE, SEED, Study, Units, markdown, mean_row, paired
 from argrpo_cli.system.errors import UserError, exit_code
-from argrpo_cli.system.files import atomic_path, fill_template, make_dir, write_text
+from argrpo_cli.system.files import fill_template, make_dir, save_figure, write_text
 
 if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
@@ -248,11 +248,9 @@ def page(results: Results, images: int, recipe: Recipe) -> str:
 
 def draw_front(results: Results, path: Path) -> None:
     """Gain against recall, both with errors: what reward costs in diversity by each method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes, start = figure.subplots(), results.start[0]
     points: Mapping[str, Sequence[Units]] = {"distilled": [start]} | {
         METHODS[name]: own for name, (own, _) in results.methods.items()
@@ -276,8 +274,7 @@ def draw_front(results: Results, path: Path) -> None:
     axes.set_ylabel("recall, %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    save_figure(path, figure, dpi=100)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from argrpo_cli.listing import EARLIER_SETTINGS, METADATA, image_files
 from argrpo_cli.pictures import LARGE, read_image
 from argrpo_cli.shapes import Condition, Sampling
 from argrpo_cli.system.errors import BadPicture, UserError, shortened
-from argrpo_cli.system.files import read_json, read_jsonl
+from argrpo_cli.system.files import read_json, read_jsonl, stamp_of
 from argrpo_cli.system.npz import Npz
 
 if TYPE_CHECKING:
@@ -206,17 +206,15 @@ def open_images(path: str | Path) -> ImageSet:
         return ImageSet(path, [file_item(path, file) for file in files], remarks=remarks)
     if not path.exists():
         raise UserError(f"no folder or .npz file {path}")
-    array, status = _Array(path), path.stat()
+    array, stamp = _Array(path), stamp_of(path)
     digits = max(5, len(str(len(array))))
-    stamp = f"{status.st_size} {status.st_mtime_ns}"
     return ImageSet(path, [Item(f"{i:0{digits}d}", stamp, partial(array.read, i)) for i in range(len(array))])
 
 
 def file_item(folder: Path, name: str, condition: Condition | None = None, **extra: Any) -> Item:
     """The image `name` in a folder; one that is not there, or no file, says so when it is read."""
     try:
-        status = (folder / name).stat()
-        stamp = f"{status.st_size} {status.st_mtime_ns}"
+        stamp = stamp_of(folder / name)
     except OSError:
         stamp = ""
     return Item(name, stamp, partial(read_image, folder / name), condition, extra)

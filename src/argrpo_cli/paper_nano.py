@@ -38,11 +38,11 @@ from argrpo_cli.shapes import Sampling, Value
 from argrpo_cli.study import BATCH_SIZE, SEED, Study, Units, corrected, markdown, mean_row, paired
 from argrpo_cli.system.errors import UserError, exit_code
 from argrpo_cli.system.files import (
-    atomic_path,
     fill_template,
     make_dir,
     read_json,
     read_jsonl,
+    save_figure,
     write_json,
     write_text,
 )
@@ -229,11 +229,9 @@ def comparisons(results: Results) -> dict[str, Callable[..., str]]:
 
 def draw_figures(results: Results, path: Path) -> None:
     """Figure 4 and both halves of figure 6 as one picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
     for mode in ("conditional", "guided"):
         own = [row for row in results.curve if row["mode"] == mode]
@@ -255,8 +253,7 @@ def draw_figures(results: Results, path: Path) -> None:
             own.errorbar(list(rows), means, errors, color=color, marker="o", capsize=3)
             own.set_ylabel(FIDELITY[key], color=color)
         axes.set_xlabel(label)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    save_figure(path, figure, dpi=100)
 
 
 def _mean_verdicts(runs: list[Verdicts]) -> Verdicts:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any
 
 import torch
 
-from argrpo_cli.system.processes import resolve_device
+from argrpo_cli.system.processes import peak_memory, resolve_device
 
 
 def parse(
@@ -94,11 +92,3 @@ def wait_for_device() -> None:
     """Kernels run behind Python's back on a GPU; time is taken when they are done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: on a GPU what was allocated since the counter was reset, on a CPU of this process so far."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -28,11 +28,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from argrpo_cli.bench import measure, parse, peak_memory
+from argrpo_cli.bench import measure, parse
 from argrpo_cli.evals.fidelity import precision_recall
 from argrpo_cli.networks.inception import POOL_WIDTH, load_inception
 from argrpo_cli.policy import load_policy
 from argrpo_cli.shapes import Result, Sampling
+from argrpo_cli.system.processes import peak_memory
 
 SMALL_SIZES, FULL_SIZE = ((2500, 500), (5000, 1000)), (50_000, 10_000)  # generated, reference
 REFERENCE = 64  # pictures in the comparison's reference

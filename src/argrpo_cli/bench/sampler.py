@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from argrpo_cli.bench import measure, parse, peak_memory
+from argrpo_cli.bench import measure, parse
 from argrpo_cli.bench.roofline import rows_of, step_cost
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig, published_config
@@ -36,6 +36,7 @@ from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration
 from argrpo_cli.policy.llamagen.sample import packed_linears, sample_tokens
 from argrpo_cli.policy.tokens import image_uniforms, inverse_cdf
 from argrpo_cli.shapes import Sampling
+from argrpo_cli.system.processes import peak_memory
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -237,7 +237,8 @@ def run(
         What summary.json holds; None in all of several processes but the first.
 
     Raises:
-        UserError: no such policy, one that cannot be asked, settings out of range, an `out` of something else.
+        UserError: no such policy, one that cannot be asked, settings out of range, an `out` of something else; or
+            nothing could be measured.
     """
     from argrpo_cli.policy import load_policy
 
@@ -314,12 +315,15 @@ def run(
     def result_of_benchmark() -> Result:
         from argrpo_cli.evals.statistics import differences
 
-        columns = benchmark.columns()
-        rows = {**measured, **benchmark.references()}
+        columns, late = benchmark.columns(), benchmark.late_warnings(subjects)
+        every = {**measured, **benchmark.references()}
+        rows = {name: {key: own[key].summary() for key in columns if key in own} for name, own in every.items()}
+        if all(value.value is None for row in rows.values() for value in row.values()):
+            raise UserError(f"nothing could be measured: {'; '.join(late)}; the pictures are kept in {out}")
         result = Result(
             benchmark=benchmark.name,
             columns=columns,
-            rows={name: {key: own[key].summary() for key in columns if key in own} for name, own in rows.items()},
+            rows=rows,
             difference=differences(measured, columns),
             paper=benchmark.paper(subjects),
             protocol={
@@ -329,7 +333,7 @@ def run(
                 "versions": versions(("torch", *benchmark.packages)),
             },
             departures=departures,
-            warnings=list(dict.fromkeys(filter(None, [*early, *benchmark.late_warnings(subjects)]))),
+            warnings=list(dict.fromkeys(filter(None, [*early, *late]))),
         )
         result = benchmark.finish(result, subjects, out)
         result.save(out / SUMMARY)

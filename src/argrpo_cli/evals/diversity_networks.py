@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from argrpo_cli.rewards.clip import OPENAI_FILES
 from argrpo_cli.system.errors import UserError, did_you_mean, first_line
-from argrpo_cli.system.files import WEIGHTS, HubFile, check_fetched, expanded, in_cache, read_json, user_cache
+from argrpo_cli.system.files import HubFile, check_fetched, expanded, in_cache, user_cache
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DREAMSIM_SIZE = 224  # pixels
+CLIP = OPENAI_FILES["ViT-B-32"][0]
 DINOV2 = HubFile("facebook/dinov2-large", "model.safetensors")  # as evaluations take it (Stein et al. 2023)
 
 
@@ -95,11 +97,11 @@ def load_features(given: str, device: str = "cpu") -> FeatureNetwork:
 Loaded = tuple["nn.Module", Callable[["Tensor"], "Tensor"]]
 
 
-def _clip(device: str, path: Path | None) -> Loaded:
-    from argrpo_cli.networks.clip import load_open_clip
+def _of_rewards(kind: str, device: str, path: Path | None = None) -> Loaded:
+    from argrpo_cli.rewards.features import Features
 
-    clip = load_open_clip("ViT-B-32-quickgelu", "openai", path, device)
-    return clip.network, clip.image_features
+    features = Features(kind, device, path)
+    return features.module, features
 
 
 def _dinov2(device: str, path: Path | None) -> Loaded:
@@ -136,18 +138,6 @@ def _nano_clip(device: str) -> Loaded:
     return clip.network, clip.image_features
 
 
-def _nano_judge(device: str) -> Loaded:
-    import torch
-
-    from argrpo_cli.nano.judge import RecognitionNet
-    from argrpo_cli.networks.pixels import to_unit
-    from argrpo_cli.networks.weights import load_weights
-
-    folder = WEIGHTS / "nano-judge"
-    network = load_weights(RecognitionNet(**read_json(folder / "config.json")["recogniser"]), folder, device)
-    return network, torch.inference_mode()(lambda images: network.features(to_unit(images.to(device))))
-
-
 class Network(NamedTuple):
     """What is known of a network before it is loaded, and how it is; `file` of the hub, None for what needs none."""
 
@@ -157,9 +147,9 @@ class Network(NamedTuple):
 
 
 NETWORKS = {
-    "clip": Network("CLIP ViT-B/32 (OpenAI), unit image features", _clip, OPENAI_FILES["ViT-B-32"][0]),
+    "clip": Network("CLIP ViT-B/32 (OpenAI), unit image features", partial(_of_rewards, "clip"), CLIP),
     "dinov2": Network("DINOv2 ViT-L/14, class token", _dinov2, DINOV2),
     "dreamsim": Network("DreamSim, the ensemble of its package", _dreamsim),
     "nano-clip": Network("nano-clip, unit image features", _nano_clip),
-    "nano-judge": Network("the nano judge's classifier, 128 features", _nano_judge),
+    "nano-judge": Network("the nano judge's classifier, 128 features", partial(_of_rewards, "nano")),
 }

@@ -41,6 +41,7 @@ from argrpo_cli.score import ScoredRow, item_key, row_of, score_rows
 from argrpo_cli.shapes import Column, Result
 from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.files import expanded, read_jsonl, write_jsonl
+from argrpo_cli.system.hub import quiet_hub
 
 if TYPE_CHECKING:
     from argrpo_cli.evals.statistics import Measure
@@ -200,14 +201,7 @@ class DrawBench(Benchmark):
         return [text for reward, own in self.scores.items() for text in own.warnings(reward)]
 
     def finish(self, result: Result, subjects: Sequence[Subject], out: Path) -> Result:
-        """The result with the columns that an earlier call measured of the same pictures before its own.
-
-        Raises:
-            UserError: nothing could be measured.
-        """
-        if all(value.value is None for row in result.rows.values() for value in row.values()):
-            why = "; ".join(text for text in result.warnings if " has no score for " in text)
-            raise UserError(f"nothing could be measured: {why}; the pictures are kept in {out}")
+        """The result with the columns that an earlier call measured of the same pictures before its own."""
         for one in subjects:
             _write_scores(one, {reward: own.values[one.name] for reward, own in self.scores.items()})
         return _with_earlier(result, Result.load(out / SUMMARY)) if (out / SUMMARY).is_file() else result
@@ -428,17 +422,13 @@ def _column(names: Iterable[str], source: str, mend: str) -> str:
 def _of_hub(name: str) -> list[str]:
     """The prompts of a data set of the hub, fetched once into its cache."""
     import datasets
-    from huggingface_hub.utils import logging as hub_logging
 
     mend = "download its prompts and give the file as --prompts"
-    level = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # it tells of every attempt; the outcome is enough
     try:
-        loaded = datasets.load_dataset(name)
+        with quiet_hub():
+            loaded = datasets.load_dataset(name)
     except Exception as error:  # of the hub, the network, a parser: whatever it is, the set cannot be read
         raise UserError(f"cannot fetch the data set {name} of the hub: {first_line(error)}; {mend}") from error
-    finally:
-        hub_logging.set_verbosity(level)
     table = next(iter(loaded.values()))
     column = _column(table.column_names, f"the data set {name}", mend)
     return [str(text) for text in table[column]]

@@ -17,10 +17,9 @@ from argrpo_cli.policy.folder import checkpoint_folders
 from argrpo_cli.runs.run import RunDirectory
 from argrpo_cli.shapes import Column, Result, Sampling, Value, shared_settings
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import atomic_path, check_writable, make_dir, read_jsonl, write_jsonl
+from argrpo_cli.system.files import check_writable, make_dir, read_jsonl, save_figure, write_jsonl
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.table import Table
 
 MODES = ("conditional", "guided")
@@ -226,7 +225,7 @@ def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     right.set_ylabel("entropy, nats")
     right.legend(fontsize=8)
     right.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(path, figure)
 
 
 def has_bars(rows: Sequence[dict[str, Any]]) -> bool:
@@ -283,7 +282,7 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
         )
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    _save(figure, path)
+    save_figure(path, figure)
 
 
 def _along_run(rows: Sequence[dict[str, Any]]) -> bool:
@@ -294,8 +293,3 @@ def _shortened(name: str) -> str:
     """A name that fits below a bar: of a path the end, without the `policy` that every finished run has."""
     name = name.rstrip("/").removesuffix("/policy")
     return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)

@@ -283,11 +283,7 @@ class Judged(Benchmark):
         return texts
 
     def finish(self, result: Result, subjects: Sequence[Subject], out: Path) -> Result:
-        """The result, and the verdicts to read.
-
-        Raises:
-            UserError: nothing could be measured.
-        """
+        """The result, and the verdicts to read."""
         for one in subjects:
             tasks = [self.asked.tasks[shot.condition.prompt] for shot in one.shots]
             lines = [
@@ -295,8 +291,6 @@ class Judged(Benchmark):
                 for shot, task, row in zip(one.shots, tasks, self.rows[one.name], strict=True)
             ]
             write_jsonl(one.folder / "verdicts" / "verdicts.jsonl", lines)
-        if all(value.value is None for row in result.rows.values() for value in row.values()):
-            raise UserError(f"nothing could be measured: {'; '.join(result.warnings)}; the pictures are kept in {out}")
         return result
 
 

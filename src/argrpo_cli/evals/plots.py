@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from argrpo_cli.shapes import Result
-from argrpo_cli.system.files import atomic_path
+from argrpo_cli.system.files import save_figure
 
 SHADES = ("#9aa5b1", "#d1495b")  # a baseline, and what was asked for
 WIDTH = 0.8  # of a column's bars together
@@ -41,5 +41,4 @@ def draw_groups(result: Result, groups: Sequence[str], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("%" if all(column.percent for column in result.columns.values()) else "")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    save_figure(path, figure)

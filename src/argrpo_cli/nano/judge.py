@@ -1,4 +1,5 @@
-"""The independent judge of the nano world, used for evaluation only: no reward looks at what it looks at.
+"""The independent judge of the nano world, for evaluation. No reward looks at what it looks at, but `loo-fid` and
+`clusters` with `features: nano`: then its classifier's numbers are what was trained, and its rendering match is not.
 
 First a question of truth: how well does a sample match a rendering of its class (`matching.py`)? Beside it recognition
 by a classifier of its own, whose features also serve to compare whole sets of pictures; it is built unlike the reward

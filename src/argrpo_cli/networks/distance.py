@@ -5,7 +5,7 @@ Of the maps [B, C, h, w] of some layers of a network, every place scaled to unit
     d(x, y) = sum over layers of the mean over places of sum over channels of w_c (x_c - y_c)^2
 
 LPIPS takes the five last layers before VGG16 halves its maps, with weights w_c fitted to what people say. The nano
-world has no such weights: there w is 1, and the network is that of a reward, since its judge is never trained on.
+world has no such weights: there w is 1, and the network is that of a reward, and not of its judge.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ class Features:
             (D = 512); `nano`, those of the nano judge's classifier (D = 128).
         weights: a local file in the place of the published one.
 
+    Attributes:
+        module: the network, by whose weights its features are told from others.
+
     Raises:
         UserError: the network's package or weights are missing.
     """
@@ -35,21 +38,21 @@ class Features:
         self.kind = kind
         if kind == "nano":
             from argrpo_cli.nano.judge import load_recogniser
+            from argrpo_cli.networks.pixels import to_unit
 
-            self.network = load_recogniser().to(device)
+            recogniser = load_recogniser().to(device)
+            self.module, self._look = recogniser, lambda images: recogniser.features(to_unit(images.to(device)))
         elif kind == "clip":
-            self.network = Clip(device, weights=weights).clip
+            clip = Clip(device, weights=weights).clip
+            self.module, self._look = clip.network, clip.image_features
         else:
             from argrpo_cli.networks.inception import load_inception
 
-            self.network = load_inception(weights, device)
+            inception = load_inception(weights, device)
+            self.module, self._look = inception.network, lambda images: inception.features(images).pool
 
     def __call__(self, images: Tensor) -> Tensor:
-        if self.kind == "nano":
-            from argrpo_cli.networks.pixels import to_unit
-
-            return self.network.features(to_unit(images))
-        return self.network.image_features(images) if self.kind == "clip" else self.network.features(images).pool
+        return self._look(images)
 
     @staticmethod
     def needs(kind: str, options: Mapping[str, Any]) -> Needs:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli import __version__
 from argrpo_cli.rewards.base import Reward
 from argrpo_cli.system.errors import UserError, offer, refuse_secrets
-from argrpo_cli.system.files import check_fetched, in_cache
+from argrpo_cli.system.files import check_fetched, in_cache, stamp_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -150,7 +150,7 @@ def _file_stamps(options: Mapping[str, Any]) -> dict[str, str]:
     files = [
         file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()
     ]
-    return {str(file): f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files}
+    return {str(file): stamp_of(file) for file in files}
 
 
 def _source_digest(function: Callable[..., Any]) -> str:

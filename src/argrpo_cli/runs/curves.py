@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from argrpo_cli.system.files import atomic_path
+from argrpo_cli.system.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -326,7 +326,6 @@ def draw_curves(
     Args:
         roles: family and weight of each reward, see `panels`. Rewards of weight 0 get rows of their own.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = panel_rows(panels(records, roles or {}))
@@ -335,7 +334,6 @@ def draw_curves(
     across = max(map(len, rows))
     width, height = SIZE[0] * across, SIZE[1] * len(rows) + HEAD
     figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
     figure.suptitle(title, y=1 - 0.2 / height)
     # Fixed margins, in inches: matplotlib's own layout would take as long as the drawing.
     edges = {"left": 0.75 / width, "right": 1 - 0.15 / width, "bottom": 0.5 / height, "top": 1 - (HEAD + 0.25) / height}
@@ -356,8 +354,7 @@ def draw_curves(
             axes.set_title(panel.title, fontsize=10)
             axes.set_xlabel("step", fontsize=9)
             axes.grid(alpha=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)
+    save_figure(path, figure, DPI)
 
 
 def panel_rows(every: Sequence[Panel]) -> list[list[Panel]]:

@@ -14,10 +14,11 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, first_line
 from argrpo_cli.system.plain import check_shape, lines_of, parse_json, to_json
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL import Image
     from torch import Tensor
 
@@ -49,6 +50,12 @@ def writable(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def stamp_of(path: str | os.PathLike[str]) -> str:
+    """What changes when a file does: its size and time; OSError where there is none."""
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
@@ -222,6 +229,12 @@ def save_png(path: str | os.PathLike[str], image: Image.Image) -> None:
         image.save(temporary, format="PNG")
 
 
+def save_figure(path: str | os.PathLike[str], figure: Figure, dpi: int = 110) -> None:
+    """Write a figure of matplotlib as PNG, atomically."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
+
+
 def user_cache() -> Path:
     """`argrpo` in the user's cache directory; what lies there can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argrpo"
@@ -329,7 +342,7 @@ def _not_fetched(error: Exception, repo: str, file: str | None, revision: str | 
 
     why = "the hub is not reached, and it is not in the cache"
     if not isinstance(error, LocalEntryNotFoundError):
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         why += ", and it is not in the cache" if isinstance(error, ConnectionError) else ""
     if file is not None:
         mend = f"download https://huggingface.co/{repo}/resolve/main/{file} and give the file instead"
@@ -354,20 +367,16 @@ def fetch(repo: str, file: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import logging as hub_logging
 
-    from argrpo_cli.system.hub import require_hub
+    from argrpo_cli.system.hub import quiet_hub, require_hub
 
-    level = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # it tells of every attempt; the outcome is enough
     try:
-        try:
-            return Path(hf_hub_download(repo, file, local_files_only=True))
-        except LocalEntryNotFoundError:
-            require_hub()
-            print(f"fetching {file} of {repo}", file=sys.stderr, flush=True)
-            return Path(hf_hub_download(repo, file))
+        with quiet_hub():
+            try:
+                return Path(hf_hub_download(repo, file, local_files_only=True))
+            except LocalEntryNotFoundError:
+                require_hub()
+                print(f"fetching {file} of {repo}", file=sys.stderr, flush=True)
+                return Path(hf_hub_download(repo, file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise _not_fetched(error, repo, file) from error
-    finally:
-        hub_logging.set_verbosity(level)

@@ -6,6 +6,8 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -49,6 +51,19 @@ def require_hub() -> None:
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise ConnectionError(f"the hub is not reached ({place.hostname}: {why})") from error
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Within this context the library does not tell of every attempt: the outcome is enough."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _connect(host: str | None, port: int) -> None:

@@ -170,6 +170,18 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def peak_memory(device: str) -> int:
+    """Bytes at the worst moment: on a GPU since its counter was reset, on a CPU of this process so far."""
+    import resource
+
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def quick_in_bfloat16(device: str) -> bool:
     """Whether bfloat16 takes less time than float32 there; False where torch does not say (before 2.11).
 

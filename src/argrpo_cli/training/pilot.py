@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from argrpo_cli.runs.learning import ERRORS, SATURATED, estimate
 from argrpo_cli.runs.run import PILOT_FILE, PILOT_SCRATCH, START, Interrupted, RunDirectory, duration
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import write_text
-from argrpo_cli.system.processes import join_team
+from argrpo_cli.system.processes import join_team, peak_memory
 from argrpo_cli.training.launch import settle_dtype
 from argrpo_cli.training.saving import trained_weights
 from argrpo_cli.training.train import PATIENCE, run_training, state
@@ -410,10 +409,3 @@ def show(recipe: Recipe, found: Measured, reasons: Sequence[str], console: Conso
     console.print(table)
     for reason in reasons:
         console.print(reason, soft_wrap=True, highlight=False)
-
-
-def peak_memory(device: str) -> int:
-    """Bytes at the worst moment so far: of the GPU, or of this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.captions import asked_by_the_benchmark
-from argrpo_cli.codes import CHUNK, CODES, read_cropped, read_pixels, tokenise
+from argrpo_cli.codes import CHUNK, CODES, Cropped, read_cropped, read_crops, tokenise
 from argrpo_cli.images import ImageSet, Item, Read
 from argrpo_cli.kept import in_batches
 from argrpo_cli.labelled import balanced_order, conditions_of, open_labelled
@@ -57,7 +57,7 @@ class Real:
     Attributes:
         conditions: what each shows, as the policy reads it.
         images: none where there are codes alone.
-        cropped: how an image is read at so many pixels a side; None for files of `images`.
+        cropped: see `codes.read_crops`; None for files of `images`.
         codes: whole numbers [N, T], once they are there.
         distance: of two pictures, for a method that compares them.
     """
@@ -65,7 +65,7 @@ class Real:
     policy: Policy
     conditions: list[Condition]
     images: ImageSet | None = None
-    cropped: Callable[[Item, int], Read] | None = None
+    cropped: Cropped | None = None
     codes: Tensor | None = None
     distance: Distance | None = None
 
@@ -90,10 +90,8 @@ class Real:
         """Uint8 [B, 3, S, S] of these images; of codes what they are decoded to."""
         if self.images is None:
             return self.policy.decode(self.tokens(rows).to(self.policy.model.device)).cpu()
-        size, folder = self.policy.card.image_size, self.images.path
-        cropped = self.cropped or (lambda item, size: partial(read_cropped, folder / item.file, size))
         items = [self.images.items[row] for row in rows]
-        return read_pixels([replace(item, read=cropped(item, size)) for item in items])
+        return read_crops(self.images, items, self.policy.card.image_size, self.cropped)
 
 
 def open_real(recipe: Recipe, policy: Policy) -> Real:
@@ -135,7 +133,7 @@ def _open(section: RealSection, policy: Policy) -> Real:
     if tars := shards(section.path):
         items = list(members(tars, section.column, None if classes else section.limit))
         images = ImageSet(tars[0].parent, items, f"the files beside each in {section.path}")
-        cropped: Callable[[Item, int], Read] | None = _cropped_member
+        cropped: Cropped | None = _cropped_member
     elif os.path.isdir(path):
         images, cropped = open_labelled(path) if classes else _captioned(path, section), None
     else:

@@ -23,7 +23,7 @@ from argrpo_cli.listing import is_picture, natural
 from argrpo_cli.pictures import read_image
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, shortened
-from argrpo_cli.system.files import expanded, open_regular, readable
+from argrpo_cli.system.files import expanded, open_regular, readable, stamp_of
 from argrpo_cli.system.plain import parse_json
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def members(tars: Sequence[Path], column: str, limit: int | None) -> Iterator[It
             extra = {} if extra.get("label") is None else extra
             condition = Condition(" ".join(prompt.split())) if prompt and prompt.strip() else None
             name = Path(f"{tar}/{picture.name}")
-            place = (picture.offset_data, picture.size, _stamp(tar))
+            place = (picture.offset_data, picture.size, stamp_of(tar))
             read = partial(_read, tar, *place, name)
             yield Item(str(name), f"{place[2]} {place[0]}", read, condition, extra)
             count += 1
@@ -134,11 +134,6 @@ def _value(text: str, column: str, where: str) -> str | int | None:
     return value
 
 
-def _stamp(tar: Path) -> str:
-    status = os.stat(tar)
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
 def _read(
     tar: Path, start: int, size: int, stamp: str, name: Path, most: int | None = None, upright: bool = True
 ) -> np.ndarray | None:
@@ -149,6 +144,6 @@ def _read(
             file.seek(start)
             return io.BytesIO(file.read(size))
 
-    if _stamp(tar) != stamp:
+    if stamp_of(tar) != stamp:
         raise UserError(f"{tar} changed while it was read; give the command again")
     return read_image(name, most, upright, opener)
