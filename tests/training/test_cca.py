@@ -16,7 +16,8 @@ from argrpo_cli.policy import tokens as shared
 from argrpo_cli.runs import curves
 from argrpo_cli.runs.run import Interrupted
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.training.cca import CcaTrainer, build_cca_trainer, contrast
+from argrpo_cli.training.batches import build
+from argrpo_cli.training.cca import CcaTrainer, contrast
 from argrpo_cli.training.real import Real, open_real
 from argrpo_cli.training.rollout import Rollout
 from tests.training.reals import real_recipe, save_codes
@@ -51,12 +52,12 @@ def test_its_gradient_lifts_an_image_under_its_condition_and_lowers_it_under_ano
 
 @pytest.fixture
 def new(policy: Policy, tmp_path: Path) -> Callable[..., CcaTrainer]:
-    def build(**keys: Any) -> CcaTrainer:
+    def new_trainer(**keys: Any) -> CcaTrainer:
         recipe = real_recipe("cca", "tiny", save_codes(tmp_path / "codes.npz"), **keys)
         rollout = Rollout(recipe, policy.conditions(range(CLASSES)), policy)
-        return build_cca_trainer(recipe, policy, rollout, open_real(recipe, policy), tmp_path / "trainer", [])
+        return build(CcaTrainer, recipe, policy, rollout, open_real(recipe, policy), tmp_path / "trainer", [])
 
-    return build
+    return new_trainer
 
 
 def test_an_image_is_held_against_the_condition_of_the_next_one(new: Callable[..., CcaTrainer]) -> None:

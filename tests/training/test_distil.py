@@ -22,7 +22,8 @@ from argrpo_cli.runs import curves
 from argrpo_cli.runs.run import Interrupted
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training
-from argrpo_cli.training.distil import build_distil_trainer, divergence, smallest_of_the_best
+from argrpo_cli.training.batches import build
+from argrpo_cli.training.distil import DistilTrainer, divergence, smallest_of_the_best
 from argrpo_cli.training.rollout import Rollout
 from tests.training.test_train import Stopped, assert_same_run, die, metrics, send, train
 from tests.training.tiny import CLASSES, CODES, FakeRewards, tiny_recipe
@@ -81,7 +82,7 @@ def stepped(policy: Policy, tmp_path: Path) -> Callable[..., Any]:
     def step(**keys: Any) -> Any:
         recipe = distil_recipe(**keys)
         rollout = Rollout(recipe, policy.conditions(range(CLASSES)), policy)
-        trainer = build_distil_trainer(recipe, policy, rollout, recipe.distil.cfg_scale, tmp_path / "trainer", [])
+        trainer = build(DistilTrainer, recipe, policy, rollout, recipe.distil.cfg_scale, tmp_path / "trainer", [])
         trainer.train()
         return trainer
 
@@ -91,8 +92,8 @@ def stepped(policy: Policy, tmp_path: Path) -> Callable[..., Any]:
 def test_the_student_moves_and_the_teacher_does_not(stepped: Callable[..., Any], policy_folder: Path) -> None:
     base = load_policy(policy_folder).model.state_dict()
     trainer = stepped(steps=1)
-    assert all(torch.equal(one, base[name]) for name, one in trainer.teacher.state_dict().items())
-    assert not any(one.requires_grad or one.grad is not None for one in trainer.teacher.parameters())
+    assert all(torch.equal(one, base[name]) for name, one in trainer.base.state_dict().items())
+    assert not any(one.requires_grad or one.grad is not None for one in trainer.base.parameters())
     student = trainer.model.state_dict()
     assert {name for name in base if torch.equal(base[name], student[name])} == set()
     null = base["model.class_embedding.weight"][-1]
@@ -110,8 +111,8 @@ def test_the_loss_is_the_mean_over_all_tokens_in_whatever_parts(
     trainer.state.global_step = 0
     encoded, tokens = trainer._draw()
     with torch.no_grad():
-        plain = (trainer.teacher.logits(encoded, tokens) / 0.8).log_softmax(-1)
-        guided = (trainer.teacher.logits(encoded, tokens, 3.0) / 0.8).log_softmax(-1)
+        plain = (trainer.base.logits(encoded, tokens) / 0.8).log_softmax(-1)
+        guided = (trainer.base.logits(encoded, tokens, 3.0) / 0.8).log_softmax(-1)
     expected = (guided.exp() * (guided - plain)).sum(-1).mean().item()
     assert log["loss"] == log["divergence_teacher"] == pytest.approx(expected, rel=tolerance)
     assert log["entropy"] == pytest.approx(-(plain.exp() * plain).sum(-1).mean().item(), rel=tolerance)
@@ -132,7 +133,7 @@ def test_the_student_draws_unguided_from_its_own_weights(
     draw = Rollout.draw
 
     def watch(self: Rollout, model: Any, encoded: Any, seeds: Any, trainer: Any, sampling: Any, **keys: Any) -> Any:
-        asked.append((model is trainer.teacher, sampling.cfg_scale))
+        asked.append((model is trainer.base, sampling.cfg_scale))
         return draw(self, model, encoded, seeds, trainer, sampling, **keys)
 
     monkeypatch.setattr(Rollout, "draw", watch)

@@ -15,7 +15,8 @@ from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy import tokens as shared
 from argrpo_cli.policy.tokens import inverse_cdf
 from argrpo_cli.runs import curves
-from argrpo_cli.training.pixel import PixelTrainer, advantages, build_pixel_trainer, policy_loss, replaced
+from argrpo_cli.training.batches import build
+from argrpo_cli.training.pixel import PixelTrainer, advantages, policy_loss, replaced
 from argrpo_cli.training.real import Real, open_images
 from argrpo_cli.training.rollout import Rollout
 from tests.training.reals import real_recipe, save_codes
@@ -56,15 +57,15 @@ def test_the_gradient_is_that_of_log_probabilities_times_advantages() -> None:
 
 @pytest.fixture
 def new(policy: Policy, tmp_path: Path) -> Callable[..., PixelTrainer]:
-    def build(distance: Any = None, **keys: Any) -> PixelTrainer:
+    def new_trainer(distance: Any = None, **keys: Any) -> PixelTrainer:
         recipe = real_recipe("pixel", "tiny", save_codes(tmp_path / "codes.npz"), **keys)
         policy.decode = paint
         real = open_images(recipe.real, policy)
         real.distance = distance
         rollout = Rollout(recipe, policy.conditions(range(CLASSES)), policy)
-        return build_pixel_trainer(recipe, policy, rollout, real, tmp_path / "trainer", [])
+        return build(PixelTrainer, recipe, policy, rollout, real, tmp_path / "trainer", [])
 
-    return build
+    return new_trainer
 
 
 def mean_gap(images: Tensor, others: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from argrpo_cli.seeds import of_training
 from argrpo_cli.training.conditions import condition_order
 from argrpo_cli.training.gathering import check_sharding
 from argrpo_cli.training.grpo import lora_config, trainer_settings
@@ -33,10 +34,17 @@ class BatchTrainer(Trainer):
 
     Args:
         rollout: reads conditions and draws images.
+        base: the policy's model as it was, frozen and whole on every device; None where a method has no `compares`.
+
+    Attributes:
+        compares: with the policy as it was.
     """
 
-    def __init__(self, *args: Any, rollout: Rollout, **kwargs: Any) -> None:
+    compares: ClassVar[bool] = True
+
+    def __init__(self, *args: Any, rollout: Rollout, base: nn.Module | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.base = base
         self.model_accepts_loss_kwargs = False  # the mean of a micro-batch is divided by their number
         self.rollout = rollout
         self.sampling = replace(rollout.recipe.sampling, cfg_scale=1.0)  # what is trained
@@ -53,6 +61,12 @@ class BatchTrainer(Trainer):
         recipe, team = self.rollout.recipe, self.rollout.team
         first = self.state.global_step * recipe.optim.batch_size + team.index * self.share
         return range(first, first + self.share)
+
+    def seeds(self) -> list[int]:
+        """Of this process's images of the update."""
+        first = self.rollout.team.index * self.share
+        step, seed = self.state.global_step, self.rollout.recipe.seed
+        return [of_training(seed, step, first + index) for index in range(self.share)]
 
     def order(self, count: int) -> list[int]:
         """Which of so many images the run looks at, in passes of a new permutation each."""
@@ -84,30 +98,26 @@ class BatchTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def frozen(model: nn.Module) -> nn.Module:
-    """A copy of a model that is not trained, whole on every device."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
 def build(
     kind: type[Method],
     recipe: Recipe,
     policy: Policy,
     rollout: Rollout,
+    given: Any,
     output_dir: Path,
     callbacks: Sequence[TrainerCallback],
-    **own: Any,
 ) -> Method:
     """The trainer of `policy.model`, in place; parameters that require no gradient stay as they are.
 
     Args:
-        own: what `kind` takes beside.
+        given: what `kind` takes beside.
 
     Raises:
         UserError: several GPUs without a launcher, or no layer of a LoRA target.
     """
     team, model = rollout.team, policy.model
     check_alone(team.count, model.device.type)
+    base = copy.deepcopy(model).eval().requires_grad_(False) if kind.compares else None
     if recipe.policy.lora is not None:
         config = lora_config(recipe.policy.lora, policy)
         from peft import get_peft_model
@@ -122,7 +132,8 @@ def build(
         train_dataset=range(batches),  # a row for each micro-batch, which is made and not read
         callbacks=list(callbacks),
         rollout=rollout,
-        **own,
+        base=base,
+        given=given,
     )
     trainer.remove_callback(PrinterCallback)
     check_sharding(trainer)

@@ -7,25 +7,18 @@ is then drawn in one pass a token. Distillation needs no images; this needs no d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from argrpo_cli.seeds import happens, of_training
-from argrpo_cli.training.batches import BatchTrainer, build, frozen
+from argrpo_cli.seeds import happens
+from argrpo_cli.training.batches import BatchTrainer
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
-    from argrpo_cli.policy import Policy
     from argrpo_cli.policy.protocol import Encoded
-    from argrpo_cli.recipe import Recipe
     from argrpo_cli.training.real import Real
-    from argrpo_cli.training.rollout import Rollout
 
 
 def contrast(own: Tensor, other: Tensor, positive: Tensor, beta: float, weight: float) -> Tensor:
@@ -47,29 +40,22 @@ def contrast(own: Tensor, other: Tensor, positive: Tensor, beta: float, weight: 
 
 
 class CcaTrainer(BatchTrainer):
-    """A trainer that holds each image against its own condition and that of the next.
+    """A trainer that holds each of its real images, tokenised, against its own condition and that of the next."""
 
-    Args:
-        base: the frozen policy's model, whole on every device.
-        real: the images, tokenised.
-    """
-
-    def __init__(self, *args: Any, base: nn.Module, real: Real, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, given: Real, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.base, self.real = base, real
-        self._order = self.order(len(real.conditions))
+        self.real, self._order = given, self.order(len(given.conditions))
 
     def update(self) -> list[tuple[Encoded, Tensor, Tensor]]:
         """Of each micro-batch: conditions of 2 B rows, the images' own and then the others', tokens int64 [B, T], and
         bool [B], whether the other one counts as the image's own."""
         rollout, slots, conditions = self.rollout, self.slots(), self.real.conditions
-        recipe, step = rollout.recipe, self.state.global_step
-        first = step * recipe.optim.batch_size
+        recipe = rollout.recipe
+        first = self.state.global_step * recipe.optim.batch_size
         # The next image of the whole batch, so that it is the same on any number of processes.
         following = [first + (slot + 1 - first) % recipe.optim.batch_size for slot in slots]
         rows, others = ([self._order[slot] for slot in part] for part in (slots, following))
-        seeds = [of_training(recipe.seed, step, slot - first) for slot in slots]
-        dropped = torch.tensor([happens("drop", seed, recipe.cca.condition_dropout) for seed in seeds])
+        dropped = torch.tensor([happens("drop", seed, recipe.cca.condition_dropout) for seed in self.seeds()])
         same = torch.tensor([conditions[row] == conditions[other] for row, other in zip(rows, others, strict=True)])
         asked = [conditions[row] for row in rows + others]
         with rollout.stopwatch.measure("text"):
@@ -103,15 +89,3 @@ class CcaTrainer(BatchTrainer):
             told_apart=torch.where(apart, (own > other).float(), torch.nan),
         )
         return contrast(own, other, positive, cca.beta, cca.lmbda).mean()
-
-
-def build_cca_trainer(
-    recipe: Recipe,
-    policy: Policy,
-    rollout: Rollout,
-    real: Real,
-    output_dir: Path,
-    callbacks: Sequence[TrainerCallback],
-) -> CcaTrainer:
-    """The trainer of `policy.model`, in place; the base is a copy of it. See `batches.build`."""
-    return build(CcaTrainer, recipe, policy, rollout, output_dir, callbacks, base=frozen(policy.model), real=real)

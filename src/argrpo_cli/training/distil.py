@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,21 +22,18 @@ from torch.nn import functional as F
 from argrpo_cli.seeds import happens, of_training
 from argrpo_cli.shapes import Shot
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.training.batches import BatchTrainer, build, frozen
+from argrpo_cli.training.batches import BatchTrainer
 from argrpo_cli.training.conditions import prompt_dataset
 from argrpo_cli.training.gathering import whole_model
 from argrpo_cli.training.instruments import total_rewards
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
     from argrpo_cli.policy import Policy
     from argrpo_cli.policy.protocol import Encoded
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.rewards import RewardSet
     from argrpo_cli.shapes import Condition
     from argrpo_cli.system.processes import Team
-    from argrpo_cli.training.rollout import Rollout
 
 SCALE_STEP = -3  # stands for "no step" in the seeds of the images that choose a scale
 SCALE_IMAGES = 256  # drawn at each scale
@@ -71,17 +67,17 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 class DistilTrainer(BatchTrainer):
-    """A trainer whose batches are images that it draws when an update begins.
+    """A trainer whose batches are images that it draws when an update begins; the teacher is the policy as it was.
+
+    What the null condition alone reads gets no gradient; a distilled policy is not meant to be guided again.
 
     Args:
-        teacher: the frozen policy's model, whole on every device.
-        cfg_scale: the teacher's guidance.
+        given: the teacher's guidance scale.
     """
 
-    def __init__(self, *args: Any, teacher: nn.Module, cfg_scale: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, given: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = teacher
-        self.guided = replace(self.sampling, cfg_scale=cfg_scale)
+        self.guided = replace(self.sampling, cfg_scale=given)
         self.own = False  # the student has drawn the batch
         rollout, optim = self.rollout, self.rollout.recipe.optim
         self._prompts = prompt_dataset(rollout.conditions, optim.steps * optim.batch_size, rollout.recipe.seed)
@@ -93,17 +89,16 @@ class DistilTrainer(BatchTrainer):
 
     def _draw(self) -> tuple[Encoded, Tensor]:
         """This process's images of the update, as in GRPO."""
-        rollout, step = self.rollout, self.state.global_step
-        recipe, team, slots = rollout.recipe, rollout.team, self.slots()
+        rollout, slots = self.rollout, self.slots()
+        recipe, team = rollout.recipe, rollout.team
         prompts = self._prompts[slots.start : slots.stop]["prompt"]
         _, encoded = team.together(lambda: rollout.read(prompts))
-        seeds = [of_training(recipe.seed, step, team.index * self.share + index) for index in range(self.share)]
-        self.own = happens("student", of_training(recipe.seed, step, 0), recipe.distil.lmbda)
-        sampling, drawing = self.guided, nullcontext(self.teacher)
+        self.own = happens("student", of_training(recipe.seed, self.state.global_step, 0), recipe.distil.lmbda)
+        sampling, drawing = self.guided, nullcontext(self.base)
         if self.own:
             sampling, drawing = self.sampling, whole_model(self)
         with rollout.stopwatch.measure("rollout"), drawing as model:
-            parts = team.together(lambda: rollout.draw(model, encoded, seeds, self, sampling))
+            parts = team.together(lambda: rollout.draw(model, encoded, self.seeds(), self, sampling))
         return encoded, torch.cat([part.tokens for part in parts]).clone()  # of inference mode, which cannot be trained
 
     def compute_loss(
@@ -113,7 +108,7 @@ class DistilTrainer(BatchTrainer):
         one part of the tokens at a time."""
         encoded, tokens = inputs
         with torch.no_grad(), self.accelerator.autocast():
-            target = self.teacher.distribution(encoded, tokens, self.guided)
+            target = self.base.distribution(encoded, tokens, self.guided)
 
         def compare(logp: Tensor, at: slice) -> Tensor:
             """Divergence and the student's entropy, [n, 2]."""
@@ -129,22 +124,6 @@ class DistilTrainer(BatchTrainer):
         if "loss" in logs:
             logs |= {"divergence_student" if self.own else "divergence_teacher": logs["loss"]}
         super().log(logs, start_time)
-
-
-def build_distil_trainer(
-    recipe: Recipe,
-    policy: Policy,
-    rollout: Rollout,
-    cfg_scale: float,
-    output_dir: Path,
-    callbacks: Sequence[TrainerCallback],
-) -> DistilTrainer:
-    """The trainer of `policy.model`, in place; the teacher is a copy of it. See `batches.build`.
-
-    What the null condition alone reads gets no gradient; a distilled policy is not meant to be guided again.
-    """
-    own = {"teacher": frozen(policy.model), "cfg_scale": cfg_scale}
-    return build(DistilTrainer, recipe, policy, rollout, output_dir, callbacks, **own)
 
 
 def choose_scale(

@@ -24,10 +24,11 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import reason, save_png
 from argrpo_cli.system.grids import before_after
 from argrpo_cli.system.processes import Team, again
-from argrpo_cli.training.cca import build_cca_trainer
+from argrpo_cli.training.batches import build
+from argrpo_cli.training.cca import CcaTrainer
 from argrpo_cli.training.conditions import Conditions, digest, load_position, save_position
 from argrpo_cli.training.display import RunDisplay, silent_console
-from argrpo_cli.training.distil import SCALE_IMAGES, build_distil_trainer, choose_scale
+from argrpo_cli.training.distil import SCALE_IMAGES, DistilTrainer, choose_scale
 from argrpo_cli.training.entropy import EntropyCallback
 from argrpo_cli.training.gathering import sharding, whole_model
 from argrpo_cli.training.grpo import build_trainer
@@ -35,7 +36,7 @@ from argrpo_cli.training.guards import GuardCallback
 from argrpo_cli.training.instruments import GradientMeter, Start, transfer, transfer_shots
 from argrpo_cli.training.launch import images_per_process
 from argrpo_cli.training.metrics import MetricsCallback, StopCallback, StopRequest
-from argrpo_cli.training.pixel import NAMES, build_pixel_trainer
+from argrpo_cli.training.pixel import NAMES, PixelTrainer
 from argrpo_cli.training.rollout import Rollout, Stopwatch
 from argrpo_cli.training.saving import (
     CheckpointCallback,
@@ -64,9 +65,9 @@ if TYPE_CHECKING:
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 BUILDERS: dict[str, Callable[..., Trainer]] = {  # of each method's trainer
     "grpo": build_trainer,
-    "distil": build_distil_trainer,
-    "cca": build_cca_trainer,
-    "pixel": build_pixel_trainer,
+    "distil": partial(build, DistilTrainer),
+    "cca": partial(build, CcaTrainer),
+    "pixel": partial(build, PixelTrainer),
 }
 TORCH_WRITER = "inline_container"  # torch.save says no more than this file of its own when the disk is full
 

@@ -11,27 +11,18 @@ The authors draw in one pass and train in G more; the pass is the same, and here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from argrpo_cli.policy.tokens import inverse_cdf
-from argrpo_cli.seeds import of_training
-from argrpo_cli.training.batches import BatchTrainer, build
+from argrpo_cli.training.batches import BatchTrainer
 from argrpo_cli.training.scorer import WITHIN_GROUP_STD, WITHOUT_SPREAD, group_std, settled, spread_of
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
-    from argrpo_cli.networks.distance import Distance
-    from argrpo_cli.policy import Policy
     from argrpo_cli.policy.protocol import Encoded
-    from argrpo_cli.recipe import Recipe
     from argrpo_cli.training.real import Real
-    from argrpo_cli.training.rollout import Rollout
 
 EPSILON = 1e-8  # the authors', added to a deviation: rewards of one image differ by hundredths
 MSE, PERCEPTUAL = "mse", "perceptual"  # what is measured of a draw, as rewards are called in a record
@@ -57,24 +48,19 @@ def policy_loss(logp: Tensor, advantage: Tensor) -> Tensor:
 
 
 class PixelTrainer(BatchTrainer):
-    """A trainer that looks at what tokens drawn along real images are decoded to.
+    """A trainer that looks at what tokens drawn along its real images, tokenised, are decoded to."""
 
-    Args:
-        real: the images, tokenised.
-        distance: of two pictures, see `networks.distance`; None where it has no weight.
-    """
+    compares = False
 
-    def __init__(self, *args: Any, real: Real, distance: Distance | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, given: Real, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.real, self.distance = real, distance
-        self._order = self.order(len(real.conditions))
+        self.real, self._order = given, self.order(len(given.conditions))
 
     def update(self) -> list[tuple[Encoded, Tensor, Tensor, Tensor, Tensor]]:
         """Of each micro-batch: conditions, tokens int64 [B, T], the same with noise, uniforms float64 [B, T, G], and
         pictures uint8 [B, 3, S, S]."""
         rollout, slots, pixel = self.rollout, self.slots(), self.rollout.recipe.pixel
-        recipe, card, device = rollout.recipe, rollout.policy.card, rollout.policy.model.device
-        first = self.state.global_step * recipe.optim.batch_size
+        card, device = rollout.policy.card, rollout.policy.model.device
         rows = [self._order[slot] for slot in slots]
         with rollout.stopwatch.measure("text"):
             asked = [self.real.conditions[row] for row in rows]
@@ -83,8 +69,7 @@ class PixelTrainer(BatchTrainer):
             images = rollout.team.together(lambda: self.real.pixels(rows)).to(device)
             tokens = self.real.tokens(rows)
             noisy, uniforms = torch.empty_like(tokens), torch.empty(*tokens.shape, pixel.samples, dtype=torch.float64)
-            for place, slot in enumerate(slots):  # each image with noise of its own, whoever draws it
-                seed = of_training(recipe.seed, self.state.global_step, slot - first)
+            for place, seed in enumerate(self.seeds()):  # each image with noise of its own, whoever draws it
                 generator = torch.Generator("cpu").manual_seed(seed)
                 noisy[place] = replaced(tokens[place], pixel.noise, card.codes, generator)
                 uniforms[place] = torch.rand(*uniforms.shape[1:], dtype=torch.float64, generator=generator)
@@ -127,7 +112,8 @@ class PixelTrainer(BatchTrainer):
             pictures = self.rollout.policy.decode(drawn.transpose(1, 2).flatten(0, 1))
         target = images.repeat_interleave(samples, 0)
         error = ((pictures.float() - target.float()) / 127.5).square().mean((1, 2, 3))
-        apart = torch.zeros_like(error) if self.distance is None else self.distance(pictures, target)
+        distance = self.real.distance
+        apart = torch.zeros_like(error) if distance is None else distance(pictures, target)
         scores = {MSE: error.cpu().double().view(-1, samples), PERCEPTUAL: apart.cpu().double().view(-1, samples)}
         rewards = -(pixel.mse_weight * scores[MSE] + pixel.perceptual_weight * scores[PERCEPTUAL])
         spread = group_std(settled(rewards))
@@ -136,16 +122,3 @@ class PixelTrainer(BatchTrainer):
             own = {f"rewards/{name}/mean": values.mean(1), spread_of(name): group_std(settled(values))}
             self.note(**own)
         return rewards
-
-
-def build_pixel_trainer(
-    recipe: Recipe,
-    policy: Policy,
-    rollout: Rollout,
-    real: Real,
-    output_dir: Path,
-    callbacks: Sequence[TrainerCallback],
-) -> PixelTrainer:
-    """The trainer of `policy.model`, in place. See `batches.build`."""
-    own = {"real": real, "distance": real.distance}
-    return build(PixelTrainer, recipe, policy, rollout, output_dir, callbacks, **own)
