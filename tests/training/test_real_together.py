@@ -24,16 +24,13 @@ from tests.policy.tiny_janus import PROMPTS, tiny_janus
 from tests.together import forked
 from tests.training.reals import real_recipe, save_codes
 from tests.training.test_together import numbers
-from tests.training.tiny import tiny_caption_policy
 
-WORDS = ("a dog", "a red cat", "a blue dog", "a cat")
 FAMILIES = {
     "var": (tiny_var, {"tokens": sum(side**2 for side in SCALES), "codes": VAR_CODES}, None),
     "janus": (tiny_janus, {"prompts": PROMPTS}, PROMPTS),
-    "llamagen": (tiny_caption_policy, {"prompts": WORDS}, WORDS),
 }
 SHARED = [("var", "cca"), ("janus", "pixel")]  # by two processes
-ALONE = [("var", "pixel"), ("janus", "cca"), ("llamagen", "cca")]
+ALONE = [("var", "pixel"), ("janus", "cca")]
 
 
 def work(
