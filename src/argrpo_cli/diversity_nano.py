@@ -66,14 +66,14 @@ GAIN = "gain"
 MEASURES = {
     GAIN: "reward gain, sd",
     "match": "match, dB",
-    "fid": "FID",
+    "fid_corrected": "FID less its bias",  # which is larger for a policy of more variety
     "precision": "precision",
     "recall": "recall",
     "coverage": "coverage",
     "vendi": "Vendi",
     "entropy": "entropy",
 }
-COMPARED = (GAIN, "fid", "recall", "coverage", "vendi", "entropy")  # with plain GRPO, in words
+COMPARED = (GAIN, "fid_corrected", "recall", "coverage", "vendi", "entropy")  # with plain GRPO, in words
 CLEAR = 3.0  # standard errors from which a difference is called one: some seventy are looked at
 ENOUGH = 0.9  # of plain GRPO's gain
 

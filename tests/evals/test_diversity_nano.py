@@ -43,6 +43,9 @@ def page(some):
 def test_a_gain_is_in_standard_deviations_of_one_class_of_the_start():
     gained = study.with_gain(units(3.0), units())[study.GAIN]
     assert torch.allclose(gained, torch.full((N,), 3 / math.sqrt(2), dtype=torch.float64))  # sd of -1 and 1
+    wider = units(3.0)
+    wider["total_reward"] = 2 * wider["total_reward"] - 3  # whatever the spread of the policy itself
+    assert study.with_gain(wider, units())[study.GAIN].mean().item() == pytest.approx(3 / math.sqrt(2))
 
 
 def test_the_error_of_a_mean_over_runs_joins_drawing_and_training():
@@ -65,11 +68,27 @@ def test_the_page_says_what_keeps_diversity_and_what_is_clear():
     assert "- KL term: recall +0.100 ± 0.000; entropy +0.200 ± 0.000." in text
     assert "- EG-GRPO: reward gain, sd -0.566 ± 0.004;" in text
     assert text.count("| CCA instead of the distillation |") == 1 and "KL term 1.30" in text
-    assert "What they reach there is what was trained" in text and "compared less its bias" in text
+    assert "What they reach there is what was trained" in text
+    assert "| FID less its bias |" in text, "what grows with variety would be held against it"
     less = [units(0.8, recall=0.8, entropy=5.0) for _ in range(3)]  # four fifths of the gain
     assert "None does." in page(results(kl=less))
     wider = [units(0.95, recall=0.79, entropy=5.0) for _ in range(3)]
     assert "None does." in page(results(kl=wider))
+
+
+@pytest.mark.parametrize(("key", "base"), [("recall", 0.8), ("entropy", 5.0)])
+def test_what_keeps_both_falls_by_no_more_than_one_standard_error_in_either(key, base):
+    """Over three runs 0.01 apart that is 0.0058."""
+    start = study.with_gain(units(recall=0.8, entropy=5.0), units())
+
+    def runs(*values):
+        return [
+            study.with_gain(units(1.0, **{"recall": 0.8, "entropy": 5.0} | {key: value}), start) for value in values
+        ]
+
+    plain = runs(base - 0.5, base - 0.5, base - 0.5)
+    assert study.keeps(runs(base - 0.015, base - 0.005, base + 0.005), plain, start)
+    assert not study.keeps(runs(base - 0.017, base - 0.007, base + 0.003), plain, start)
 
 
 def test_the_policy_of_equal_time_is_the_last_checkpoint_within_it(tmp_path):

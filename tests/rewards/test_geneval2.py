@@ -141,6 +141,9 @@ def test_what_the_likeliest_tokens_leave_open_is_missing_and_what_they_exclude_i
     assert math.isnan(judge.score(grey(7), [CAPTION]).item()) and "leave 0.30 for 'one' unlisted" in judge.last_error
     ((got,),) = judge.ask(grey(8), [[holistic("a dog")]])
     assert got.exact == got.published == 0.0 and not got.likeliest and got.reason == ""
+    server.whole = {9: listed(YES=0.59, Yes=0.3, _yes=0.1, Maybe=0.001)}
+    ((got,),) = of_server(server).ask(grey(9), [[holistic("a dog")]])
+    assert got.exact == pytest.approx(0.4), "YES is no variant"
 
 
 def test_questions_may_come_from_a_file_and_prompts_without_any_are_refused(tmp_path, server):

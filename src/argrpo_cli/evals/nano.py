@@ -24,9 +24,9 @@ for a folder whose metadata.jsonl gives each picture's `class_id`, as `argrpo sa
 IS, FID, sFID, recall and coverage are one number for a set. Their errors are those of a jackknife over twenty groups of
 samples, each with all classes in their shares; two policies with paired seeds have the same groups, so the error of
 their difference is paired. It is the error of drawing the samples: the reference scenes, the judge and the training run
-are given. Diversity and Vendi score are means of classes, and their errors those of other classes, too. With few images
-it errs on the safe side: against the spread of fresh samples that of FID and sFID was near twice too large at 192
-images, a fifth at 480 and at 2,016.
+are given. With few images it errs on the safe side: against the spread of fresh samples that of FID and sFID was near
+twice too large at 192 images, a fifth at 480 and at 2,016. Diversity and Vendi score are means of classes, and their
+errors those of other classes, too.
 
 FID and sFID are biased upwards, the more the fewer the images, because a covariance of few rows is not the true one.
 The errors leave it out: compare equal numbers of images only. Even then it is larger for a policy of more variety, so
