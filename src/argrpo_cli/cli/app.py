@@ -126,7 +126,8 @@ def _terminate(number: int, frame: object) -> None:
 def main() -> None:
     """Entry point of the installed command."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal's encoding does not
-    signal.signal(signal.SIGTERM, _terminate)
+    if "RANK" not in os.environ:  # of several processes a launcher ends the others, which have nothing to say
+        signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run())
 
 
