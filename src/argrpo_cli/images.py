@@ -3,9 +3,9 @@
     images = open_images("images/")          # or an .npz with `arr_0`, uint8 [N, H, W, 3], as ADM's scripts write them
     images.read(images.items[:64])           # uint8 [64, 3, H, W]
 
-`pictures.py` says what a picture is, and how one becomes RGB; `subjects.py` what each of them shows. Of a folder those
-in its sub-folders count too, in the order in which people count: 2.png before 10.png. An .npz of any length is read
-image by image, never as a whole.
+`pictures.py` says what a picture is, and how one becomes RGB; `image_prompts.py` what each of them shows. Of a folder
+those in its sub-folders count too, in the order in which people count: 2.png before 10.png. An .npz of any length is
+read image by image, never as a whole.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def read_runs(
 
 def open_images(path: str | Path) -> ImageSet:
     """The images at `path`: a folder of pictures in the order of their names, or an .npz file. Nothing says what they
-    show; see `subjects.find_items` for that.
+    show; see `image_prompts.find_items` for that.
 
     Raises:
         UserError: nothing there, no images in it, or an .npz that holds something else.

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typing_extensions import TypedDict
 
+from argrpo_cli.image_prompts import find_items
 from argrpo_cli.images import Item, read_runs, refuse
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.listing import PARTIAL, SCORES, SUMMARY, TABLE
 from argrpo_cli.pictures import LARGE
 from argrpo_cli.shapes import Column, Condition, Result, Value
-from argrpo_cli.subjects import find_items
 from argrpo_cli.system.errors import BadPicture, UserError, printable
 from argrpo_cli.system.files import atomic_path, check_writable, make_dir, save_png, write_jsonl
 from argrpo_cli.system.plain import guarded
@@ -66,7 +66,7 @@ def score_images(
     protocol under `UNREADABLE`.
 
     Args:
-        sources: a folder, an .npz, or image files; see `subjects.find_items`.
+        sources: a folder, an .npz, or image files; see `image_prompts.find_items`.
         prompt, class_name, captions: what the images should show, where nothing beside them says it.
         options: name of a reward to options of its own.
         out: by default the folder of the images, or one beside the .npz.

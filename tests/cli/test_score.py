@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from argrpo_cli.cli.app import run
+from argrpo_cli.image_prompts import prompt_from_file_name
 from argrpo_cli.rewards import REWARDS, check_reward, load_rewards
 from argrpo_cli.rewards.custom import find_function
 from argrpo_cli.shapes import Result, Value
-from argrpo_cli.subjects import prompt_from_file_name
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import make_dir, read_jsonl, write_jsonl
 

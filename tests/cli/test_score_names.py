@@ -13,9 +13,9 @@ from PIL import Image
 
 from argrpo_cli.captions import file_rows
 from argrpo_cli.cli.app import run
+from argrpo_cli.image_prompts import prompt_from_file_name
 from argrpo_cli.rewards.custom import find_function
 from argrpo_cli.shapes import Result
-from argrpo_cli.subjects import prompt_from_file_name
 from argrpo_cli.system.files import read_jsonl, write_jsonl
 from argrpo_cli.system.processes import LOCK
 

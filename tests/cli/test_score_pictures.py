@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from argrpo_cli.cli.app import run
+from argrpo_cli.image_prompts import find_items
 from argrpo_cli.images import Item
 from argrpo_cli.score import score_rows
 from argrpo_cli.shapes import Condition, Result
-from argrpo_cli.subjects import find_items
 from argrpo_cli.system.errors import BadPicture, UserError
 from argrpo_cli.system.files import read_jsonl, write_jsonl
 from tests.cli.test_score import Rewards

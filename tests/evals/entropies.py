@@ -13,7 +13,7 @@ from torch import Tensor
 from argrpo_cli.draw import score_tokens
 from argrpo_cli.evals import entropy
 from argrpo_cli.evals.entropy_results import Question, Subject
-from argrpo_cli.labelled import open_labelled, some_of
+from argrpo_cli.image_labels import open_labelled, some_of
 from argrpo_cli.policy.protocol import Policy
 from argrpo_cli.shapes import Condition, Sampling
 from argrpo_cli.system.processes import ALONE

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from argrpo_cli import codes
+from argrpo_cli import image_codes
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import entropy as e
+from argrpo_cli.image_labels import balanced_order, conditions_of, open_labelled, some_of
 from argrpo_cli.images import ImageSet, Item
 from argrpo_cli.kept import in_batches
-from argrpo_cli.labelled import balanced_order, conditions_of, open_labelled, some_of
 from argrpo_cli.policy import Policy
 from argrpo_cli.policy.llamagen.vq import from_uint8
 from argrpo_cli.shapes import Sampling, class_prompt
@@ -69,8 +69,8 @@ def codes_of(folder: Path, policy: Policy, cache: Path, team: Team = ALONE) -> t
     policy.tokenise = lambda pixels: encoded.append(len(pixels)) or tokenise(pixels)
     try:
         images = open_labelled(folder)
-        store = codes.tokenise(images, policy, cache, team)
-        return store.column(in_batches(images.items, codes.CHUNK), codes.CODES).long(), sum(encoded)
+        store = image_codes.tokenise(images, policy, cache, team)
+        return store.column(in_batches(images.items, image_codes.CHUNK), image_codes.CODES).long(), sum(encoded)
     finally:
         policy.tokenise = tokenise
 
@@ -165,14 +165,14 @@ def test_a_part_has_every_class_equally_often_and_grows_by_adding():
 def test_the_centre_crop_of_a_wide_picture_is_its_middle():
     pixels = np.zeros((4, 9, 3), np.uint8)
     pixels[:, :, 0] = np.arange(9) * 10
-    found = np.asarray(codes.centre_crop(Image.fromarray(pixels), 4))
+    found = np.asarray(image_codes.centre_crop(Image.fromarray(pixels), 4))
     assert np.array_equal(found, pixels[:, 2:6]), "of 5 columns too many, 2 on the left and 3 on the right"
 
 
 def test_large_pictures_are_halved_by_the_mean_of_four_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
     expected = pixels.reshape(4, 2, 4, 2, 3).mean((1, 3))
-    found = np.asarray(codes.centre_crop(Image.fromarray(pixels), 4))
+    found = np.asarray(image_codes.centre_crop(Image.fromarray(pixels), 4))
     assert np.abs(found - expected).max() <= 1, "rounded along each axis"
     assert np.abs(found - pixels[::2, ::2].astype(int)).max() > 50, "not the pixels picked out"
 
@@ -180,31 +180,31 @@ def test_large_pictures_are_halved_by_the_mean_of_four_pixels():
 def test_what_is_less_than_twice_as_large_is_scaled_at_once_and_bicubic():
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (7, 10, 3)).astype(np.uint8))
     scaled = np.asarray(image.resize((round(10 * 4 / 7), 4), Image.Resampling.BICUBIC))  # 6 x 4
-    assert np.array_equal(np.asarray(codes.centre_crop(image, 4)), scaled[:, 1:5])
-    assert codes.centre_crop(Image.new("RGB", (3, 2)), 8).size == (8, 8), "a small one is enlarged"
+    assert np.array_equal(np.asarray(image_codes.centre_crop(image, 4)), scaled[:, 1:5])
+    assert image_codes.centre_crop(Image.new("RGB", (3, 2)), 8).size == (8, 8), "a small one is enlarged"
 
 
 def test_pictures_become_rgb_and_keep_their_stored_orientation(tmp_path):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "grey.png")
-    grey = codes.read_cropped(tmp_path / "grey.png", 8)
+    grey = image_codes.read_cropped(tmp_path / "grey.png", 8)
     assert np.array_equal(grey, np.broadcast_to(np.arange(64).reshape(1, 8, 8), (3, 8, 8)))
     turned = Image.new("RGB", (8, 8))
     turned.paste((255, 255, 255), (0, 0, 8, 4))
     exif = Image.Exif()
     exif[0x0112] = 3  # by 180 degrees
     turned.save(tmp_path / "turned.png", exif=exif)
-    assert codes.read_cropped(tmp_path / "turned.png", 8)[0, 0, 0] == 255, "as LlamaGen's loader has it"
+    assert image_codes.read_cropped(tmp_path / "turned.png", 8)[0, 0, 0] == 255, "as LlamaGen's loader has it"
 
 
 # Codes
 
 
 def test_codes_are_those_of_direct_encoding_and_are_made_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 5)
+    monkeypatch.setattr(image_codes, "CHUNK", 5)
     policy, data = tiny_policy(), class_folders(tmp_path / "data")
     tokens, encoded = codes_of(data, policy, tmp_path / "cache")
     assert encoded == 12
-    pixels = np.stack([codes.read_cropped(data / name, IMAGE_SIZE) for name in files_of(open_labelled(data))])
+    pixels = np.stack([image_codes.read_cropped(data / name, IMAGE_SIZE) for name in files_of(open_labelled(data))])
     direct = policy.tokenizer.encode(from_uint8(torch.from_numpy(pixels)))
     assert torch.equal(tokens, direct) and tokens.unique().numel() > 3
     assert load_file(next((tmp_path / "cache").rglob("*.safetensors")))["codes"].dtype == torch.int16
@@ -213,7 +213,7 @@ def test_codes_are_those_of_direct_encoding_and_are_made_once(tmp_path, monkeypa
 
 
 def test_a_changed_picture_and_a_damaged_file_are_encoded_anew_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 5)
+    monkeypatch.setattr(image_codes, "CHUNK", 5)
     policy, data = tiny_policy(), class_folders(tmp_path / "data")
     before, _ = codes_of(data, policy, tmp_path / "cache")
     kept = sorted((tmp_path / "cache").rglob("*.safetensors"))
@@ -229,7 +229,7 @@ def test_a_changed_picture_and_a_damaged_file_are_encoded_anew_and_nothing_else(
 
 
 def test_interrupted_tokenising_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 4)
+    monkeypatch.setattr(image_codes, "CHUNK", 4)
     policy, data, calls = tiny_policy(), class_folders(tmp_path / "data"), []
     tokenise = policy.tokenise
 
@@ -241,7 +241,7 @@ def test_interrupted_tokenising_goes_on(tmp_path, monkeypatch):
 
     policy.tokenise = interrupted
     with pytest.raises(KeyboardInterrupt):
-        codes.tokenise(open_labelled(data), policy, tmp_path / "cache", ALONE)
+        image_codes.tokenise(open_labelled(data), policy, tmp_path / "cache", ALONE)
     assert sum(1 for path in (tmp_path / "cache").rglob("*") if path.is_file()) == 1, "no half file"
     policy.tokenise = tokenise
     assert codes_of(data, policy, tmp_path / "cache")[1] == 8
@@ -252,7 +252,7 @@ def test_a_picture_that_changes_while_it_is_read_is_not_taken_for_another(tmp_pa
     images = open_labelled(data)
     picture(data / images.items[3].file, seed=99, width=14)
     with pytest.raises(UserError, match=r"pictures in .*data changed while they were read"):
-        codes.tokenise(images, policy, tmp_path / "cache", ALONE)
+        image_codes.tokenise(images, policy, tmp_path / "cache", ALONE)
     assert not (tmp_path / "cache").exists()
 
 
@@ -272,7 +272,7 @@ def policies(tmp_path_factory) -> tuple[str, str]:
 
 
 def test_entropies_along_pictures_equal_the_definition_paired_by_picture(policies, tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 5)
+    monkeypatch.setattr(image_codes, "CHUNK", 5)
     data = class_folders(tmp_path / "data")
     subjects = [e.Subject(path, Path(path).name) for path in policies]
     question = along(data, 9)
@@ -282,7 +282,7 @@ def test_entropies_along_pictures_equal_the_definition_paired_by_picture(policie
     means = []
     for path in policies:
         policy = e.load_policy(path)
-        pixels = np.stack([codes.read_cropped(data / name, IMAGE_SIZE) for name in files])
+        pixels = np.stack([image_codes.read_cropped(data / name, IMAGE_SIZE) for name in files])
         tokens = policy.tokenizer.encode(from_uint8(torch.from_numpy(pixels)))
         asked = policy.conditions([name.split("/")[0] for name in files])
         means.append([entropy_of(policy, tokens, asked, scale, 0.8) for scale in (None, 3.0)])
@@ -313,7 +313,7 @@ def test_a_policy_of_another_resolution_walks_along_codes_of_its_own_of_the_same
 
 
 def test_an_interrupted_measuring_goes_on_and_a_measured_policy_costs_nothing(policies, tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 4)
+    monkeypatch.setattr(image_codes, "CHUNK", 4)
     subjects, question = [e.Subject(policies[0], "base")], along(class_folders(tmp_path / "data"))
     calls, interrupt_at, score_tokens = [], [5], e.score_tokens
 

@@ -12,10 +12,10 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from argrpo_cli import codes
+from argrpo_cli import image_codes
 from argrpo_cli.evals import entropy as e
 from argrpo_cli.evals.entropy_results import draw_bars, draw_curve, table
-from argrpo_cli.labelled import open_labelled
+from argrpo_cli.image_labels import open_labelled
 from argrpo_cli.policy.llamagen.vq import from_uint8
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError
@@ -62,7 +62,7 @@ def test_a_picture_of_another_length_and_the_same_time_is_encoded_anew(tmp_path)
     assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_size != before.st_size
     tokens, encoded = codes_of(data, policy, tmp_path / "cache")
     assert encoded == 12
-    pixels = torch.from_numpy(codes.read_cropped(path, IMAGE_SIZE))
+    pixels = torch.from_numpy(image_codes.read_cropped(path, IMAGE_SIZE))
     assert torch.equal(tokens[2:3], policy.tokenizer.encode(from_uint8(pixels[None])))
 
 

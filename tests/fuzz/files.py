@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from argrpo_cli.captions import read_captions
+from argrpo_cli.image_prompts import find_items
 from argrpo_cli.images import open_images
 from argrpo_cli.kept import Rows
 from argrpo_cli.shapes import Column, Result, Value
-from argrpo_cli.subjects import find_items
 from argrpo_cli.system.files import read_jsonl
 from tests.fuzz.mutate import Damage, damaged, damaged_json, damaged_jsonl
 

@@ -16,8 +16,8 @@ from argrpo_cli.policy import tokens as shared
 from argrpo_cli.runs import curves
 from argrpo_cli.runs.run import Interrupted
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.training.batches import build
 from argrpo_cli.training.cca import CcaTrainer, contrast
+from argrpo_cli.training.image_trainer import build
 from argrpo_cli.training.real import Real, open_real
 from argrpo_cli.training.rollout import Rollout
 from tests.training.reals import real_recipe, save_codes

@@ -22,8 +22,8 @@ from argrpo_cli.runs import curves
 from argrpo_cli.runs.run import Interrupted
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.training import run_training
-from argrpo_cli.training.batches import build
 from argrpo_cli.training.distil import DistilTrainer, divergence, smallest_of_the_best
+from argrpo_cli.training.image_trainer import build
 from argrpo_cli.training.rollout import Rollout
 from tests.training.test_train import Stopped, assert_same_run, die, metrics, send, train
 from tests.training.tiny import CLASSES, CODES, FakeRewards, tiny_recipe

@@ -15,7 +15,7 @@ from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.policy import tokens as shared
 from argrpo_cli.policy.tokens import inverse_cdf
 from argrpo_cli.runs import curves
-from argrpo_cli.training.batches import build
+from argrpo_cli.training.image_trainer import build
 from argrpo_cli.training.pixel import PixelTrainer, advantages, policy_loss, replaced
 from argrpo_cli.training.real import open_images
 from argrpo_cli.training.rollout import Rollout

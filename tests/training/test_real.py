@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from argrpo_cli.codes import read_cropped
+from argrpo_cli.image_codes import read_cropped
 from argrpo_cli.nano import scenes
 from argrpo_cli.policy import Policy, load_policy
 from argrpo_cli.recipe.real import RealSection

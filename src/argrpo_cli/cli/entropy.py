@@ -53,7 +53,7 @@ def entropy(
     if prompts is not None:
         read_captions(prompts)
     from argrpo_cli.evals import entropy_results as results
-    from argrpo_cli.labelled import open_labelled, some_of
+    from argrpo_cli.image_labels import open_labelled, some_of
 
     names = policy or ["nano-t2i" if prompts is not None else "nano-c2i"]
     if len(set(names)) < len(names):

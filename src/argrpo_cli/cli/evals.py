@@ -28,9 +28,8 @@ from argrpo_cli.cli.options import (
 )
 from argrpo_cli.geneval import check_detector
 from argrpo_cli.rewards import refuse_comparing
+from argrpo_cli.rewards.features import ADM_NAME
 from argrpo_cli.system.errors import UserError
-
-ADM = "adm-256"
 
 
 @command()
@@ -175,7 +174,7 @@ def imagenet(
     baseline: str | None = None,
     baseline_cfg_scale: float | None = None,
     images: Path | None = None,
-    reference: str = ADM,
+    reference: str = ADM_NAME,
     n: int = 50_000,
     resize: int | None = None,
     inception: Path | None = None,
@@ -211,7 +210,7 @@ def imagenet(
     networks = networks_of(diversity)
     if policies or images is not None:
         check_policies(policies, out, "imagenet", drawing.seed, n, networks=networks)
-    if reference != ADM and not Path(reference).exists():
+    if reference != ADM_NAME and not Path(reference).exists():
         raise UserError(f"no folder or .npz file {reference}")
     check_file(save_statistics)
     from argrpo_cli.evals.benchmark import run

@@ -3,7 +3,7 @@
 Teacher-forced: the tokens before come from real pictures, held-out scenes of the nano world, or samples of the policy
 itself. Kept is the mean over the tokens of each image, and sums at each position: 50,000 images of 576 tokens are a
 megabyte. Whatever was measured of a policy is kept, so that an interrupted measuring goes on and a policy that was
-measured before costs nothing. So are the tokens of pictures, in the user's cache (`codes.py`).
+measured before costs nothing. So are the tokens of pictures, in the user's cache (`image_codes.py`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from argrpo_cli import __version__, codes, seeds
+from argrpo_cli import __version__, image_codes, seeds
 from argrpo_cli.captions import read_captions
 from argrpo_cli.draw import draw_batch, score_tokens
 from argrpo_cli.evals.entropy_results import MODES, NORMAL_95, Question, Subject
 from argrpo_cli.evals.statistics import Measure, mean_of
+from argrpo_cli.image_labels import conditions_of
 from argrpo_cli.images import ImageSet
 from argrpo_cli.kept import Tensors, in_batches, kept
-from argrpo_cli.labelled import conditions_of
 from argrpo_cli.networks.weights import fingerprint
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.folder import choose_sampling
@@ -201,7 +201,7 @@ def _material(
 
 def _pictures(policy: Policy, pictures: ImageSet, cache: Path | None, team: Team) -> Material:
     conditions = team.together(lambda: conditions_of(pictures, policy))
-    store = codes.tokenise(pictures, policy, cache or user_cache() / "codes", team)
+    store = image_codes.tokenise(pictures, policy, cache or user_cache() / "codes", team)
     shots = [
         Shot(condition, -1, f"{item.file} {item.stamp}")
         for condition, item in zip(conditions, pictures.items, strict=True)
@@ -210,10 +210,10 @@ def _pictures(policy: Policy, pictures: ImageSet, cache: Path | None, team: Team
     tokenizer = policy.tokenizer_fingerprint()
     return Material(
         shots,
-        lambda batch: store.read([items[shot.file] for shot in batch])[codes.CODES].long(),
-        codes.CHUNK,
-        ["pictures", codes.PREPROCESSING, policy.card.image_size, tokenizer],
-        {"labels": pictures.note, "preprocessing": codes.PREPROCESSING, "tokenizer": tokenizer},
+        lambda batch: store.read([items[shot.file] for shot in batch])[image_codes.CODES].long(),
+        image_codes.CHUNK,
+        ["pictures", image_codes.PREPROCESSING, policy.card.image_size, tokenizer],
+        {"labels": pictures.note, "preprocessing": image_codes.PREPROCESSING, "tokenizer": tokenizer},
     )
 
 
@@ -229,7 +229,7 @@ def _scenes(policy: Policy, question: Question) -> Material:
     def of(batch: Sequence[Shot]) -> Tensor:
         return tokens[int(batch[0].file) :][: len(batch)]
 
-    return Material(shots, of, codes.CHUNK, ["scenes", task], {})
+    return Material(shots, of, image_codes.CHUNK, ["scenes", task], {})
 
 
 def _samples(policy: Policy, question: Question, sampling: Sampling, batch_size: int) -> Material:

@@ -4,7 +4,8 @@ Of each prompt one to five test points are judged, 27 kinds in ten dimensions. A
 test points that are met, over all pictures; the overall number is the plain mean of the ten, as in the published
 tables. Prompts and wording are Tencent's (github.com/CodeGoat24/UniGenBench, CC BY 4.0) and read from there; a file of
 prompts is a .csv with `index`, `prompt_en` and `sub_dims_en`, which is JSON with "Testpoints" and "Testpoint
-Description". The long English prompts (`data/test_prompts_en_long.csv`) have the same format. See `judged.py`.
+Description". The long English prompts (`data/test_prompts_en_long.csv`) have the same format. The rest stands in
+`point_benchmarks.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from argrpo_cli.evals.judged import Judged, PointJudge, Published, Task, parse_evaluator, task_rows
+from argrpo_cli.evals.point_benchmarks import Judged, PointJudge, Published, Task, parse_evaluator, task_rows
 from argrpo_cli.rewards.judge.questions import LIMIT, UnusableReply, plain
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError

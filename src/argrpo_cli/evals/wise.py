@@ -3,7 +3,7 @@
 A prompt wants knowledge of culture, time, space, biology, physics or chemistry to be drawn; the judge, which is told
 the answer, says 1 or 0. The overall number weighs culture by 0.4, the others by 0.12 each, as published. Prompts and
 wording come from github.com/PKU-YuanGroup/WISE, which states no licence; a file of prompts is a .json list of objects
-with `prompt_id`, `Prompt`, `Explanation` and `Category`. See `judged.py`.
+with `prompt_id`, `Prompt`, `Explanation` and `Category`. See `point_benchmarks.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from argrpo_cli.evals.judged import Judged, PointJudge, Published, Task, parse_evaluator, task_rows
+from argrpo_cli.evals.point_benchmarks import Judged, PointJudge, Published, Task, parse_evaluator, task_rows
 from argrpo_cli.rewards.judge.questions import LIMIT, UnusableReply, plain
 from argrpo_cli.rewards.judge.server import data_url
 from argrpo_cli.shapes import Condition

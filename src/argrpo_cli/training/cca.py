@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from argrpo_cli.seeds import happens
-from argrpo_cli.training.batches import BatchTrainer
+from argrpo_cli.training.image_trainer import ImageTrainer
 
 if TYPE_CHECKING:
     from argrpo_cli.policy.protocol import Encoded
@@ -39,7 +39,7 @@ def contrast(own: Tensor, other: Tensor, positive: Tensor, beta: float, weight: 
     return -(F.logsigmoid(beta * own) + factor * F.logsigmoid(sign * beta * other)) / max(weight, 1.0)
 
 
-class CcaTrainer(BatchTrainer):
+class CcaTrainer(ImageTrainer):
     """A trainer that holds each of its real images, tokenised, against its own condition and that of the next."""
 
     def __init__(self, *args: Any, given: Real, **kwargs: Any) -> None:

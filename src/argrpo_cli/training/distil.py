@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from argrpo_cli.seeds import happens, of_training
 from argrpo_cli.shapes import Shot
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.training.batches import BatchTrainer
 from argrpo_cli.training.conditions import prompt_dataset
 from argrpo_cli.training.gathering import whole_model
+from argrpo_cli.training.image_trainer import ImageTrainer
 from argrpo_cli.training.instruments import total_rewards
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
-class DistilTrainer(BatchTrainer):
+class DistilTrainer(ImageTrainer):
     """A trainer whose batches are images that it draws when an update begins; the teacher is the policy as it was.
 
     What the null condition alone reads gets no gradient; a distilled policy is not meant to be guided again.

@@ -24,7 +24,6 @@ from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import reason, save_png
 from argrpo_cli.system.grids import before_after
 from argrpo_cli.system.processes import Team, again
-from argrpo_cli.training.batches import build
 from argrpo_cli.training.cca import CcaTrainer
 from argrpo_cli.training.conditions import Conditions, digest, load_position, save_position
 from argrpo_cli.training.display import RunDisplay, silent_console
@@ -33,6 +32,7 @@ from argrpo_cli.training.entropy import EntropyCallback
 from argrpo_cli.training.gathering import sharding, whole_model
 from argrpo_cli.training.grpo import build_trainer
 from argrpo_cli.training.guards import GuardCallback
+from argrpo_cli.training.image_trainer import build
 from argrpo_cli.training.instruments import GradientMeter, Start, transfer, transfer_shots
 from argrpo_cli.training.launch import images_per_process
 from argrpo_cli.training.metrics import MetricsCallback, StopCallback, StopRequest

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from argrpo_cli.policy.tokens import inverse_cdf
-from argrpo_cli.training.batches import BatchTrainer
+from argrpo_cli.training.image_trainer import ImageTrainer
 from argrpo_cli.training.scorer import WITHIN_GROUP_STD, WITHOUT_SPREAD, group_std, settled, spread_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def policy_loss(logp: Tensor, advantage: Tensor) -> Tensor:
     return -(advantage[:, None] * (logp - logp.detach()).exp()).mean()
 
 
-class PixelTrainer(BatchTrainer):
+class PixelTrainer(ImageTrainer):
     """A trainer that looks at what tokens drawn along its real images, tokenised, are decoded to."""
 
     compares = False

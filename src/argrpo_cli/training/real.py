@@ -5,8 +5,9 @@ or codes that somebody has made.
     real.tokenise(team)                       # once; the codes are kept in the user's cache
     real.tokens([3, 1]), real.pixels([3, 1])
 
-A picture is cropped in the middle, as `codes.read_cropped` says: one view of each, without the ten crops and the mirror
-images that LlamaGen's and CCA's authors train on. Codes are in memory, two bytes each: 1.5 GB of ImageNet at 384 px.
+A picture is cropped in the middle, as `image_codes.read_cropped` says: one view of each, without the ten crops and the
+mirror images that LlamaGen's and CCA's authors train on. Codes are in memory, two bytes each: 1.5 GB of ImageNet at 384
+px.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.captions import asked_by_the_benchmark
-from argrpo_cli.codes import CHUNK, CODES, Cropped, read_cropped, read_crops, tokenise
+from argrpo_cli.image_codes import CHUNK, CODES, Cropped, read_cropped, read_crops, tokenise
+from argrpo_cli.image_labels import balanced_order, conditions_of, open_labelled
+from argrpo_cli.image_prompts import find_items
 from argrpo_cli.images import ImageSet, Item, Read
 from argrpo_cli.kept import in_batches
-from argrpo_cli.labelled import balanced_order, conditions_of, open_labelled
 from argrpo_cli.listing import METADATA, image_files, is_npz
 from argrpo_cli.nano.scenes import IMAGE_SIZE as NANO_SIZE
 from argrpo_cli.networks.distance import load_distance
 from argrpo_cli.shapes import Condition
-from argrpo_cli.subjects import find_items
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import expanded, read_text, user_cache
 from argrpo_cli.system.npz import Npz
@@ -57,7 +58,7 @@ class Real:
     Attributes:
         conditions: what each shows, as the policy reads it.
         images: none where there are codes alone.
-        cropped: see `codes.read_crops`; None for files of `images`.
+        cropped: see `image_codes.read_crops`; None for files of `images`.
         codes: whole numbers [N, T], once they are there.
         distance: of two pictures, for a method that compares them.
     """

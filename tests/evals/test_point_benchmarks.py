@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from argrpo_cli.cli.app import run
-from argrpo_cli.evals import judged as j
+from argrpo_cli.evals import point_benchmarks as j
 from argrpo_cli.evals.statistics import mean_of, weighted
 from argrpo_cli.evals.tables import read_results, sections
 from argrpo_cli.evals.unigenbench import POINTS, UniGenBench, UniGenJudge

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from argrpo_cli.recipe import Recipe
     from argrpo_cli.training.rollout import Rollout
 
-Method = TypeVar("Method", bound="BatchTrainer")
+Method = TypeVar("Method", bound="ImageTrainer")
 
 
-class BatchTrainer(Trainer):
+class ImageTrainer(Trainer):
     """A method is a subclass with `update`, which gives the micro-batches of this process, and `compute_loss` of one.
 
     Args:
