@@ -29,6 +29,7 @@ from argrpo_cli.system.files import (
     readable,
     save_png,
     save_tensors,
+    to_pil,
     write_json,
     write_jsonl,
 )
@@ -139,12 +140,9 @@ class Pictures:
 
     def write(self, batch: Sequence[Shot], contents: Tensor) -> None:
         """Write the missing ones of images uint8 [B, 3, H, W]."""
-        from PIL import Image
-
-        arrays = contents.permute(0, 2, 3, 1).cpu().numpy()
-        places = self.missing(batch)
+        pictures, places = to_pil(contents), self.missing(batch)
         with ThreadPoolExecutor(WRITERS) as writers:
-            list(writers.map(lambda i: save_png(self.folder / batch[i].file, Image.fromarray(arrays[i])), places))
+            list(writers.map(lambda i: save_png(self.folder / batch[i].file, pictures[i]), places))
 
 
 def is_whole_png(path: Path) -> bool:

@@ -39,10 +39,11 @@ from argrpo_cli.evals.geneval_pictures import (
 from argrpo_cli.evals.statistics import Measure, average, mean_of
 from argrpo_cli.geneval import DETECTORS, MASK2FORMER, NANO, check_detector
 from argrpo_cli.geneval.observers import Observer, load_observer
-from argrpo_cli.geneval.prompts import NANO_OBJECTS, Prompt, official_jsonl, official_prompts, prompt_set
+from argrpo_cli.geneval.prompts import Prompt, official_jsonl, official_prompts, prompt_set
 from argrpo_cli.geneval.rules import ClassifyColor, Detection, Detections, judge_image
 from argrpo_cli.images import file_item, read_runs
 from argrpo_cli.kept import Rows, kept
+from argrpo_cli.nano.scenes import draws_nano_world
 from argrpo_cli.shapes import Column, Condition, Result, Shot
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import save_png, write_jsonl
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from argrpo_cli.system.processes import Team
 
 NANO_SETS, OFFICIAL_SETS = ("geneval-nano", "geneval-nano-extra"), (OFFICIAL_SET,)
-NANO_SIZE = 64  # pixels a side of the nano world's pictures
 THESE_IMAGES = "prompts of these images"
 RESULTS, OFFICIAL_RESULTS, JOURNAL = "results.jsonl", "results.official.jsonl", ".judging"
 MOST_FAILURES = 40  # on the sheet
@@ -262,12 +262,6 @@ class GenEval(Benchmark):
     def clean(self, subjects: Sequence[Subject]) -> None:
         for subject in subjects:
             self._store(subject).remove()
-
-
-def draws_nano_world(card: Card) -> bool:
-    """Whether a policy of captions knows the nano world's objects and draws pictures of its size."""
-    words = {word for name in NANO_OBJECTS for word in name.split()}
-    return card.image_size == NANO_SIZE and words <= set(card.words or ())
 
 
 TOTALS = ("correct images", "prompts with a correct image")

@@ -32,12 +32,12 @@ from typing_extensions import TypedDict
 
 from argrpo_cli.evals.benchmark import Benchmark, Subject
 from argrpo_cli.evals.drawbench import MOST_MISSING
-from argrpo_cli.evals.geneval import draws_nano_world
 from argrpo_cli.evals.plots import draw_groups
 from argrpo_cli.evals.statistics import Measure, mean_of
 from argrpo_cli.geneval import questions as q
 from argrpo_cli.images import file_item, read_metadata, read_runs
 from argrpo_cli.kept import Rows, in_batches, kept
+from argrpo_cli.nano.scenes import draws_nano_world
 from argrpo_cli.rewards import RewardSet, check_options, identity, load_rewards
 from argrpo_cli.rewards.geneval2 import NANO
 from argrpo_cli.rewards.geneval2 import GenEval2 as Judge

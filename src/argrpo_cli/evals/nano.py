@@ -135,10 +135,7 @@ class Nano(Benchmark):
         return load_rewards(list(self.weights), self.device)
 
     def check(self, card: Card) -> None:
-        fits = card.names == scenes.CLASS_NAMES
-        if card.reads == "captions":
-            fits = {word for name in scenes.CLASS_NAMES for word in name.split()} <= set(card.words or ())
-        if not fits or card.image_size != scenes.IMAGE_SIZE:
+        if not scenes.draws_nano_world(card):
             raise UserError(
                 f"policy {card.name} does not draw the nano world's objects, so its judges cannot measure it"
             )

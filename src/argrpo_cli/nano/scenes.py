@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,8 +20,12 @@ from PIL import Image, ImageDraw, ImageFont
 from argrpo_cli.geneval.prompts import COUNTS, NANO_OBJECTS, RELATIONS, TAGS, Prompt, Requirement, compose, plural
 from argrpo_cli.system.errors import UserError
 
+if TYPE_CHECKING:
+    from argrpo_cli.policy.protocol import Card
+
 IMAGE_SIZE = 64
 CLASS_NAMES = NANO_OBJECTS
+WORDS = {word for name in CLASS_NAMES for word in name.split()}
 # Of the classes; two are pairs of code points.
 EMOJI = [*"🚲🚗", "✈️", *"🚌🚂⛵🚦🐦🐈🐕🐎🐑🐘🦓🦒🎒", "☂️", *"🍌🍎🍕🍩🍰⏰🧸"]
 COLORS = {  # RGB of the colour words
@@ -46,6 +51,12 @@ _FONT_PLACES = (
 
 Cell = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
 WHOLE, HALVES = ((0, IMAGE_SIZE),), ((0, IMAGE_SIZE // 2), (IMAGE_SIZE // 2, IMAGE_SIZE))
+
+
+def draws_nano_world(card: Card) -> bool:
+    """Whether a policy knows the nano world's objects and draws pictures of its size."""
+    knows = card.names == CLASS_NAMES if card.reads == "classes" else set(card.words or ()) >= WORDS
+    return card.image_size == IMAGE_SIZE and knows
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ class Generated:
 
     def pil(self) -> list[Image.Image]:
         """As pictures of Pillow."""
-        from PIL import Image
+        from argrpo_cli.system.files import to_pil
 
-        return [Image.fromarray(one) for one in self.images.permute(0, 2, 3, 1).cpu().numpy()]
+        return to_pil(self.images)
 
     def grid(self, columns: int = 8, scale: int = 1) -> Image.Image:
         """All in one picture, `columns` to a row, each pixel `scale` pixels wide."""

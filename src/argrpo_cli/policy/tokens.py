@@ -329,6 +329,11 @@ def score_states(
     return Scored(*(None if one[0] is None else torch.cat(one).unflatten(0, tokens.shape) for one in columns))
 
 
+def entropy_of(logp: Tensor) -> Tensor:
+    """H = - sum_v pi log pi, in nats (section 4.3), of log-probabilities [..., V]."""
+    return -(logp.exp() * logp).sum(-1)
+
+
 def _score(
     distribution: Callable[[Tensor], Tensor],
     states: Tensor,
@@ -341,6 +346,6 @@ def _score(
     logp = distribution(states)
     return Scored(
         logp.gather(-1, tokens[:, None])[:, 0],
-        -(logp.exp() * logp).sum(-1) if entropy else None,  # H = - sum_v pi log pi, in nats (section 4.3)
+        entropy_of(logp) if entropy else None,
         None if compare is None else compare(logp, at),
     )

@@ -27,9 +27,10 @@ from argrpo_cli.geneval.questions import (
 from argrpo_cli.rewards.base import File, Needs
 from argrpo_cli.rewards.judge import VisionModel
 from argrpo_cli.rewards.judge.deqa import TOP_LOGPROBS, next_tokens
-from argrpo_cli.rewards.judge.server import Answer, to_pil
+from argrpo_cli.rewards.judge.server import Answer
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import to_pil
 
 if TYPE_CHECKING:
     from PIL.Image import Image

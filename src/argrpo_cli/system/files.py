@@ -223,6 +223,13 @@ def read_jsonl(path: str | os.PathLike[str], shape: Any = None) -> list[dict[str
     return rows
 
 
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """uint8 [B, 3, H, W] on any device to B pictures of Pillow, RGB; one transfer."""
+    from PIL import Image
+
+    return [Image.fromarray(one) for one in images.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
 def save_png(path: str | os.PathLike[str], image: Image.Image) -> None:
     """Write a PIL image as PNG, atomically."""
     with atomic_path(path) as temporary:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from argrpo_cli.policy.tokens import entropy_of
 from argrpo_cli.seeds import happens
 from argrpo_cli.training.image_trainer import ImageTrainer
 
@@ -75,7 +76,7 @@ class CcaTrainer(ImageTrainer):
 
         def entropy(logp: Tensor, at: slice) -> Tensor:
             with torch.no_grad():
-                return -(logp.exp() * logp).sum(-1)
+                return entropy_of(logp)
 
         with torch.no_grad(), self.accelerator.autocast():
             before = self.base(encoded, pair, self.sampling).logp

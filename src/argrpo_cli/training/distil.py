@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from argrpo_cli.policy.tokens import entropy_of
 from argrpo_cli.seeds import happens, of_training
 from argrpo_cli.shapes import Shot
 from argrpo_cli.system.errors import UserError
@@ -113,7 +114,7 @@ class DistilTrainer(ImageTrainer):
         def compare(logp: Tensor, at: slice) -> Tensor:
             """Divergence and the student's entropy, [n, 2]."""
             with torch.no_grad():
-                goal, entropy = target(at), -(logp.exp() * logp).sum(-1)
+                goal, entropy = target(at), entropy_of(logp)
             return torch.stack([divergence(goal, logp, self.rollout.recipe.distil.beta), entropy], dim=-1)
 
         distance, entropy = model(encoded, tokens, self.sampling, False, compare).compared.unbind(-1)

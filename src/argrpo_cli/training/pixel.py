@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from argrpo_cli.policy.tokens import inverse_cdf
+from argrpo_cli.policy.tokens import entropy_of, inverse_cdf
 from argrpo_cli.training.image_trainer import ImageTrainer
 from argrpo_cli.training.scorer import WITHIN_GROUP_STD, WITHOUT_SPREAD, group_std, settled, spread_of
 
@@ -93,7 +93,7 @@ class PixelTrainer(ImageTrainer):
                 if at.start not in seen:  # asked again in the backward pass, where rounding must not draw others
                     seen.add(at.start)
                     drawn[at] = inverse_cdf(logp, levels[at])
-                entropy = -(logp.exp() * logp).sum(-1, keepdim=True)
+                entropy = entropy_of(logp)[:, None]
             return torch.cat([logp.gather(1, drawn[at]), logp.gather(1, truth[at, None]), entropy], dim=1)
 
         scored = model(encoded, noisy, self.sampling, False, draw).compared

@@ -191,7 +191,7 @@ def _scenes(count: int, policy: Policy) -> Real:
     from argrpo_cli.nano import scenes
 
     card = policy.card
-    if card.image_size != scenes.IMAGE_SIZE or (card.reads == "classes" and card.names != tuple(scenes.CLASS_NAMES)):
+    if not scenes.draws_nano_world(card):
         raise UserError(
             f"real.path nano: scenes of the nano world are nothing to {card.name}; name a folder of pictures"
         )

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from argrpo_cli.rewards.judge.deqa import Deqa, build_request, expected_level, score_of, squared
-from argrpo_cli.rewards.judge.server import data_url, to_pil
+from argrpo_cli.rewards.judge.server import data_url
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import to_pil
 from tests.rewards.judge.fake_server import FakeServer
 
 LEVELS = ["excellent", "good", "fair", "poor", "bad"]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from argrpo_cli.rewards.judge import JudgeFake, JudgeQuality, JudgeWeird
 from argrpo_cli.rewards.judge.local import LocalJudge, load_local
 from argrpo_cli.rewards.judge.questions import FAKE, FORCED_PREFIX, QUALITY, read_score
-from argrpo_cli.rewards.judge.server import to_pil
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.files import to_pil
 from tests.rewards.judge.tiny_vlm import tiny_model, tiny_processor
 
 CAPTIONS = [

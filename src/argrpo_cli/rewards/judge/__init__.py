@@ -24,10 +24,10 @@ from argrpo_cli.rewards.judge.questions import (
     read_score,
     unified_question,
 )
-from argrpo_cli.rewards.judge.server import ServerReward, to_pil
+from argrpo_cli.rewards.judge.server import ServerReward
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.files import HubFile
+from argrpo_cli.system.files import HubFile, to_pil
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -31,7 +31,7 @@ from argrpo_cli.rewards.base import Count, Needs, Reward
 from argrpo_cli.rewards.judge.questions import UnusableReply
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError, did_you_mean
-from argrpo_cli.system.files import reason
+from argrpo_cli.system.files import reason, to_pil
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
@@ -359,13 +359,6 @@ def data_url(image: Image, image_format: str = "png") -> str:
     buffer = io.BytesIO()
     image.save(buffer, format=image_format.upper())
     return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def to_pil(images: Tensor) -> list[Image]:
-    """uint8 [B, 3, H, W] on any device to B RGB images; one transfer."""
-    from PIL import Image
-
-    return [Image.fromarray(one) for one in images.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
