@@ -102,6 +102,41 @@ def test_the_policy_of_equal_time_is_the_last_checkpoint_within_it(tmp_path):
         study.after(tmp_path, 5.0)
 
 
+def test_everything_starts_from_one_policy_and_has_the_seconds_of_what_it_is_held_against(tmp_path, monkeypatch):
+    """Ten updates each: of plain GRPO a second and, of the second seed, two; with a KL term twice as long."""
+    recipes, drawn = {}, []
+
+    class Recorded(study.Study):
+        def trained(self, recipe, name):
+            recipes[name], out = recipe, self.root / name
+            pace = {"start": 6.0, "kl-seed0": 2.0, "grpo-seed1": 2.0, "kl-seed1": 4.0}.get(name, 1.0)
+            for step in (5, 10):
+                (out / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+            rows = [{"step": step, "seconds_total": pace * step} for step in range(1, 11)]
+            (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            return str(out)
+
+        def fidelity(self, policy, cfg_scale=2.0):
+            drawn.append((policy.removeprefix(f"{self.root}/"), cfg_scale))
+            return {}
+
+    monkeypatch.setattr(study, "take", lambda *_: None)
+    found = study.compare(Recorded(tmp_path, N), ["grpo", "kl"], [0, 1])
+    start = str(tmp_path / "start" / "policy")
+    for name in ("grpo", "kl", "pixel", "cca"):
+        for seed in (0, 1):
+            recipe = recipes[f"{name}-seed{seed}"]
+            assert recipe.seed == seed and recipe.policy.checkpoint == ("nano-c2i" if name == "cca" else start)
+            seconds = {"pixel": 10 + 10 * seed, "cca": 60}.get(name)
+            assert recipe.optim.time_limit_minutes == (seconds and pytest.approx(seconds / 60))
+    assert found.seconds == {"grpo": 1.0, "kl": 2.0} and list(found.timed) == ["kl", "pixel", "cca"]
+    ends = [(f"{name}-seed{seed}/policy", scale) for name in ("grpo", "kl") for scale in (1, 2) for seed in (0, 1)]
+    others = [(f"{name}-seed{seed}/policy", 1) for name in ("pixel", "cca") for seed in (0, 1)]
+    equal_time = [(f"kl-seed{seed}/checkpoints/step_000005", 1) for seed in (0, 1)]
+    base = [("nano-c2i", 2), ("start/policy", 1), ("start/policy", 2)]
+    assert sorted(drawn) == sorted([*ends, *others, *equal_time, *base])
+
+
 def test_what_draws_no_images_trains_for_seconds():
     recipe = study.recipe_of("cca", "nano-c2i", 1, 90.0)
     assert recipe.method == "cca" and recipe.optim.time_limit_minutes == 1.5

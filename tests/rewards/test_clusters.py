@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -58,6 +59,24 @@ def test_clusters_are_what_is_connected_not_what_lies_around_a_middle():
     apart = {frozenset(range(8)), frozenset({8, 9, 10})}
     assert parts(spectral_clusters(torch.cdist(points, points), 2, sigma=0.7)) == apart
     assert parts(k_means(points, 2)) != apart
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 6, 8])
+def test_clusters_are_those_of_the_formula_at_any_scale(seed):
+    """By numpy, and by trying all partitions. The width is the mean distance: a scale of distances changes nothing."""
+    points = np.random.default_rng(seed).standard_normal((7, 2))
+    d = np.linalg.norm(points[:, None] - points, axis=-1)
+    affinity = np.exp(-(d**2) / (2 * (d.sum() / 42) ** 2))
+    root = np.diag(1 / np.sqrt(affinity.sum(1)))
+    rows = np.linalg.eigh(root @ affinity @ root)[1][:, -3:]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def within(labels: tuple[int, ...]) -> float:
+        return sum(len(own) * own.var(0).sum() for one in set(labels) if len(own := rows[np.array(labels) == one]))
+
+    best = parts(torch.tensor(min(itertools.product(range(3), repeat=7), key=within)))
+    for scale in (1e-3, 1.0, 1e3):
+        assert parts(spectral_clusters(torch.from_numpy(scale * d), 3)) == best
 
 
 @pytest.mark.parametrize("seed", range(2))
