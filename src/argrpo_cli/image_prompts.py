@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from argrpo_cli.images import WNID, ImageSet, Item, file_item, open_images, read_metadata, recorded_sampling
-from argrpo_cli.listing import METADATA, is_npz, listed, natural, some_names
+from argrpo_cli.listing import METADATA, is_npz, listed, natural
 from argrpo_cli.shapes import Condition, class_prompt
-from argrpo_cli.system.errors import UserError, printable, shortened
+from argrpo_cli.system.errors import UserError, printable, shortened, some_names
 
 SHOWN = 3  # pairs of image and caption that a remark shows
 NO_PROMPT_WORDS = re.compile(

@@ -13,7 +13,7 @@ from typing import Any
 
 from argrpo_cli.kept import SETTINGS
 from argrpo_cli.pictures import suffixes
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, some_names
 from argrpo_cli.system.files import readable
 
 OVERVIEWS = ("grid.png", "best_worst.png")  # of the other pictures, not some of them
@@ -22,7 +22,6 @@ EARLIER_SETTINGS = "sampling.json"  # of a folder that `argrpo sample` drew befo
 SCORES, TABLE, SUMMARY = "scores.jsonl", "scores.csv", "summary.json"  # that `argrpo score` writes
 PARTIAL = "scores.partial"  # of such a job that has not ended, or has no score for some images
 OWN = (METADATA, SETTINGS, EARLIER_SETTINGS, SCORES, TABLE, SUMMARY)  # beside pictures, and no news to anyone
-NAMED = 3  # files that a remark names; of the others it says how many
 
 
 def image_files(folder: Path) -> tuple[list[str], Sequence[str]]:
@@ -95,8 +94,3 @@ def natural(file: str) -> list[list[Any]]:
     """A key that sorts paths as people count: 2.png before 10.png."""
     parts = [re.split(r"(\d+)", part) for part in file.split("/")]
     return [[int(one) if place % 2 else one for place, one in enumerate(part)] for part in parts] + [[file]]
-
-
-def some_names(names: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import TypedDict
 
-from argrpo_cli.system.errors import UserError, first_line
+from argrpo_cli.system.errors import UserError, first_line, some_names
 from argrpo_cli.system.files import (
     cannot_write,
     check_regular,
@@ -152,15 +152,10 @@ def fit_state(
         ],
     }
     if any(problems.values()):
-        listing = "; ".join(f"{what} {_some(keys)}" for what, keys in problems.items() if keys)
+        listing = "; ".join(f"{what} {some_names(keys)}" for what, keys in problems.items() if keys)
         raise UserError(f"weights do not fit: {source} ({listing})")
     values = {names.get(key, key): new.to(dtype) if own.is_floating_point() else new for key, own, new in both}
     network.load_state_dict(values, assign=True)
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def fingerprint(modules: Iterable[nn.Module], settings: Mapping[str, Any] | None = None) -> str:

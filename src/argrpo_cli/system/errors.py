@@ -6,7 +6,7 @@ import difflib
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +103,11 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice, on a GPU or a CPU."""
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+
+
+def some_names(names: Sequence[str], most: int = 3) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def did_you_mean(value: object, allowed: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from argrpo_cli.system.errors import UserError
+from argrpo_cli.system.errors import UserError, some_names
 from argrpo_cli.system.files import open_regular, readable
 
 HEAD = 10_240  # bytes from the start of a member that its header must lie in
@@ -72,9 +72,8 @@ class Npz:
     @property
     def content(self) -> str:
         """What it holds, for a message."""
-        more = f" and {len(self.names) - NAMED} more" if len(self.names) > NAMED else ""
         names = [name.removesuffix(".npy") if name.endswith(".npy") else f"{name} (no .npy)" for name in self.names]
-        return f"{', '.join(names[:NAMED]) or 'nothing'}{more}"
+        return some_names(names, NAMED) or "nothing"
 
     def header(self, key: str) -> Header:
         """Of the array `key`.
