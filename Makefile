@@ -48,7 +48,7 @@ demo: install
 	elif [ -f "$(DEMO)/recipe.yaml" ]; then \
 		$(BIN)/argrpo train --resume "$(DEMO)"; \
 	else \
-		$(BIN)/argrpo train nano/c2i --out "$(DEMO)"; \
+		$(BIN)/argrpo train nano/c2i_loo_fid --out "$(DEMO)"; \
 	fi
 
 # Workers with one thread each are done sooner than one with several. A file's tests stay together: they share what
