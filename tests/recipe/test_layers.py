@@ -84,7 +84,7 @@ def test_a_resolved_recipe_has_numbers_where_a_default_might_change():
     assert recipe.guards.ratio.limit.model_dump() == {"float32": 0.01, "bfloat16": 0.1}
     meant = {  # where null has a meaning of its own
         "out", "start", "lora", "dataset", "time_limit_minutes", "beta_end", "spread_floor", "entropy_target",
-        "micro_batch_size", "captions", "limit", "perceptual_folder",
+        "micro_batch_size", "captions", "limit", "perceptual_folder", "hub_model_id", "hub_private_repo",
     }  # fmt: skip
     lines = dump_recipe(recipe).split("published:")[0].splitlines()
     assert {line.partition(":")[0].strip() for line in lines if "null" in line} <= meant
