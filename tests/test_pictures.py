@@ -110,7 +110,7 @@ def test_every_mode_that_is_read_is_what_pillow_makes_of_it(mode, tmp_path, monk
     noise = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     whole = Image.fromarray(noise)
     picture = whole.convert("L").convert(mode) if mode in ("LA", "PA", "1", "I;16") else whole.convert(mode)
-    monkeypatch.setattr(pictures, "opened_image", lambda path: picture)
+    monkeypatch.setattr(pictures, "opened_image", lambda path, opener: picture)
     expected = np.asarray(picture.convert("RGB"))
     if mode == "I;16":
         expected = np.rint(np.asarray(picture)[..., None] / 257).repeat(3, 2)

@@ -146,17 +146,17 @@ def test_the_table_shows_standard_errors():
 
 
 @pytest.mark.parametrize("steps", [(None, None), (0, 20)])
-def test_the_curve_shows_1_96_standard_errors(steps, tmp_path, monkeypatch):
+def test_the_curve_shows_standard_errors(steps, tmp_path, monkeypatch):
     figure = drawn(draw_curve, shown_rows(steps), tmp_path / "curve.png", monkeypatch)
-    expected = [(mean, 1.959964 * error) for error in (0.05, 0.07) for mean in (3.0, 2.5)]
+    expected = [(mean, error) for error in (0.05, 0.07) for mean in (3.0, 2.5)]
     np.testing.assert_allclose(intervals(figure.axes[0]), expected, rtol=1e-6)
 
 
-def test_the_bars_and_their_changes_show_1_96_standard_errors(tmp_path, monkeypatch):
+def test_the_bars_and_their_changes_show_standard_errors(tmp_path, monkeypatch):
     figure = drawn(draw_bars, shown_rows(), tmp_path / "bars.png", monkeypatch)
     for axes, error in zip(figure.axes, (0.05, 0.07), strict=True):
-        np.testing.assert_allclose(intervals(axes), [(mean, 1.959964 * error) for mean in (3.0, 2.5)], rtol=1e-6)
-        assert [text.get_text() for text in axes.texts] == ["-0.5000\n± 0.0392"]
+        np.testing.assert_allclose(intervals(axes), [(mean, error) for mean in (3.0, 2.5)], rtol=1e-6)
+        assert [text.get_text() for text in axes.texts] == ["-0.5000\n± 0.0200"]
 
 
 # Labels, and the page of results

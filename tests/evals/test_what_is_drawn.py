@@ -10,6 +10,7 @@ import torch
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.evals import drawbench, geneval
+from argrpo_cli.evals.statistics import mean_of
 from argrpo_cli.geneval import prompts as prompt_sets
 from argrpo_cli.geneval.observers import Observer
 from argrpo_cli.geneval.prompts import official_prompts
@@ -63,10 +64,12 @@ def expected(shown, seed, cut):
 
 
 def test_drawbench_draws_each_file_as_asked(drawn, tmp_path, monkeypatch):
+    measured = {"clip": mean_of([0.5, 0.5])}
     monkeypatch.setattr(
-        drawbench.DrawBench, "measure_all", lambda self, subjects, *rest: {s.name: {} for s in subjects}
+        drawbench.DrawBench, "measure_all", lambda self, subjects, *rest: {one.name: measured for one in subjects}
     )
     monkeypatch.setattr(drawbench.DrawBench, "finish", lambda self, result, *rest: result)
+    monkeypatch.setattr("argrpo_cli.rewards.check_weights", lambda name, options: None)  # nothing is scored
     tiny_caption_policy().save(tmp_path / "policy")
     prompts, out = ["a red dog", "a blue cat", "a dog"], tmp_path / "out"
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))

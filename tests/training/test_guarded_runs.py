@@ -183,7 +183,7 @@ def test_images_without_a_score_are_said(policy_folder: Path, tmp_path: Path) ->
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     """Steps whose gradient is made NaN, in one element of one parameter."""
     steps: set[int] = set()
-    real = job_module.build_trainer
+    real = job_module.BUILDERS["grpo"]
 
     def build(*args: Any) -> Any:
         trainer = real(*args)
@@ -197,7 +197,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
         trainer.model.lm_head.weight.register_hook(poison)
         return trainer
 
-    monkeypatch.setattr(job_module, "build_trainer", build)
+    monkeypatch.setitem(job_module.BUILDERS, "grpo", build)
     yield steps
 
 

@@ -124,14 +124,15 @@ class TextEncoder:
 
 
 def open_text_encoder(name: str, right_padded: bool = False) -> TextEncoder:
-    """A published T5 encoder by its name on the hub, in bfloat16 as published, with the published caption cleaning.
+    """A published T5 encoder, of the hub or a folder, in bfloat16 as published, with the published caption cleaning.
 
     Raises:
         UserError: it cannot be fetched.
     """
     from transformers import AutoTokenizer, T5EncoderModel
 
-    check_fetched(name)
+    if not Path(name).is_dir():
+        check_fetched(name)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(name)
