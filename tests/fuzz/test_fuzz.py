@@ -18,6 +18,7 @@ KINDS = {
     "policies": (30, 200),
     "runs": (2, 100),
     "files": (200, 1000),
+    "given": (200, 2000),
     "command": (10, 200),
 }
 SEED, LONG_SEED = 0, 1

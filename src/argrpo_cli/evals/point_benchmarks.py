@@ -131,8 +131,12 @@ class Judged(Benchmark):
         self.judge.check_url((options or {}).get("url"))  # before anything is fetched
         path = self.prompts_file.file(prompts, "--prompts")
         self.source, self.tasks = str(prompts or f"{self.prompts_file.repo}, {path.name}"), self.read_tasks(path)
-        if len({task.prompt for task in self.tasks}) < len(self.tasks):
-            raise UserError(f"{path}: a prompt is in it twice; give each once")
+        for what, key in (
+            ("prompt", [task.prompt for task in self.tasks]),
+            ("number", [task.index for task in self.tasks]),
+        ):
+            if len(set(key)) < len(key):  # of a prompt the judge's task, of a number the picture's name
+                raise UserError(f"{path}: a {what} is in it twice; give each once")
         self.published = _digest(path.read_bytes()) == self.prompts_file.sha256 and limit is None
         self.tasks = self.tasks[:limit]
         text = read_text(self.wording_file.file(wording, "--wording"))

@@ -13,14 +13,17 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import TypedDict
 
 from argrpo_cli.evals.point_benchmarks import Judged, PointJudge, Published, Task, parse_evaluator, task_rows
 from argrpo_cli.rewards.judge.questions import LIMIT, UnusableReply, plain
 from argrpo_cli.shapes import Condition
-from argrpo_cli.system.errors import UserError
-from argrpo_cli.system.plain import parse_json
+from argrpo_cli.system.errors import UserError, shortened
+from argrpo_cli.system.plain import check_shape, parse_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,6 +51,8 @@ DIMENSIONS = {  # in the order of the published tables, with their kinds of test
     "Text Generation": (),
 }
 POINTS = {name: [f"{name} - {kind}" for kind in kinds] or [name] for name, kinds in DIMENSIONS.items()}
+WHOLE = re.compile(r"-?[0-9]{1,15}", re.ASCII)
+Dims = TypedDict("Dims", {"Testpoints": list[str], "Testpoint Description": list[str]})  # of a row of prompts
 SCORES = re.compile(r"<score>([^<]{0,2000})</score>")
 
 
@@ -62,7 +67,8 @@ class UniGenJudge(PointJudge):
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 name = node.targets[0].id
                 if name in (TEMPLATE, EXPLANATIONS):
-                    constants[name] = ast.literal_eval(node.value)
+                    with suppress(ValueError, TypeError, RecursionError):  # no constant
+                        constants[name] = ast.literal_eval(node.value)
         self.template, self.explanations = constants.get(TEMPLATE), constants.get(EXPLANATIONS)
         if not isinstance(self.template, str) or not isinstance(self.explanations, dict):
             raise UserError(f"--wording has no {TEMPLATE} and {EXPLANATIONS}; give eval/src/eval_common.py of {REPO}")
@@ -129,17 +135,15 @@ class UniGenBench(Judged):
         known, tasks = {point for points in POINTS.values() for point in points}, []
         for number, (index, prompt, text) in enumerate(rows, 1):
             where = f"{path}, row {number}"
-            try:
-                dims = text if isinstance(text, dict) else _dims(text)
-                points, notes = tuple(dims["Testpoints"]), tuple(dims["Testpoint Description"])
-                task = Task(int(index), str(prompt), points, tuple(map(str, notes)))
-            except (ValueError, TypeError, LookupError) as error:
-                raise UserError(f"{where}: no index, or no test points with their descriptions") from error
-            if unknown := next((point for point in points if point not in known), None):
-                raise UserError(f"{where}: the test point {unknown!r} is none of UniGenBench's 27")
+            dims = check_shape(text if isinstance(text, dict) else _dims(text, where), Dims, f"{where}, sub_dims")
+            points, notes = tuple(dims["Testpoints"]), tuple(dims["Testpoint Description"])
+            if not isinstance(prompt, str) or not WHOLE.fullmatch(str(index)):
+                raise UserError(f"{where}: index {shortened(index)} is no number, or the prompt no text")
+            if unknown := [point for point in points if point not in known]:
+                raise UserError(f"{where}: the test point {unknown[0]!r} is none of UniGenBench's 27")
             if len(points) != len(notes) or not points:
                 raise UserError(f"{where}: {len(points)} test points and {len(notes)} descriptions")
-            tasks.append(task)
+            tasks.append(Task(int(index), prompt, points, notes))
         return tasks
 
     def parts(self) -> dict[str, tuple[float, Sequence[str]]]:
@@ -152,8 +156,9 @@ class UniGenBench(Judged):
         return f"{index}_{sample}.png"
 
 
-def _dims(text: str) -> dict[str, Any]:
-    try:
-        return parse_json(text)
-    except ValueError:  # a row of the published long prompts lacks a comma between two test points
-        return parse_json(re.sub(r'"(\s+)"', r'",\1"', text))
+def _dims(text: Any, where: str) -> Any:
+    # A row of the published long prompts lacks a comma between two test points.
+    for said in (str(text), re.sub(r'"(\s+)"', r'",\1"', str(text))):
+        with suppress(ValueError):
+            return parse_json(said)
+    raise UserError(f"{where}: its test points are no JSON")

@@ -118,8 +118,10 @@ class Wise(Judged):
         tasks = []
         for number, row in enumerate(task_rows(path, (("prompt_id",), ("Category",), *((one,) for one in FIELDS))), 1):
             index, category, prompt, explanation = row
-            if type(index) is not int or not isinstance(prompt, str) or not isinstance(explanation, str):
-                raise UserError(f"{path}, row {number}: prompt_id is no number, or Prompt or Explanation no text")
+            if type(index) is not int or not all(isinstance(one, str) for one in (category, prompt, explanation)):
+                raise UserError(
+                    f"{path}, row {number}: prompt_id is no number, or Category, Prompt or Explanation no text"
+                )
             if category not in CATEGORIES:
                 raise UserError(f"{path}, row {number}: no category {category!r}; there are {', '.join(CATEGORIES)}")
             tasks.append(Task(index, prompt, (CATEGORIES[category][0],), (explanation,)))
