@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -269,6 +270,8 @@ BAD = [
     (["--url", "ftp://x"], "give one such as http://localhost:8000/v1"),
     (["--prompts", "absent.json"], "--prompts absent.json: no such file; give merge.json of github.com/PKU"),
     (["--prompts", "twice.json"], "a prompt is in it twice; give each once"),
+    (["--prompts", "number.json"], "a number is in it twice; give each once"),
+    (["--prompts", "list.json"], "row 1: prompt_id is no number, or Category, Prompt or Explanation no text"),
     (["--prompts", "category.json"], "row 1: no category 'Art'; there are Cultural knowledge, time, Space"),
     (["--prompts", "column.json"], "row 1: no Explanation; give a file in the benchmark's format"),
     (["--wording", "wording.py"], "--wording has no messages with Prompt and Explanation; give vllm_eval.py of PKU"),
@@ -284,6 +287,8 @@ def test_bad_input_is_one_line_before_anything_is_drawn(tmp_path, capsys, monkey
     files = wise_files(tmp_path, WISE_TASKS)
     row = {"prompt_id": 1, "Prompt": "a dog", "Explanation": "a dog", "Category": "Space"}
     Path("twice.json").write_text(json.dumps([row, row]))
+    Path("number.json").write_text(json.dumps([row, {**row, "Prompt": "a cat"}]))
+    Path("list.json").write_text(json.dumps([{**row, "Category": ["Space"]}]))
     Path("category.json").write_text(json.dumps([{**row, "Category": "Art"}]))
     Path("column.json").write_text(json.dumps([{**row, "Explanation": None}]))
     Path("wording.py").write_text("x = {'text': 'only one'}")
@@ -293,6 +298,24 @@ def test_bad_input_is_one_line_before_anything_is_drawn(tmp_path, capsys, monkey
         assert run(command) == 2
     said = capsys.readouterr().err
     assert message in " ".join(said.split()) and "Traceback" not in said and not Path("o").exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "dims", "message"),
+    [
+        (1.5, {"Testpoints": ["Style"], "Testpoint Description": ["a sketch"]}, "index 1.5 is no number"),
+        (1, {"Testpoints": [""], "Testpoint Description": [""]}, "the test point '' is none of UniGenBench's 27"),
+        (1, {"Testpoints": [["Style"]], "Testpoint Description": ["a sketch"]}, "Testpoints.0 is ['Style']"),
+        (1, {"Testpoints": ["Style"], "Testpoint Description": "x"}, "Testpoint Description is 'x'"),
+        (1, {"Testpoints": ["Style"], "Testpoint Description": []}, "1 test points and 0 descriptions"),
+        (1, "{", "its test points are no JSON"),
+    ],
+)
+def test_rows_of_another_shape_are_one_line(tmp_path, index, dims, message):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps([{"index": index, "prompt": "a dog", "sub_dims": dims}]))
+    with pytest.raises(UserError, match=re.escape(message)):
+        object.__new__(UniGenBench).read_tasks(path)
 
 
 @pytest.mark.parametrize("name", ["unigenbench", "wise"])

@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from argrpo_cli.evals.drawbench import read_prompts
+from argrpo_cli.evals.fidelity import load_statistics
 from argrpo_cli.evals.point_benchmarks import Task
 from argrpo_cli.evals.unigenbench import UniGenBench, UniGenJudge
 from argrpo_cli.evals.wise import Wise, WiseJudge
 from argrpo_cli.geneval.questions import read_items
+from argrpo_cli.image_labels import IDS, open_labelled
 from argrpo_cli.recipe.real import RealSection
+from argrpo_cli.rewards.loo_fid import read_moments
 from argrpo_cli.system.files import read_text
 from argrpo_cli.training.real import open_images
 from tests.evals.judges import unigen_files, wise_files
@@ -53,6 +57,12 @@ def seeds(folder: Path) -> dict[str, Any]:
     made |= {
         "prompts.json": json.dumps(rows).encode(),
         "geneval2.jsonl": "".join(json.dumps(item) + "\n" for item in ITEMS).encode(),
+        "drawbench.tsv": b'Prompts\tCategory\n"a red, dog"\tColors\n"two\nlines"\tText\nc\tx\n',
+        "drawbench.json": json.dumps(
+            [{"conversations": [{"from": "human", "value": text}]} for text in "abc"]
+        ).encode(),
+        IDS: b"a.png 3\nb.png n01440764\nc.png 0\n",
+        "moments.npz": _arrays(mu=np.zeros(4), sigma=np.eye(4), mu_s=np.ones(3), sigma_s=np.eye(3)),
         "classes.tar": _tar({".cls": "3"}),
         "captions.tar": _tar({".txt": "a red dog"}),
         "rows.tar": _tar({".json": json.dumps({"caption": "a dog", "label": 2, "other": [1]})}),
@@ -62,6 +72,12 @@ def seeds(folder: Path) -> dict[str, Any]:
 
 def _dims(points: list[str]) -> dict[str, list[str]]:
     return {"Testpoints": points, "Testpoint Description": [point.upper() for point in points]}
+
+
+def _arrays(**arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
 
 
 def _tar(beside: dict[str, str]) -> bytes:
@@ -90,9 +106,35 @@ def case(seeds: dict[str, Any], rng: Damage, folder: Path) -> str:
         path.write_bytes(damaged_text(content.decode(), rng, PYTHON).encode("utf-8", "surrogatepass"))
     else:
         path.write_bytes(damaged(content, rng))
-    if path.suffix in (".tar", ".npz"):
+    if path.suffix == ".tar" or path.stem in ("classes", "captions"):
         return _images(seeds["policies"], path)
-    return {".jsonl": _items, ".py": _evaluator}.get(path.suffix, _tasks)(path)
+    if path.suffix == ".npz":
+        return _moments(path)
+    return {"geneval2": _items, "drawbench": _prompts, Path(IDS).stem: _labels}.get(
+        path.stem, _evaluator if path.suffix == ".py" else _tasks
+    )(path)
+
+
+def _moments(path: Path) -> str:
+    statistics = load_statistics(path)
+    mean, deviation = read_moments(path)
+    assert mean.shape == deviation.shape and mean.isfinite().all() and (deviation >= 0).all(), "no moments"
+    assert statistics is None or statistics[0].mean.isfinite().all(), "no mean"
+    return f"{len(mean)} features"
+
+
+def _prompts(path: Path) -> str:
+    prompts = read_prompts(str(path)).prompts
+    assert prompts and all(isinstance(one, str) and one.strip() for one in prompts), "an empty prompt"
+    return f"{len(prompts)} prompts"
+
+
+def _labels(path: Path) -> str:
+    for name in "abc":
+        (path.parent / f"{name}.png").touch()
+    labels = [item.extra["label"] for item in open_labelled(path.parent).items]
+    assert all(type(one) in (int, str) for one in labels), "no label"
+    return f"{len(labels)} labels"
 
 
 def _items(path: Path) -> str:
