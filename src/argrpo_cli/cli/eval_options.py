@@ -1,15 +1,144 @@
-"""What the benchmarks' commands share: policies, finished pictures, a judge, and the table at the end."""
+"""What the benchmarks' commands share: whose images are measured, a judge behind a server, the table at the end."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from argrpo_cli.cli.options import OF_A_POLICY, Drawing, present, read_settings, set_options, tell, warn
+from argrpo_cli.cli.options import (
+    SAMPLING,
+    Drawing,
+    check_policies,
+    present,
+    read_settings,
+    set_options,
+    tell,
+    warn,
+)
 from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
+
+if TYPE_CHECKING:
+    from argrpo_cli.evals.benchmark import Benchmark
+
+
+@dataclass(frozen=True)
+class SubjectOptions:
+    """Whose images a benchmark measures, how many, and where the result goes.
+
+    Options:
+        --policy: A policy of captions: a name, a run directory, a checkpoint folder.
+        --baseline: A second policy, drawn with the same seeds, to compare with.
+        --baseline-cfg-scale: Guidance of the baseline.  [default: --cfg-scale, else the baseline's own, else 2]
+        --images: Measure these pictures instead of a policy: a folder, or an .npz with arr_0.
+        --n, --per-prompt: Images per prompt.
+        --diversity NETWORKS: Compare the images in features of clip, dinov2, dreamsim, nano-clip, nano-judge, with
+            commas between: how they differ within a prompt and, with --baseline, how much of its variety is left.
+            clip=FILE and dinov2=FOLDER are local weights.
+        --out: Folder for images, verdicts and numbers.
+    """
+
+    policy: str | None = None
+    baseline: str | None = None
+    baseline_cfg_scale: float | None = None
+    images: Path | None = None
+    n: int = 1
+    diversity: str | None = None
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Prompts with points that a model behind a server judges.
+
+    Options:
+        --prompts: A file in the benchmark's format.  [default: the benchmark's own, fetched]
+        --wording: The benchmark's evaluator, which says how the judge is asked; read, not run.  [default: fetched]
+        --limit: Only so many prompts, for a trial.
+        --judge: The judge, as its server calls it.
+        --url: Of the OpenAI-compatible server that has the judge, such as http://localhost:8000/v1.
+        --set BENCHMARK.KEY=VALUE: Another option of asking: attempts, concurrency, timeout, image_format, backoff.
+    """
+
+    prompts: Path | None = None
+    wording: Path | None = None
+    limit: int | None = None
+    judge: str | None = None
+    url: str | None = None
+    set_: list[str] | None = None
+
+    def options(self, name: str) -> dict[str, Any]:
+        """What --judge, --url and --set say of the judge of a benchmark."""
+        options = read_settings(self.set_, [name], "the judge's options,").get(name, {})
+        return options | {key: value for key, value in (("model", self.judge), ("url", self.url)) if value is not None}
+
+
+# What finished pictures have no use for, and a policy that draws them has.
+BASELINE = ("baseline", "baseline_cfg_scale")
+OF_A_POLICY = ("policy", *BASELINE, "n", "diversity", "resize", "keep_images", "seed", "text_device", *SAMPLING)
+
+
+class Asked(NamedTuple):
+    """A subject whose policies, networks and folders were looked at, and how it is drawn."""
+
+    subject: SubjectOptions
+    drawing: Drawing
+    policies: list[str]
+    networks: list[str]
+
+
+def check_subject(
+    context: typer.Context,
+    subject: SubjectOptions,
+    drawing: Drawing,
+    benchmark: str,
+    judges: Mapping[str, Mapping[str, Any]] | None = None,
+    kind: str = "folder",
+) -> Asked:
+    """Refuse before torch is loaded what needs none.
+
+    Args:
+        benchmark: its name, which is that of its space of seeds.
+        judges: rewards that judge the images, with their options.
+        kind: of finished pictures, where a benchmark reads more than a folder.
+
+    Raises:
+        UserError: see `check_policies`; finished pictures that are not there, or options of drawing beside them;
+            guidance of a baseline that is none, or out of range; a network of --diversity that there is not.
+    """
+    check_images(context, subject.images, kind)
+    policies = [subject.policy] if subject.images is None and subject.policy is not None else []
+    if policies and subject.baseline is not None:
+        policies.append(subject.baseline)
+    if (scale := subject.baseline_cfg_scale) is not None:
+        if subject.baseline is None:
+            raise UserError(f"--baseline-cfg-scale {scale:g}: there is no --baseline")
+        Sampling(cfg_scale=scale).check("--baseline-")
+    networks = []
+    if subject.diversity is not None:
+        from argrpo_cli.evals.diversity_networks import check_networks
+
+        networks = [name.strip() for name in subject.diversity.split(",") if name.strip()]
+        check_networks(networks)
+    check_policies(policies, subject.out, benchmark, drawing.seed, subject.n, judges, networks)
+    return Asked(subject, drawing, policies, networks)
+
+
+def run_benchmark(benchmark: Benchmark, asked: Asked) -> Result | None:
+    """The result, in the first of several processes."""
+    from argrpo_cli.evals.benchmark import run
+
+    one, options = asked.subject, run_options(asked)
+    return run(benchmark, asked.policies, one.out, n=one.n, images=one.images, diversity=asked.networks, **options)
+
+
+def run_options(asked: Asked) -> dict[str, Any]:
+    """How policies are drawn, as every benchmark takes it."""
+    return {**vars(asked.drawing), "baseline_cfg_scale": asked.subject.baseline_cfg_scale, "warn": warn}
 
 
 def show_result(result: Result | None, words: str) -> None:
@@ -23,38 +152,7 @@ def show_result(result: Result | None, words: str) -> None:
         tell(words)
 
 
-def run_options(drawing: Drawing, baseline_cfg_scale: float | None) -> dict[str, Any]:
-    """What `benchmark.run` takes of every benchmark."""
-    return {**vars(drawing), "baseline_cfg_scale": baseline_cfg_scale, "warn": warn}
-
-
-def judge_options(name: str, judge: str | None, url: str | None, settings: list[str] | None) -> dict[str, Any]:
-    """What --judge, --url and --set say of the judge of a benchmark."""
-    options = read_settings(settings, [name], "the judge's options,").get(name, {})
-    return options | {key: value for key, value in (("model", judge), ("url", url)) if value is not None}
-
-
-def networks_of(names: str | None) -> list[str]:
-    """The networks of `--diversity`; UserError for one that there is not."""
-    if names is None:
-        return []
-    from argrpo_cli.evals.diversity_networks import check_networks
-
-    networks = [name.strip() for name in names.split(",") if name.strip()]
-    check_networks(networks)
-    return networks
-
-
-def both_policies(policy: str, baseline: str | None, cfg_scale: float | None) -> list[str]:
-    """The policies; UserError for guidance of a baseline that is none, or out of range."""
-    if cfg_scale is not None:
-        if baseline is None:
-            raise UserError(f"--baseline-cfg-scale {cfg_scale:g}: there is no --baseline")
-        Sampling(cfg_scale=cfg_scale).check("--baseline-")
-    return [policy] if baseline is None else [policy, baseline]
-
-
-def check_images(context: typer.Context, images: Path | None, kind: str = "folder or .npz file") -> None:
+def check_images(context: typer.Context, images: Path | None, kind: str) -> None:
     """UserError where finished pictures, if any, are not there, or an option says how a policy draws some."""
     if images is None:
         return

@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,12 +38,6 @@ class Drawing:
         --device: auto, cpu, cuda, cuda:1, mps.
         --text-device same|offload|DEVICE: Of the text encoder: beside the policy, there only while it reads captions,
             or elsewhere.
-        --baseline: A second policy, drawn with the same seeds, to compare with.
-        --baseline-cfg-scale: Guidance of the baseline.  [default: --cfg-scale, else the baseline's own, else 2]
-        --images: Measure these pictures instead of a policy: a folder, or an .npz with arr_0.
-        --diversity NETWORKS: Compare the images in features of clip, dinov2, dreamsim, nano-clip, nano-judge, with
-            commas between: how they differ within a prompt and, with --baseline, how much of its variety is left.
-            clip=FILE and dinov2=FOLDER are local weights.
     """
 
     sampling: Mapping[str, Any]
@@ -73,9 +67,6 @@ SAMPLING = {  # None is not given: a policy may have its own
     for name, one in inspect.signature(Sampling, eval_str=True).parameters.items()
 }
 DRAWING = SAMPLING | dict(list(inspect.signature(Drawing, eval_str=True).parameters.items())[1:])
-# What finished pictures have no use for, and a policy that draws them has.
-BASELINE = ("baseline", "baseline_cfg_scale")
-OF_A_POLICY = ("policy", *BASELINE, "n", "diversity", "resize", "keep_images", "seed", "text_device", *SAMPLING)
 
 
 def command(
@@ -92,32 +83,33 @@ def command(
             --n, --per-class NUMBER: An option by its flags, and a metavar if it is to have one;
                 further lines are indented.
 
-    Those of `Drawing` need not be there. A last parameter `drawing` stands for what it holds.
+    A parameter whose type is a dataclass stands for a group of options: its fields, with words in its docstring, which
+    the function's own replace. Of `Drawing` those of `Sampling` are options, too; its words serve a command that has an
+    option of it alone.
 
     Args:
         least: name of a number to the least it may be.
-        without: options of drawing that the command has no use for.
+        without: options of groups that the command has no use for.
         tells: options of `Output` that it has; `present` and `tell` do as they say.
-        defaults: of options of drawing, where it has its own.
+        defaults: of options of groups, where it has its own.
     """
     least = {"seed": 0, "batch_size": 1, **(least or {})}
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = dict(inspect.signature(function, eval_str=True).parameters)
-        entries = _options_in(Drawing) | _options_in(Output) | _options_in(function)
-        names = [name for name in DRAWING if name not in without] if own.pop("drawing", None) else []
-        shared = [DRAWING[name].replace(default=defaults.get(name, DRAWING[name].default)) for name in names]
-        shared += [inspect.signature(Output, eval_str=True).parameters[name] for name in tells]
+        groups = {name: one.annotation for name, one in own.items() if is_dataclass(one.annotation)}
+        members = {name: _members(group, without, defaults) for name, group in groups.items()}
+        outputs = _members(Output, [one.name for one in fields(Output) if one.name not in tells], {})
+        words = {}
+        for one in (Drawing, *groups.values(), Output, function):
+            words |= _options_in(one)
 
         @functools.wraps(function)
         def parsed(**values: Any) -> None:
-            output = Output(**{one.name: values.pop(one.name) for one in fields(Output) if one.name in values})
-            if names:
-                drawing = {name: values.pop(name) for name in names}
-                sampling = {name: drawing.pop(name) for name in names if name in SAMPLING}
-                sampling = {name: value for name, value in sampling.items() if value is not None}
-                Sampling(**sampling).check()
-                values["drawing"] = Drawing(sampling, **drawing)
+            output = Output(**{name: values.pop(name) for name in outputs})
+            for name, group in groups.items():
+                given = {key: values.pop(key) for key in members[name]}
+                values[name] = _drawing(given) if group is Drawing else group(**given)
             before = OUTPUT.set(output)
             try:
                 with quietly(output.quiet):
@@ -125,19 +117,40 @@ def command(
             finally:
                 OUTPUT.reset(before)
 
+        parts = [part for name, one in own.items() for part in members.get(name, {name: one}).values()]
         parameters = []
-        for one in (*own.values(), *shared):
+        for one in (*parts, *outputs.values()):
             if one.annotation is not typer.Context:
-                flags, metavar, words = entries[one.name.strip("_")]
-                named = typer.Option(*flags, help=words, metavar=metavar, min=least.get(one.name))
-                info = named if flags else typer.Argument(help=words, metavar=metavar, show_default=False)
+                flags, metavar, told = words[one.name.strip("_")]
+                named = typer.Option(*flags, help=told, metavar=metavar, min=least.get(one.name))
+                info = named if flags else typer.Argument(help=told, metavar=metavar, show_default=False)
                 one = one.replace(annotation=Annotated[one.annotation, info])
-            parameters.append(one)
+            parameters.append(
+                one.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            )  # in any order, with defaults or without
         parsed.__signature__ = inspect.Signature(parameters)
         parsed.__doc__ = inspect.getdoc(function).partition("\n\nOptions:")[0]
         return parsed
 
     return decorate
+
+
+def _members(group: type, without: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    """The options of a group, by name."""
+    members = DRAWING if group is Drawing else inspect.signature(group, eval_str=True).parameters
+    return {
+        name: one.replace(default=defaults.get(name, one.default))
+        for name, one in members.items()
+        if name not in without
+    }
+
+
+def _drawing(given: dict[str, Any]) -> Drawing:
+    """What was given of `DRAWING`; UserError for what no policy can be sampled with."""
+    sampling = {name: given.pop(name) for name in SAMPLING if name in given}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    Sampling(**sampling).check()
+    return Drawing(sampling, **given)
 
 
 def _options_in(thing: Callable[..., Any]) -> dict[str, tuple[list[str], str | None, str]]:
