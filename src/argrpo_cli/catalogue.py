@@ -11,7 +11,8 @@ from typing import Any
 
 from argrpo_cli.captions import CAPTION_SETS, nano_captions
 from argrpo_cli.geneval.prompts import SETS
-from argrpo_cli.policy.folder import BUNDLED_POLICIES, POLICIES, glance, published_family
+from argrpo_cli.policy.folder import BUNDLED_POLICIES, glance, published_family
+from argrpo_cli.policy.published import POLICIES
 from argrpo_cli.recipe import bundled_dir, list_recipes
 from argrpo_cli.recipe.text import parse_yaml
 from argrpo_cli.rewards import REWARDS, check_reward

@@ -23,7 +23,7 @@ import numpy as np
 
 from argrpo_cli.images import WNID, ImageSet, file_item, read_metadata
 from argrpo_cli.listing import METADATA, image_files
-from argrpo_cli.policy.folder import class_wnids
+from argrpo_cli.policy.classes import class_wnids
 from argrpo_cli.shapes import Condition
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_text, readable

@@ -125,7 +125,7 @@ def named_condition(path: Path) -> Condition | None:
     """What a picture shows by its class folder, `golden_retriever/1.png` or `n02099601/1.png`, or else by its name."""
     for part in (*path.parts[:-1], path.stem):
         if wnid := WNID.match(part):
-            from argrpo_cli.policy.folder import class_names, class_wnids
+            from argrpo_cli.policy.classes import class_names, class_wnids
 
             if wnid[0] in class_wnids():
                 class_id = class_wnids().index(wnid[0])

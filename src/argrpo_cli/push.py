@@ -14,18 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from argrpo_cli import __version__
-from argrpo_cli.policy.folder import (
-    ADAPTER_OF,
-    BUNDLED_POLICIES,
-    C2I_REPO,
-    CARD,
-    JANUS_OWNER,
-    POLICIES,
-    VAR_REPO,
-    PolicyCard,
-    find_policy,
-    unfinished,
-)
+from argrpo_cli.policy.folder import ADAPTER_OF, BUNDLED_POLICIES, CARD, PolicyCard, find_policy, unfinished
+from argrpo_cli.policy.published import C2I_REPO, JANUS_OWNER, POLICIES, VAR_REPO
 from argrpo_cli.runs.learning import conclusions
 from argrpo_cli.runs.run import RunDirectory
 from argrpo_cli.system.errors import UserError, first_line, without_secrets

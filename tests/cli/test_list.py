@@ -12,7 +12,8 @@ from PIL import Image
 from argrpo_cli.captions import CAPTION_SETS
 from argrpo_cli.cli.app import run
 from argrpo_cli.cli.evals import BENCHMARKS
-from argrpo_cli.policy.folder import BUNDLED_POLICIES, POLICIES
+from argrpo_cli.policy.folder import BUNDLED_POLICIES
+from argrpo_cli.policy.published import POLICIES
 from argrpo_cli.recipe import list_recipes
 from argrpo_cli.rewards import REWARDS
 from argrpo_cli.shapes import Result

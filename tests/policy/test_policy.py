@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.folder import class_names
+from argrpo_cli.policy.classes import class_names
 from argrpo_cli.policy.llamagen.checkpoints import from_published, to_published
 from argrpo_cli.policy.llamagen.config import LlamaGenConfig, VQConfig
 from argrpo_cli.policy.llamagen.policy import LlamaGen

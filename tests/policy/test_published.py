@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from argrpo_cli.cli.app import run
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.policy.llamagen import published
 from argrpo_cli.policy.llamagen.checkpoints import to_published
 from argrpo_cli.policy.llamagen.config import VQConfig, published_config
@@ -24,6 +23,7 @@ from argrpo_cli.policy.llamagen.geometry import SIZES, published_geometry
 from argrpo_cli.policy.llamagen.model import LlamaGenNetwork
 from argrpo_cli.policy.llamagen.pretrained import LlamaGenForImageGeneration, VQModel
 from argrpo_cli.policy.open import outline_policy
+from argrpo_cli.policy.published import POLICIES
 from argrpo_cli.system.errors import UserError
 from tests.formula import formula_weights
 from tests.training.tiny import sample
@@ -340,7 +340,7 @@ def test_a_name_is_fetched_once_into_the_cache_of_the_hub(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "from argrpo_cli.policy.folder import POLICIES; from argrpo_cli.system.files import fetch; "
+        "from argrpo_cli.policy.published import POLICIES; from argrpo_cli.system.files import fetch; "
         "one = POLICIES['c2i-b-256']; "
         "print(fetch(one.repo, one.file)); print(fetch(one.repo, one.file))"
     )

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.policy.llamagen.model import Encoded
 from argrpo_cli.policy.llamagen.vq import to_uint8
 from argrpo_cli.policy.open import outline_policy
 from argrpo_cli.policy.protocol import Card
+from argrpo_cli.policy.published import POLICIES
 from argrpo_cli.policy.tokens import scale_weights
 from argrpo_cli.policy.var.model import guidance_of_scales
 from argrpo_cli.policy.var.policy import VAR

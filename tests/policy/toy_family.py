@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from argrpo_cli.networks.weights import fingerprint, load_pretrained, save_model
-from argrpo_cli.policy.folder import CARD, class_id, read_card, sampling_entry
+from argrpo_cli.policy.classes import class_id
+from argrpo_cli.policy.folder import CARD, read_card, sampling_entry
 from argrpo_cli.policy.protocol import Card, Compare, Drawn, Scored
 from argrpo_cli.shapes import Condition, Sampling, class_prompt
 from argrpo_cli.system.files import make_dir, write_json

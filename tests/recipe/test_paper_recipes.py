@@ -8,7 +8,7 @@ import pytest
 
 from argrpo_cli import paper_numbers
 from argrpo_cli.cli.app import run
-from argrpo_cli.policy.folder import POLICIES
+from argrpo_cli.policy.published import POLICIES
 from argrpo_cli.recipe import load_recipe
 from argrpo_cli.rewards import check_reward, reward_weights
 from argrpo_cli.system.errors import UserError

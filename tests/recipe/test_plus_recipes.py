@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from argrpo_cli.policy.folder import POLICIES
+from argrpo_cli.policy.published import POLICIES
 from argrpo_cli.recipe import list_recipes, load_recipe
 
 NAMES = [name.removeprefix("plus/") for name in list_recipes() if name.startswith("plus/")]

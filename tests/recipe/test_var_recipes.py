@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from argrpo_cli.policy.folder import POLICIES
+from argrpo_cli.policy.published import POLICIES
 from argrpo_cli.recipe import load_recipe
 
 

@@ -33,10 +33,10 @@ from transformers import TrainerCallback
 from argrpo_cli.bench import parse
 from argrpo_cli.bench.sampler import random_policy
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.folder import POLICIES
 from argrpo_cli.policy.llamagen.config import VQConfig, published_config
 from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.policy.llamagen.pretrained import VQModel
+from argrpo_cli.policy.published import POLICIES
 from argrpo_cli.recipe import Recipe, load_recipe
 from argrpo_cli.rewards import load_rewards, reward_weights
 from argrpo_cli.shapes import Condition

@@ -162,7 +162,8 @@ def _check_pilot(pilot: bool, minutes: float | None, resume: Path | None, dry_ru
 
 def _check_names(recipe: Recipe) -> None:
     """Refuse before torch is loaded a policy, rewards, their options and classes that there are not."""
-    from argrpo_cli.policy.folder import class_id, glance
+    from argrpo_cli.policy.classes import class_id
+    from argrpo_cli.policy.folder import glance
     from argrpo_cli.rewards import check_options
     from argrpo_cli.training.conditions import check_source
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Interval
 from typing_extensions import TypedDict
 
+from argrpo_cli.policy.classes import class_id, class_names
+from argrpo_cli.policy.published import JANUS_CFG_SCALE, POLICIES, TOKENIZERS, published_entry
 from argrpo_cli.shapes import Sampling
 from argrpo_cli.system.errors import UserError, did_you_mean, offer
-from argrpo_cli.system.files import WEIGHTS, check_fetched, fetch_folder, read_json, read_text, write_json
+from argrpo_cli.system.files import WEIGHTS, check_fetched, fetch_folder, read_json, write_json
 from argrpo_cli.system.hub import repo_of
 from argrpo_cli.system.processes import WARNING, say
 
@@ -34,18 +34,7 @@ OWN_MODELS = ("llamagen", "var")  # the same of ours
 MODEL_TYPES = {"janus": "janus", "multi_modality": "janus"}  # of config.json, to the family that opens the folder
 ON_THE_HUB = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")  # files of a policy folder there
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt")
-C2I_REPO, T2I_REPO, TEXT_ENCODER = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i", "google/flan-t5-xl"
-JANUS_OWNER, JANUS_SIZES = "deepseek-community", ("1B", "7B")  # the weights of deepseek-ai in transformers' format
-JANUS_CFG_SCALE = 5.0  # of its authors' script
-VAR_REPO, VAR_CCA = "FoundationVision/var", "ChenDRAG/CCA_VAR"
-VAR_SAMPLING = {"top_k": 900, "top_p": 0.96}  # as published for FID; guidance is then 2.5, the published cfg 1.5
-CCA_REPO, CCA_FOLDER = "ChenDRAG/CCA_LlamaGen", "CCA_LlamaGen_Guidance_Free"
-TOKENIZERS = {  # name to repository and file
-    "vq-ds16-c2i": (C2I_REPO, "vq_ds16_c2i.pt"),
-    "vq-ds8-c2i": (C2I_REPO, "vq_ds8_c2i.pt"),
-    "vq-ds16-t2i": (T2I_REPO, "vq_ds16_t2i.pt"),
-    "vq-var": (VAR_REPO, "vae_ch160v4096z32.pth"),
-}
+TEXT_ENCODER = "google/flan-t5-xl"
 NAMED_PARTS = (*BUNDLED_PARTS, *TOKENIZERS, TEXT_ENCODER)  # which are not copied into every checkpoint
 
 
@@ -66,71 +55,6 @@ class Generation(TypedDict, total=False):
     """What is read of a Janus's generation_config.json."""
 
     guidance_scale: Annotated[float, Interval(ge=0, le=1e9)] | None
-
-
-@dataclass(frozen=True)
-class PublishedPolicy:
-    """Where a policy lies on the hub, and what its file does not say."""
-
-    repo: str
-    file: str  # empty where it is the whole repository
-    image_size: int
-    tokenizer: str  # empty where it is part of the model
-    sampling: Mapping[str, Any] = field(default_factory=dict)  # see `own_sampling`
-    reads: str = "classes"  # of ImageNet, or "captions"
-    family: str = "llamagen"
-    revision: str | None = None  # of a whole repository: a commit, branch or tag; None is the newest
-
-
-POLICIES = {
-    **{
-        f"c2i-{size.lower()}-{pixels}": PublishedPolicy(C2I_REPO, f"c2i_{size}_{pixels}.pt", pixels, "vq-ds16-c2i")
-        for size, pixels in (("B", 256), ("B", 384), ("L", 256), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
-    },
-    "t2i-xl-256": PublishedPolicy(T2I_REPO, "t2i_XL_stage1_256.pt", 256, "vq-ds16-t2i", reads="captions"),
-    "t2i-xl-512": PublishedPolicy(T2I_REPO, "t2i_XL_stage2_512.pt", 512, "vq-ds16-t2i", reads="captions"),
-    # As GCPO trained it (arXiv 2509.22485), in the layout of transformers' Llama.
-    "t2i-xl-256-gcpo": PublishedPolicy("zghhui/LlamaGen-T2I-GCPO", "", 256, "vq-ds16-t2i", reads="captions"),
-    # LlamaGen after an epoch of condition contrastive alignment (arXiv 2410.09347), to be drawn from without guidance.
-    **{
-        f"c2i-{size.lower()}-384-cca": PublishedPolicy(
-            CCA_REPO, f"{CCA_FOLDER}/c2i_{size}_384_CCA_0005000.pt", 384, "vq-ds16-c2i", {"cfg_scale": 1.0}
-        )
-        for size in ("B", "L", "XL", "XXL", "3B")
-    },
-    **{
-        f"janus-pro-{size.lower()}": PublishedPolicy(
-            f"{JANUS_OWNER}/Janus-Pro-{size}",
-            "",
-            384,
-            "",
-            {"cfg_scale": JANUS_CFG_SCALE},
-            reads="captions",
-            family="janus",
-        )
-        for size in JANUS_SIZES
-    },
-    **{
-        f"var-d{depth}": PublishedPolicy(
-            VAR_REPO, f"var_d{depth}.pth", 256, "vq-var", {"cfg_scale": 2.5, **VAR_SAMPLING}, family="var"
-        )
-        for depth in (16, 20, 24, 30)
-    },
-    "var-d36-512": PublishedPolicy(
-        VAR_REPO, "var_d36.pth", 512, "vq-var", {"cfg_scale": 2.5, **VAR_SAMPLING}, family="var"
-    ),
-    **{
-        f"var-d{depth}-cca": PublishedPolicy(
-            VAR_CCA,
-            f"CCA_VAR_Guidance_Free/VAR_d{depth}_CCA.pth",
-            256,
-            "vq-var",
-            {"cfg_scale": 1.0, **VAR_SAMPLING},
-            family="var",
-        )
-        for depth in (16, 20, 24, 30)
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -250,15 +174,6 @@ def is_published(name_or_path: str | Path) -> bool:
     return (path / "config.json").is_file() and not (path / CARD).is_file() and bool(weight_files(path))
 
 
-def published_entry(name: str | Path) -> PublishedPolicy | None:
-    """What `POLICIES` has under a name; where that is a whole repository `name@revision` is one of its revisions."""
-    name, at, revision = str(name).partition("@")
-    entry = POLICIES.get(name)
-    if not at or entry is None:
-        return entry
-    return replace(entry, revision=revision) if revision and not entry.file else None
-
-
 def published_family(name_or_path: str | Path) -> str:
     """The family of what `is_published`: by its name or that of its file, or as config.json says; else LlamaGen's."""
     path = Path(name_or_path)  # a file that was downloaded by hand has its published name
@@ -282,11 +197,6 @@ def janus_sampling(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     scale = read_json(file, Generation).get("guidance_scale") if file.is_file() else None
     return {"cfg_scale": float(scale or JANUS_CFG_SCALE)}
-
-
-def file_sampling(file: Path) -> dict[str, Any]:
-    """How the policy in a published file is meant to be sampled, by the file's name; {} where nothing is said."""
-    return next((dict(one.sampling) for one in POLICIES.values() if Path(one.file).name == file.name), {})
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -430,48 +340,3 @@ def part_of(folder: Path, what: str, name: str | None) -> Path:
     if not part.is_dir():
         raise UserError(f"the {what} of {folder} is missing: no folder {part}")
     return part
-
-
-def class_id(request: str | int, names: Sequence[str]) -> int:
-    """The id of a class that is asked for by its id (a number, also written as text) or one of its names.
-
-    Raises:
-        UserError: there is no such class, or several.
-    """
-    if isinstance(request, str):
-        # ImageNet lists synonyms, and some stand for two classes: "crane" is a bird and a machine.
-        exact = [index for index, name in enumerate(names) if name == request]
-        matches = exact or [index for index, name in enumerate(names) if request in name.split(", ")]
-        if len(matches) > 1:
-            raise UserError(f"{request!r} names the classes {' and '.join(map(str, matches))}; give the id")
-        if matches:
-            return matches[0]
-    if isinstance(request, int) or request.strip().isdecimal():
-        number = int(request) if len(str(request)) < 20 else len(names)  # Python reads no more than 4,300 digits
-        if 0 <= number < len(names):
-            return number
-        raise UserError(f"no class {str(request)[:20]}: this policy has the ids 0 to {len(names) - 1}")
-    hint = did_you_mean(request, names)
-    if not hint and len(names) <= 40:
-        hint = f"; the classes are {', '.join(names)}"
-    raise UserError(f"no class {request!r} among this policy's {len(names)} classes{hint}")
-
-
-def class_names(count: int) -> list[str]:
-    """ImageNet's names as the published code says them, all synonyms: "tench, Tinca tinca"."""
-    if count != 1000:
-        return [str(index) for index in range(count)]
-    lemmas = dict(line.split("\t") for line in _of_timm("imagenet_synset_to_lemma.txt"))
-    return [lemmas[wnid] for wnid in class_wnids()]
-
-
-@cache
-def class_wnids() -> list[str]:
-    """ImageNet's thousand WordNet ids, sorted: the place of each is its class id."""
-    return _of_timm("imagenet_synsets.txt")
-
-
-def _of_timm(file: str) -> list[str]:
-    """Lines of timm's data about ImageNet, read without its code, which needs torch."""
-    (timm,) = find_spec("timm").submodule_search_locations
-    return read_text(Path(timm) / "data" / "_info" / file).splitlines()

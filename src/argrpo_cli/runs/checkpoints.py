@@ -29,8 +29,9 @@ from typing_extensions import TypedDict
 
 from argrpo_cli.networks.weights import weight_shapes
 from argrpo_cli.policy import load_policy
-from argrpo_cli.policy.folder import BUNDLED_POLICIES, MANIFEST, POLICIES, checkpoint_folders, mark_adapter
+from argrpo_cli.policy.folder import BUNDLED_POLICIES, MANIFEST, checkpoint_folders, mark_adapter
 from argrpo_cli.policy.open import outline_policy
+from argrpo_cli.policy.published import POLICIES
 from argrpo_cli.runs.disk import PARTIAL, replace_folder, set_aside
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import (

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
 from argrpo_cli.networks.weights import outline
-from argrpo_cli.policy.folder import janus_sampling, part_of, published_entry, read_card
+from argrpo_cli.policy.folder import janus_sampling, part_of, read_card
 from argrpo_cli.policy.janus.model import Encoded, JanusForImageGeneration
 from argrpo_cli.policy.janus.policy import Janus
 from argrpo_cli.policy.janus.vq import vq_config
 from argrpo_cli.policy.llamagen.config import VQConfig
 from argrpo_cli.policy.llamagen.pretrained import VQModel
 from argrpo_cli.policy.outline import Outline
+from argrpo_cli.policy.published import published_entry
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import HubFile, fetch_folder, read_json
 

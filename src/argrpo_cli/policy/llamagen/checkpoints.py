@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.networks.weights import blank, fit_state, read_state
-from argrpo_cli.policy.folder import TOKENIZERS, weight_files
+from argrpo_cli.policy.folder import weight_files
 from argrpo_cli.policy.llamagen.geometry import SIZES, Geometry, VQGeometry, swiglu_size
 from argrpo_cli.policy.llamagen.model import LlamaGenNetwork
 from argrpo_cli.policy.llamagen.vq import VQNetwork
+from argrpo_cli.policy.published import TOKENIZERS
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import fetch
 

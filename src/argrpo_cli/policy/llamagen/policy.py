@@ -22,22 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from argrpo_cli.networks.weights import fingerprint, load_plain, save_model
-from argrpo_cli.policy.folder import (
-    CARD,
-    NAMED_PARTS,
-    TEXT_ENCODER,
-    TOKENIZERS,
-    class_id,
-    part_of,
-    read_card,
-    sampling_entry,
-)
+from argrpo_cli.policy.classes import class_id
+from argrpo_cli.policy.folder import CARD, NAMED_PARTS, TEXT_ENCODER, part_of, read_card, sampling_entry
 from argrpo_cli.policy.llamagen.checkpoints import open_tokenizer
 from argrpo_cli.policy.llamagen.model import Encoded, LlamaGenNetwork
 from argrpo_cli.policy.llamagen.sample import sample_tokens
 from argrpo_cli.policy.llamagen.text import TextEncoder, load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQNetwork
 from argrpo_cli.policy.protocol import Card
+from argrpo_cli.policy.published import TOKENIZERS
 from argrpo_cli.policy.tokens import TokenPolicy
 from argrpo_cli.shapes import Condition, class_prompt
 from argrpo_cli.system.errors import UserError

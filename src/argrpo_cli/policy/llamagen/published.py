@@ -24,17 +24,8 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.networks.weights import blank, load_plain, outline, outline_plain
-from argrpo_cli.policy.folder import (
-    TEXT_ENCODER,
-    TOKENIZERS,
-    class_names,
-    file_sampling,
-    find_policy,
-    is_published,
-    part_of,
-    published_entry,
-    read_card,
-)
+from argrpo_cli.policy.classes import class_names
+from argrpo_cli.policy.folder import TEXT_ENCODER, find_policy, is_published, part_of, read_card
 from argrpo_cli.policy.llamagen.checkpoints import (
     config_of,
     from_published,
@@ -51,6 +42,7 @@ from argrpo_cli.policy.llamagen.sample import BUCKET
 from argrpo_cli.policy.llamagen.text import load_text_encoder, open_text_encoder
 from argrpo_cli.policy.llamagen.vq import VQNetwork
 from argrpo_cli.policy.outline import Outline
+from argrpo_cli.policy.published import TOKENIZERS, file_sampling, published_entry
 from argrpo_cli.system.errors import UserError, exit_code
 from argrpo_cli.system.files import HubFile, atomic_path, fetch, fetch_folder, read_json
 

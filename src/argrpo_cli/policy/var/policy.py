@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from argrpo_cli.networks.weights import fingerprint, load_pretrained, save_model
-from argrpo_cli.policy.folder import CARD, NAMED_PARTS, TOKENIZERS, class_id, part_of, read_card, sampling_entry
+from argrpo_cli.policy.classes import class_id
+from argrpo_cli.policy.folder import CARD, NAMED_PARTS, part_of, read_card, sampling_entry
 from argrpo_cli.policy.llamagen.model import Encoded
 from argrpo_cli.policy.protocol import Card
+from argrpo_cli.policy.published import TOKENIZERS
 from argrpo_cli.policy.tokens import TokenPolicy
 from argrpo_cli.policy.var.checkpoints import open_tokenizer
 from argrpo_cli.policy.var.config import NOT_IN_SHAPES, VARConfig

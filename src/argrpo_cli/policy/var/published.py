@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from argrpo_cli.networks.weights import outline
-from argrpo_cli.policy.folder import POLICIES, TOKENIZERS, class_names, file_sampling, part_of, read_card
+from argrpo_cli.policy.classes import class_names
+from argrpo_cli.policy.folder import part_of, read_card
 from argrpo_cli.policy.llamagen.checkpoints import read_checkpoint
 from argrpo_cli.policy.llamagen.model import Encoded
 from argrpo_cli.policy.outline import Outline
+from argrpo_cli.policy.published import POLICIES, TOKENIZERS, file_sampling
 from argrpo_cli.policy.var.checkpoints import config_of, from_published, open_tokenizer
 from argrpo_cli.policy.var.config import VARConfig, published_config
 from argrpo_cli.policy.var.model import VARForImageGeneration
