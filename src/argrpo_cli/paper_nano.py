@@ -24,7 +24,7 @@ from argrpo_cli import paper_numbers
 from argrpo_cli.captions import SHARED, read_captions
 from argrpo_cli.evals.benchmark import run
 from argrpo_cli.evals.entropy import measure as measure_entropy
-from argrpo_cli.evals.entropy_results import Question, Subject, subjects_of_run
+from argrpo_cli.evals.entropy_results import NamedPolicy, Question, subjects_of_run
 from argrpo_cli.evals.geneval import NANO_SETS, RESULTS, TOTALS, GenEval, shares
 from argrpo_cli.geneval.nano_detector import load_detector
 from argrpo_cli.geneval.prompts import prompt_set
@@ -106,7 +106,7 @@ class Workplace(Study):
         (table,) = out.glob(f"*/{RESULTS}")
         return [(prompts[row["index"]], float(row["correct"])) for row in read_jsonl(table)]
 
-    def entropy(self, subjects: list[Subject], question: Question) -> list[dict[str, Any]]:
+    def entropy(self, subjects: list[NamedPolicy], question: Question) -> list[dict[str, Any]]:
         """Rows of `argrpo entropy` for some policies, of which the first is the base."""
         last = load_policy(subjects[-1].path).fingerprint()[:16]
         path = self.root / "results" / f"entropy-{question.prompts or 'val'}-{last}.json"
@@ -127,12 +127,12 @@ def repeat_the_paper(place: Workplace) -> Results:
         runs[name] = [place.run(name, seed) for seed in (SEEDS if name in REPEATED else SEEDS[:1])]
     print("measuring")
     (swept,) = runs[TRAINED_SCALES[7]]
-    trained = [Subject(run, f"seed {seed}") for seed, run in zip(SEEDS, runs["c2i"], strict=True)]
+    trained = [NamedPolicy(run, f"seed {seed}") for seed, run in zip(SEEDS, runs["c2i"], strict=True)]
     return Results(
         {"base": [place.fidelity("nano-c2i")], **{name: [place.fidelity(run) for run in runs[name]] for name in C2I}},
         {scale: place.fidelity(swept, scale) for scale in SAMPLING_SCALES},
         {"base": [place.geneval("nano-t2i")], **{name: [place.geneval(run) for run in runs[name]] for name in T2I}},
-        place.entropy([Subject("nano-c2i", "base"), *trained], Question(seed=SEED)),
+        place.entropy([NamedPolicy("nano-c2i", "base"), *trained], Question(seed=SEED)),
         place.entropy(subjects_of_run(Path(runs["t2i"][0])), Question("geneval", seed=SEED)),
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from argrpo_cli.draw import score_tokens
 from argrpo_cli.evals import entropy
-from argrpo_cli.evals.entropy_results import Question, Subject
+from argrpo_cli.evals.entropy_results import NamedPolicy, Question
 from argrpo_cli.image_labels import open_labelled, some_of
 from argrpo_cli.policy.protocol import Policy
 from argrpo_cli.shapes import Condition, Sampling
@@ -32,7 +32,7 @@ def entropy_of(
 
 
 def measure(
-    subjects: Sequence[Subject],
+    subjects: Sequence[NamedPolicy],
     question: Question,
     sampling: Sampling | dict[str, Any] = Sampling(),
     batch_size: int = 64,

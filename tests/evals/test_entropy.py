@@ -76,7 +76,7 @@ def test_the_captions_of_the_split_are_the_benchmarks_kind():
 
 
 def test_several_policies_are_compared_scene_by_scene():
-    rows = measure([e.Subject("nano-c2i", "a"), e.Subject("nano-c2i", "b")], e.Question(limit=6))
+    rows = measure([e.NamedPolicy("nano-c2i", "a"), e.NamedPolicy("nano-c2i", "b")], e.Question(limit=6))
     assert [(row["policy"], row["mode"]) for row in rows] == [(p, m) for p in "ab" for m in e.MODES]
     assert "change" not in rows[0]
     assert rows[2]["change"] == 0 and rows[2]["change_error"] == 0
@@ -90,7 +90,7 @@ def test_the_change_is_the_second_minus_the_first_paired(tmp_path):
     with torch.no_grad():
         policy.model.lm_head.weight.mul_(1.3)  # a surer policy
     policy.save(tmp_path / "surer")
-    subjects = [e.Subject("nano-c2i", "a"), e.Subject(str(tmp_path / "surer"), "b")]
+    subjects = [e.NamedPolicy("nano-c2i", "a"), e.NamedPolicy(str(tmp_path / "surer"), "b")]
     rows = measure(subjects, e.Question(limit=24), Sampling(cfg_scale=3.0, temperature=0.7))
     tokens, conditions = (part[:24] for part in load_held_out("classes"))
     own = [entropy_of(load_policy(one.path), tokens, conditions, None, 0.7).mean(1) for one in subjects]
@@ -107,11 +107,11 @@ def captioned(tmp_path_factory):
 
 def test_policies_of_different_tasks_are_not_compared(captioned):
     with pytest.raises(UserError, match=r"nano-c2i and .*mine are measured on different scenes"):
-        measure([e.Subject("nano-c2i", "a"), e.Subject(captioned, "b")], e.Question(limit=4))
+        measure([e.NamedPolicy("nano-c2i", "a"), e.NamedPolicy(captioned, "b")], e.Question(limit=4))
 
 
 def test_prompts_are_walked_along_samples_of_the_policy_itself(captioned):
-    again = [measure([e.Subject(captioned, "t")], e.Question("geneval", limit=4, seed=s)) for s in (0, 0, 1)]
+    again = [measure([e.NamedPolicy(captioned, "t")], e.Question("geneval", limit=4, seed=s)) for s in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
     assert again[0][0]["images"] == 4 and again[0][0]["prompts"] == "geneval-nano"
 
@@ -125,7 +125,7 @@ def test_samples_are_drawn_as_they_are_measured(captioned, monkeypatch):
 
     monkeypatch.setattr(e, "draw_batch", watched)
     sampling = Sampling(cfg_scale=3.0, temperature=0.7, top_k=5)
-    measure([e.Subject(captioned, "t")], e.Question("geneval", limit=2), sampling)
+    measure([e.NamedPolicy(captioned, "t")], e.Question("geneval", limit=2), sampling)
     assert drawn == [sampling]
 
 
@@ -134,7 +134,7 @@ def test_each_policy_is_measured_under_its_own_guidance(captioned, tmp_path, cap
     own.sampling = {"cfg_scale": 1.0}
     own.save(tmp_path / "own")
     named = (("base", captioned), ("one", str(tmp_path / "own")), ("two", str(tmp_path / "own")))
-    subjects = [e.Subject(path, name) for name, path in named]
+    subjects = [e.NamedPolicy(path, name) for name, path in named]
     rows = measure(subjects, e.Question("geneval", limit=2), {"temperature": 0.7})
     assert [row["cfg_scale"] for row in rows[1::2]] == [2.0, 1.0, 1.0] and {row["temperature"] for row in rows} == {0.7}
     assert rows[3]["mean"] == rows[2]["mean"] and rows[1]["mean"] != rows[0]["mean"], "of one unguided it is the same"
@@ -176,7 +176,7 @@ def test_the_command_as_typed(tmp_path, monkeypatch, capsys):
 
 def test_two_policies_are_told_as_a_policy_and_its_baseline():
     """The first on the command line is what others are compared with; in a result the baseline comes second."""
-    rows = measure([e.Subject("nano-c2i", "a"), e.Subject("nano-c2i", "b")], e.Question(limit=4))
+    rows = measure([e.NamedPolicy("nano-c2i", "a"), e.NamedPolicy("nano-c2i", "b")], e.Question(limit=4))
     result = result_of(rows)
     assert list(result.rows) == ["b", "a"] and list(result.columns) == list(e.MODES)
     assert result.difference == {mode: Value(0.0, 0.0, 4) for mode in e.MODES}

@@ -274,7 +274,7 @@ def policies(tmp_path_factory) -> tuple[str, str]:
 def test_entropies_along_pictures_equal_the_definition_paired_by_picture(policies, tmp_path, monkeypatch):
     monkeypatch.setattr(image_codes, "CHUNK", 5)
     data = class_folders(tmp_path / "data")
-    subjects = [e.Subject(path, Path(path).name) for path in policies]
+    subjects = [e.NamedPolicy(path, Path(path).name) for path in policies]
     question = along(data, 9)
     sampling = Sampling(cfg_scale=3.0, temperature=0.8)
     rows = measure(subjects, question, sampling, 2, cache=tmp_path / "cache")
@@ -303,7 +303,7 @@ def test_a_policy_of_another_resolution_walks_along_codes_of_its_own_of_the_same
     config.block_size, large.image_size = 4 * TOKENS, 2 * IMAGE_SIZE
     large.model = type(large.model)(config).eval()
     large.save(tmp_path / "large")
-    subjects = [e.Subject(path, Path(path).name) for path in (policies[0], str(tmp_path / "large"))]
+    subjects = [e.NamedPolicy(path, Path(path).name) for path in (policies[0], str(tmp_path / "large"))]
     question = along(class_folders(tmp_path / "data"))
     rows = measure(subjects, question, cache=tmp_path / "cache")
     assert [len(row["by_position"]) for row in rows] == [TOKENS, TOKENS, 4 * TOKENS, 4 * TOKENS]
@@ -314,7 +314,7 @@ def test_a_policy_of_another_resolution_walks_along_codes_of_its_own_of_the_same
 
 def test_an_interrupted_measuring_goes_on_and_a_measured_policy_costs_nothing(policies, tmp_path, monkeypatch):
     monkeypatch.setattr(image_codes, "CHUNK", 4)
-    subjects, question = [e.Subject(policies[0], "base")], along(class_folders(tmp_path / "data"))
+    subjects, question = [e.NamedPolicy(policies[0], "base")], along(class_folders(tmp_path / "data"))
     calls, interrupt_at, score_tokens = [], [5], e.score_tokens
 
     def counted(*arguments):
@@ -415,4 +415,4 @@ def test_a_policy_that_reads_captions_is_sent_to_prompts(tmp_path):
     captioned = str(save_captioned_policy(tmp_path / "captioned"))
     question = along(class_folders(tmp_path / "data"))
     with pytest.raises(UserError, match="holds pictures of classes, and this policy reads captions; use --prompts"):
-        measure([e.Subject(captioned, "t")], question, cache=tmp_path / "cache")
+        measure([e.NamedPolicy(captioned, "t")], question, cache=tmp_path / "cache")

@@ -28,7 +28,7 @@ from tests.training.tiny import IMAGE_SIZE, TOKENS, tiny_policy
 
 
 def test_policies_and_settings_that_share_a_journal_keep_their_own_entropies(policies, tmp_path):  # noqa: F811
-    subjects = [e.Subject(path, Path(path).name) for path in policies]
+    subjects = [e.NamedPolicy(path, Path(path).name) for path in policies]
     question = along(class_folders(tmp_path / "data"))
     shown = set()
     for cfg_scale, temperature in ((2.0, 1.0), (4.0, 1.0), (4.0, 0.8)):
@@ -45,7 +45,7 @@ def test_pictures_with_other_labels_are_measured_anew(policies, tmp_path):  # no
         write_jsonl(
             data / "metadata.jsonl", [{"file": path.name, "class_id": class_id} for path in data.glob("*.JPEG")]
         )
-        asked = ([e.Subject(policies[0], "base")], along(data))
+        asked = ([e.NamedPolicy(policies[0], "base")], along(data))
         rows = measure(*asked, folder=tmp_path / "journal", cache=tmp_path / "cache")
         assert rows == measure(*asked, cache=tmp_path / "cache")
         means.append(rows[0]["mean"])
@@ -90,7 +90,7 @@ def test_a_policy_is_compared_with_the_first_of_its_size_and_resolution(policies
         other.model.lm_head.weight.mul_(3)
     other.save(tmp_path / "other surer")
     paths = [policies[0], str(tmp_path / "other"), str(tmp_path / "other surer"), policies[1]]
-    subjects = [e.Subject(path, Path(path).name) for path in paths]
+    subjects = [e.NamedPolicy(path, Path(path).name) for path in paths]
     rows = measure(subjects, along(class_folders(tmp_path / "data")), cache=tmp_path / "c")
     compared = {"other": "base", "other surer": "other", "surer": "base"}
     assert {row["policy"]: row["against"] for row in rows if "against" in row} == compared

@@ -25,7 +25,7 @@ from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
-from tests.captioned import as_they_are, replayed, save_captioned_policy
+from tests.captioned import replayed
 from tests.together import together
 from tests.training.tiny import tiny_caption_policy
 
@@ -34,22 +34,13 @@ def run_geneval(policies, out, sets=("geneval-nano",), n=1, **rest):
     return b.run(g.GenEval(sets=sets), policies, out, n=n, **rest)
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return str(save_captioned_policy(tmp_path_factory.mktemp("captioned") / "mine"))
-
-
 @pytest.fixture(autouse=True, scope="module")
-def sampled():
-    """Real scenes instead of what a policy that has learnt nothing draws."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaGen, "sample", replayed)
-        patch.setattr(LlamaGen, "encode", as_they_are)
-        yield
+def policy(policy_of_scenes):
+    return policy_of_scenes
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, policy, sampled):
+def finished(tmp_path_factory, policy):
     out = tmp_path_factory.mktemp("geneval") / "out"
     return out, run_geneval([policy], out)
 

@@ -17,12 +17,10 @@ from argrpo_cli.evals import benchmark as b
 from argrpo_cli.evals import geneval2 as g
 from argrpo_cli.evals.tables import table
 from argrpo_cli.geneval import questions as q
-from argrpo_cli.policy.llamagen.policy import LlamaGen
 from argrpo_cli.rewards.geneval2 import GenEval2 as Judge
 from argrpo_cli.shapes import Result
 from argrpo_cli.system.errors import UserError
 from argrpo_cli.system.files import read_jsonl
-from tests.captioned import as_they_are, replayed, save_captioned_policy
 from tests.rewards.judge.fake_server import FakeServer
 from tests.rewards.judge.tiny_vlm import tiny_qwen3
 from tests.together import together
@@ -39,22 +37,13 @@ LINES = [  # in words that nano policies read
 ]
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return str(save_captioned_policy(tmp_path_factory.mktemp("captioned") / "mine"))
-
-
 @pytest.fixture(autouse=True, scope="module")
-def sampled():
-    """Real scenes instead of what a policy that has learnt nothing draws."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaGen, "sample", replayed)
-        patch.setattr(LlamaGen, "encode", as_they_are)
-        yield
+def policy(policy_of_scenes):
+    return policy_of_scenes
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, policy, sampled):
+def finished(tmp_path_factory, policy):
     out = tmp_path_factory.mktemp("geneval2") / "out"
     return out, evaluate([policy], out, limit=MOST)
 

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,11 +215,11 @@ def test_a_lesson_takes_clipped_steps_along_the_curve_and_measures_in_eval_mode(
     assert all(modes) and not any(measured) and not network.training
 
 
-def test_a_kept_lesson_goes_on_where_it_was_cut_off(small, tmp_path):
-    """Weights, momenta, the curve of the learning rate and the batches: the end is that of a lesson in one piece."""
+def learn_cut_off(name: str, folder: Path, setting: Setting, steps: int, after: int | None = None) -> None:
+    """A lesson that is kept every two steps, and is cut off before one."""
 
-    def cut(setting: Setting, after: int | None = None) -> Lesson:
-        lesson = build.LESSONS["nano-t2i"](setting)
+    def lesson(given: Setting) -> Lesson:
+        lesson = build.LESSONS[name](given)
         lesson.every, loss_of = 2, lesson.loss
 
         def loss(step: int) -> torch.Tensor:
@@ -229,17 +230,26 @@ def test_a_kept_lesson_goes_on_where_it_was_cut_off(small, tmp_path):
         lesson.loss = loss
         return lesson
 
-    whole, parts = (tmp_path / one / "nano-t2i" for one in ("whole", "parts"))
-    fit.learn(cut, whole, Setting("nano-t2i", log=lambda line: None), steps=5)
-    with pytest.raises(KeyboardInterrupt):
-        fit.learn(partial(cut, after=3), parts, Setting("nano-t2i", log=lambda line: None), steps=5)
+    with pytest.raises(KeyboardInterrupt) if after is not None else contextlib.nullcontext():
+        fit.learn(lesson, folder, setting, steps=steps)
+
+
+def assert_goes_on_where_it_was_cut_off(name: str, folder: Path, weights: Path) -> None:
+    """Weights, momenta, the curve of the learning rate and the batches: the end is that of a lesson in one piece."""
+    whole, parts, said = folder / "whole" / name, folder / "parts" / name, []
+    setting = Setting(name, weights=weights, log=said.append)
+    learn_cut_off(name, whole, setting, 5)
+    learn_cut_off(name, parts, setting, 5, after=3)
     assert [one.name for one in parts.iterdir()] == ["progress.pt"]
-    said = []
-    fit.learn(cut, parts, Setting("nano-t2i", log=said.append), steps=5)
-    assert any("goes on after step 2" in line for line in said)
-    assert not (parts / "progress.pt").exists()
-    first, second = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert not any("goes on" in line for line in said)
+    learn_cut_off(name, parts, setting, 5)
+    assert any("goes on after step 2" in line for line in said) and not (parts / "progress.pt").exists()
+    first, second = (load_file(one / "model.safetensors") for one in (whole, parts))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_a_kept_lesson_goes_on_where_it_was_cut_off(small, tmp_path):
+    assert_goes_on_where_it_was_cut_off("nano-t2i", tmp_path, WEIGHTS)
 
 
 def test_a_loss_that_is_no_number_ends_the_lesson(tmp_path):

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from argrpo_cli.nano.make import build, fit, var
-from argrpo_cli.nano.make.fit import Lesson, Setting
+from argrpo_cli.nano.make.fit import Setting
 from argrpo_cli.policy import load_policy
 from argrpo_cli.policy.var.policy import VAR
 from argrpo_cli.shapes import Sampling
 from tests.emoji import no_font  # noqa: F401
-from tests.nano.test_lessons import SMALL
+from tests.nano.test_lessons import SMALL, assert_goes_on_where_it_was_cut_off
 
 pytestmark = pytest.mark.usefixtures("no_font")
 TINY = {
@@ -50,28 +49,10 @@ def test_a_build_makes_a_policy_that_draws_with_the_tokenizer_beside_it(small: N
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_lesson_that_was_cut_off_goes_on_to_the_same_end(name: str, small: None, tmp_path: Path) -> None:
-    setting = partial(Setting, name, weights=tmp_path, log=lambda line: None)
     if name == "nano-var":
-        fit.learn(build.LESSONS["nano-msvq"], tmp_path / "nano-msvq", setting(), steps=1)
-
-    def cut(given: Setting, after: int | None = None) -> Lesson:
-        lesson = build.LESSONS[name](given)
-        lesson.every, loss_of = 2, lesson.loss
-
-        def loss(step: int) -> torch.Tensor:
-            if step == after:
-                raise KeyboardInterrupt
-            return loss_of(step)
-
-        lesson.loss = loss
-        return lesson
-
-    fit.learn(cut, tmp_path / "whole", setting(), steps=4)
-    with pytest.raises(KeyboardInterrupt):
-        fit.learn(partial(cut, after=3), tmp_path / "parts", setting(), steps=4)
-    fit.learn(cut, tmp_path / "parts", setting(), steps=4)
-    one, other = (load_file(tmp_path / part / "model.safetensors") for part in ("whole", "parts"))
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
+        setting = Setting("nano-msvq", log=lambda line: None)
+        fit.learn(build.LESSONS["nano-msvq"], tmp_path / "nano-msvq", setting, steps=1)
+    assert_goes_on_where_it_was_cut_off(name, tmp_path, tmp_path)
 
 
 def test_the_codes_learn_by_gradients_and_dead_ones_begin_again() -> None:

@@ -58,7 +58,7 @@ def entropy(
     names = policy or ["nano-t2i" if prompts is not None else "nano-c2i"]
     if len(set(names)) < len(names):
         raise UserError(f"--policy names {next(name for name in names if names.count(name) > 1)} twice")
-    subjects = [results.Subject(one, _title(one)) for one in names] if run is None else results.subjects_of_run(run)
+    subjects = [results.NamedPolicy(one, _title(one)) for one in names] if run is None else results.subjects_of_run(run)
     pictures = None if data is None else some_of(open_labelled(data), n)
     for remark in pictures.remarks if pictures else ():
         warn(remark)

@@ -19,7 +19,7 @@ from torch import Tensor
 from argrpo_cli import __version__, image_codes, seeds
 from argrpo_cli.captions import read_captions
 from argrpo_cli.draw import draw_batch, score_tokens
-from argrpo_cli.evals.entropy_results import MODES, NORMAL_95, Question, Subject
+from argrpo_cli.evals.entropy_results import MODES, NORMAL_95, NamedPolicy, Question
 from argrpo_cli.evals.statistics import Measure, mean_of
 from argrpo_cli.image_labels import conditions_of
 from argrpo_cli.images import ImageSet
@@ -40,7 +40,7 @@ Tally = dict[str, Tensor]  # see `tally`
 
 
 def measure(
-    subjects: Sequence[Subject],
+    subjects: Sequence[NamedPolicy],
     question: Question,
     options: Mapping[str, Any],
     batch_size: int,

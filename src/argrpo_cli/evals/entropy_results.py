@@ -38,7 +38,7 @@ class EntropyRow(TypedDict):
 
 
 @dataclass(frozen=True)
-class Subject:
+class NamedPolicy:
     """A policy to measure: how to open it, what to call it, and its step when it is a checkpoint of a run."""
 
     path: str
@@ -46,7 +46,7 @@ class Subject:
     step: int | None = None
 
 
-def subjects_of_run(run: Path) -> list[Subject]:
+def subjects_of_run(run: Path) -> list[NamedPolicy]:
     """The base policy of a run, its checkpoints in order, and the trained policy where the last checkpoint is older.
 
     Raises:
@@ -64,7 +64,10 @@ def subjects_of_run(run: Path) -> list[Subject]:
         folders[finished] = run / "policy"
     if not folders:
         raise UserError(f"{run} has no checkpoints yet; train longer, or lower logging.save_every")
-    return [Subject(base, "base", 0), *(Subject(str(path), f"step {step}", step) for step, path in folders.items())]
+    return [
+        NamedPolicy(base, "base", 0),
+        *(NamedPolicy(str(path), f"step {step}", step) for step, path in folders.items()),
+    ]
 
 
 @dataclass(frozen=True)
