@@ -14,6 +14,7 @@ from argrpo_cli.cli.app import run
 from argrpo_cli.cli.evals import BENCHMARKS
 from argrpo_cli.evals import benchmark as b
 from argrpo_cli.evals import drawbench as d
+from argrpo_cli.evals.drawbench_prompts import HUB, PromptList
 from argrpo_cli.evals.statistics import mean_of
 from argrpo_cli.evals.tables import table
 from argrpo_cli.images import read_image
@@ -28,7 +29,7 @@ from tests.captioned import save_captioned_policy
 from tests.together import together
 from tests.training.tiny import tiny_caption_policy
 
-PROMPTS = d.PromptList("mine", ("a red dog", "a blue cat", "a dog"))
+PROMPTS = PromptList("mine", ("a red dog", "a blue cat", "a dog"))
 DIVISORS = {"clip": 1, "deqa": 5, "pickscore": 26}
 
 
@@ -392,4 +393,4 @@ def test_the_command_prints_the_table_and_warns(policies, tmp_path, capfd):
 def test_the_command_offers_what_the_library_has():
     defaults = {name: one.default for name, one in inspect.signature(BENCHMARKS["drawbench"]).parameters.items()}
     assert defaults["columns"].split(",") == list(d.TABLE_4)
-    assert defaults["prompts"] == d.HUB and defaults["n"] == d.DrawBench.n
+    assert defaults["prompts"] == HUB and defaults["n"] == d.DrawBench.n

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from argrpo_cli.evals import drawbench as p
+from argrpo_cli.evals import drawbench_prompts as p
 from argrpo_cli.system.errors import UserError
 
 AUTHORS = [

@@ -13,7 +13,8 @@ from PIL import Image
 
 from argrpo_cli.evals import benchmark, geneval
 from argrpo_cli.evals.benchmark import Subject
-from argrpo_cli.evals.drawbench import DrawBench, PromptList
+from argrpo_cli.evals.drawbench import DrawBench
+from argrpo_cli.evals.drawbench_prompts import PromptList
 from argrpo_cli.evals.geneval import OFFICIAL_RESULTS, RESULTS, GenEval
 from argrpo_cli.geneval.nano_detector import NANO_THRESHOLDS
 from argrpo_cli.geneval.observers import Observer

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from argrpo_cli.evals.drawbench import read_prompts
+from argrpo_cli.evals.drawbench_prompts import read_prompts
 from argrpo_cli.evals.fidelity import load_statistics
 from argrpo_cli.evals.point_benchmarks import Task
 from argrpo_cli.evals.unigenbench import UniGenBench, UniGenJudge

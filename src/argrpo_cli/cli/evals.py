@@ -194,7 +194,8 @@ def drawbench(
     """
     names, options = read_rewards(columns, set_, "--columns")
     refuse_comparing(names)  # before prompts are fetched
-    from argrpo_cli.evals.drawbench import DrawBench, read_prompts
+    from argrpo_cli.evals.drawbench import DrawBench
+    from argrpo_cli.evals.drawbench_prompts import read_prompts
 
     texts = read_prompts(prompts, limit)
     asked = check_subject(context, subject, drawing, "drawbench", {name: options.get(name, {}) for name in names})

@@ -125,9 +125,8 @@ def command(
                 named = typer.Option(*flags, help=told, metavar=metavar, min=least.get(one.name))
                 info = named if flags else typer.Argument(help=told, metavar=metavar, show_default=False)
                 one = one.replace(annotation=Annotated[one.annotation, info])
-            parameters.append(
-                one.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            )  # in any order, with defaults or without
+            # By keyword those with and without defaults may come in any order.
+            parameters.append(one.replace(kind=inspect.Parameter.KEYWORD_ONLY))
         parsed.__signature__ = inspect.Signature(parameters)
         parsed.__doc__ = inspect.getdoc(function).partition("\n\nOptions:")[0]
         return parsed

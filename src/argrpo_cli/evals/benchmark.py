@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from argrpo_cli.evals.statistics import Measure
     from argrpo_cli.policy.protocol import Card, Policy
 
+MOST_MISSING = 0.05  # share of pictures without a score from which a mean would be one of other prompts
 SUMMARY = "summary.json"
 
 

@@ -30,8 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import TypedDict
 
-from argrpo_cli.evals.benchmark import Benchmark, Subject
-from argrpo_cli.evals.drawbench import MOST_MISSING
+from argrpo_cli.evals.benchmark import MOST_MISSING, Benchmark, Subject
 from argrpo_cli.evals.plots import draw_groups
 from argrpo_cli.evals.statistics import Measure, mean_of
 from argrpo_cli.geneval import questions as q

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from argrpo_cli.captions import file_rows
-from argrpo_cli.evals.benchmark import Benchmark, Subject
-from argrpo_cli.evals.drawbench import MOST_MISSING
+from argrpo_cli.evals.benchmark import MOST_MISSING, Benchmark, Subject
 from argrpo_cli.images import Item, file_item, read_runs
 from argrpo_cli.kept import Rows, kept
 from argrpo_cli.rewards.judge.questions import UnusableReply
