@@ -114,6 +114,22 @@ def test_an_error_is_told_under_the_name_of_its_reward_or_tolerated():
     assert rewards.missing == {"aesthetic": 2} and "illegal memory access" in rewards.last_error["aesthetic"]
 
 
+def test_what_is_derived_from_a_reward_that_failed_says_why_that_did():
+    class Steps(Values):
+        def derive(self, scores):
+            return scores.round()
+
+    class Broken(Values):
+        def score(self, images, conditions):
+            raise RuntimeError("no more of it")
+
+    rewards = RewardSet({"clip-quantized": Steps(), "clip": Broken()}, bases={"clip-quantized": "clip"})
+    rewards.tolerated = {"clip", "clip-quantized"}
+    assert all(scores.isnan().all() for scores in rewards.score(images(2), conditions(2)).values())
+    assert rewards.missing == {"clip-quantized": 2, "clip": 2}
+    assert all("no more of it" in why for why in rewards.last_error.values()), rewards.last_error
+
+
 def test_ranges_let_published_scores_pass():
     """The range of each unit as its paper or its code has it."""
     ranges = {name: (entry.low, entry.high) for name, entry in ((name, check_reward(name)) for name in REWARDS)}

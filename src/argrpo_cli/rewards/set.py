@@ -86,6 +86,7 @@ class RewardSet:
 
         if len(images) != len(conditions):
             raise ValueError(f"{len(images)} images but {len(conditions)} conditions")
+        self._why.clear()  # of earlier images
         remote = {name: reward for name, reward in self.rewards.items() if reward.remote}
         parts: dict[str, list[Tensor | None]] = {
             name: []
@@ -206,6 +207,6 @@ class RewardSet:
         if wrong.any():
             self.missing[name] += int(wrong.sum())
             value = scores[wrong][-1].item()
-            why = self._why.pop(name, "") or self.rewards[name].last_error
+            why = self._why.get(name) or self._why.get(self.bases.get(name)) or self.rewards[name].last_error
             self.last_error[name] = (math.isnan(value) and why) or f"a score of {value:g}"
         return scores.masked_fill(wrong, math.nan)
