@@ -215,8 +215,9 @@ def test_a_lesson_takes_clipped_steps_along_the_curve_and_measures_in_eval_mode(
     assert all(modes) and not any(measured) and not network.training
 
 
-def learn_cut_off(name: str, folder: Path, setting: Setting, steps: int, after: int | None = None) -> None:
-    """A lesson that is kept every two steps, and is cut off before one."""
+def learn_cut_off(name: str, folder: Path, weights: Path, after: int | None = None) -> list[str]:
+    """What is said in a lesson of five steps that is kept every two, and may be cut off before one."""
+    said: list[str] = []
 
     def lesson(given: Setting) -> Lesson:
         lesson = build.LESSONS[name](given)
@@ -231,19 +232,18 @@ def learn_cut_off(name: str, folder: Path, setting: Setting, steps: int, after: 
         return lesson
 
     with pytest.raises(KeyboardInterrupt) if after is not None else contextlib.nullcontext():
-        fit.learn(lesson, folder, setting, steps=steps)
+        fit.learn(lesson, folder, Setting(name, weights=weights, log=said.append), steps=5)
+    return said
 
 
 def assert_goes_on_where_it_was_cut_off(name: str, folder: Path, weights: Path) -> None:
     """Weights, momenta, the curve of the learning rate and the batches: the end is that of a lesson in one piece."""
-    whole, parts, said = folder / "whole" / name, folder / "parts" / name, []
-    setting = Setting(name, weights=weights, log=said.append)
-    learn_cut_off(name, whole, setting, 5)
-    learn_cut_off(name, parts, setting, 5, after=3)
+    whole, parts = folder / "whole" / name, folder / "parts" / name
+    learn_cut_off(name, whole, weights)
+    learn_cut_off(name, parts, weights, after=3)
     assert [one.name for one in parts.iterdir()] == ["progress.pt"]
-    assert not any("goes on" in line for line in said)
-    learn_cut_off(name, parts, setting, 5)
-    assert any("goes on after step 2" in line for line in said) and not (parts / "progress.pt").exists()
+    assert any("goes on after step 2" in line for line in learn_cut_off(name, parts, weights))
+    assert not (parts / "progress.pt").exists()
     first, second = (load_file(one / "model.safetensors") for one in (whole, parts))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 

@@ -272,7 +272,8 @@ class Nano(Benchmark):
             return ({"reward_weights": self.weights} if known else {}) | {"about": "\n".join(lines)}
         tokenizer = measure_tokenizer(self.judge.tokenizer, self.judge.reference_tokens, self.seed)
         quality = f"{tokenizer['psnr']:.2f} dB on unseen scenes" if tokenizer["psnr"] is not None else tokenizer["note"]
-        lines.insert(0, f"tokenizer: PSNR {quality}; {tokenizer['codebook_used']:.0%} of the codebook in use")
+        used = f"{tokenizer['codebook_used']:.0%} of the codebook in use"
+        lines.insert(0, f"nano-vq, through which it judges: PSNR {quality}; {used}")
         lines.append(f"{errors} and the training run")
         first, last = self.measured[subjects[0].name], self.measured[subjects[-1].name]
         class_ids = _class_ids(subjects[-1])
