@@ -61,6 +61,11 @@ MISTAKES = [  # a command line, and what the error names
     (["eval", "drawbench", "--columns", "clop"], "reward 'clop' is unknown"),
     (["eval", "drawbench", "--columns", "clip", "--set", "clip.x=1"], "no option 'x'"),
     (["eval", "drawbench", "--prompts", "nanno"], "no prompts 'nanno'"),
+    (["eval", "geneval2", "--judge", "Qwen/none"], "cannot fetch Qwen/none"),
+    (["eval", "geneval2", "--judge", "none"], "there is no model folder 'none'"),
+    (["eval", "geneval2", "--prompts", "gone.jsonl"], "cannot read gone.jsonl"),
+    (["eval", "unigenbench", "--limit", "0"], "--limit 0: must be"),
+    (["eval", "wise", "--diversity", "dinov3"], "--diversity 'dinov3' is unknown"),
     (["entropy", "--split", "train"], "no split 'train'"),
     (["entropy", "--policy", "nano-c3i"], "no policy 'nano-c3i'"),
     (["entropy", "--prompts", "nanno"], "no captions 'nanno'"),
@@ -129,7 +134,7 @@ def test_a_mistake_is_told_without_torch(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(argrpo_cli.__file__).parents[1])},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(argrpo_cli.__file__).parents[1])},
     )
     assert done.returncode == 0, done.stderr
     for (arguments, message), line in zip(MISTAKES, done.stdout.splitlines(), strict=True):

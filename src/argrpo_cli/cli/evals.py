@@ -114,7 +114,8 @@ def geneval2(
     check_rewards(["geneval2"], {"geneval2": options})
     if prompts not in (None, questions.NANO):
         questions.read_items(prompts)
-    asked = check_subject(context, subject, drawing, "geneval2")
+    named = {"geneval2": options} if "model" in options else None  # else the policy's world decides who judges
+    asked = check_subject(context, subject, drawing, "geneval2", named)
     from argrpo_cli.evals.geneval2 import GenEval2
 
     result = run_benchmark(GenEval2(prompts, options, limit, judge_batch_size), asked)

@@ -334,10 +334,14 @@ def fetch_folder(repo: str, patterns: Sequence[str], revision: str | None = None
 
 def check_fetched(repo: str, file: str = "", revision: str | None = None) -> None:
     """UserError where a file, or a repository without `file`, is neither in the cache nor can the hub be reached."""
+    from huggingface_hub import constants
+
     from argrpo_cli.system.hub import require_hub
 
     if not is_cached(HubFile(repo, file or "config.json"), revision):
         try:
+            if constants.is_offline_mode():
+                raise ConnectionError("the hub is not asked, HF_HUB_OFFLINE is set")
             require_hub()
         except OSError as error:
             raise _not_fetched(error, repo, file or None, revision) from error
