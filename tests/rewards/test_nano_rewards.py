@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from argrpo_cli.geneval.prompts import parse_prompt
+from argrpo_cli.geneval.prompts import TAGS, parse_prompt
 from argrpo_cli.nano.judge import load_judge
 from argrpo_cli.nano.make import corrupt as c
 from argrpo_cli.nano.scenes import CLASS_NAMES
@@ -176,11 +176,12 @@ def test_the_rewards_of_captions_tell_scenes_from_samples_of_each_category():
     """Held-out scenes against samples of nano-t2i for the same captions."""
     policy = load_policy("nano-t2i")
     tokens, conditions = load_held_out("captions")
-    chosen = [i for i, one in enumerate(conditions) if parse_prompt(one.prompt).tag in ("counting", "two_object")][:48]
+    tags = [parse_prompt(one.prompt).tag for one in conditions]
+    chosen = [place for tag in TAGS for place in [i for i, own in enumerate(tags) if own == tag][:24]]
     asked = [conditions[i] for i in chosen]
     scenes = policy.decode(tokens[chosen])
-    drawn = policy.decode(sample(policy, asked, range(48)))
+    drawn = policy.decode(sample(policy, asked, range(len(chosen))))
     known = load_rewards(["nano-quality-t2i", "nano-critic-t2i"])
     real, generated = known.score(scenes, asked), known.score(drawn, asked)
     above = {name: (real[name] > generated[name]).float().mean().item() for name in known.names}
-    assert above["nano-critic-t2i"] > 0.75 and above["nano-quality-t2i"] > 0.7, above
+    assert above["nano-critic-t2i"] > 0.56 and above["nano-quality-t2i"] > 0.6, f"{above}; by chance 0.50 ± 0.04"

@@ -262,7 +262,7 @@ def critic(
         loss=loss,
         measure=lambda: critic_facts(network, held.pool.images, held_generated, held.images),
         save=lambda folder: save_network(folder, network, CRITIC),
-        steps=700 if task == "classes" else 2400,  # nano-t2i's samples are harder to tell from scenes
+        steps=700,
     )
 
 
