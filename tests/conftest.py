@@ -1,12 +1,19 @@
-"""How the tests are shared by the processes of `make test`."""
+"""How the tests are shared by the processes of `make test`, and what they find there."""
 
 from __future__ import annotations
 
+import signal
 from functools import cache
 
 import pytest
 
 SLOW = ("tests/training/test_together.py", "tests/test_shown.py")  # few tests that take long: they come first
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What a shell starts in the background (`make test &`) ignores Ctrl-C, which some tests send and wait for."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)

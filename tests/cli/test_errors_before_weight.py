@@ -62,6 +62,8 @@ MISTAKES = [  # a command line, and what the error names
     (["eval", "drawbench", "--columns", "clip", "--set", "clip.x=1"], "no option 'x'"),
     (["eval", "drawbench", "--prompts", "nanno"], "no prompts 'nanno'"),
     (["eval", "geneval2", "--judge", "Qwen/none"], "cannot fetch Qwen/none"),
+    (["eval", "geneval2", "--policy", "nano-c2i"], "nano-c2i draws classes, and eval geneval2 asks with captions"),
+    (["eval", "imagenet", "--policy", "nano-t2i"], "nano-t2i draws captions, and eval imagenet asks with classes"),
     (["eval", "geneval2", "--judge", "none"], "there is no model folder 'none'"),
     (["eval", "geneval2", "--prompts", "gone.jsonl"], "cannot read gone.jsonl"),
     (["eval", "unigenbench", "--limit", "0"], "--limit 0: must be"),

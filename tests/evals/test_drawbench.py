@@ -387,7 +387,7 @@ def test_the_command_prints_the_table_and_warns(policies, tmp_path, capfd):
     assert run(["eval", "drawbench", *asked, "--columns", "clip", "--set", "hpsv2.version=2.0"]) == 2
     assert "'hpsv2' is not among --columns clip" in capfd.readouterr().err
     assert run(["eval", "drawbench", "--policy", "nano-c2i", "--prompts", "nano", "--out", str(tmp_path / "c")]) == 2
-    assert "draws classes, and DrawBench asks with captions" in capfd.readouterr().err
+    assert "draws classes, and eval drawbench asks with captions" in capfd.readouterr().err
 
 
 def test_the_command_offers_what_the_library_has():

@@ -296,7 +296,7 @@ def test_a_model_in_this_process_has_the_corrected_values_beside_the_published(p
         (["--set", "geneval2.mean=arithmetic"], "geneval2.mean: every mean is measured, of the questions of --prompts"),
         (["--set", "geneval2.speed=3"], "reward geneval2: no option 'speed'"),
         (["--prompts", "/nowhere.jsonl"], "cannot read /nowhere.jsonl: no such file"),
-        (["--policy", "nano-c2i"], "nano-c2i draws classes, and GenEval 2 asks with captions"),
+        (["--policy", "nano-c2i"], "nano-c2i draws classes, and eval geneval2 asks with captions"),
         (["--judge", "/nowhere"], "there is no model folder '/nowhere'"),
         (["--limit", "0"], "--limit 0"),
         (["--n", "2000"], "give 1 to 1250 images of each of 80 prompts"),

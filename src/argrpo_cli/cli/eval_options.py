@@ -19,6 +19,7 @@ from argrpo_cli.cli.options import (
     tell,
     warn,
 )
+from argrpo_cli.policy.folder import glance
 from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
 
@@ -98,6 +99,7 @@ def check_subject(
     benchmark: str,
     judges: Mapping[str, Mapping[str, Any]] | None = None,
     kind: str = "folder",
+    reads: str = "captions",
 ) -> Asked:
     """Refuse before torch is loaded what needs none.
 
@@ -105,6 +107,7 @@ def check_subject(
         benchmark: its name, which is that of its space of seeds.
         judges: rewards that judge the images, with their options.
         kind: of finished pictures, where a benchmark reads more than a folder.
+        reads: what it asks policies with, "captions" or "classes"; "" for whichever they read.
 
     Raises:
         UserError: see `check_policies`; finished pictures that are not there, or options of drawing beside them;
@@ -124,6 +127,13 @@ def check_subject(
 
         networks = [name.strip() for name in subject.diversity.split(",") if name.strip()]
         check_networks(networks)
+    for name in policies:
+        seen = glance(name)
+        if reads and seen is not None and seen.reads != reads:
+            such = {"captions": "nano-t2i", "classes": "nano-c2i"}[reads]
+            raise UserError(
+                f"{name} draws {seen.reads}, and eval {benchmark} asks with {reads}; give one such as {such}"
+            )
     check_policies(policies, subject.out, benchmark, drawing.seed, subject.n, judges, networks)
     return Asked(subject, drawing, policies, networks)
 

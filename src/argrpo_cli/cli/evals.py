@@ -38,7 +38,7 @@ def nano(context: typer.Context, *, subject: SubjectOptions, drawing: Drawing) -
         --out: A file for the numbers, as JSON.
     """
     file = subject.out
-    asked = check_subject(context, replace(subject, out=None), drawing, "nano", kind=SETS)
+    asked = check_subject(context, replace(subject, out=None), drawing, "nano", kind=SETS, reads="")
     check_file(file)
     from argrpo_cli.evals.nano import run_nano
 
@@ -155,7 +155,7 @@ def imagenet(
     measures = subject.policy is not None or subject.images is not None
     if not measures and (save_statistics is None or set_options(context, OF_A_POLICY)):
         raise UserError("nothing to measure; give --policy, such as c2i-b-256, or --images")
-    asked = check_subject(context, subject, drawing, "imagenet", kind=SETS) if measures else None
+    asked = check_subject(context, subject, drawing, "imagenet", kind=SETS, reads="classes") if measures else None
     if reference != ADM_NAME and not Path(reference).exists():
         raise UserError(f"no {SETS} {reference}")
     check_file(save_statistics)
