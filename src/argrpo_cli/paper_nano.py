@@ -64,7 +64,7 @@ CLEAR = 3.0  # standard errors from which a difference is called one
 
 
 @dataclass(frozen=True)
-class Workplace(Study):
+class PaperStudy(Study):
     """Where runs and results lie, and how many images are drawn."""
 
     per_prompt: int
@@ -118,7 +118,7 @@ class Workplace(Study):
         return read_json(path)["rows"]
 
 
-def repeat_the_paper(place: Workplace) -> Results:
+def repeat_the_paper(place: PaperStudy) -> Results:
     """Train and measure everything."""
     place.claim()
     runs: dict[str, list[str]] = {}
@@ -281,7 +281,7 @@ def main() -> None:
     started = time.time()
     with exit_code("paper-nano"):
         figures = make_dir(args.page.parent)
-        results = repeat_the_paper(Workplace(args.out, args.n, args.per_prompt))
+        results = repeat_the_paper(PaperStudy(args.out, args.n, args.per_prompt))
         draw_figures(results, figures / "paper_nano.png")
         write_text(args.page, page(results, args.n, args.per_prompt))
     print(f"{args.page} written after {(time.time() - started) / 60:.0f} minutes")

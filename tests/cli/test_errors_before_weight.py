@@ -60,6 +60,7 @@ MISTAKES = [  # a command line, and what the error names
     (["eval", "imagenet", "--policy", "nano-c2i", "--seed", "99999"], "--seed 99999: give 0"),
     (["eval", "drawbench", "--columns", "clop"], "reward 'clop' is unknown"),
     (["eval", "drawbench", "--columns", "clip", "--set", "clip.x=1"], "no option 'x'"),
+    (["eval", "drawbench", "--prompts", "owner/none", "--diversity", "dinov3"], "--diversity 'dinov3' is unknown"),
     (["eval", "drawbench", "--prompts", "nanno"], "no prompts 'nanno'"),
     (["eval", "geneval2", "--judge", "Qwen/none"], "cannot fetch Qwen/none"),
     (["eval", "geneval2", "--policy", "nano-c2i"], "nano-c2i draws classes, and eval geneval2 asks with captions"),

@@ -143,14 +143,14 @@ def test_fid_is_compared_without_its_bias(results):
 
 
 def test_every_result_lands_under_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(paper.Workplace, "claim", lambda self: None)
-    monkeypatch.setattr(paper.Workplace, "run", lambda self, name, seed=0: f"{name}/{seed}")
-    monkeypatch.setattr(paper.Workplace, "fidelity", lambda self, policy, cfg_scale=2.0: (policy, cfg_scale))
-    monkeypatch.setattr(paper.Workplace, "geneval", lambda self, policy: policy)
+    monkeypatch.setattr(paper.PaperStudy, "claim", lambda self: None)
+    monkeypatch.setattr(paper.PaperStudy, "run", lambda self, name, seed=0: f"{name}/{seed}")
+    monkeypatch.setattr(paper.PaperStudy, "fidelity", lambda self, policy, cfg_scale=2.0: (policy, cfg_scale))
+    monkeypatch.setattr(paper.PaperStudy, "geneval", lambda self, policy: policy)
     monkeypatch.setattr(paper, "subjects_of_run", lambda run: [paper.Subject(str(run), "run")])
     asked = lambda self, subjects, question: ([one.path for one in subjects], question.prompts)  # noqa: E731
-    monkeypatch.setattr(paper.Workplace, "entropy", asked)
-    results = paper.repeat_the_paper(paper.Workplace(tmp_path, 96, 1))
+    monkeypatch.setattr(paper.PaperStudy, "entropy", asked)
+    results = paper.repeat_the_paper(paper.PaperStudy(tmp_path, 96, 1))
     assert results.c2i["base"] == [("nano-c2i", 2.0)] and results.t2i["base"] == ["nano-t2i"]
     assert results.c2i["c2i"] == [(f"c2i/{seed}", 2.0) for seed in (0, 1, 2)]
     assert results.t2i["t2i"] == ["t2i/0", "t2i/1", "t2i/2"] and results.t2i["t2i_b"] == ["t2i_b/0"]
@@ -162,11 +162,11 @@ def test_every_result_lands_under_its_name(tmp_path, monkeypatch):
 
 def test_entropies_are_measured_once(tmp_path, monkeypatch):
     asked = [paper.Subject("nano-c2i", "base")], paper.Question(limit=2)
-    rows = paper.Workplace(tmp_path, 96, 1).entropy(*asked)
+    rows = paper.PaperStudy(tmp_path, 96, 1).entropy(*asked)
     assert [row["mode"] for row in rows] == ["conditional", "guided"] and rows[0]["images"] == 2
     assert len(list((tmp_path / "results").iterdir())) == 1
     monkeypatch.setattr(paper, "measure_entropy", lambda *call: pytest.fail("measures again"))
-    assert paper.Workplace(tmp_path, 96, 1).entropy(*asked) == rows
+    assert paper.PaperStudy(tmp_path, 96, 1).entropy(*asked) == rows
 
 
 def test_the_page_has_every_table_with_the_papers_numbers_beside(results, tmp_path):
@@ -210,12 +210,12 @@ def test_results_of_other_settings_are_not_mixed_in(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "load_policy", known.__getitem__)
     judge = SimpleNamespace(recogniser=torch.nn.Linear(1, 1))
     monkeypatch.setattr(paper, "load_judge", lambda: judge)
-    paper.Workplace(tmp_path, 96, 1).claim()
+    paper.PaperStudy(tmp_path, 96, 1).claim()
     (tmp_path / "runs").mkdir()
-    paper.Workplace(tmp_path, 96, 1).claim()
+    paper.PaperStudy(tmp_path, 96, 1).claim()
     with pytest.raises(UserError, match=r"holds results of other settings, .* \(images\)"):
-        paper.Workplace(tmp_path, 192, 1).claim()
+        paper.PaperStudy(tmp_path, 192, 1).claim()
     with pytest.raises(UserError, match="--per-prompt 0: give 1 to 64"):
-        paper.Workplace(tmp_path / "new", 96, 0).claim()
+        paper.PaperStudy(tmp_path / "new", 96, 0).claim()
     with pytest.raises(UserError, match="--n 95: give 96 or more"):
-        paper.Workplace(tmp_path / "new", 95, 1).claim()
+        paper.PaperStudy(tmp_path / "new", 95, 1).claim()

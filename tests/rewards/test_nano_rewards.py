@@ -177,11 +177,11 @@ def test_the_rewards_of_captions_tell_scenes_from_samples_of_each_category():
     policy = load_policy("nano-t2i")
     tokens, conditions = load_held_out("captions")
     tags = [parse_prompt(one.prompt).tag for one in conditions]
-    chosen = [place for tag in TAGS for place in [i for i, own in enumerate(tags) if own == tag][:24]]
+    chosen = [place for tag in TAGS for place in [i for i, own in enumerate(tags) if own == tag][:64]]
     asked = [conditions[i] for i in chosen]
     scenes = policy.decode(tokens[chosen])
     drawn = policy.decode(sample(policy, asked, range(len(chosen))))
     known = load_rewards(["nano-quality-t2i", "nano-critic-t2i"])
     real, generated = known.score(scenes, asked), known.score(drawn, asked)
     above = {name: (real[name] > generated[name]).float().mean().item() for name in known.names}
-    assert above["nano-critic-t2i"] > 0.56 and above["nano-quality-t2i"] > 0.6, f"{above}; by chance 0.50 ± 0.04"
+    assert above["nano-critic-t2i"] > 0.58 and above["nano-quality-t2i"] > 0.61, f"{above}; by chance 0.50 ± 0.025"

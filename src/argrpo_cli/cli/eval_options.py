@@ -19,7 +19,6 @@ from argrpo_cli.cli.options import (
     tell,
     warn,
 )
-from argrpo_cli.policy.folder import glance
 from argrpo_cli.shapes import Result, Sampling
 from argrpo_cli.system.errors import UserError
 
@@ -83,7 +82,7 @@ BASELINE = ("baseline", "baseline_cfg_scale")
 OF_A_POLICY = ("policy", *BASELINE, "n", "diversity", "resize", "keep_images", "seed", "text_device", *SAMPLING)
 
 
-class Asked(NamedTuple):
+class Checked(NamedTuple):
     """A subject whose policies, networks and folders were looked at, and how it is drawn."""
 
     subject: SubjectOptions
@@ -92,26 +91,12 @@ class Asked(NamedTuple):
     networks: list[str]
 
 
-def check_subject(
-    context: typer.Context,
-    subject: SubjectOptions,
-    drawing: Drawing,
-    benchmark: str,
-    judges: Mapping[str, Mapping[str, Any]] | None = None,
-    kind: str = "folder",
-    reads: str = "captions",
-) -> Asked:
-    """Refuse before torch is loaded what needs none.
-
-    Args:
-        benchmark: its name, which is that of its space of seeds.
-        judges: rewards that judge the images, with their options.
-        kind: of finished pictures, where a benchmark reads more than a folder.
-        reads: what it asks policies with, "captions" or "classes"; "" for whichever they read.
+def check_words(context: typer.Context, subject: SubjectOptions, kind: str = "folder") -> tuple[list[str], list[str]]:
+    """The policies, and the networks of --diversity; refused is what neither a policy nor the hub is needed for.
 
     Raises:
-        UserError: see `check_policies`; finished pictures that are not there, or options of drawing beside them;
-            guidance of a baseline that is none, or out of range; a network of --diversity that there is not.
+        UserError: finished pictures that are not there, or options of drawing beside them; guidance of a baseline that
+            is none, or out of range; a network that there is not.
     """
     check_images(context, subject.images, kind)
     policies = [subject.policy] if subject.images is None and subject.policy is not None else []
@@ -127,28 +112,53 @@ def check_subject(
 
         networks = [name.strip() for name in subject.diversity.split(",") if name.strip()]
         check_networks(networks)
+    return policies, networks
+
+
+def check_subject(
+    context: typer.Context,
+    subject: SubjectOptions,
+    drawing: Drawing,
+    benchmark: str,
+    judges: Mapping[str, Mapping[str, Any]] | None = None,
+    kind: str = "folder",
+    reads: str = "captions",
+) -> Checked:
+    """Refuse before torch is loaded what needs none.
+
+    Args:
+        benchmark: its name, which is that of its space of seeds.
+        judges: rewards that judge the images, with their options.
+        kind: of finished pictures, where a benchmark reads more than a folder.
+        reads: what it asks policies with, "captions" or "classes"; "" for whichever they read.
+
+    Raises:
+        UserError: see `check_words` and `check_policies`; a policy of the other kind.
+    """
+    from argrpo_cli.policy.folder import glance
+
+    policies, networks = check_words(context, subject, kind)
     for name in policies:
         seen = glance(name)
         if reads and seen is not None and seen.reads != reads:
-            such = {"captions": "nano-t2i", "classes": "nano-c2i"}[reads]
-            raise UserError(
-                f"{name} draws {seen.reads}, and eval {benchmark} asks with {reads}; give one such as {such}"
-            )
+            example = {"captions": "nano-t2i", "classes": "nano-c2i"}[reads]
+            raise UserError(f"{name} draws {seen.reads}, and eval {benchmark} asks with {reads}; try {example}")
     check_policies(policies, subject.out, benchmark, drawing.seed, subject.n, judges, networks)
-    return Asked(subject, drawing, policies, networks)
+    return Checked(subject, drawing, policies, networks)
 
 
-def run_benchmark(benchmark: Benchmark, asked: Asked) -> Result | None:
+def run_benchmark(benchmark: Benchmark, checked: Checked) -> Result | None:
     """The result, in the first of several processes."""
     from argrpo_cli.evals.benchmark import run
 
-    one, options = asked.subject, run_options(asked)
-    return run(benchmark, asked.policies, one.out, n=one.n, images=one.images, diversity=asked.networks, **options)
+    subject, networks = checked.subject, checked.networks
+    what = {"n": subject.n, "images": subject.images, "diversity": networks}
+    return run(benchmark, checked.policies, subject.out, **what, **run_options(checked))
 
 
-def run_options(asked: Asked) -> dict[str, Any]:
+def run_options(checked: Checked) -> dict[str, Any]:
     """How policies are drawn, as every benchmark takes it."""
-    return {**vars(asked.drawing), "baseline_cfg_scale": asked.subject.baseline_cfg_scale, "warn": warn}
+    return {**vars(checked.drawing), "baseline_cfg_scale": checked.subject.baseline_cfg_scale, "warn": warn}
 
 
 def show_result(result: Result | None, words: str) -> None:

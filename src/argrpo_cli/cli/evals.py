@@ -13,6 +13,7 @@ from argrpo_cli.cli.eval_options import (
     SubjectOptions,
     check_file,
     check_subject,
+    check_words,
     run_benchmark,
     run_options,
     show_result,
@@ -38,11 +39,11 @@ def nano(context: typer.Context, *, subject: SubjectOptions, drawing: Drawing) -
         --out: A file for the numbers, as JSON.
     """
     file = subject.out
-    asked = check_subject(context, replace(subject, out=None), drawing, "nano", kind=SETS, reads="")
+    checked = check_subject(context, replace(subject, out=None), drawing, "nano", kind=SETS, reads="")
     check_file(file)
     from argrpo_cli.evals.nano import run_nano
 
-    result = run_nano(asked.policies, subject.images, file, n=subject.n, **run_options(asked))
+    result = run_nano(checked.policies, subject.images, file, n=subject.n, **run_options(checked))
     show_result(result, "" if file is None else f"the numbers are in {file}")
 
 
@@ -68,12 +69,13 @@ def geneval(
         --colors: A local file of OpenAI's CLIP ViT-L/14 in open_clip's layout, for colours.
         --detector-batch-size: Images in Mask2Former at a time.
     """
+    check_words(context, subject)
     if detector is not None:
         check_detector(detector)
-    asked, out = check_subject(context, subject, drawing, "geneval"), subject.out
+    checked, out = check_subject(context, subject, drawing, "geneval"), subject.out
     from argrpo_cli.evals.geneval import GenEval
 
-    result = run_benchmark(GenEval(detector, colors, detector_batch_size), asked)
+    result = run_benchmark(GenEval(detector, colors, detector_batch_size), checked)
     failed = " and the failures as a picture (failures.png)" if (out / "failures.png").is_file() else ""
     show_result(result, f"images, verdicts, prompts.jsonl, summary.json{failed} in {out}")
 
@@ -109,16 +111,17 @@ def geneval2(
     """
     from argrpo_cli.geneval import questions
 
+    check_words(context, subject)
     _, options = read_rewards("geneval2", set_, "the judge's options,")
     options = {**options.get("geneval2", {}), **_judge(judge, url)}
     check_rewards(["geneval2"], {"geneval2": options})
     if prompts not in (None, questions.NANO):
         questions.read_items(prompts)
     named = {"geneval2": options} if "model" in options else None  # else the policy's world decides who judges
-    asked = check_subject(context, subject, drawing, "geneval2", named)
+    checked = check_subject(context, subject, drawing, "geneval2", named)
     from argrpo_cli.evals.geneval2 import GenEval2
 
-    result = run_benchmark(GenEval2(prompts, options, limit, judge_batch_size), asked)
+    result = run_benchmark(GenEval2(prompts, options, limit, judge_batch_size), checked)
     show_result(result, f"images, answers, summary.json and a picture (geneval2.png) in {subject.out}")
 
 
@@ -155,17 +158,17 @@ def imagenet(
     measures = subject.policy is not None or subject.images is not None
     if not measures and (save_statistics is None or set_options(context, OF_A_POLICY)):
         raise UserError("nothing to measure; give --policy, such as c2i-b-256, or --images")
-    asked = check_subject(context, subject, drawing, "imagenet", kind=SETS, reads="classes") if measures else None
+    checked = check_subject(context, subject, drawing, "imagenet", kind=SETS, reads="classes") if measures else None
     if reference != ADM_NAME and not Path(reference).exists():
         raise UserError(f"no {SETS} {reference}")
     check_file(save_statistics)
     from argrpo_cli.evals.imagenet import ImageNet, save_reference_statistics
 
-    if asked is not None:
+    if checked is not None:
         files = {"keep_images": keep_images, "keep_features": keep_features}
         benchmark = ImageNet(reference=reference, inception=inception, resize=resize, **files)
         words = f"figures, warnings and protocol are in {subject.out / 'summary.json'}"
-        show_result(run_benchmark(benchmark, asked), words)
+        show_result(run_benchmark(benchmark, checked), words)
     if save_statistics is not None:
         save_reference_statistics(reference, save_statistics, inception, drawing.batch_size, drawing.device)
 
@@ -194,14 +197,15 @@ def drawbench(
         --out: Folder for images, scores and numbers.
     """
     names, options = read_rewards(columns, set_, "--columns")
-    refuse_comparing(names)  # before prompts are fetched
+    refuse_comparing(names)
+    check_words(context, subject)  # before prompts are fetched
     from argrpo_cli.evals.drawbench import DrawBench
     from argrpo_cli.evals.drawbench_prompts import read_prompts
 
     texts = read_prompts(prompts, limit)
-    asked = check_subject(context, subject, drawing, "drawbench", {name: options.get(name, {}) for name in names})
+    checked = check_subject(context, subject, drawing, "drawbench", {name: options.get(name, {}) for name in names})
     show_result(
-        run_benchmark(DrawBench(texts, names, options), asked), f"images, scores and summary.json in {subject.out}"
+        run_benchmark(DrawBench(texts, names, options), checked), f"images, scores and summary.json in {subject.out}"
     )
 
 
@@ -216,12 +220,14 @@ def unigenbench(context: typer.Context, *, subject: SubjectOptions, served: Judg
         --prompts: A file in the format of the benchmark's test_prompts_en.csv.  [default: that file, fetched]
         --wording: The benchmark's eval_common.py, which says how the judge is asked; read, not run.  [default: fetched]
         --judge: The judge, as its server calls it.  [default: CodeGoat24/UniGenBench-EvalModel-qwen3vl-32b-v1]
+        --set unigenbench.KEY=VALUE: Another option of asking: attempts, concurrency, timeout, image_format, backoff.
     """
+    check_words(context, subject)
     options = served.options("unigenbench")
-    asked = check_subject(context, subject, drawing, "unigenbench")
+    checked = check_subject(context, subject, drawing, "unigenbench")
     from argrpo_cli.evals.unigenbench import UniGenBench
 
-    result = run_benchmark(UniGenBench(served.prompts, served.wording, options, served.limit), asked)
+    result = run_benchmark(UniGenBench(served.prompts, served.wording, options, served.limit), checked)
     show_result(result, f"images, verdicts and summary.json in {subject.out}")
 
 
@@ -238,11 +244,12 @@ def wise(context: typer.Context, *, subject: SubjectOptions, served: JudgeOption
         --judge: The judge, as its server calls it.  [default: Qwen3.5-35B-A3B]
         --set wise.KEY=VALUE: Another option of asking: attempts, concurrency, timeout, thinking, image_format, backoff.
     """
+    check_words(context, subject)
     options = served.options("wise")
-    asked = check_subject(context, subject, drawing, "wise")
+    checked = check_subject(context, subject, drawing, "wise")
     from argrpo_cli.evals.wise import Wise
 
-    result = run_benchmark(Wise(served.prompts, served.wording, options, served.limit), asked)
+    result = run_benchmark(Wise(served.prompts, served.wording, options, served.limit), checked)
     show_result(result, f"images, verdicts and summary.json in {subject.out}")
 
 

@@ -86,7 +86,9 @@ class RewardSet:
 
         if len(images) != len(conditions):
             raise ValueError(f"{len(images)} images but {len(conditions)} conditions")
-        self._why.clear()  # of earlier images
+        for name in self.rewards:
+            if self.scope[name] == "image":  # one that compares images says later why it failed
+                self._why.pop(name, None)
         remote = {name: reward for name, reward in self.rewards.items() if reward.remote}
         parts: dict[str, list[Tensor | None]] = {
             name: []
@@ -209,4 +211,6 @@ class RewardSet:
             value = scores[wrong][-1].item()
             why = self._why.get(name) or self._why.get(self.bases.get(name)) or self.rewards[name].last_error
             self.last_error[name] = (math.isnan(value) and why) or f"a score of {value:g}"
+            if self.scope[name] != "image":
+                self._why.pop(name, None)
         return scores.masked_fill(wrong, math.nan)

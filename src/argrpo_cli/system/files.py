@@ -340,7 +340,7 @@ def check_fetched(repo: str, file: str = "", revision: str | None = None) -> Non
 
     if not is_cached(HubFile(repo, file or "config.json"), revision):
         try:
-            if constants.is_offline_mode():
+            if constants.is_offline_mode():  # `require_hub` leaves that to the library, which is not asked here
                 raise ConnectionError("the hub is not asked, HF_HUB_OFFLINE is set")
             require_hub()
         except OSError as error:
