@@ -147,7 +147,7 @@ def test_every_result_lands_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(paper.PaperStudy, "run", lambda self, name, seed=0: f"{name}/{seed}")
     monkeypatch.setattr(paper.PaperStudy, "fidelity", lambda self, policy, cfg_scale=2.0: (policy, cfg_scale))
     monkeypatch.setattr(paper.PaperStudy, "geneval", lambda self, policy: policy)
-    monkeypatch.setattr(paper, "subjects_of_run", lambda run: [paper.Subject(str(run), "run")])
+    monkeypatch.setattr(paper, "subjects_of_run", lambda run: [paper.NamedPolicy(str(run), "run")])
     asked = lambda self, subjects, question: ([one.path for one in subjects], question.prompts)  # noqa: E731
     monkeypatch.setattr(paper.PaperStudy, "entropy", asked)
     results = paper.repeat_the_paper(paper.PaperStudy(tmp_path, 96, 1))
@@ -161,7 +161,7 @@ def test_every_result_lands_under_its_name(tmp_path, monkeypatch):
 
 
 def test_entropies_are_measured_once(tmp_path, monkeypatch):
-    asked = [paper.Subject("nano-c2i", "base")], paper.Question(limit=2)
+    asked = [paper.NamedPolicy("nano-c2i", "base")], paper.Question(limit=2)
     rows = paper.PaperStudy(tmp_path, 96, 1).entropy(*asked)
     assert [row["mode"] for row in rows] == ["conditional", "guided"] and rows[0]["images"] == 2
     assert len(list((tmp_path / "results").iterdir())) == 1
