@@ -267,13 +267,12 @@ def test_signal_handlers_are_put_back(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_time_limit_ends_a_run_as_finished(policy_folder: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(policy_folder, steps=100_000, time_limit_minutes=0.01)
+    recipe = tiny_recipe(policy_folder, steps=1000, time_limit_minutes=1e-6)
     out = tmp_path / "run"
     shown = train(recipe, out)
     assert "finished at the time limit" in shown
     last = metrics(out)[-1]
-    assert 0 < last["step"] < 1000
-    assert last["seconds_total"] < 0.6 + 0.3  # minutes / 60, and some slack on a busy machine
+    assert last["step"] == 1  # whichever update the limit falls into is the last
     assert (out / "policy" / "policy.json").exists()
     assert (out / "before_after.png").exists()
     assert "raise grpo.time_limit_minutes" in train(recipe, out, resume=True)
