@@ -90,7 +90,7 @@ def load_policy(
 
 
 def outline_policy(name_or_path: str | Path) -> Outline:
-    """What `load_policy` would open, without its weights; nothing is fetched.
+    """What `load_policy` would open, without its weights; nothing is fetched but a `user/name` of the hub.
 
     Raises:
         UserError: nothing is there, or its files are not those of a policy.
