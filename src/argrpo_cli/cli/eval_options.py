@@ -135,14 +135,12 @@ def check_subject(
     Raises:
         UserError: see `check_words` and `check_policies`; a policy of the other kind.
     """
-    from argrpo_cli.policy.folder import glance
+    from argrpo_cli.policy.folder import check_reads, glance
 
     policies, networks = check_words(context, subject, kind)
     for name in policies:
-        seen = glance(name)
-        if reads and seen is not None and seen.reads != reads:
-            example = {"captions": "nano-t2i", "classes": "nano-c2i"}[reads]
-            raise UserError(f"{name} draws {seen.reads}, and eval {benchmark} asks with {reads}; try {example}")
+        if (seen := glance(name)) is not None:
+            check_reads(name, seen.reads, benchmark, reads)
     check_policies(policies, subject.out, benchmark, drawing.seed, subject.n, judges, networks)
     return Checked(subject, drawing, policies, networks)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli import seeds
 from argrpo_cli.images import file_item
 from argrpo_cli.kept import PASSED, check_claim, claim
-from argrpo_cli.policy.folder import choose_sampling, guidance_warning, unfinished
+from argrpo_cli.policy.folder import check_reads, choose_sampling, guidance_warning, unfinished
 from argrpo_cli.runs.run import versions
 from argrpo_cli.shapes import Column, Result, Sampling, Shot, shared_settings
 from argrpo_cli.system.errors import UserError
@@ -68,7 +68,7 @@ class Benchmark:
 
     Attributes:
         name: as on the command line; `title` as people write it.
-        reads: "captions" or "classes" where only such policies can be asked, and `example` one of them.
+        reads: "captions" or "classes" where only such policies can be asked.
         sampling, n: how a policy that does not say it itself is drawn by default; `counted` is what n counts, in words.
         of_paper: that is a paper's protocol, and what is drawn otherwise is told as a departure.
         pictures: the folder of a policy's pictures in its own.
@@ -81,7 +81,6 @@ class Benchmark:
     name = ""
     title = ""
     reads = ""
-    example = ""
     sampling = Sampling()
     n = 1
     counted = "images per prompt"
@@ -100,11 +99,7 @@ class Benchmark:
 
     def check(self, card: Card) -> None:
         """Refuse a policy that cannot be asked; UserError."""
-        if self.reads and card.reads != self.reads:
-            raise UserError(
-                f"{card.name} draws {card.reads}, and {self.title} asks with {self.reads}; "
-                f"give a policy such as {self.example}"
-            )
+        check_reads(card.name, card.reads, self.name, self.reads)
 
     def open(self, cards: Sequence[Card], team: Team) -> None:
         """Load what must be known before the first picture: prompts by the policies' world, a judge, a reference."""

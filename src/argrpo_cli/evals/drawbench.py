@@ -60,7 +60,7 @@ class DrawBench(Benchmark):
         UserError: no such reward or option, one named twice, or none.
     """
 
-    name, title, reads, example, n = "drawbench", "DrawBench", "captions", "t2i-xl-256", 5
+    name, title, reads, n = "drawbench", "DrawBench", "captions", 5
     of_paper = True
     packages = ("transformers", "open_clip_torch", "pyiqa")  # that the rewards compute with
 

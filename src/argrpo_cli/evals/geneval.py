@@ -87,7 +87,7 @@ class GenEval(Benchmark):
         sets: of prompts; by default those of the policy's world.
     """
 
-    name, title, reads, example, n = "geneval", "GenEval", "captions", "nano-t2i", 4
+    name, title, reads, n = "geneval", "GenEval", "captions", 4
     final, of_paper = True, True
 
     def __init__(

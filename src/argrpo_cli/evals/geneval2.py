@@ -86,7 +86,7 @@ class GenEval2(Benchmark):
         UserError: options of the reward that mean nothing here.
     """
 
-    name, title, reads, example = "geneval2", "GenEval 2", "captions", "nano-t2i"
+    name, title, reads = "geneval2", "GenEval 2", "captions"
 
     def __init__(
         self,

@@ -105,7 +105,7 @@ class ImageNet(Benchmark):
         UserError: `resize` is out of range.
     """
 
-    name, title, reads, example = "imagenet", "ImageNet", "classes", "c2i-b-256"
+    name, title, reads = "imagenet", "ImageNet", "classes"
     n, counted, final, packages = IMAGES, "images", True, ("torch-fidelity",)
     of_paper = transient = True
 

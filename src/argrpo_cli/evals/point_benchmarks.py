@@ -111,7 +111,7 @@ class Judged(Benchmark):
         UserError: files that are absent, cannot be fetched, or are no such; a server that is not there.
     """
 
-    reads, example = "captions", "t2i-xl-256"
+    reads = "captions"
     judge: ClassVar[type[PointJudge]]
     judged_by: ClassVar[str]  # in the published figures
     points: ClassVar[str] = "images"  # what verdicts are counted by
