@@ -10,6 +10,7 @@ again, so an interrupted call goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import time
@@ -87,7 +88,7 @@ class Results:
         methods: of each method its runs, drawn without guidance and with.
         timed: what those that take longer than plain GRPO were after its seconds, and what draws no images; all without
             guidance.
-        seconds: a method's training, mean over its runs, as a multiple of plain GRPO's.
+        seconds: a method's training as a multiple of plain GRPO's, see `cost`.
     """
 
     base: Units
@@ -131,11 +132,12 @@ def compare(study: Study, names: Sequence[str] = tuple(METHODS), seeds: Sequence
                 recipe = recipe_of(name, "nano-c2i" if name == CCA else start, seed, _seconds(like)[-1])
             runs[name].append(Path(study.trained(recipe, f"{name}-seed{seed}")))
     print("measuring", flush=True)
-    taken = {name: [_seconds(run)[-1] for run in runs[name]] for name in names}
-    slower = [name for name in names if statistics.fmean(taken[name]) > SLOWER * statistics.fmean(taken[PLAIN])]
+    costs = {name: cost(runs[name], recipe_of(name, start, 0).grpo.updates_per_batch) for name in names}
+    seconds = {name: one / costs[PLAIN] for name, one in costs.items()}
     timed = {
-        name: [study.fidelity(after(run, limit), 1.0) for run, limit in zip(runs[name], taken[PLAIN], strict=True)]
-        for name in slower
+        name: [study.fidelity(within(run, 1 / seconds[name]), 1.0) for run in runs[name]]
+        for name in names
+        if seconds[name] > SLOWER
     }
     timed |= {name: [study.fidelity(str(run / "policy"), 1.0) for run in runs[name]] for name in SCENES}
     return Results(
@@ -146,20 +148,31 @@ def compare(study: Study, names: Sequence[str] = tuple(METHODS), seeds: Sequence
             for name in names
         },
         timed,
-        {name: statistics.fmean(taken[name]) / statistics.fmean(taken[PLAIN]) for name in names},
+        seconds,
     )
 
 
-def after(run: Path, seconds: float) -> str:
-    """The last checkpoint of a run that it had after so many seconds of training.
+def cost(runs: Sequence[Path], updates_per_batch: int) -> float:
+    """Seconds of a training: of several the shortest, each as if all its batches took the median, since the machine may
+    do other work meanwhile."""
+
+    def undisturbed(run: Path) -> float:
+        ends = _seconds(run)[updates_per_batch - 1 :: updates_per_batch]
+        return len(ends) * statistics.median(end - begin for begin, end in itertools.pairwise([0.0, *ends]))
+
+    return min(undisturbed(run) for run in runs)
+
+
+def within(run: Path, share: float) -> str:
+    """The last checkpoint of a run within that share of its updates.
 
     Raises:
         UserError: it had none by then.
     """
-    taken, folders = _seconds(run), checkpoint_folders(run)
-    steps = [step for step in folders if step <= len(taken) and taken[step - 1] <= seconds]
+    folders, last = checkpoint_folders(run), share * len(_seconds(run))
+    steps = [step for step in folders if step <= last]
     if not steps:
-        raise UserError(f"{run} has no checkpoint of its first {seconds:.0f} seconds; lower logging.save_every")
+        raise UserError(f"{run} has no checkpoint of its first {last:.0f} updates; lower logging.save_every")
     return str(folders[max(steps)])
 
 

@@ -91,15 +91,29 @@ def test_what_keeps_both_falls_by_no_more_than_one_standard_error_in_either(key,
     assert not study.keeps(runs(base - 0.017, base - 0.007, base + 0.003), plain, start)
 
 
+def write_seconds(run, *durations):
+    rows = [{"step": step, "seconds_total": sum(durations[:step])} for step in range(1, len(durations) + 1)]
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
 def test_the_policy_of_equal_time_is_the_last_checkpoint_within_it(tmp_path):
-    rows = [{"step": step, "seconds_total": 2.0 * step} for step in range(1, 11)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_seconds(tmp_path, *[2.0] * 10)
     for step in (3, 6, 10):
         (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
-    assert study.after(tmp_path, 13.9) == str(tmp_path / "checkpoints" / "step_000006")
-    assert study.after(tmp_path, 20.0).endswith("step_000010")
-    with pytest.raises(UserError, match=r"no checkpoint of its first 5 seconds; lower logging\.save_every"):
-        study.after(tmp_path, 5.0)
+    assert study.within(tmp_path, 0.69) == str(tmp_path / "checkpoints" / "step_000006")
+    assert study.within(tmp_path, 1.0).endswith("step_000010")
+    with pytest.raises(UserError, match=r"no checkpoint of its first 2 updates; lower logging\.save_every"):
+        study.within(tmp_path, 0.2)
+
+
+def test_a_cost_is_of_a_training_that_nothing_disturbs(tmp_path):
+    disturbed = write_seconds(tmp_path / "0", 1.0, 1.0, 9.0, 1.0, 1.0)
+    slow = write_seconds(tmp_path / "1", *[2.0] * 5)
+    assert study.cost([disturbed], 1) == 5 and study.cost([slow], 1) == 10 and study.cost([slow, disturbed], 1) == 5
+    twice = write_seconds(tmp_path / "2", 3.0, 1.0, 3.0, 1.0, 9.0, 1.0)  # a batch is drawn, and used again
+    assert study.cost([twice], 2) == 12
 
 
 def test_everything_starts_from_one_policy_and_has_the_seconds_of_what_it_is_held_against(tmp_path, monkeypatch):
