@@ -21,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish() -> None:
     """Nothing that was imported by now is garbage later. Each small training has the trainer look for garbage, and the
     millions of objects of torch and transformers made that a quarter of its time."""
+    gc.collect()
     gc.freeze()
 
 

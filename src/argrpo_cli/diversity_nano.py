@@ -62,6 +62,7 @@ PIXEL, CCA = "pixel", "cca"  # which draw no images: for as long as plain GRPO t
 SCENES = {PIXEL: "VA-pi", CCA: "CCA instead of the distillation"}
 SEEDS = (0, 1, 2)
 GUIDED = 2.0
+TIMED = 7  # batches
 SLOWER = 1.05  # times the seconds of plain GRPO, from which on equal time is another policy than equal images
 GAIN = "gain"
 MEASURES = {
@@ -132,10 +133,10 @@ def compare(study: Study, names: Sequence[str] = tuple(METHODS), seeds: Sequence
                 recipe = recipe_of(name, "nano-c2i" if name == CCA else start, seed, _seconds(like)[-1])
             runs[name].append(Path(study.trained(recipe, f"{name}-seed{seed}")))
     print("measuring", flush=True)
-    costs = {name: cost(runs[name], recipe_of(name, start, 0).grpo.updates_per_batch) for name in names}
+    costs = {name: cost(study, name, start) for name in names}
     seconds = {name: one / costs[PLAIN] for name, one in costs.items()}
     timed = {
-        name: [study.fidelity(within(run, 1 / seconds[name]), 1.0) for run in runs[name]]
+        name: [study.fidelity(within(run, 1 / seconds[name], batch_of(name)), 1.0) for run in runs[name]]
         for name in names
         if seconds[name] > SLOWER
     }
@@ -152,25 +153,32 @@ def compare(study: Study, names: Sequence[str] = tuple(METHODS), seeds: Sequence
     )
 
 
-def cost(runs: Sequence[Path], updates_per_batch: int) -> float:
-    """Seconds of a training: of several the shortest, each as if all its batches took the median, since the machine may
-    do other work meanwhile."""
-
-    def undisturbed(run: Path) -> float:
-        ends = _seconds(run)[updates_per_batch - 1 :: updates_per_batch]
-        return len(ends) * statistics.median(end - begin for begin, end in itertools.pairwise([0.0, *ends]))
-
-    return min(undisturbed(run) for run in runs)
+def batch_of(name: str) -> int:
+    """Updates of each batch of images."""
+    return recipe_of(name, "start", 0).grpo.updates_per_batch
 
 
-def within(run: Path, share: float) -> str:
-    """The last checkpoint of a run within that share of its updates.
+def cost(study: Study, name: str, start: str) -> float:
+    """Seconds that a batch of images takes, drawing and updates: the median of `TIMED` batches.
+
+    They are trained anew, all methods one after the other, since other work on the machine would weigh more than what
+    tells the methods apart.
+    """
+    updates = batch_of(name)
+    limits = [f"grpo.steps={TIMED * updates}", "grpo.warmup_steps=0", f"logging.save_every={TIMED * updates}"]
+    recipe = load_recipe(f"nano/methods/{name}", [f"policy.checkpoint={start}", *limits])
+    ends = _seconds(Path(study.trained(recipe, f"{name}-timed")))[updates - 1 :: updates]
+    return statistics.median(end - begin for begin, end in itertools.pairwise([0.0, *ends]))
+
+
+def within(run: Path, share: float, updates_per_batch: int = 1) -> str:
+    """The last checkpoint of a run within that share of its updates, at the end of a batch.
 
     Raises:
         UserError: it had none by then.
     """
     folders, last = checkpoint_folders(run), share * len(_seconds(run))
-    steps = [step for step in folders if step <= last]
+    steps = [step for step in folders if step <= last and step % updates_per_batch == 0]
     if not steps:
         raise UserError(f"{run} has no checkpoint of its first {last:.0f} updates; lower logging.save_every")
     return str(folders[max(steps)])

@@ -182,7 +182,7 @@ def test_bad_input_writes_nothing(policies, tmp_path, rest, message):
 
 
 def test_a_policy_that_cannot_be_asked_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nano-t2i draws captions, and eval brightness asks with classes"):
+    with pytest.raises(UserError, match="nano-t2i draws captions, and Brightness asks with classes; try nano-c2i"):
         run(["nano-t2i"], tmp_path / "o")
 
 

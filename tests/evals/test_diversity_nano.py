@@ -104,27 +104,34 @@ def test_the_policy_of_equal_time_is_the_last_checkpoint_within_it(tmp_path):
         (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
     assert study.within(tmp_path, 0.69) == str(tmp_path / "checkpoints" / "step_000006")
     assert study.within(tmp_path, 1.0).endswith("step_000010")
+    assert study.within(tmp_path, 1.0, updates_per_batch=3).endswith("step_000006")
     with pytest.raises(UserError, match=r"no checkpoint of its first 2 updates; lower logging\.save_every"):
         study.within(tmp_path, 0.2)
 
 
-def test_a_cost_is_of_a_training_that_nothing_disturbs(tmp_path):
-    disturbed = write_seconds(tmp_path / "0", 1.0, 1.0, 9.0, 1.0, 1.0)
-    slow = write_seconds(tmp_path / "1", *[2.0] * 5)
-    assert study.cost([disturbed], 1) == 5 and study.cost([slow], 1) == 10 and study.cost([slow, disturbed], 1) == 5
-    twice = write_seconds(tmp_path / "2", 3.0, 1.0, 3.0, 1.0, 9.0, 1.0)  # a batch is drawn, and used again
-    assert study.cost([twice], 2) == 12
+def test_a_cost_is_that_of_a_batch_that_nothing_disturbs(tmp_path):
+    """The second batch of each: something else ran."""
+    durations = {"grpo": [4.0, 20.0, 3.0, 2.0, 1.0], "twice": [5.0, 1.0, 20.0, 1.0, 6.0, 2.0]}
+
+    class Recorded(study.Study):
+        def trained(self, recipe, name):
+            assert recipe.optim.steps == study.TIMED * recipe.grpo.updates_per_batch
+            return str(write_seconds(tmp_path / name, *durations[name.removesuffix("-timed")]))
+
+    assert study.cost(Recorded(tmp_path, N), "grpo", "start") == 3
+    assert study.cost(Recorded(tmp_path, N), "twice", "start") == 8  # a batch is drawn, and used again
 
 
 def test_everything_starts_from_one_policy_and_has_the_seconds_of_what_it_is_held_against(tmp_path, monkeypatch):
-    """Ten updates each: of plain GRPO a second and, of the second seed, two; with a KL term twice as long."""
+    """Ten updates each: of plain GRPO a second and, of the second seed, two; with a KL term twice as long, as by two
+    updates a batch."""
     recipes, drawn = {}, []
 
     class Recorded(study.Study):
         def trained(self, recipe, name):
             recipes[name], out = recipe, self.root / name
-            pace = {"start": 6.0, "kl-seed0": 2.0, "grpo-seed1": 2.0, "kl-seed1": 4.0}.get(name, 1.0)
-            for step in (5, 10):
+            pace = {"start": 6.0, "kl-seed0": 2.0, "grpo-seed1": 2.0, "kl-seed1": 4.0, "kl-timed": 2.0}.get(name, 1.0)
+            for step in (4, 5, 10):
                 (out / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
             rows = [{"step": step, "seconds_total": pace * step} for step in range(1, 11)]
             (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -135,18 +142,21 @@ def test_everything_starts_from_one_policy_and_has_the_seconds_of_what_it_is_hel
             return {}
 
     monkeypatch.setattr(study, "take", lambda *_: None)
-    found = study.compare(Recorded(tmp_path, N), ["grpo", "kl"], [0, 1])
+    found = study.compare(Recorded(tmp_path, N), ["grpo", "kl", "twice"], [0, 1])
     start = str(tmp_path / "start" / "policy")
-    for name in ("grpo", "kl", "pixel", "cca"):
+    for name in ("grpo", "kl", "twice", "pixel", "cca"):
         for seed in (0, 1):
             recipe = recipes[f"{name}-seed{seed}"]
             assert recipe.seed == seed and recipe.policy.checkpoint == ("nano-c2i" if name == "cca" else start)
             seconds = {"pixel": 10 + 10 * seed, "cca": 60}.get(name)
             assert recipe.optim.time_limit_minutes == (seconds and pytest.approx(seconds / 60))
-    assert found.seconds == {"grpo": 1.0, "kl": 2.0} and list(found.timed) == ["kl", "pixel", "cca"]
-    ends = [(f"{name}-seed{seed}/policy", scale) for name in ("grpo", "kl") for scale in (1, 2) for seed in (0, 1)]
+    assert found.seconds == {"grpo": 1.0, "kl": 2.0, "twice": 2.0}
+    assert list(found.timed) == ["kl", "twice", "pixel", "cca"]
+    methods = ("grpo", "kl", "twice")
+    ends = [(f"{name}-seed{seed}/policy", scale) for name in methods for scale in (1, 2) for seed in (0, 1)]
     others = [(f"{name}-seed{seed}/policy", 1) for name in ("pixel", "cca") for seed in (0, 1)]
-    equal_time = [(f"kl-seed{seed}/checkpoints/step_000005", 1) for seed in (0, 1)]
+    halves = ("kl-seed{}/checkpoints/step_000005", "twice-seed{}/checkpoints/step_000004")  # at the end of a batch
+    equal_time = [(half.format(seed), 1) for half in halves for seed in (0, 1)]
     base = [("nano-c2i", 2), ("start/policy", 1), ("start/policy", 2)]
     assert sorted(drawn) == sorted([*ends, *others, *equal_time, *base])
 

@@ -423,10 +423,9 @@ def test_the_bundled_policy_opens_and_draws():
     assert Path(policy.model.config._name_or_path).is_dir()
 
 
-@pytest.mark.skipif(not (WEIGHTS / "nano-t2i").is_dir(), reason="the bundled weights are not built yet")
-def test_the_bundled_caption_policy_draws_what_it_is_asked():
-    policy, rewards = load_policy("nano-t2i"), load_rewards(["nano-geneval"])
-    assert policy.text_encoder_name == "nano-t5"
+@pytest.mark.parametrize("name", ["nano-t2i", "nano-janus"])
+def test_the_bundled_caption_policies_draw_what_they_are_asked(name):
+    policy, rewards = load_policy(name), load_rewards(["nano-geneval"])
     objects = ["a red car", "two clocks", "three apples", "a giraffe"]
     conditions = policy.conditions([f"a photo of {one}" for one in objects * 8])
     images = policy.decode(sample(policy, conditions, range(32)))

@@ -135,12 +135,13 @@ def check_subject(
     Raises:
         UserError: see `check_words` and `check_policies`; a policy of the other kind.
     """
-    from argrpo_cli.policy.folder import check_reads, glance
+    from argrpo_cli.evals.benchmark import check_reads
+    from argrpo_cli.policy.folder import glance
 
     policies, networks = check_words(context, subject, kind)
     for name in policies:
         if (seen := glance(name)) is not None:
-            check_reads(name, seen.reads, benchmark, reads)
+            check_reads(name, seen.reads, f"eval {benchmark}", reads)
     check_policies(policies, subject.out, benchmark, drawing.seed, subject.n, judges, networks)
     return Checked(subject, drawing, policies, networks)
 

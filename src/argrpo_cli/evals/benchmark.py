@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from argrpo_cli import seeds
 from argrpo_cli.images import file_item
 from argrpo_cli.kept import PASSED, check_claim, claim
-from argrpo_cli.policy.folder import check_reads, choose_sampling, guidance_warning, unfinished
+from argrpo_cli.policy.folder import choose_sampling, guidance_warning, unfinished
 from argrpo_cli.runs.run import versions
 from argrpo_cli.shapes import Column, Result, Sampling, Shot, shared_settings
 from argrpo_cli.system.errors import UserError
@@ -63,6 +63,13 @@ class Subject:
     sampling: Sampling | None = None
 
 
+def check_reads(policy: str, reads: str, asker: str, asked: str) -> None:
+    """UserError where a policy reads other conditions than a benchmark asks with; "" asks with whichever it reads."""
+    if asked and reads != asked:
+        example = {"captions": "nano-t2i", "classes": "nano-c2i"}[asked]
+        raise UserError(f"{policy} draws {reads}, and {asker} asks with {asked}; try {example}")
+
+
 class Benchmark:
     """What `run` asks of a benchmark.
 
@@ -99,7 +106,7 @@ class Benchmark:
 
     def check(self, card: Card) -> None:
         """Refuse a policy that cannot be asked; UserError."""
-        check_reads(card.name, card.reads, self.name, self.reads)
+        check_reads(card.name, card.reads, self.title, self.reads)
 
     def open(self, cards: Sequence[Card], team: Team) -> None:
         """Load what must be known before the first picture: prompts by the policies' world, a judge, a reference."""

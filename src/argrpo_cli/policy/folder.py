@@ -113,13 +113,6 @@ def glance(name_or_path: str | Path) -> Glance | None:
     return Glance(str(name_or_path), "captions" if _reads_captions(card) else "classes", card.get("classes", ()), own)
 
 
-def check_reads(policy: str, reads: str, benchmark: str, asked: str) -> None:
-    """UserError where a policy reads other conditions than a benchmark asks with; "" asks with whichever it reads."""
-    if asked and reads != asked:
-        example = {"captions": "nano-t2i", "classes": "nano-c2i"}[asked]
-        raise UserError(f"{policy} draws {reads}, and eval {benchmark} asks with {asked}; try {example}")
-
-
 def unfinished(name_or_path: str | Path) -> str:
     """`step 60 of 130` where this is a run that is not at its end, and stands for its newest checkpoint; else ""."""
     run = Path(name_or_path)
