@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from argrpo_cli.training.metrics import MetricsCallback
+from argrpo_cli.training.metrics import MetricsCallback, StopCallback, StopRequest
 from argrpo_cli.training.rollout import Stopwatch
 from argrpo_cli.training.scorer import WITHIN_GROUP_STD
 from tests.runs.test_trackers import metrics, train
@@ -92,3 +92,17 @@ def test_the_total_reward_does_not_contain_held_out_ones(policy_folder: Path, tm
     for record in metrics(tmp_path / "run"):
         assert record["rewards"]["red"]["mean"] != 0
         assert record["reward"] == pytest.approx(2 * record["rewards"]["bright"]["mean"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("updates_per_batch", "last"), [(1, 4), (2, 4), (3, 3)])
+def test_training_ends_before_the_batch_that_would_pass_the_limit(updates_per_batch: int, last: int) -> None:
+    """Ten seconds an update: after four the next, or the next two, would end after 45; after three the next three."""
+    metrics = SimpleNamespace(seconds=0.0)
+    stop = StopCallback(StopRequest(), metrics, updates_per_batch, time_limit=45.0)
+    for step in range(1, 10):
+        metrics.seconds = 10.0 * step
+        control = SimpleNamespace(should_training_stop=False)
+        stop.on_step_end(None, SimpleNamespace(global_step=step), control)
+        if control.should_training_stop:
+            break
+    assert step == last and stop.out_of_time

@@ -272,7 +272,7 @@ def test_time_limit_ends_a_run_as_finished(policy_folder: Path, tmp_path: Path) 
     shown = train(recipe, out)
     assert "finished at the time limit" in shown
     last = metrics(out)[-1]
-    assert last["step"] == 1  # whichever update the limit falls into is the last
+    assert last["step"] == 1  # the update that was begun is finished
     assert (out / "policy" / "policy.json").exists()
     assert (out / "before_after.png").exists()
     assert "raise grpo.time_limit_minutes" in train(recipe, out, resume=True)
