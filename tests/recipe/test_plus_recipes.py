@@ -9,7 +9,8 @@ from argrpo_cli.recipe import list_recipes, load_recipe
 
 NAMES = [name.removeprefix("plus/") for name in list_recipes() if name.startswith("plus/")]
 POLICY = {"c2i_b256": "c2i-b-256", "c2i_l384": "c2i-l-384", "c2i_xl384": "c2i-xl-384", "t2i_xl256": "t2i-xl-256"}
-METHODS = {"loo_fid": "c2i_b256", "clusters": "t2i_xl256"}  # published since, and the recipe without them
+# Published since, and the recipe without them.
+METHODS = {"loo_fid": "c2i_b256", "loo_fid_light": "c2i_b256", "clusters": "t2i_xl256"}
 TOKENS = {"gcpo": "gcpo", "stage": "stage", "guidance_contrast": "guidance", "eg_grpo": "eg"}  # grpo.tokens.method
 REAL = {"cca_b384": "c2i-b-384", "cca_l384": "c2i-l-384", "cca_xl384": "c2i-xl-384", "pixel": "c2i-xxl-384"}
 REAL |= {"pixel_t2i": "t2i-xl-256"}  # learn from real images
@@ -94,9 +95,10 @@ def test_leave_one_out_fid_with_all_that_its_authors_use():
     assert (grpo.reference_decay, grpo.learning_rate, grpo.betas, grpo.weight_decay) == (0.999, 1e-5, [0.9, 0.95], 0.01)
 
 
-def test_leave_one_out_fid_is_weighed_as_published():
-    terms = {term.name: term for term in plus("loo_fid").rewards.terms}
-    assert (terms["loo-fid"].weight, terms["loo-fid"].options) == (2.0, {"decay": 0.5})
+@pytest.mark.parametrize(("name", "weight"), [("loo_fid", 2.0), ("loo_fid_light", 0.5)])
+def test_leave_one_out_fid_is_weighed_as_published_or_by_a_quarter_of_it(name, weight):
+    terms = {term.name: term for term in plus(name).rewards.terms}
+    assert (terms["loo-fid"].weight, terms["loo-fid"].options) == (weight, {"decay": 0.5})
     assert sum(terms[name].weight * terms[name].factor for name in ("clip", "hpsv2")) == 1.0
 
 
