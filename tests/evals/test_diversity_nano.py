@@ -110,16 +110,10 @@ def test_the_policy_of_equal_time_is_the_last_checkpoint_within_it(tmp_path):
 
 
 def test_a_cost_is_that_of_a_batch_that_nothing_disturbs(tmp_path):
-    """The second batch of each: something else ran."""
-    durations = {"grpo": [4.0, 20.0, 3.0, 2.0, 1.0], "twice": [5.0, 1.0, 20.0, 1.0, 6.0, 2.0]}
-
-    class Recorded(study.Study):
-        def trained(self, recipe, name):
-            assert recipe.optim.steps == study.TIMED * recipe.grpo.updates_per_batch
-            return str(write_seconds(tmp_path / name, *durations[name.removesuffix("-timed")]))
-
-    assert study.cost(Recorded(tmp_path, N), "grpo", "start") == 3
-    assert study.cost(Recorded(tmp_path, N), "twice", "start") == 8  # a batch is drawn, and used again
+    runs = [write_seconds(tmp_path / "0", 4.0, 20.0, 3.0), write_seconds(tmp_path / "1", 5.0, 2.5, 9.0)]
+    assert study.cost(runs, 1) == 2.5
+    twice = write_seconds(tmp_path / "2", 5.0, 1.0, 20.0, 1.0, 6.0, 2.0)  # a batch is drawn, and used again
+    assert study.cost([twice], 2) == 6
 
 
 def test_everything_starts_from_one_policy_and_has_the_seconds_of_what_it_is_held_against(tmp_path, monkeypatch):
@@ -130,7 +124,7 @@ def test_everything_starts_from_one_policy_and_has_the_seconds_of_what_it_is_hel
     class Recorded(study.Study):
         def trained(self, recipe, name):
             recipes[name], out = recipe, self.root / name
-            pace = {"start": 6.0, "kl-seed0": 2.0, "grpo-seed1": 2.0, "kl-seed1": 4.0, "kl-timed": 2.0}.get(name, 1.0)
+            pace = {"start": 6.0, "kl-seed0": 2.0, "grpo-seed1": 2.0, "kl-seed1": 4.0}.get(name, 1.0)
             for step in (4, 5, 10):
                 (out / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
             rows = [{"step": step, "seconds_total": pace * step} for step in range(1, 11)]
