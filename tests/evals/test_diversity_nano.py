@@ -68,6 +68,7 @@ def test_the_page_says_what_keeps_diversity_and_what_is_clear():
     assert "- KL term: recall +0.100 ± 0.000; entropy +0.200 ± 0.000." in text
     assert "- EG-GRPO: reward gain, sd -0.566 ± 0.004;" in text
     assert text.count("| CCA instead of the distillation |") == 1 and "KL term 1.30" in text
+    assert ".\n\nWhat takes longer" in text, "a paragraph of its own"
     assert "What they reach there is what was trained" in text
     assert "| FID less its bias |" in text, "what grows with variety would be held against it"
     less = [units(0.8, recall=0.8, entropy=5.0) for _ in range(3)]  # four fifths of the gain
