@@ -6,7 +6,7 @@
 # make bench   speed of sampling (with and without the cache, and against the published algorithm), rewards, updates,
 #              Inception and precision/recall (against torch-fidelity)
 # make nano    train the nano world again (hours; in build/nano), put it into the package and measure it
-# make diversity   what keeps diversity, method by method: docs/diversity.md (an hour and a half; goes on if stopped)
+# make diversity   what keeps diversity, method by method: docs/diversity.md (two hours or so; goes on if stopped)
 # make paper-nano  the paper's tables in the nano world, on one page: docs/paper_nano.md (about an hour)
 #
 # Variables: PYTHON=python3.12   the Python to make .venv with, 3.11 or newer
