@@ -27,9 +27,11 @@ def policies() -> list[Row]:
     rows = []
     for name in (*BUNDLED_POLICIES, *POLICIES):
         seen, entry = glance(name), POLICIES.get(name)
-        pixels = read_json(WEIGHTS / name / "policy.json")["image_size"] if entry is None else entry.image_size
+        card = read_json(WEIGHTS / name / "policy.json") if entry is None else {}
+        pixels = card["image_size"] if entry is None else entry.image_size
+        family = card.get("family", "llamagen") if entry is None else published_family(name)
         source = "bundled" if entry is None else "/".join(filter(None, (entry.repo, entry.file)))
-        facts = {"family": published_family(name), "reads": seen.reads, "image_size": pixels, "source": source}
+        facts = {"family": family, "reads": seen.reads, "image_size": pixels, "source": source}
         about = f"{facts['family']}, {seen.reads}, {pixels} px, {source}"
         rows.append({"name": name, "about": about, **facts, "sampling": dict(seen.sampling)})
     return rows

@@ -34,6 +34,8 @@ def test_everything_is_listed_as_json_with_a_line_on_what_it_is(capsys) -> None:
     assert all(row["about"] and "\n" not in row["about"] for rows in lists.values() for row in rows)
     rows = {row["name"]: row for rows in lists.values() for row in rows}
     assert rows["nano-t2i"]["reads"] == "captions" and rows["nano-t2i"]["image_size"] == 64
+    bundled = [rows[name]["family"] for name in BUNDLED_POLICIES]
+    assert bundled == ["llamagen", "llamagen", "janus", "var"]
     assert rows["var-d16"]["family"] == "var" and rows["var-d16"]["sampling"]["top_k"] == 900
     assert rows["maniqa"]["family"] == "quality" and not rows["maniqa"]["reads_prompt"]
 
